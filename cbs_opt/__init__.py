@@ -1,0 +1,77 @@
+"""The Combinatorial Brain Surgeon as an optimization problem: instances, solvers, bounds.
+
+>>> import cbs_opt
+>>> instance = cbs_opt.read_instance("instance.npz")          # doctest: +SKIP
+>>> result = cbs_opt.solve(instance, "cbs", seed=0)            # doctest: +SKIP
+>>> result.objective, result.gap                               # doctest: +SKIP
+
+The package is four rooms. This one, `cbs_opt`, holds the problem, the file formats and the command lines and
+imports none of the others; `cbs_opt.solvers` and `cbs_opt.instances` import this one but not each other;
+`cbs_opt.bench` imports all.
+"""
+
+import logging
+from pathlib import Path
+
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "solvers" / "__init__.py").is_file():
+    __path__.append(str(_root))  # a checkout: the other three rooms are folders beside this one
+
+from cbs_opt.budget import Budget  # noqa: E402
+from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks, InverseHessianBlocks  # noqa: E402
+from cbs_opt.errors import (  # noqa: E402
+    CbsError,
+    InstanceError,
+    SolutionError,
+    SolverError,
+    UsageError,
+)
+from cbs_opt.files import read_instance, read_solution, write_instance, write_solution  # noqa: E402
+from cbs_opt.instance import Instance  # noqa: E402
+from cbs_opt.losses import Losses, evaluate, joint_loss, selection_loss  # noqa: E402
+from cbs_opt.monitor import Monitor  # noqa: E402
+from cbs_opt.registry import get_solver, register, solver_names  # noqa: E402
+from cbs_opt.result import Result, Solution, Status  # noqa: E402
+from cbs_opt.solve import solve  # noqa: E402
+from cbs_opt.solver import Capabilities, Context, Solver  # noqa: E402
+from cbs_opt.stop import Stop  # noqa: E402
+from cbs_opt.update import best_update  # noqa: E402
+from cbs_opt.version import __version__  # noqa: E402
+
+logging.getLogger("cbs_opt").addHandler(logging.NullHandler())
+
+__all__ = [
+    "Budget",
+    "Capabilities",
+    "CbsError",
+    "Context",
+    "Curvature",
+    "GradientFactor",
+    "HessianBlocks",
+    "Instance",
+    "InstanceError",
+    "InverseHessianBlocks",
+    "Losses",
+    "Monitor",
+    "Result",
+    "Solution",
+    "SolutionError",
+    "Solver",
+    "SolverError",
+    "Status",
+    "Stop",
+    "UsageError",
+    "__version__",
+    "best_update",
+    "evaluate",
+    "get_solver",
+    "joint_loss",
+    "read_instance",
+    "read_solution",
+    "register",
+    "selection_loss",
+    "solve",
+    "solver_names",
+    "write_instance",
+    "write_solution",
+]

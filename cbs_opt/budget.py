@@ -1,0 +1,170 @@
+"""How many weights to prune: one number, or one number per group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cbs_opt.errors import InstanceError
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """Number of weights to prune, over all weights or per group.
+
+    Parameters
+    ----------
+    total : int
+        Weights to prune in all, 0 … n.
+    groups : int64 (n,), optional
+        Group of each weight, 0 … G-1: layers, rows, or the little groups of an N:M pattern.
+    group_budgets : int64 (G,), optional
+        Weights to prune in each group; they sum to `total`.
+
+    Raises
+    ------
+    InstanceError
+        When the numbers do not fit one another.
+
+    Examples
+    --------
+    >>> Budget(3).total
+    3
+    >>> Budget(2, groups=[0, 0, 1, 1], group_budgets=[1, 1]).number_of_groups
+    2
+    """
+
+    total: int
+    groups: IntArray | None = None
+    group_budgets: IntArray | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.total, bool) or int(self.total) != self.total:
+            raise InstanceError(f"`budget` must be a whole number, got {self.total!r}")
+        object.__setattr__(self, "total", int(self.total))
+        if self.total < 0:
+            raise InstanceError(f"`budget` must not be negative, got {self.total}")
+        if (self.groups is None) != (self.group_budgets is None):
+            missing = "groups" if self.groups is None else "group_budgets"
+            raise InstanceError(f"`groups` and `group_budgets` come together: `{missing}` is missing")
+        if self.groups is None or self.group_budgets is None:
+            return
+        groups = _whole_numbers("groups", self.groups)
+        group_budgets = _whole_numbers("group_budgets", self.group_budgets)
+        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "group_budgets", group_budgets)
+        if groups.size and (groups.min() < 0 or groups.max() >= group_budgets.size):
+            raise InstanceError(
+                f"`groups` must be in [0, {group_budgets.size - 1}] for {group_budgets.size} entries of "
+                f"`group_budgets`, got {groups.min()} … {groups.max()}"
+            )
+        wrong = (group_budgets < 0) | (group_budgets > self.group_sizes(groups.size))
+        if wrong.any():
+            g = int(np.argmax(wrong))
+            raise InstanceError(
+                f"`group_budgets[{g}]` must be in [0, {self.group_sizes(groups.size)[g]}], the size of the "
+                f"group, got {group_budgets[g]}"
+            )
+        if int(group_budgets.sum()) != self.total:
+            raise InstanceError(
+                f"`group_budgets` must sum to `budget` = {self.total}, got {int(group_budgets.sum())}"
+            )
+
+    @property
+    def number_of_groups(self) -> int:
+        """G, 1 when there are no groups."""
+        return 1 if self.group_budgets is None else self.group_budgets.size
+
+    @property
+    def per_group(self) -> IntArray:
+        """int64 (G,): what to prune in each group; `[total]` when there are no groups."""
+        return np.array([self.total], dtype=np.int64) if self.group_budgets is None else self.group_budgets
+
+    def group_of(self, n: int) -> IntArray:
+        """int64 (n,): the group of each weight; zeros when there are no groups."""
+        return np.zeros(n, dtype=np.int64) if self.groups is None else self.groups
+
+    def group_sizes(self, n: int) -> IntArray:
+        """int64 (G,): the number of weights in each group."""
+        return np.bincount(self.group_of(n), minlength=self.number_of_groups).astype(np.int64)
+
+    @cached_property
+    def _order_by_group(self) -> IntArray:
+        assert self.groups is not None
+        return np.argsort(self.groups, kind="stable").astype(np.int64)
+
+    def members(self, n: int) -> Iterator[IntArray]:
+        """Yield the indices of each group in increasing order, int64 arrays; O(n log n) once, O(n) then."""
+        if self.groups is None:
+            yield np.arange(n, dtype=np.int64)
+            return
+        ends = np.cumsum(self.group_sizes(n))
+        for g in range(self.number_of_groups):
+            yield self._order_by_group[ends[g - 1] if g else 0 : ends[g]]
+
+    def check_fits(self, n: int, fixed: ArrayLike | None = None) -> None:
+        """Raise `InstanceError` unless some selection of the `n` weights meets the budget and `fixed`."""
+        if self.groups is not None and self.groups.size != n:
+            raise InstanceError(f"`groups` must have shape ({n},), got ({self.groups.size},)")
+        if self.total > n:
+            raise InstanceError(f"`budget` must be in [0, {n}], got {self.total}")
+        if fixed is None:
+            return
+        fixed = np.asarray(fixed)
+        group = self.group_of(n)
+        must = np.bincount(group[fixed == 1], minlength=self.number_of_groups)
+        may = self.group_sizes(n) - np.bincount(group[fixed == -1], minlength=self.number_of_groups)
+        wrong = (must > self.per_group) | (may < self.per_group)
+        if wrong.any():
+            g = int(np.argmax(wrong))
+            where = "" if self.groups is None else f" in group {g}"
+            raise InstanceError(
+                f"`fixed` contradicts the budget: between {must[g]} and {may[g]} weights can be "
+                f"pruned{where}, {self.per_group[g]} are asked for"
+            )
+
+    def is_met_by(self, pruned: BoolArray) -> bool:
+        """Whether `pruned`, bool (n,), removes the right number of weights in every group."""
+        counts = np.bincount(self.group_of(pruned.size)[pruned], minlength=self.number_of_groups)
+        return bool(np.array_equal(counts, self.per_group))
+
+    def cheapest(self, scores: FloatArray, fixed: ArrayLike | None = None) -> BoolArray:
+        """Prune the lowest `scores` that the budget and `fixed` allow.
+
+        Parameters
+        ----------
+        scores : float (n,)
+            The price of each weight; ties go to the lower index.
+        fixed : int8 (n,), optional
+            1 must be pruned, −1 must stay, 0 free.
+
+        Returns
+        -------
+        bool (n,)
+            True where pruned. O(n log n) time.
+        """
+        n = scores.size
+        rank = np.zeros(n) if fixed is None else -np.sign(np.asarray(fixed, dtype=np.float64))
+        group = self.group_of(n)
+        order = np.lexsort((scores, rank, group))
+        first = np.cumsum(self.group_sizes(n)) - self.group_sizes(n)
+        position = np.arange(n) - first[group[order]]
+        pruned = np.zeros(n, dtype=bool)
+        pruned[order] = position < self.per_group[group[order]]
+        return pruned
+
+
+def _whole_numbers(name: str, values: ArrayLike) -> IntArray:
+    array = np.asarray(values)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise InstanceError(
+            f"`{name}` must be a one-dimensional array of integers, got {array.dtype} of shape {array.shape}"
+        )
+    array = array.astype(np.int64)
+    array.flags.writeable = False
+    return array

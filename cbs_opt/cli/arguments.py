@@ -1,0 +1,146 @@
+"""The options of `cbs-solve`, from the command line and from a TOML file."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cbs_opt.cli.common import Parser
+from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.solve import DEFAULT_SOLVER
+
+
+def solve_parser() -> Parser:
+    """The parser of `cbs-solve`."""
+    parser = Parser("cbs-solve", "Choose which weights of a trained network to prune, and say how good that is.")
+    add = parser.add_argument
+    add("instance", metavar="INSTANCE.npz", nargs="?", type=Path, help="instance file")
+    add("--solver", default=DEFAULT_SOLVER, metavar="NAME", help="default: %(default)s")
+    add("--objective", default="selection", choices=("selection", "joint"), help="loss to minimise")
+    add("--sparsity", type=_number(0, 1), metavar="F", help="prune this fraction, in place of the file's budget")
+    add("--budget", type=_whole(0), metavar="N", help="prune this many, in place of the file's budget")
+    add("--update", action="store_true", help="also give the best update of the kept weights (CBS-U)")
+    add("--damping", type=_number(0), metavar="L", help="damping of a gradient factor, in place of the file's")
+    add("--time-limit", type=_number(0), metavar="S", help="seconds of solving")
+    add("--max-iterations", type=_whole(0), metavar="N", help="iterations, as the solver counts them")
+    add("--no-improvement", type=_whole(1), metavar="N", help="stop after N iterations without a better one")
+    add("--target", type=_number(), metavar="X", help="stop at this objective")
+    add("--gap", type=_number(0), metavar="G", help="stop at this relative gap to the bound")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="default: 0")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--threads", type=_whole(1), metavar="N", help="threads; default: all cores")
+    add("--batch-size", type=_whole(1), metavar="R", help="candidates per batch")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="parameter of the solver; may be repeated")
+    add("--config", type=Path, metavar="FILE.toml", help="options from a file; the command line wins")
+    add("--warm-start", type=Path, metavar="FILE.npz", help="solution to start from")
+    add("--solution", type=Path, metavar="FILE.npz", help="write the selection")
+    add("--json", metavar="FILE|-", help="write the result as JSON; - for stdout, and nothing else there")
+    add("--history", type=Path, metavar="FILE.csv", help="write objective and bound over time")
+    add("--check", type=Path, metavar="SOLUTION.npz", help="check a solution of the instance; nothing is solved")
+    add("--list-solvers", action="store_true", help="list the solvers and their parameters")
+    add("-q", "--quiet", action="store_true", help="log warnings only")
+    add("-v", "--verbose", action="store_true", help="log more")
+    return parser
+
+
+def parse_solve(arguments: list[str]) -> argparse.Namespace:
+    """Parse the options, those of `--config` included.
+
+    Raises
+    ------
+    UsageError
+        With one sentence.
+    """
+    parser = solve_parser()
+    options = parser.parse_args(arguments)
+    if options.config is not None:
+        options = parser.parse_args(_from_toml(parser, options.config, arguments) + arguments)
+    if options.sparsity is not None and options.budget is not None:
+        raise UsageError("`--sparsity` and `--budget` exclude each other")
+    if options.quiet and options.verbose:
+        raise UsageError("`-q` and `-v` exclude each other")
+    if options.instance is None and not options.list_solvers:
+        raise UsageError("an instance file is needed")
+    options.set = dict(_key_value(text) for text in options.set)
+    return options
+
+
+def _from_toml(parser: Parser, path: Path, arguments: list[str]) -> list[str]:
+    """The options of a TOML file as command-line arguments: keys are option names, [set] the parameters."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InstanceError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InstanceError(f"{path}: is not valid TOML: {error}") from None
+    skip = {"help", "version", "config", "instance", "list_solvers", "check"}
+    known = {action.dest: action for action in parser._actions if action.dest not in skip}
+    given = {argument.partition("=")[0] for argument in arguments}
+    out: list[str] = []
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            listed = ", ".join(sorted(k.replace("_", "-") for k in known))
+            raise UsageError(f"{path}: '{key}' is not an option; known: {listed}")
+        if name in ("sparsity", "budget") and given & {"--sparsity", "--budget"}:
+            continue  # the command line wins over either
+        option = known[name].option_strings[-1]
+        if name == "set":
+            if not isinstance(value, dict):
+                raise UsageError(f"{path}: 'set' must be a table of parameters, got {value!r}")
+            for parameter, setting in value.items():
+                out.append(f"--set={parameter}={_toml_text(path, parameter, setting)}")
+        elif known[name].nargs == 0:
+            if not isinstance(value, bool):
+                raise UsageError(f"{path}: '{key}' must be true or false, got {value!r}")
+            out += [option] if value else []
+        else:
+            out.append(f"{option}={_toml_text(path, key, value)}")
+    return out
+
+
+def _toml_text(path: Path, key: str, value: Any) -> str:
+    if not isinstance(value, str | int | float | bool):
+        raise UsageError(f"{path}: '{key}' must be a text or a number, got {value!r}")
+    return str(value)
+
+
+def _key_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise UsageError(f"`--set` takes KEY=VALUE, got '{text}'")
+    return key.replace("-", "_"), value
+
+
+def _number(lowest: float = -math.inf, highest: float = math.inf) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and lowest <= value <= highest):
+            limits = {
+                (-math.inf, math.inf): "a finite number",
+                (0, math.inf): "a finite number ≥ 0",
+            }.get((lowest, highest), f"a number between {lowest:g} and {highest:g}")
+            raise argparse.ArgumentTypeError(f"must be {limits}, got '{text}'")
+        return value
+
+    return convert
+
+
+def _whole(lowest: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = lowest - 1
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"must be a whole number ≥ {lowest}, got '{text[:40]}'")
+        return value
+
+    return convert

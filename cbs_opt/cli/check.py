@@ -1,0 +1,75 @@
+"""`cbs-solve --check`: is a solution what it says it is?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbs_opt.cli.common import EXIT_FILE, EXIT_OK
+from cbs_opt.cli.progress import number
+from cbs_opt.cli.report import SCHEMA, write_json
+from cbs_opt.files import read_solution
+from cbs_opt.instance import Instance
+from cbs_opt.losses import evaluate, predicted_loss
+
+_TOLERANCE = 1e-6  # relative, between what the file claims and what is found
+
+
+def check_solution(instance: Instance, path: Path, json_target: str | None) -> int:
+    """Check feasibility and recompute every loss; exit code 0 if all agrees, 3 otherwise."""
+    solution = read_solution(path, instance)
+    pruned = solution.pruned
+    stored = solution.result.get("instance", {})
+    count = int(pruned.sum())
+    if instance.budget.groups is None and isinstance(stored, dict) and stored.get("budget") == count:
+        instance = instance.with_budget(count)  # it was solved for another budget than the file's
+    problems = []
+    if not instance.admits(pruned):
+        problems.append(
+            f"the selection, {count} weights, does not meet the budget of {instance.budget.total}, the groups "
+            "or `fixed` of the instance"
+        )
+    losses = evaluate(instance, pruned)
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "feasible": not problems,
+        "pruned_count": count,
+        "selection_loss": losses.selection_loss,
+        "joint_loss": losses.joint_loss,
+        "weights_loss": None,
+    }
+    if solution.weights is not None:
+        if np.any(solution.weights[pruned] != 0):
+            problems.append("`weights` is not zero on all pruned weights")
+        found["weights_loss"] = predicted_loss(instance, solution.weights - instance.weights)
+    for key in ("selection_loss", "joint_loss"):
+        claimed = solution.result.get(key)
+        value = found[key]
+        if claimed is None or value is None:
+            continue
+        if not isinstance(claimed, int | float) or abs(claimed - value) > _TOLERANCE * max(abs(value), 1e-300):
+            problems.append(f"`{key}` is {value:.9g}, the file claims {claimed}")
+    bound = solution.result.get("bound")
+    kind = "joint_loss" if solution.result.get("objective_kind") == "joint" else "selection_loss"
+    if isinstance(bound, int | float) and found[kind] is not None:
+        if bound > found[kind] + _TOLERANCE * abs(found[kind]):
+            problems.append(f"the claimed bound {bound:.9g} lies above the {kind} {found[kind]:.9g}")
+    found |= {"valid": not problems, "problems": problems}
+    if json_target is not None:
+        write_json(json_target, found)
+    if json_target != "-":
+        lines = [
+            f"{'feasible':<15} {'yes' if found['feasible'] else 'no'}",
+            f"{'pruned':<15} {count} of {instance.n} weights",
+            f"{'selection loss':<15} {number(found['selection_loss'])}",
+            f"{'joint loss':<15} {number(found['joint_loss'])}",
+        ]
+        if solution.weights is not None:
+            lines.append(f"{'weights loss':<15} {number(found['weights_loss'])}")
+        sys.stdout.write("\n".join(lines) + "\n")
+    for problem in problems:
+        sys.stderr.write(f"cbs-solve: {path}: {problem}\n")
+    return EXIT_FILE if problems else EXIT_OK

@@ -1,0 +1,130 @@
+"""What every command line shares: options, errors and exit codes, logging, signals."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from cbs_opt.errors import CbsError, UsageError
+from cbs_opt.version import __version__
+
+logger = logging.getLogger("cbs_opt")
+
+EXIT_OK, EXIT_NONE, EXIT_USAGE, EXIT_FILE, EXIT_SOLVER, EXIT_KILLED = 0, 1, 2, 3, 4, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises `UsageError`, takes underscores for dashes, and knows `--version`."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self.add_argument("--version", action="version", version=f"{prog} {__version__}")
+        self.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and leaving."""
+        raise UsageError(message)
+
+
+def with_dashes(arguments: Sequence[str]) -> list[str]:
+    """The arguments with underscores in option names replaced by dashes."""
+    out = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        out.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
+    return out
+
+
+def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence[str] | None) -> int:
+    """Run the body of a command; errors become one sentence on stderr and an exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return body(with_dashes(given))
+    except CbsError as error:
+        if "--debug" in given:
+            raise
+        hint = f" ({program} --help lists the options)" if isinstance(error, UsageError) else ""
+        print(f"{program}: {error}{hint}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has left; point stdout elsewhere so that the interpreter's flush is silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except KeyboardInterrupt:
+        return EXIT_KILLED
+    except MemoryError:
+        if "--debug" in given:
+            raise
+        print(f"{program}: out of memory", file=sys.stderr)  # noqa: T201
+        return EXIT_SOLVER
+    except Exception as error:
+        if "--debug" in given:
+            raise
+        print(  # noqa: T201
+            f"{program}: unexpected {type(error).__name__}: {error}; --debug shows where: please report it",
+            file=sys.stderr,
+        )
+        return EXIT_SOLVER
+
+
+def start_logging(quiet: bool, verbose: bool) -> None:
+    """Send the package's log to stderr, as plain lines."""
+    for handler in [h for h in logger.handlers if isinstance(h, logging.StreamHandler)]:
+        logger.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter())
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False
+
+
+class _PlainFormatter(logging.Formatter):
+    """Messages as they are; warnings and errors say so; tracebacks only when debugging."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        if record.exc_info and record.exc_info[1] is not None:
+            text += f" ({type(record.exc_info[1]).__name__}: {record.exc_info[1]})"
+            if logger.isEnabledFor(logging.DEBUG):
+                text += "\n" + self.formatException(record.exc_info)
+        return text
+
+
+class Interrupts:
+    """SIGINT and SIGTERM: the first asks the run to stop, the second ends the process with code 130.
+
+    Use as a context manager and pass it as `Stop.should_stop`.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, object] = {}
+
+    def __call__(self) -> bool:
+        """Whether a stop has been asked for."""
+        return self.asked
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:  # not in the main thread: signals are somebody else's business
+                return self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.asked:
+            os._exit(EXIT_KILLED)
+        self.asked = True
+        os.write(2, b"interrupted: stopping with the best selection so far; once more to quit at once\n")

@@ -1,0 +1,184 @@
+"""`cbs-solve`: the main job of the package."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cbs_opt.cli import common
+from cbs_opt.cli.arguments import parse_solve
+from cbs_opt.cli.progress import ProgressTable
+from cbs_opt.cli.report import result_json, result_text, write_history, write_json
+from cbs_opt.errors import OutputError, SolverError, UsageError
+from cbs_opt.files import read_instance, read_solution, write_solution
+from cbs_opt.files.atomic import check_writable
+from cbs_opt.instance import Instance
+from cbs_opt.registry import get_solver, solver_names
+from cbs_opt.result import Result, Solution
+from cbs_opt.solve import environment, solve
+from cbs_opt.solver import parse_parameters
+from cbs_opt.stop import Stop
+from cbs_opt.version import __version__
+
+logger = logging.getLogger("cbs_opt")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return common.run_main("cbs-solve", _main, arguments)
+
+
+def _main(arguments: list[str]) -> int:
+    with common.Interrupts() as interrupts:
+        options = parse_solve(arguments)
+        common.start_logging(options.quiet, options.verbose)
+        if options.list_solvers:
+            _list_solvers()
+            return common.EXIT_OK
+        _check_outputs(options)
+        if options.check is None:
+            # A wrong name or parameter should not wait for a large file to be read.
+            chosen = get_solver(options.solver)
+            parse_parameters(options.solver, chosen.parameters_type, options.set)
+        started = time.perf_counter()
+        instance = _read(options)
+        read_seconds = time.perf_counter() - started
+        if options.check is not None:
+            from cbs_opt.cli.check import check_solution
+
+            return check_solution(instance, options.check, options.json)
+        result = _solve(instance, options, interrupts)
+        return _write(instance, result, read_seconds, options)
+
+
+def _read(options: argparse.Namespace) -> Instance:
+    instance = read_instance(options.instance)
+    if options.damping is not None:
+        instance = instance.with_damping(options.damping)
+    if options.budget is not None:
+        instance = instance.with_budget(options.budget)
+    if options.sparsity is not None:
+        instance = instance.with_sparsity(options.sparsity)
+    logger.info(f"cbs-solve {__version__}: {options.instance}: {instance.describe()}")
+    return instance
+
+
+def _solve(instance: Instance, options: argparse.Namespace, interrupts: common.Interrupts) -> Result:
+    warm_start = None
+    if options.warm_start is not None:
+        warm_start = read_solution(options.warm_start, instance).pruned
+        if not instance.admits(warm_start):
+            raise UsageError(
+                f"{options.warm_start}: the selection, {int(warm_start.sum())} weights, does not meet the budget "
+                f"of {instance.budget.total}, the groups or `fixed` of the instance"
+            )
+    stop = Stop(
+        time_limit=options.time_limit,
+        max_iterations=options.max_iterations,
+        no_improvement=options.no_improvement,
+        target=options.target,
+        gap=options.gap,
+        should_stop=interrupts,
+    )
+    logger.info(f"solver {options.solver}: {get_solver(options.solver).summary}; seed {options.seed}")
+    logger.debug(", ".join(f"{key} {value}" for key, value in environment().items()))
+    table = ProgressTable()
+    result = solve(
+        instance,
+        options.solver,
+        objective=options.objective,
+        stop=stop,
+        seed=options.seed,
+        parameters=options.set,
+        update=options.update,
+        warm_start=warm_start,
+        device=options.device,
+        threads=options.threads,
+        batch_size=options.batch_size,
+        callback=table,
+    )
+    table.finish(result.solve_seconds, result.iterations, result.objective, result.bound, result.gap)
+    return result
+
+
+def _write(instance: Instance, result: Result, read_seconds: float, options: argparse.Namespace) -> int:
+    """Write every output that was asked for, even where one of them fails."""
+    content = result_json(instance, result, read_seconds)
+    failures: list[OutputError] = []
+
+    def attempt(target: Any, write: Any, *arguments: Any) -> None:
+        if target is not None:
+            try:
+                write(target, *arguments)
+            except OutputError as error:
+                failures.append(error)
+
+    attempt(options.solution, write_solution, Solution(result.pruned, instance.sha256 or "", result.weights, content))
+    attempt(options.history, write_history, result)
+    if options.json != "-":
+        sys.stdout.write(result_text(instance, result, read_seconds) + "\n")
+    attempt(options.json, write_json, content)
+    if failures:
+        raise OutputError("; ".join(str(failure) for failure in failures))
+    return common.EXIT_OK
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Find out before the work whether its result can be written, and would not overwrite its input."""
+    inputs = {
+        Path(path).resolve()
+        for path in (options.instance, options.warm_start, options.config, options.check)
+        if path is not None
+    }
+    outputs = [options.solution, options.history, None if options.json == "-" else options.json]
+    seen: set[Path] = set()
+    for path in outputs:
+        if path is None:
+            continue
+        resolved = Path(path).resolve()
+        if resolved in inputs:
+            raise UsageError(f"{path}: is an input; the output would overwrite it")
+        if resolved in seen:
+            raise UsageError(f"{path}: is named for two outputs")
+        seen.add(resolved)
+        check_writable(path)
+
+
+def _list_solvers() -> None:
+    lines = []
+    for name in solver_names():
+        try:
+            solver = get_solver(name)
+        except SolverError as error:
+            lines.append(f"{name:<12} not available: {error}")
+            continue
+        supports = solver.supports
+        abilities = [f"minimises {' and '.join(sorted(supports.objectives, reverse=True))}"]
+        abilities += [
+            text
+            for claimed, text in (
+                (supports.bound, "lower bound"),
+                (supports.warm_start, "warm start"),
+                (supports.batched, "batched (CPU, CUDA)"),
+                (not supports.groups, "no groups"),
+                (not supports.several_blocks, "one block only"),
+                (not supports.linear, "no first-order term"),
+                (not supports.fixed, "no fixed weights"),
+            )
+            if claimed
+        ]
+        lines.append(f"{name:<12} {solver.summary}\n{'':<13}{'; '.join(abilities)}")
+        for field in dataclasses.fields(solver.parameters_type):
+            default = "" if field.default is None else f" [{field.default}]"
+            lines.append(f"{'':<15}--set {field.name}=…  {field.metadata.get('help', '')}{default}")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

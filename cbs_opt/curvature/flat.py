@@ -1,0 +1,70 @@
+"""Dense symmetric blocks laid one after the other: their making and their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cbs_opt.errors import InstanceError
+from cbs_opt.linalg import SYMMETRY_TOLERANCE, is_positive
+from cbs_opt.typing import FloatArray, IntArray, RealArray
+
+
+def flatten(blocks: Sequence[ArrayLike]) -> tuple[FloatArray, IntArray]:
+    """Lay square matrices one after the other; returns the flat float64 array and the block sizes."""
+    matrices = [np.asarray(block, dtype=np.float64) for block in blocks]
+    for k, matrix in enumerate(matrices):
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise InstanceError(f"block {k} must be a square matrix, got shape {matrix.shape}")
+    sizes = np.array([matrix.shape[0] for matrix in matrices], dtype=np.int64)
+    flat = np.concatenate([matrix.ravel() for matrix in matrices]) if matrices else np.zeros(0)
+    return flat, sizes
+
+
+def check_flat(name: str, flat: RealArray, block_sizes: IntArray, *, definite: bool) -> RealArray:
+    """Check dense blocks one at a time and return `flat` as a float32 or float64 array.
+
+    A block that is symmetric up to rounding only is replaced by its symmetric part (in a copy of `flat`), so
+    that every route to a loss sees the same matrix. Raises `InstanceError` naming the block; O(Σ b_k³) time
+    at most, memory of one block unless a copy is made.
+    """
+    flat = real_array(name, flat)
+    expected = int((block_sizes**2).sum())
+    if flat.shape != (expected,):
+        raise InstanceError(
+            f"`{name}` must have shape ({expected},), the squares of `block_sizes` summed, got {flat.shape}"
+        )
+    precision = float(np.finfo(flat.dtype).eps)
+    ends = np.cumsum(block_sizes**2)
+    copied = False
+    for k, b in enumerate(block_sizes.tolist()):
+        part = slice(int(ends[k]) - b * b, int(ends[k]))
+        block = flat[part].reshape(b, b).astype(np.float64, copy=False)
+        if not np.isfinite(block).all():
+            raise InstanceError(f"`{name}`: block {k} has NaN or infinite entries")
+        largest = float(np.abs(block).max())
+        asymmetry = float(np.abs(block - block.T).max())
+        if asymmetry > SYMMETRY_TOLERANCE * largest:
+            raise InstanceError(
+                f"`{name}`: block {k} must be symmetric, its largest |A - Aᵀ| is {asymmetry:.3g} where the "
+                f"largest entry is {largest:.3g}"
+            )
+        if asymmetry > 0:
+            block = (block + block.T) / 2
+            if not copied:
+                flat, copied = np.array(flat), True
+            flat[part] = block.ravel()
+        if not is_positive(block, definite=definite, precision=precision):
+            wanted = "positive definite" if definite else "positive semidefinite"
+            raise InstanceError(f"`{name}`: block {k} must be {wanted}, but it is indefinite")
+    return flat
+
+
+def real_array(name: str, values: ArrayLike) -> RealArray:
+    """`values` as float32 or float64 in native byte order, uncopied where it is that already."""
+    array = np.asarray(values)
+    if array.dtype.newbyteorder("=") not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise InstanceError(f"`{name}` must be float32 or float64, got {array.dtype}")
+    return np.asarray(array, dtype=array.dtype.newbyteorder("="))

@@ -1,0 +1,85 @@
+"""Dense blocks of the Hessian itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cbs_opt.curvature.base import Curvature
+from cbs_opt.curvature.flat import check_flat, flatten
+from cbs_opt.errors import UsageError
+from cbs_opt.linalg import inverse_pd
+from cbs_opt.typing import FloatArray, IntArray, RealArray
+
+
+class HessianBlocks(Curvature):
+    """H given as dense blocks.
+
+    Parameters
+    ----------
+    flat : float32 or float64 (Σ b_k²,)
+        The blocks one after the other, each row by row; may be memory-mapped.
+    block_sizes : int64 (K,)
+
+    Raises
+    ------
+    InstanceError
+        Wrong size, NaN or infinity, a block that is not symmetric or not positive semidefinite.
+
+    Notes
+    -----
+    Memory: `flat`, and a float64 copy of the block at hand where the entries are float32.
+    """
+
+    kind = "hessian"
+
+    def __init__(self, flat: RealArray, block_sizes: ArrayLike) -> None:
+        self._set_blocks(block_sizes)
+        self.flat = check_flat("hessian", flat, self.block_sizes, definite=False)
+        self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.block_sizes**2)])
+
+    @classmethod
+    def from_blocks(cls, blocks: Sequence[ArrayLike]) -> HessianBlocks:
+        """Build from a list of square matrices."""
+        return cls(*flatten(blocks))
+
+    def _raw(self, k: int) -> RealArray:
+        b = int(self.block_sizes[k])
+        return self.flat[self._starts[k] : self._starts[k + 1]].reshape(b, b)
+
+    def diagonal(self) -> FloatArray:
+        """H_ii, float64 (n,)."""
+        return np.concatenate([self._raw(k).diagonal() for k in range(self.number_of_blocks)]).astype(float)
+
+    def inverse_diagonal(self) -> FloatArray:
+        """[H⁻¹]_ii, float64 (n,); O(Σ b_k³)."""
+        return np.concatenate([self.inverse_block(k).diagonal() for k in range(self.number_of_blocks)])
+
+    def block(self, k: int) -> FloatArray:
+        """H of block k."""
+        return self._raw(k).astype(np.float64, copy=False)
+
+    def inverse_block(self, k: int) -> FloatArray:
+        """H⁻¹ of block k; O(b_k³)."""
+        inverse = inverse_pd(self.block(k))
+        if inverse is None:
+            raise self._singular(k)
+        return inverse
+
+    def columns(self, k: int, index: IntArray) -> FloatArray:
+        """Columns of H of block k, read as rows, which lie together in memory."""
+        return self._raw(k)[index].T.astype(np.float64)
+
+    def submatrix(self, k: int, rows: IntArray, columns: IntArray) -> FloatArray:
+        """H[rows, columns] of block k."""
+        return self._raw(k)[np.ix_(rows, columns)].astype(np.float64)
+
+    def block_matmul(self, k: int, x: FloatArray) -> FloatArray:
+        """H x for block k."""
+        return np.asarray(self.block(k) @ x)
+
+    def with_damping(self, damping: float) -> HessianBlocks:
+        """Not possible: dense blocks have their damping inside."""
+        raise UsageError("`damping` is already inside dense `hessian` blocks and cannot be changed")

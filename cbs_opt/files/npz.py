@@ -1,0 +1,256 @@
+"""A careful reader and writer of `.npz` archives.
+
+The reader looks at every header before it touches data, loads no pickled objects, checks each member's
+checksum, and memory-maps large uncompressed members. The writer aligns members, so that a mapped array is an
+aligned array, and writes the same bytes for the same arrays.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+
+from cbs_opt.errors import CbsError
+from cbs_opt.files.atomic import atomic_write
+
+MAP_BYTES = 1 << 26
+"""Uncompressed members from this size on are memory-mapped."""
+
+_ALIGNMENT = 64
+_CHUNK = 1 << 22
+_PADDING_ID = 0xD935  # the extra field that zipalign pads with
+_BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    tokenize.TokenError,
+    ValueError,
+    KeyError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    NotImplementedError,
+    OverflowError,
+    SyntaxError,
+    TypeError,
+    MemoryError,
+    RecursionError,
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an array will be, before it is read."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    fortran_order: bool
+    data_offset: int  # within the member
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data."""
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+class NpzReader:
+    """The arrays of an `.npz` file, read one by one.
+
+    Parameters
+    ----------
+    path : Path
+    error : type
+        The error class to raise, with one sentence that names the file.
+
+    Attributes
+    ----------
+    headers : dict of str to Header
+        All members, by key.
+    """
+
+    def __init__(self, path: Path, error: type[CbsError]) -> None:
+        self.path = path
+        self._error = error
+        try:
+            if not path.is_file():
+                raise error(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
+            self._archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile:
+            raise error(f"{path}: is not an .npz archive, or it is truncated") from None
+        except _BROKEN as broken:
+            raise error(f"{path}: cannot be read: {_reason(broken)}") from None
+        self.headers: dict[str, Header] = {}
+        for info in self._archive.infolist():
+            if not info.filename.endswith(".npy"):
+                raise error(f"{path}: holds '{info.filename}', which is no array")
+            key = info.filename.removesuffix(".npy")
+            if key in self.headers:
+                raise error(f"{path}: holds `{key}` twice")
+            self.headers[key] = self._read_header(info, key)
+
+    def __enter__(self) -> NpzReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._archive.close()
+
+    def _read_header(self, info: zipfile.ZipInfo, key: str) -> Header:
+        try:
+            with self._archive.open(info) as member:
+                version = npy_format.read_magic(member)
+                read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+                shape, fortran_order, dtype = read(member)
+                header = Header(np.dtype(dtype), shape, fortran_order, member.tell())
+        except _BROKEN as broken:
+            raise self._error(f"{self.path}: `{key}` is damaged: {_reason(broken)}") from None
+        if header.dtype.hasobject:
+            raise self._error(f"{self.path}: `{key}` holds pickled Python objects, which are never loaded")
+        if any(length < 0 for length in shape) or header.data_offset + header.nbytes != info.file_size:
+            raise self._error(
+                f"{self.path}: `{key}` is damaged: its header tells of {header.nbytes} bytes of data, "
+                f"{info.file_size - header.data_offset} are there"
+            )
+        return header
+
+    def read(self, key: str) -> NDArray[Any]:
+        """One array; memory-mapped, read-only, where it is large, aligned and uncompressed."""
+        header, info = self.headers[key], self._archive.getinfo(key + ".npy")
+        try:
+            if info.compress_type == zipfile.ZIP_STORED and header.nbytes >= MAP_BYTES:
+                self._check_sum(info)
+                offset = self._data_start(info) + header.data_offset
+                if offset % max(header.dtype.alignment, 1) == 0:
+                    order = "F" if header.fortran_order else "C"
+                    return np.memmap(
+                        self.path, header.dtype, "r", offset=offset, shape=header.shape, order=order
+                    )
+            with self._archive.open(info) as member:
+                return np.asarray(npy_format.read_array(member, allow_pickle=False))
+        except _BROKEN as broken:
+            raise self._error(f"{self.path}: `{key}` is damaged: {_reason(broken)}") from None
+
+    def _check_sum(self, info: zipfile.ZipInfo) -> None:
+        with self._archive.open(info) as member:  # zipfile compares the checksum at the end of the data
+            while member.read(_CHUNK):
+                pass
+
+    def _data_start(self, info: zipfile.ZipInfo) -> int:
+        with self.path.open("rb") as file:
+            file.seek(info.header_offset)
+            fixed = file.read(30)
+        name_length, extra_length = struct.unpack("<HH", fixed[26:30])
+        return info.header_offset + 30 + int(name_length) + int(extra_length)
+
+    def text(self, key: str) -> str:
+        """A member that holds one text."""
+        header = self.headers[key]
+        if header.dtype.kind != "U" or header.shape != ():
+            raise self._error(f"{self.path}: `{key}` must be one text, got {header.dtype} {header.shape}")
+        try:
+            text = str(self.read(key)[()])
+            text.encode()
+        except (UnicodeError, ValueError):
+            raise self._error(f"{self.path}: `{key}` is damaged: it is no valid text") from None
+        return text
+
+    def check_format(self, name: str, newest: int) -> None:
+        """Check the members `format` and `version`."""
+        for key in ("format", "version"):
+            if key not in self.headers:
+                raise self._error(f"{self.path}: `{key}` is missing: this is not a {name} file")
+        found = self.text("format")
+        if found != name:
+            raise self._error(f"{self.path}: `format` must be '{name}', got {found[:40]!r}")
+        version = self.integer("version")
+        if version > newest:
+            raise self._error(
+                f"{self.path}: `version` is {version}; this release reads {name} files up to version {newest}: "
+                "update cbs-opt"
+            )
+        if version < 1:
+            raise self._error(f"{self.path}: `version` must be at least 1, got {version}")
+
+    def check_keys(self, required: set[str], optional: set[str]) -> None:
+        """Check that all `required` members and none but the `optional` beside them are there."""
+        missing = sorted(required - self.headers.keys())
+        if missing:
+            raise self._error(f"{self.path}: `{missing[0]}` is missing")
+        extra = sorted(self.headers.keys() - required - optional)
+        if extra:
+            known = ", ".join(sorted(required | optional))
+            raise self._error(f"{self.path}: `{extra[0][:60]}` is not a known key; known: {known}")
+
+    def expect(self, key: str, kind: str, shape: tuple[int | None, ...]) -> Header:
+        """Check type and shape of a member before it is read.
+
+        `kind` is "float", "integer", "bool" or "int8"; None in `shape` stands for any length.
+        """
+        header = self.headers[key]
+        allowed = {
+            "float": header.dtype.newbyteorder("=") in (np.dtype("f4"), np.dtype("f8")),
+            "integer": header.dtype.kind in "iu",
+            "int8": header.dtype == np.int8,
+            "bool": header.dtype == np.bool_,
+        }[kind]
+        wanted = {"float": "float32 or float64"}.get(kind, kind)
+        if not allowed:
+            raise self._error(f"{self.path}: `{key}` must be {wanted}, got {header.dtype}")
+        fits = len(shape) == len(header.shape) and all(
+            want is None or want == have for want, have in zip(shape, header.shape, strict=True)
+        )
+        if not fits:
+            lengths = ", ".join("any" if want is None else str(want) for want in shape)
+            tail = "," if len(shape) == 1 else ""
+            raise self._error(f"{self.path}: `{key}` must have shape ({lengths}{tail}), got {header.shape}")
+        return header
+
+    def integer(self, key: str) -> int:
+        """A member that holds one whole number."""
+        self.expect(key, "integer", ())
+        return int(self.read(key)[()])
+
+
+def write_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays uncompressed and aligned to 64 bytes, to a temporary name first.
+
+    Raises
+    ------
+    OutputError
+        When the file cannot be written.
+    """
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for key, array in arrays.items():
+            array = np.asarray(array)
+            info = zipfile.ZipInfo(key + ".npy")  # the epoch of zip files as date: same arrays, same bytes
+            # Local header, name, the 20 bytes of the zip64 field that force_zip64 adds, this field's own 4.
+            start = file.tell() + 30 + len(info.filename) + 20 + 4
+            padding = -start % _ALIGNMENT
+            info.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
+            with archive.open(info, "w", force_zip64=True) as member:
+                header = io.BytesIO()
+                npy_format.write_array_header_1_0(header, npy_format.header_data_from_array_1_0(array))
+                member.write(header.getvalue())
+                order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+                data = array.ravel(order)
+                step = max(1, _CHUNK // max(1, array.itemsize))
+                for first in range(0, data.size, step):
+                    member.write(data[first : first + step].tobytes())
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__

@@ -1,0 +1,83 @@
+"""Reading and writing solution files, `cbs-solution` version 1; `docs/format.md` is the specification."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbs_opt.errors import SolutionError
+from cbs_opt.files.npz import NpzReader, write_npz
+from cbs_opt.instance import Instance
+from cbs_opt.result import Solution
+
+FORMAT = "cbs-solution"
+VERSION = 1
+
+
+def read_solution(path: Path | str, instance: Instance | None = None) -> Solution:
+    """Read a solution file.
+
+    Parameters
+    ----------
+    path : Path or str
+    instance : Instance, optional
+        Check that the solution belongs to it, by hash where both have one, and by size.
+
+    Raises
+    ------
+    SolutionError
+        With one sentence that names the file and the field.
+    """
+    path = Path(path)
+    with NpzReader(path, SolutionError) as npz:
+        npz.check_format(FORMAT, VERSION)
+        npz.check_keys({"format", "version", "instance_sha256", "pruned", "result"}, {"weights"})
+        (n,) = npz.expect("pruned", "bool", (None,)).shape
+        weights = None
+        if "weights" in npz.headers:
+            npz.expect("weights", "float", (n,))
+            weights = npz.read("weights").astype(np.float64)
+            if not np.isfinite(weights).all():
+                raise SolutionError(f"{path}: `weights` has NaN or infinite entries")
+        try:
+            result = json.loads(npz.text("result"))
+        except (ValueError, RecursionError):
+            raise SolutionError(f"{path}: `result` must be JSON text") from None
+        if not isinstance(result, dict):
+            raise SolutionError(f"{path}: `result` must be a JSON object, got {type(result).__name__}")
+        solution = Solution(npz.read("pruned"), npz.text("instance_sha256"), weights, result)
+    if instance is not None:
+        if solution.pruned.size != instance.n:
+            raise SolutionError(
+                f"{path}: `pruned` must have shape ({instance.n},) for this instance, got ({n},)"
+            )
+        if solution.instance_sha256 and instance.sha256 and solution.instance_sha256 != instance.sha256:
+            raise SolutionError(
+                f"{path}: `instance_sha256` is {solution.instance_sha256[:12]}…, the instance has "
+                f"{instance.sha256[:12]}…: the solution belongs to another instance"
+            )
+    return solution
+
+
+def write_solution(path: Path | str, solution: Solution) -> None:
+    """Write a solution file.
+
+    Raises
+    ------
+    OutputError
+        When the file cannot be written; nothing is left behind then.
+    """
+    arrays: dict[str, NDArray[Any]] = {
+        "format": np.array(FORMAT),
+        "version": np.array(VERSION, dtype=np.int64),
+        "instance_sha256": np.array(solution.instance_sha256),
+        "pruned": solution.pruned,
+    }
+    if solution.weights is not None:
+        arrays["weights"] = solution.weights
+    arrays["result"] = np.array(json.dumps(dict(solution.result), sort_keys=True))
+    write_npz(path, arrays)

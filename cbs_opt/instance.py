@@ -1,0 +1,150 @@
+"""The problem: trained weights, the curvature of the loss around them, and a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbs_opt.budget import Budget
+from cbs_opt.curvature.base import Curvature
+from cbs_opt.curvature.gradient_factor import GradientFactor
+from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.typing import FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """A pruning problem that has checked itself.
+
+    Parameters
+    ----------
+    weights : float (n,)
+        Trained weights w̄; kept as float64.
+    curvature : Curvature
+        Block-diagonal H.
+    budget : Budget or int
+        How many weights to prune.
+    linear : float (n,), optional
+        Mean gradient g at w̄: both losses then gain gᵀδ and may be negative.
+    fixed : int8 (n,), optional
+        1 must be pruned, −1 must stay, 0 free.
+    metadata : mapping, optional
+        Whatever describes the origin: network, tensors, data, samples. JSON types only.
+    path : Path, optional
+        The file it was read from.
+    sha256 : str, optional
+        Hash of that file: solutions carry it.
+
+    Raises
+    ------
+    InstanceError
+        When the parts do not fit, with the field named.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cbs_opt import HessianBlocks, Instance
+    >>> Instance(np.array([1.0, 2.0]), HessianBlocks.from_blocks([np.eye(2)]), 1).n
+    2
+    """
+
+    weights: FloatArray
+    curvature: Curvature
+    budget: Budget
+    linear: FloatArray | None = None
+    fixed: NDArray[np.int8] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, Budget):
+            object.__setattr__(self, "budget", Budget(self.budget))
+        n = self.curvature.n
+        object.__setattr__(self, "weights", _vector("weights", self.weights, n))
+        if self.linear is not None:
+            object.__setattr__(self, "linear", _vector("linear", self.linear, n))
+        if self.fixed is not None:
+            fixed = np.asarray(self.fixed)
+            if fixed.shape != (n,) or not np.issubdtype(fixed.dtype, np.signedinteger):
+                raise InstanceError(f"`fixed` must be int8 of shape ({n},), got {fixed.dtype} {fixed.shape}")
+            if np.abs(fixed.astype(np.int64)).max() > 1:
+                raise InstanceError("`fixed` must hold only 1 (prune), -1 (keep) and 0 (free)")
+            fixed = fixed.astype(np.int8)
+            fixed.flags.writeable = False
+            object.__setattr__(self, "fixed", fixed)
+        self.budget.check_fits(n, self.fixed)
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        return self.weights.size
+
+    def with_budget(self, total: int) -> Instance:
+        """The same problem with another budget; raises `UsageError` where it has groups or does not fit."""
+        if total == self.budget.total:
+            return self
+        if self.budget.groups is not None:
+            raise UsageError(
+                f"the instance has a budget per group ({self.budget.total} weights in all): another "
+                "`--budget` or `--sparsity` would contradict it"
+            )
+        try:
+            return replace(self, budget=Budget(total))
+        except InstanceError as error:
+            raise UsageError(str(error)) from None
+
+    def with_sparsity(self, sparsity: float) -> Instance:
+        """The same problem with p = ⌈sparsity · n⌉ weights to prune."""
+        if not 0 <= sparsity <= 1:
+            raise UsageError(f"`sparsity` must be between 0 and 1, got {sparsity}")
+        # The product of a decimal fraction and n may lie a rounding error above a whole number.
+        return self.with_budget(min(self.n, math.ceil(sparsity * self.n - 1e-9 * self.n)))
+
+    def with_damping(self, damping: float) -> Instance:
+        """The same problem with another λ; raises `UsageError` unless the curvature is a gradient factor."""
+        return replace(self, curvature=self.curvature.with_damping(damping))
+
+    def admits(self, pruned: NDArray[np.bool_]) -> bool:
+        """Whether `pruned`, bool (n,), meets the budget and `fixed`."""
+        if pruned.shape != (self.n,) or not self.budget.is_met_by(pruned):
+            return False
+        return self.fixed is None or not ((self.fixed == 1) & ~pruned | (self.fixed == -1) & pruned).any()
+
+    def describe(self) -> str:
+        """One line: size, form of the Hessian, budget."""
+        curvature = self.curvature
+        form = curvature.kind.replace("_", " ")
+        if isinstance(curvature, GradientFactor):
+            form = f"{curvature.m} gradients, damping {curvature.damping:g}"
+        blocks = "1 block" if curvature.number_of_blocks == 1 else f"{curvature.number_of_blocks} blocks"
+        extras = "".join(
+            [
+                "" if self.budget.groups is None else f", {self.budget.number_of_groups} groups",
+                "" if self.linear is None else ", linear term",
+                "" if self.fixed is None else f", {int(np.count_nonzero(self.fixed))} fixed",
+            ]
+        )
+        return (
+            f"{self.n} weights in {blocks} ({form}), {self.budget.total} to prune "
+            f"({self.budget.total / self.n:.1%}){extras}"
+        )
+
+
+def _vector(name: str, values: FloatArray, n: int) -> FloatArray:
+    array = np.asarray(values)
+    if array.dtype.newbyteorder("=") not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise InstanceError(f"`{name}` must be float32 or float64, got {array.dtype}")
+    if array.shape != (n,):
+        raise InstanceError(f"`{name}` must have shape ({n},), the sum of `block_sizes`, got {array.shape}")
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise InstanceError(f"`{name}` has NaN or infinite entries")
+    array.flags.writeable = False
+    return array

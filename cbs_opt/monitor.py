@@ -1,0 +1,134 @@
+"""The clock, the incumbent and the history of a run: what a solver talks to while it works."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from cbs_opt.result import HistoryRow, Status, relative_gap
+from cbs_opt.stop import Stop
+from cbs_opt.typing import BoolArray
+
+logger = logging.getLogger("cbs_opt")
+
+Callback = Callable[["Monitor"], None]
+"""Called after each new incumbent or bound, from the solver's thread; progress printers are callbacks."""
+
+
+class Monitor:
+    """Keeps the best selection and bound of a run and says when to stop.
+
+    A solver reports what it finds with `report` and `report_bound`, counts its work with `advance`, and asks
+    `should_stop` at least every 50 ms or so. What was reported survives interrupts, limits and errors.
+
+    Parameters
+    ----------
+    stop : Stop
+    callback : callable, optional
+    clock : callable
+        Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        stop: Stop | None = None,
+        callback: Callback | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.stop = stop or Stop()
+        self.callback = callback
+        self.iterations = 0
+        self.objective: float | None = None
+        self.bound: float | None = None
+        self.reason: Status | None = None
+        self._pruned: BoolArray | None = None
+        self._history: list[HistoryRow] = []
+        self._last_improvement = 0
+        self._clock = clock
+        self._started = clock()
+
+    def start(self) -> None:
+        """Start the clock; whatever came before was preparation."""
+        self._started = self._clock()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self._clock() - self._started
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the time limit, infinity without one."""
+        return float("inf") if self.stop.time_limit is None else self.stop.time_limit - self.elapsed
+
+    @property
+    def pruned(self) -> BoolArray | None:
+        """The incumbent, bool (n,)."""
+        return self._pruned
+
+    @property
+    def gap(self) -> float | None:
+        """Relative gap between incumbent and bound."""
+        return relative_gap(self.objective, self.bound)
+
+    @property
+    def history(self) -> tuple[HistoryRow, ...]:
+        """Every improvement so far."""
+        return tuple(self._history)
+
+    def advance(self, iterations: int = 1) -> None:
+        """Count finished iterations."""
+        self.iterations += iterations
+
+    def report(self, objective: float, pruned: BoolArray) -> bool:
+        """Offer a selection; it becomes the incumbent if it is better. Returns whether it did."""
+        objective = float(objective)
+        if not np.isfinite(objective) or (self.objective is not None and objective >= self.objective):
+            return False
+        self.objective, self._pruned = objective, np.array(pruned, dtype=bool)
+        self._last_improvement = self.iterations
+        self._record()
+        return True
+
+    def report_bound(self, bound: float) -> bool:
+        """Offer a proven lower bound; returns whether it is better than the one known."""
+        bound = float(bound)
+        if not np.isfinite(bound) or (self.bound is not None and bound <= self.bound):
+            return False
+        self.bound = bound
+        self._record()
+        return True
+
+    def should_stop(self) -> bool:
+        """Whether a rule of `stop` holds; `reason` then says which."""
+        if self.reason is None:
+            self.reason = self._rule_that_holds()
+        return self.reason is not None
+
+    def _rule_that_holds(self) -> Status | None:
+        stop = self.stop
+        if stop.should_stop is not None and stop.should_stop():
+            return Status.INTERRUPTED
+        if self.objective is not None and stop.target is not None and self.objective <= stop.target:
+            return Status.TARGET_REACHED
+        if stop.gap is not None and self.gap is not None and self.gap <= stop.gap:
+            return Status.GAP_REACHED
+        if stop.max_iterations is not None and self.iterations >= stop.max_iterations:
+            return Status.ITERATION_LIMIT
+        if (
+            stop.no_improvement is not None
+            and self.objective is not None
+            and self.iterations - self._last_improvement >= stop.no_improvement
+        ):
+            return Status.NO_IMPROVEMENT
+        if stop.time_limit is not None and self.elapsed >= stop.time_limit:
+            return Status.TIME_LIMIT
+        return None
+
+    def _record(self) -> None:
+        self._history.append(HistoryRow(self.elapsed, self.iterations, self.objective, self.bound))
+        if self.callback is not None:
+            self.callback(self)

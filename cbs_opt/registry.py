@@ -1,0 +1,76 @@
+"""Solvers by name: those that come with the package, and those of third parties."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
+
+from cbs_opt.errors import SolverError
+from cbs_opt.solver import Solver
+
+GROUP = "cbs_opt.solvers"
+"""Entry-point group through which third parties add solvers: ``name = "module:SolverClass"``."""
+
+S = TypeVar("S", bound=type[Solver])
+
+_registered: dict[str, type[Solver]] = {}
+
+
+def register(name: str) -> Callable[[S], S]:
+    """Class decorator that makes a solver known under `name` for this process."""
+
+    def add(solver: S) -> S:
+        if name in _registered and _registered[name] is not solver:
+            raise SolverError(f"a solver named '{name}' is registered already")
+        solver.name = name
+        _registered[name] = solver
+        return solver
+
+    return add
+
+
+def _modules() -> dict[str, str]:
+    from cbs_opt.solvers import MODULES
+
+    return MODULES
+
+
+def _foreign() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def solver_names() -> list[str]:
+    """Every solver that can be asked for, in the order of the documentation, third parties last."""
+    own = list(_modules())
+    return own + sorted(({*_registered} | {*_foreign()}) - {*own})
+
+
+def get_solver(name: str) -> type[Solver]:
+    """The class of a solver; its module is imported now.
+
+    Raises
+    ------
+    SolverError
+        For an unknown name, with the known ones listed, or a solver whose requirements are not installed.
+    """
+    if name in _registered:
+        return _registered[name]
+    if name in _modules():
+        try:
+            importlib.import_module(_modules()[name])
+        except ModuleNotFoundError as error:
+            raise SolverError(
+                f"solver '{name}' needs the package '{error.name}', which is not installed"
+            ) from error
+        return _registered[name]
+    if name in (foreign := _foreign()):
+        try:
+            solver = foreign[name].load()
+        except Exception as error:
+            raise SolverError(f"solver '{name}' of {foreign[name].value} cannot be loaded: {error}") from error
+        if not (isinstance(solver, type) and issubclass(solver, Solver)):
+            raise SolverError(f"solver '{name}': {foreign[name].value} is not a subclass of cbs_opt.Solver")
+        return register(name)(solver)
+    raise SolverError(f"there is no solver '{name}'; known: {', '.join(solver_names())}")

@@ -1,0 +1,222 @@
+"""Run a solver on an instance: the one front door for Python callers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from cbs_opt.errors import CbsError, SolverError, UsageError
+from cbs_opt.instance import Instance
+from cbs_opt.losses import check_mask, evaluate
+from cbs_opt.monitor import Callback, Monitor
+from cbs_opt.registry import get_solver
+from cbs_opt.result import Result, Status
+from cbs_opt.solver import OBJECTIVES, Context
+from cbs_opt.stop import Stop
+from cbs_opt.typing import BoolArray
+from cbs_opt.version import __version__
+
+logger = logging.getLogger("cbs_opt")
+
+DEFAULT_SOLVER = "cbs"
+
+
+def solve(
+    instance: Instance,
+    solver: str = DEFAULT_SOLVER,
+    *,
+    objective: str = "selection",
+    stop: Stop | None = None,
+    seed: int = 0,
+    parameters: Mapping[str, Any] | None = None,
+    update: bool = False,
+    warm_start: BoolArray | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    batch_size: int | None = None,
+    callback: Callback | None = None,
+) -> Result:
+    """Choose the weights to prune.
+
+    Parameters
+    ----------
+    instance : Instance
+    solver : str
+        A name of `solver_names()`.
+    objective : {"selection", "joint"}
+        The loss to minimise: of the selection as it stands, or after the best update of the kept weights.
+    stop : Stop, optional
+        Without one the solver runs to its own end.
+    seed : int
+        Same seed, instance, parameters and iteration limit: same history.
+    parameters : mapping, optional
+        Parameters of the solver by name.
+    update : bool
+        Also return the updated weights (CBS-U); always so for the joint objective.
+    warm_start : bool (n,), optional
+        A feasible selection to start from.
+    device : {"auto", "cpu", "cuda"}
+        For solvers that work in batches.
+    threads : int, optional
+        Threads that linear algebra and kernels may use.
+    batch_size : int, optional
+        Candidates per batch.
+    callback : callable, optional
+        Called with the `Monitor` at each improvement.
+
+    Returns
+    -------
+    Result
+        Its losses are recomputed in float64, whatever the solver said.
+
+    Raises
+    ------
+    UsageError
+        For arguments that make no sense.
+    SolverError
+        When the solver is unknown, cannot take the instance, or failed before it had a selection. When it
+        fails later the incumbent is returned with status `error`.
+    """
+    if objective not in OBJECTIVES:
+        raise UsageError(f"`objective` must be 'selection' or 'joint', got '{objective}'")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"`device` must be 'auto', 'cpu' or 'cuda', got '{device}'")
+    for name, value in (("threads", threads), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise UsageError(f"`{name}` must be at least 1, got {value}")
+    if seed < 0:
+        raise UsageError(f"`seed` must not be negative, got {seed}")
+    if warm_start is not None and not instance.admits(check_mask(instance, warm_start)):
+        raise UsageError("the warm start does not meet the budget, the groups or `fixed` of the instance")
+    chosen = get_solver(solver)(parameters)
+    monitor = Monitor(stop, callback)
+    context = Context(objective, seed, monitor, warm_start, device, batch_size, threads)
+    chosen.check_supports(instance, context)
+    if monitor.stop.gap is not None and not chosen.supports.bound:
+        logger.warning(f"solver '{solver}' proves no bound: the gap of {monitor.stop.gap:g} cannot stop it")
+
+    with _thread_limit(threads):
+        monitor.start()
+        status = None
+        try:
+            chosen.prepare(instance, context)
+            build_seconds = monitor.elapsed
+            monitor.start()
+            status = chosen.run(instance, context)
+        except CbsError:
+            if monitor.pruned is None:
+                raise
+            logger.exception("solver '%s' failed; its incumbent is kept", solver)
+        except Exception as error:
+            if monitor.pruned is None:
+                raise SolverError(f"solver '{solver}' failed: {type(error).__name__}: {error}") from error
+            logger.exception("solver '%s' failed; its incumbent is kept", solver)
+        solve_seconds = monitor.elapsed
+        if status is None:
+            status = Status.ERROR
+        elif monitor.reason is not None and status is not Status.OPTIMAL:
+            status = monitor.reason
+        return _result(
+            instance,
+            context,
+            status=status,
+            solver=solver,
+            update=update,
+            parameters=asdict(chosen.parameters),
+            build_seconds=build_seconds,
+            solve_seconds=solve_seconds,
+        )
+
+
+def _result(
+    instance: Instance,
+    context: Context,
+    *,
+    status: Status,
+    solver: str,
+    update: bool,
+    parameters: dict[str, Any],
+    build_seconds: float,
+    solve_seconds: float,
+) -> Result:
+    """Recompute the losses of the incumbent and put everything together."""
+    monitor, objective = context.monitor, context.objective
+    pruned = monitor.pruned
+    if pruned is None:  # stopped before the first selection: magnitude always has one
+        pruned = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
+    if not instance.admits(pruned):
+        raise SolverError(f"solver '{solver}' gave a selection that does not meet the budget: this is a bug")
+    losses = evaluate(instance, pruned)
+    value = losses.selection_loss if objective == "selection" else losses.joint_loss
+    if value is None:
+        raise SolverError(
+            "the joint loss has no minimum: the Hessian is singular along `linear`, a positive damping is needed"
+        )
+    bound = monitor.bound
+    if bound is not None and bound > value:
+        if bound - value > 1e-6 * max(abs(value), abs(bound)):
+            raise SolverError(
+                f"solver '{solver}' claims the bound {bound:.9g} above its own selection's {value:.9g}: "
+                "this is a bug"
+            )
+        bound = value
+    return Result(
+        status=status,
+        solver=solver,
+        objective_kind=objective,
+        pruned=pruned,
+        weights=losses.weights if update or objective == "joint" else None,
+        objective=value,
+        selection_loss=losses.selection_loss,
+        joint_loss=losses.joint_loss,
+        bound=bound,
+        iterations=monitor.iterations,
+        build_seconds=build_seconds,
+        solve_seconds=solve_seconds,
+        history=monitor.history,
+        seed=context.seed,
+        parameters=parameters,
+        environment=environment(context),
+        extras=context.extras,
+    )
+
+
+def environment(context: Context | None = None) -> dict[str, Any]:
+    """Versions, processor and threads, as results carry them; JSON types only."""
+    found: dict[str, Any] = {
+        "cbs_opt": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+    }
+    if context is not None:
+        found |= {"threads": context.threads, "device": context.extras.pop("device", "cpu")}
+    return found
+
+
+@contextmanager
+def _thread_limit(threads: int | None) -> Iterator[None]:
+    """Limit BLAS, OpenMP, numba and torch to `threads` where they are loaded."""
+    if threads is None:
+        yield
+        return
+    import sys
+
+    from threadpoolctl import threadpool_limits
+
+    with ExitStack() as stack:
+        stack.enter_context(threadpool_limits(threads))
+        if "torch" in sys.modules:
+            import torch
+
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
+        yield

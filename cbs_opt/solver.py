@@ -1,0 +1,194 @@
+"""What a solver is: a name, what it can do, its parameters, one method."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cbs_opt.errors import SolverError, UsageError
+from cbs_opt.instance import Instance
+from cbs_opt.monitor import Monitor
+from cbs_opt.result import Status
+from cbs_opt.typing import BoolArray
+
+OBJECTIVES = ("selection", "joint")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a solver claims; it is refused, in a sentence, whatever it does not.
+
+    Attributes
+    ----------
+    objectives : frozenset of str
+        Of "selection" and "joint".
+    groups, several_blocks, linear, fixed : bool
+        Whether instances with these are honoured.
+    bound : bool
+        Whether it proves a lower bound.
+    batched : bool
+        Whether it works on batches, so that `batch_size` and `device` mean something.
+    warm_start : bool
+        Whether it can start from a selection.
+    """
+
+    objectives: frozenset[str] = frozenset({"selection"})
+    groups: bool = True
+    several_blocks: bool = True
+    linear: bool = True
+    fixed: bool = True
+    bound: bool = False
+    batched: bool = False
+    warm_start: bool = False
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Base of the parameters of a solver: a frozen dataclass whose fields have types, defaults and help.
+
+    Declare a field as ``epsilon: float = option(1e-4, "smallest gain of a swap")``.
+    """
+
+
+def option(default: Any, help: str) -> Any:
+    """Declare a field of `Parameters` with its default and one line of help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Context:
+    """All that a run depends on beside the instance.
+
+    Attributes
+    ----------
+    objective : str
+        "selection" or "joint".
+    seed : int
+    monitor : Monitor
+    warm_start : bool (n,) or None
+    device : str
+        "auto", "cpu" or "cuda".
+    batch_size : int or None
+        Candidates per batch; None lets the solver choose.
+    threads : int or None
+        Threads that the run may use; None for all.
+    extras : dict
+        What the solver wants in `Result.extras`; JSON types only.
+    """
+
+    objective: str = "selection"
+    seed: int = 0
+    monitor: Monitor = field(default_factory=Monitor)
+    warm_start: BoolArray | None = None
+    device: str = "auto"
+    batch_size: int | None = None
+    threads: int | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def rng(self) -> np.random.Generator:
+        """A fresh NumPy generator from the seed."""
+        return np.random.default_rng(np.random.SeedSequence(self.seed))
+
+
+class Solver(abc.ABC):
+    """Base of every solver.
+
+    A subclass sets `name`, `summary`, `supports` and, where it has any, `parameters_type`, and gives `run`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    supports: ClassVar[Capabilities] = Capabilities()
+    parameters_type: ClassVar[type[Parameters]] = Parameters
+
+    def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
+        self.parameters = parse_parameters(self.name, self.parameters_type, parameters or {})
+
+    def prepare(self, instance: Instance, context: Context) -> None:
+        """Do what the clock should not count: compilation, float64 copies, contexts."""
+
+    @abc.abstractmethod
+    def run(self, instance: Instance, context: Context) -> Status:
+        """Search, reporting to `context.monitor`; return why it ended.
+
+        `Status.CONVERGED` means that the algorithm came to its own end. A status of `context.monitor.reason`
+        takes precedence where a rule of `Stop` ended the run.
+        """
+
+    def check_supports(self, instance: Instance, context: Context) -> None:
+        """Raise `SolverError` with one sentence for what this solver cannot take."""
+        supports = self.supports
+        if context.objective not in supports.objectives:
+            able = " and ".join(sorted(supports.objectives))
+            raise SolverError(
+                f"solver '{self.name}' minimises {able} only, not the objective '{context.objective}'"
+            )
+        refused = [
+            (instance.budget.groups is not None and not supports.groups, "a budget per group (`groups`)"),
+            (instance.curvature.number_of_blocks > 1 and not supports.several_blocks, "several blocks"),
+            (instance.linear is not None and not supports.linear, "a first-order term (`linear`)"),
+            (instance.fixed is not None and not supports.fixed, "fixed weights (`fixed`)"),
+            (context.warm_start is not None and not supports.warm_start, "a warm start"),
+            (context.device == "cuda" and not supports.batched, "the device 'cuda': it runs on the CPU only"),
+            (context.batch_size is not None and not supports.batched, "a batch size: it has no batches"),
+        ]
+        for applies, what in refused:
+            if applies:
+                raise SolverError(f"solver '{self.name}' cannot take {what}")
+
+
+def parse_parameters(solver: str, kind: type[Parameters], given: Mapping[str, Any]) -> Parameters:
+    """Make the parameters of a solver from names and values; text is converted to the declared type.
+
+    Raises
+    ------
+    UsageError
+        For an unknown name, with the known ones listed, or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    values = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            listed = ", ".join(known) if known else "none"
+            raise UsageError(f"solver '{solver}' has no parameter '{key}'; known: {listed}")
+        values[name] = _convert(solver, name, value, known[name])
+    return kind(**values)
+
+
+def _convert(solver: str, name: str, value: Any, hint: Any) -> Any:
+    kinds = list(typing.get_args(hint)) if isinstance(hint, types.UnionType) else [hint]
+    if type(None) in kinds:
+        kinds.remove(type(None))
+        if value is None or value == "none":
+            return None
+    (kind,) = kinds
+    try:
+        if kind is bool:
+            if isinstance(value, str):
+                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                    value.lower()
+                ]
+            if isinstance(value, bool):
+                return value
+        elif kind is int and not isinstance(value, bool):
+            number = int(value)
+            if not isinstance(value, float) or number == value:
+                return number
+        elif kind is float and not isinstance(value, bool):
+            number_ = float(value)
+            if np.isfinite(number_):
+                return number_
+        elif kind is str and isinstance(value, str):
+            return value
+    except (ValueError, TypeError, KeyError, OverflowError):
+        pass
+    raise UsageError(f"parameter '{name}' of solver '{solver}' must be a {kind.__name__}, got {value!r}")

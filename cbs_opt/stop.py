@@ -1,0 +1,50 @@
+"""When to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cbs_opt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The rules that end a run; the first that holds ends it, and the status says which.
+
+    Parameters
+    ----------
+    time_limit : float, optional
+        Seconds of solving, after reading and building.
+    max_iterations : int, optional
+        Iterations as the solver counts them (draws, steps, nodes).
+    no_improvement : int, optional
+        Iterations without a better objective.
+    target : float, optional
+        Stop once the objective is at most this.
+    gap : float, optional
+        Stop once (objective − bound) / |objective| is at most this; needs a solver with a bound.
+    should_stop : callable, optional
+        Asked inside long loops; True ends the run with status `interrupted`.
+
+    Raises
+    ------
+    UsageError
+        For a negative limit or one that is not a number.
+    """
+
+    time_limit: float | None = None
+    max_iterations: int | None = None
+    no_improvement: int | None = None
+    target: float | None = None
+    gap: float | None = None
+    should_stop: Callable[[], bool] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("time_limit", "max_iterations", "no_improvement", "gap"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"`{name}` must be a finite number ≥ 0, got {value}")
+        if self.target is not None and not math.isfinite(self.target):
+            raise UsageError(f"`target` must be a finite number, got {self.target}")
