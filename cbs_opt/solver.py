@@ -111,7 +111,7 @@ class Solver(abc.ABC):
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
         self.parameters = parse_parameters(self.name, self.parameters_type, parameters or {})
 
-    def prepare(self, instance: Instance, context: Context) -> None:
+    def prepare(self, instance: Instance, context: Context) -> None:  # noqa: B027
         """Do what the clock should not count: compilation, float64 copies, contexts."""
 
     @abc.abstractmethod

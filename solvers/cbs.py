@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cbs_opt.solvers.batch import BatchEvaluator
+from cbs_opt.solvers.ls import LocalSearch, LocalSearchParameters
+from cbs_opt.solvers.rmp import Draws, RmpParameters, evaluate_draws
+
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
-from cbs_opt.solvers.batch import BatchEvaluator
-from cbs_opt.solvers.ls import LocalSearch, LocalSearchParameters
-from cbs_opt.solvers.rmp import Draws, RmpParameters, evaluate_draws
 
 
 @dataclass(frozen=True)

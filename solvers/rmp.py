@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from cbs_opt.solvers.batch import BatchEvaluator
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
-from cbs_opt.solvers.batch import BatchEvaluator
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _DEFAULT_BATCH = 64
@@ -54,9 +54,7 @@ class RandomizedMagnitudePruning(Solver):
         return Status.CONVERGED
 
 
-def evaluate_draws(
-    draws: Draws, evaluator: BatchEvaluator, context: Context
-) -> tuple[BoolArray, FloatArray]:
+def evaluate_draws(draws: Draws, evaluator: BatchEvaluator, context: Context) -> tuple[BoolArray, FloatArray]:
     """Draw S selections and report each; returns them sorted by value, bool (S, n) and float64 (S,)."""
     rng, monitor = context.rng(), context.monitor
     limit = context.batch_size or _DEFAULT_BATCH

@@ -21,7 +21,12 @@ def solve_parser() -> Parser:
     add("instance", metavar="INSTANCE.npz", nargs="?", type=Path, help="instance file")
     add("--solver", default=DEFAULT_SOLVER, metavar="NAME", help="default: %(default)s")
     add("--objective", default="selection", choices=("selection", "joint"), help="loss to minimise")
-    add("--sparsity", type=_number(0, 1), metavar="F", help="prune this fraction, in place of the file's budget")
+    add(
+        "--sparsity",
+        type=_number(0, 1),
+        metavar="F",
+        help="prune this fraction, in place of the file's budget",
+    )
     add("--budget", type=_whole(0), metavar="N", help="prune this many, in place of the file's budget")
     add("--update", action="store_true", help="also give the best update of the kept weights (CBS-U)")
     add("--damping", type=_number(0), metavar="L", help="damping of a gradient factor, in place of the file's")
@@ -34,13 +39,24 @@ def solve_parser() -> Parser:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--threads", type=_whole(1), metavar="N", help="threads; default: all cores")
     add("--batch-size", type=_whole(1), metavar="R", help="candidates per batch")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="parameter of the solver; may be repeated")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="parameter of the solver; may be repeated",
+    )
     add("--config", type=Path, metavar="FILE.toml", help="options from a file; the command line wins")
     add("--warm-start", type=Path, metavar="FILE.npz", help="solution to start from")
     add("--solution", type=Path, metavar="FILE.npz", help="write the selection")
     add("--json", metavar="FILE|-", help="write the result as JSON; - for stdout, and nothing else there")
     add("--history", type=Path, metavar="FILE.csv", help="write objective and bound over time")
-    add("--check", type=Path, metavar="SOLUTION.npz", help="check a solution of the instance; nothing is solved")
+    add(
+        "--check",
+        type=Path,
+        metavar="SOLUTION.npz",
+        help="check a solution of the instance; nothing is solved",
+    )
     add("--list-solvers", action="store_true", help="list the solvers and their parameters")
     add("-q", "--quiet", action="store_true", help="log warnings only")
     add("-v", "--verbose", action="store_true", help="log more")

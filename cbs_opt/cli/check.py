@@ -54,9 +54,9 @@ def check_solution(instance: Instance, path: Path, json_target: str | None) -> i
             problems.append(f"`{key}` is {value:.9g}, the file claims {claimed}")
     bound = solution.result.get("bound")
     kind = "joint_loss" if solution.result.get("objective_kind") == "joint" else "selection_loss"
-    if isinstance(bound, int | float) and found[kind] is not None:
-        if bound > found[kind] + _TOLERANCE * abs(found[kind]):
-            problems.append(f"the claimed bound {bound:.9g} lies above the {kind} {found[kind]:.9g}")
+    value = found[kind]
+    if isinstance(bound, int | float) and value is not None and bound > value + _TOLERANCE * abs(value):
+        problems.append(f"the claimed bound {bound:.9g} lies above the {kind} {value:.9g}")
     found |= {"valid": not problems, "problems": problems}
     if json_target is not None:
         write_json(json_target, found)

@@ -119,7 +119,11 @@ def _write(instance: Instance, result: Result, read_seconds: float, options: arg
             except OutputError as error:
                 failures.append(error)
 
-    attempt(options.solution, write_solution, Solution(result.pruned, instance.sha256 or "", result.weights, content))
+    attempt(
+        options.solution,
+        write_solution,
+        Solution(result.pruned, instance.sha256 or "", result.weights, content),
+    )
     attempt(options.history, write_history, result)
     if options.json != "-":
         sys.stdout.write(result_text(instance, result, read_seconds) + "\n")

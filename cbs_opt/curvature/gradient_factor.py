@@ -45,9 +45,7 @@ class GradientFactor(Curvature):
     def __init__(self, gradients: RealArray, damping: float, block_sizes: ArrayLike | None = None) -> None:
         gradients = real_array("gradients", gradients)
         if gradients.ndim != 2 or gradients.shape[0] < 1:
-            raise InstanceError(
-                f"`gradients` must have shape (m, n) with at least one row, got {gradients.shape}"
-            )
+            raise InstanceError(f"`gradients` must have shape (m, n) with at least one row, got {gradients.shape}")
         self._set_blocks([gradients.shape[1]] if block_sizes is None else block_sizes)
         if gradients.shape[1] != self.n:
             raise InstanceError(
@@ -71,9 +69,7 @@ class GradientFactor(Curvature):
         """Number of gradients."""
         return int(self.gradients.shape[0])
 
-    def pieces(
-        self, start: int, stop: int, size: int | None = None
-    ) -> Iterator[tuple[slice, FloatArray]]:
+    def pieces(self, start: int, stop: int, size: int | None = None) -> Iterator[tuple[slice, FloatArray]]:
         """Cut G's columns start … stop-1 into float64 pieces (m, c) of at most `size` bytes.
 
         Without `size` a piece is as large as is free: everything where a float64 copy is kept.

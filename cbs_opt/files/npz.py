@@ -135,9 +135,7 @@ class NpzReader:
                 offset = self._data_start(info) + header.data_offset
                 if offset % max(header.dtype.alignment, 1) == 0:
                     order = "F" if header.fortran_order else "C"
-                    return np.memmap(
-                        self.path, header.dtype, "r", offset=offset, shape=header.shape, order=order
-                    )
+                    return np.memmap(self.path, header.dtype, "r", offset=offset, shape=header.shape, order=order)
             with self._archive.open(info) as member:
                 return np.asarray(npy_format.read_array(member, allow_pickle=False))
         except _BROKEN as broken:
@@ -232,7 +230,10 @@ def write_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
     OutputError
         When the file cannot be written.
     """
-    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        atomic_write(path) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         for key, array in arrays.items():
             array = np.asarray(array)
             info = zipfile.ZipInfo(key + ".npy")  # the epoch of zip files as date: same arrays, same bytes

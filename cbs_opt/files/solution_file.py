@@ -52,9 +52,7 @@ def read_solution(path: Path | str, instance: Instance | None = None) -> Solutio
         solution = Solution(npz.read("pruned"), npz.text("instance_sha256"), weights, result)
     if instance is not None:
         if solution.pruned.size != instance.n:
-            raise SolutionError(
-                f"{path}: `pruned` must have shape ({instance.n},) for this instance, got ({n},)"
-            )
+            raise SolutionError(f"{path}: `pruned` must have shape ({instance.n},) for this instance, got ({n},)")
         if solution.instance_sha256 and instance.sha256 and solution.instance_sha256 != instance.sha256:
             raise SolutionError(
                 f"{path}: `instance_sha256` is {solution.instance_sha256[:12]}…, the instance has "
