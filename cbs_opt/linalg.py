@@ -9,6 +9,7 @@ from cbs_opt.typing import FloatArray
 SYMMETRY_TOLERANCE = 1e-5
 """Largest |A - Aᵀ| accepted, relative to the largest entry: float32 products are that far off."""
 
+_SMALLEST_PIVOT = 1e-7  # of a unit-diagonal matrix: its square is what rounding leaves of a zero pivot
 _CHOLESKY_LIMIT = 4096  # above this size definiteness is probed by Lanczos instead of proven by Cholesky
 
 
@@ -48,7 +49,7 @@ def solve_psd(A: FloatArray, rhs: FloatArray) -> tuple[FloatArray, bool]:
         pass
     else:
         pivots = np.abs(factor[0].diagonal())
-        if pivots.min() > 1e-7:  # its square, 1e-14, is what rounding leaves of a zero pivot
+        if pivots.min() > _SMALLEST_PIVOT:
             return column_scale * cho_solve(factor, b, check_finite=False), True
     values, vectors = eigh(unit, check_finite=False)
     keep = values > values[-1] * A.shape[0] * np.finfo(np.float64).eps * 10
@@ -72,7 +73,7 @@ def inverse_pd(A: FloatArray) -> FloatArray | None:
         return None
     scale = 1.0 / np.sqrt(diagonal)
     factor, info = lapack.dpotrf(A * scale[:, None] * scale[None, :], lower=1)
-    if info != 0 or factor.diagonal().min() < 1e-10:
+    if info != 0 or factor.diagonal().min() < _SMALLEST_PIVOT:
         return None
     inverse, info = lapack.dpotri(factor, lower=1, overwrite_c=1)
     if info != 0:

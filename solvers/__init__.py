@@ -13,6 +13,8 @@ MODULES = {
     "rmp": "cbs_opt.solvers.rmp",
     "ls": "cbs_opt.solvers.ls",
     "cbs": "cbs_opt.solvers.cbs",
+    "backward": "cbs_opt.solvers.backward",
+    "joint": "cbs_opt.solvers.joint",
     "brute": "cbs_opt.solvers.brute",
 }
 """Where each solver that comes with the package lives."""

@@ -20,7 +20,11 @@ def solve_parser() -> Parser:
     add = parser.add_argument
     add("instance", metavar="INSTANCE.npz", nargs="?", type=Path, help="instance file")
     add("--solver", default=DEFAULT_SOLVER, metavar="NAME", help="default: %(default)s")
-    add("--objective", default="selection", choices=("selection", "joint"), help="loss to minimise")
+    add(
+        "--objective",
+        choices=("selection", "joint"),
+        help="loss to minimise; default: selection, unless the solver minimises only joint",
+    )
     add(
         "--sparsity",
         type=_number(0, 1),

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cbs_opt.errors import InstanceError, UnboundedError
-from cbs_opt.linalg import solve_psd
+from cbs_opt.linalg import inverse_pd, solve_psd
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 
@@ -141,6 +141,19 @@ class Curvature(abc.ABC):
         if linear is not None and not consistent:
             raise UnboundedError(unbounded_sentence(k))
         return delta
+
+    def conditional_inverse_diagonal(self, k: int, kept: IntArray) -> FloatArray:
+        """[H_KK⁻¹]_ii on the kept weights K of block k, float64 (len(kept),); O(q³) for q kept weights.
+
+        Raises
+        ------
+        InstanceError
+            When H is singular on them.
+        """
+        inverse = inverse_pd(self.submatrix(k, kept, kept))
+        if inverse is None:
+            raise self._singular(k)
+        return inverse.diagonal().copy()
 
     def _singular(self, k: int) -> InstanceError:
         return InstanceError(

@@ -112,21 +112,26 @@ class GradientFactor(Curvature):
 
     def inverse_diagonal(self) -> FloatArray:
         """[H⁻¹]_ii, float64 (n,), by Woodbury where m < b_k: O(m³ + m² n)."""
-        from scipy.linalg import cholesky, solve_triangular
-
         out = np.empty(self.n)
         for k in range(self.number_of_blocks):
-            part = self.block_slice(k)
-            if self.m >= self.block_sizes[k]:
-                out[part] = self.inverse_block(k).diagonal()
-                continue
-            if self.damping == 0:
-                raise self._singular(k)
-            L = cholesky(self._gram(k) + self.m * self.damping * np.eye(self.m), lower=True)
-            for columns, piece in self.pieces(part.start, part.stop):
-                half = solve_triangular(L, piece, lower=True)
-                out[columns] = (1.0 - np.einsum("si,si->i", half, half)) / self.damping
+            out[self.block_slice(k)] = self.conditional_inverse_diagonal(k, np.arange(self.block_sizes[k]))
         return out
+
+    def conditional_inverse_diagonal(self, k: int, kept: IntArray) -> FloatArray:
+        """[H_KK⁻¹]_ii on the kept weights, by Woodbury where they are more than m: O(m² q)."""
+        from scipy.linalg import cholesky, solve_triangular
+
+        if kept.size <= self.m or self.damping == 0:
+            return super().conditional_inverse_diagonal(k, kept)
+        gram = np.zeros((self.m, self.m))
+        width = max(1, _CHUNK_BYTES // (8 * self.m))
+        chunks = [kept[first : first + width] for first in range(0, kept.size, width)]
+        for chunk in chunks:
+            G = self.factor(k, chunk)
+            gram += G @ G.T
+        L = cholesky(gram + self.m * self.damping * np.eye(self.m), lower=True)
+        halves = (solve_triangular(L, self.factor(k, chunk), lower=True) for chunk in chunks)
+        return np.concatenate([(1.0 - np.einsum("si,si->i", half, half)) / self.damping for half in halves])
 
     def _gram(self, k: int) -> FloatArray:
         """G Gᵀ of block k, float64 (m, m)."""
