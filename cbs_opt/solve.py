@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cbs_opt.errors import CbsError, SolverError, UsageError
+from cbs_opt.errors import CbsError, InstanceError, SolverError, UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.losses import check_mask, evaluate
 from cbs_opt.monitor import Callback, Monitor
@@ -32,7 +32,7 @@ def solve(
     instance: Instance,
     solver: str = DEFAULT_SOLVER,
     *,
-    objective: str = "selection",
+    objective: str | None = None,
     stop: Stop | None = None,
     seed: int = 0,
     parameters: Mapping[str, Any] | None = None,
@@ -50,8 +50,9 @@ def solve(
     instance : Instance
     solver : str
         A name of `solver_names()`.
-    objective : {"selection", "joint"}
+    objective : {"selection", "joint"}, optional
         The loss to minimise: of the selection as it stands, or after the best update of the kept weights.
+        "selection" when not given, unless the solver minimises only the other.
     stop : Stop, optional
         Without one the solver runs to its own end.
     seed : int
@@ -84,7 +85,7 @@ def solve(
         When the solver is unknown, cannot take the instance, or failed before it had a selection. When it
         fails later the incumbent is returned with status `error`.
     """
-    if objective not in OBJECTIVES:
+    if objective not in (None, *OBJECTIVES):
         raise UsageError(f"`objective` must be 'selection' or 'joint', got '{objective}'")
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"`device` must be 'auto', 'cpu' or 'cuda', got '{device}'")
@@ -96,13 +97,15 @@ def solve(
     if warm_start is not None and not instance.admits(check_mask(instance, warm_start)):
         raise UsageError("the warm start does not meet the budget, the groups or `fixed` of the instance")
     chosen = get_solver(solver)(parameters)
+    if objective is None:
+        objective = next(kind for kind in OBJECTIVES if kind in chosen.supports.objectives)
     monitor = Monitor(stop, callback)
     context = Context(objective, seed, monitor, warm_start, device, batch_size, threads)
     chosen.check_supports(instance, context)
     if monitor.stop.gap is not None and not chosen.supports.bound:
         logger.warning(f"solver '{solver}' proves no bound: the gap of {monitor.stop.gap:g} cannot stop it")
 
-    with _thread_limit(threads):
+    with _thread_limit(threads, chosen.supports.batched):
         monitor.start()
         status = None
         try:
@@ -110,8 +113,10 @@ def solve(
             build_seconds = monitor.elapsed
             monitor.start()
             status = chosen.run(instance, context)
-        except CbsError:
+        except CbsError as error:
             if monitor.pruned is None:
+                if isinstance(error, InstanceError):  # valid, but not for this solver
+                    raise SolverError(f"solver '{solver}' cannot take the instance: {error}") from error
                 raise
             logger.exception("solver '%s' failed; its incumbent is kept", solver)
         except Exception as error:
@@ -159,6 +164,8 @@ def _result(
         raise SolverError(
             "the joint loss has no minimum: the Hessian is singular along `linear`, a positive damping is needed"
         )
+    if not np.isfinite(value):
+        raise SolverError("the loss exceeds the range of float64: rescale the weights or the curvature")
     bound = monitor.bound
     if bound is not None and bound > value:
         if bound - value > 1e-6 * max(abs(value), abs(bound)):
@@ -203,8 +210,8 @@ def environment(context: Context | None = None) -> dict[str, Any]:
 
 
 @contextmanager
-def _thread_limit(threads: int | None) -> Iterator[None]:
-    """Limit BLAS, OpenMP, numba and torch to `threads` where they are loaded."""
+def _thread_limit(threads: int | None, batched: bool) -> Iterator[None]:
+    """Limit BLAS, OpenMP and torch to `threads`; torch only where it is loaded or `batched` solvers will."""
     if threads is None:
         yield
         return
@@ -212,11 +219,12 @@ def _thread_limit(threads: int | None) -> Iterator[None]:
 
     from threadpoolctl import threadpool_limits
 
+    with_torch = batched or "torch" in sys.modules
+    if with_torch:
+        import torch  # before the limits, which hold for the libraries that are loaded
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(threads))
-        if "torch" in sys.modules:
-            import torch
-
+        if with_torch:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
         yield

@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from cbs_opt.solvers.kernels import joint_numba as kernels
-from cbs_opt.solvers.stages import staged
 
 from cbs_opt.curvature import GradientFactor
 from cbs_opt.errors import InstanceError, UsageError
@@ -19,6 +17,8 @@ from cbs_opt.losses import joint_loss
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.kernels import joint_numba as kernels
+from cbs_opt.solvers.stages import staged
 from cbs_opt.typing import BoolArray, IntArray
 
 DENSE_LIMIT = 5000

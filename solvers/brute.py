@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from cbs_opt.errors import SolverError
+from cbs_opt.errors import SolverError, UnboundedError
 from cbs_opt.instance import Instance
 from cbs_opt.losses import evaluate
 from cbs_opt.registry import register
@@ -43,7 +43,11 @@ class BruteForce(Solver):
             monitor.report(values[best], chunk[best])
             if monitor.should_stop():
                 return Status.CONVERGED
-        assert monitor.objective is not None
+        if monitor.objective is None:
+            raise UnboundedError(
+                "the joint loss of no selection has a minimum: the Hessian is singular along `linear`, a positive "
+                "damping is needed"
+            )
         monitor.report_bound(monitor.objective)
         return Status.OPTIMAL
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cbs_opt.solvers.batch import BatchEvaluator
-from cbs_opt.solvers.ls import LocalSearch, LocalSearchParameters
-from cbs_opt.solvers.rmp import Draws, RmpParameters, evaluate_draws
-
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.batch import BatchEvaluator
+from cbs_opt.solvers.ls import LocalSearch, LocalSearchParameters
+from cbs_opt.solvers.rmp import Draws, RmpParameters, evaluate_draws
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ class CombinatorialBrainSurgeon(Solver):
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Draw, then walk."""
+        if context.warm_start is not None:  # known before any limit can end the run
+            context.monitor.report(self._evaluator.problem.value(context.warm_start), context.warm_start)
         draws = Draws(instance, self.parameters.rmp())
         selections, _ = evaluate_draws(draws, self._evaluator, context)
         starts = list(selections[: self.parameters.starts])

@@ -8,10 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from cbs_opt.solvers import backward
-from cbs_opt.solvers.joint_large import exchange_in_bulk
-from cbs_opt.solvers.joint_moves import JointMoves
-from cbs_opt.solvers.tableau import Tableau
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
@@ -19,6 +15,10 @@ from cbs_opt.losses import joint_loss
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers import backward
+from cbs_opt.solvers.joint_large import exchange_in_bulk
+from cbs_opt.solvers.joint_moves import JointMoves
+from cbs_opt.solvers.tableau import Tableau
 from cbs_opt.typing import BoolArray
 
 _GAIN = 1e-9  # smallest improvement that counts, relative to the loss
@@ -80,7 +80,7 @@ class JointSearch(Solver):
         with ThreadPoolExecutor(threads) as pool:
             while not monitor.should_stop():
                 # The core of a large block is chosen anew as long as that helps.
-                moves = JointMoves(instance, pruned, pool if threads > 1 else None)
+                moves = JointMoves(instance, pruned, pool if threads > 1 else None, threads)
                 context.extras["blocks_without_swaps"] = len(moves.skipped)
                 before = moves.doubled
                 pruned = self._search(moves, context)

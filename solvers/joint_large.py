@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from cbs_opt.solvers.backward import DENSE_LIMIT
 
 from cbs_opt.instance import Instance
 from cbs_opt.losses import joint_loss
 from cbs_opt.monitor import Monitor
+from cbs_opt.solvers.backward import DENSE_LIMIT
 from cbs_opt.typing import BoolArray, FloatArray
 
 _PASSES = 12

@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from cbs_opt.solvers.tableau import NEVER, Tableau
+from numpy.typing import NDArray
 
 from cbs_opt.instance import Instance
+from cbs_opt.solvers.tableau import NEVER, Tableau
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 CORE_LIMIT = 5000
@@ -36,6 +37,8 @@ class JointMoves:
     pruned : bool (n,)
         A feasible selection.
     pool : ThreadPoolExecutor or None
+    threads : int
+        Threads of the pool that one block uses.
 
     Attributes
     ----------
@@ -43,7 +46,9 @@ class JointMoves:
         The weights that take part in each tableau, by their index among all n.
     """
 
-    def __init__(self, instance: Instance, pruned: BoolArray, pool: ThreadPoolExecutor | None) -> None:
+    def __init__(
+        self, instance: Instance, pruned: BoolArray, pool: ThreadPoolExecutor | None = None, threads: int = 1
+    ) -> None:
         self.instance = instance
         self.outside = pruned.copy()  # the selection of the weights without a tableau, or outside a core
         self.base = 0.0  # doubled loss of the blocks without a tableau
@@ -53,7 +58,7 @@ class JointMoves:
         group = instance.budget.group_of(instance.n)
         fixed = np.zeros(instance.n, dtype=np.int8) if instance.fixed is None else instance.fixed
         for k in range(instance.curvature.number_of_blocks):
-            self._add_block(k, pruned, group, fixed, pool)
+            self._add_block(k, pruned, group, fixed, pool, threads)
         self._swaps: list[tuple[int, int, float] | None] = [None] * len(self.tableaux)
         self._exchanges: list[dict[int, tuple[float, int, float, int]] | None] = [None] * len(self.tableaux)
         spans = [set(np.unique(group[weights]).tolist()) for weights in self.weights_of]
@@ -68,8 +73,9 @@ class JointMoves:
         k: int,
         pruned: BoolArray,
         group: IntArray,
-        fixed: np.ndarray[tuple[int], np.dtype[np.int8]],
+        fixed: NDArray[np.int8],
         pool: ThreadPoolExecutor | None,
+        threads: int,
     ) -> None:
         instance, curvature = self.instance, self.instance.curvature
         part = curvature.block_slice(k)
@@ -93,7 +99,7 @@ class JointMoves:
         index = part.start + inside
         self.weights_of.append(index)
         self.tableaux.append(
-            Tableau(H, b[inside], constant, ~local[inside], group[index], fixed[index] == 0, pool)
+            Tableau(H, b[inside], constant, ~local[inside], group[index], fixed[index] == 0, pool, threads)
         )
 
     def _core(

@@ -132,7 +132,8 @@ class LocalSearch:
         P = inside[np.argsort(A_ii[inside] - s[inside], kind="stable")]  # π: by decreasing α
         beta_minus_gamma = s[outside] + A_ii[outside] - 2.0 * self.columns.entries(P[0], outside)
         C = outside[np.argsort(beta_minus_gamma, kind="stable")]  # θ
-        self.columns.fetch(P[: tau + 1])
+        # Most of what the step will try or swap, in one product: columns one by one cost twice the time.
+        self.columns.fetch(np.concatenate([P[: tau + rho + 1], C[: tau + rho + 1]]))
 
         available = np.ones(C.size, dtype=bool)
         taken = failures = 0

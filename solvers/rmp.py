@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from cbs_opt.solvers.batch import BatchEvaluator
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.batch import BatchEvaluator
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _DEFAULT_BATCH = 64

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from cbs_opt.solvers.kernels import joint_numba as kernels
 
 from cbs_opt.linalg import inverse_pd
+from cbs_opt.solvers.kernels import joint_numba as kernels
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 NEVER = 1e300
@@ -37,7 +39,8 @@ class Tableau:
     movable : bool (n,)
         False where a weight must stay on its side.
     pool : ThreadPoolExecutor or None
-        Threads for large updates.
+    threads : int
+        Threads of the pool that a large update uses.
 
     Notes
     -----
@@ -53,10 +56,11 @@ class Tableau:
         group: IntArray,
         movable: BoolArray,
         pool: ThreadPoolExecutor | None = None,
+        threads: int = 1,
     ) -> None:
         self.H, self.b, self.constant = H, b, constant
         self.group, self.movable = group, movable
-        self.pool = pool
+        self.pool, self.threads = pool, threads
         self.one_group = bool((group == group[0]).all()) if group.size else True
         self.tabu = np.zeros(b.size, dtype=bool)  # weights that may not move for now
         self.drift = 0.0
@@ -145,15 +149,14 @@ class Tableau:
             row, column = self.group[self.P], self.group[self.S]
             kernels.best_swap_per_row_in_groups(self.U, y, it, cost, self.d, self.a, row, column, start, stop, out)
 
-    def _over_rows(self, work, *arguments) -> None:  # type: ignore[no-untyped-def]
+    def _over_rows(self, work: Callable[..., None], *arguments: FloatArray) -> None:
         """Call ``work(start, stop, *arguments)`` over all rows, in the threads of the pool where it pays."""
         rows = self.P.size
         if self.pool is None or rows * self.S.size < _PARALLEL_ENTRIES:
             work(0, rows, *arguments)
             return
-        workers = self.pool._max_workers
-        cuts = [rows * k // workers for k in range(workers + 1)]
-        for done in [self.pool.submit(work, a, b, *arguments) for a, b in zip(cuts, cuts[1:], strict=False)]:
+        cuts = [rows * k // self.threads for k in range(self.threads + 1)]
+        for done in [self.pool.submit(work, a, b, *arguments) for a, b in itertools.pairwise(cuts)]:
             done.result()
 
     # Moves -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from cbs_opt.cli.common import EXIT_FILE, EXIT_OK
 from cbs_opt.cli.progress import number
 from cbs_opt.cli.report import SCHEMA, write_json
+from cbs_opt.errors import UsageError
 from cbs_opt.files import read_solution
 from cbs_opt.instance import Instance
 from cbs_opt.losses import evaluate, predicted_loss
@@ -24,10 +26,13 @@ def check_solution(instance: Instance, path: Path, json_target: str | None) -> i
     pruned = solution.pruned
     stored = solution.result.get("instance", {})
     count = int(pruned.sum())
-    if instance.budget.groups is None and isinstance(stored, dict) and stored.get("budget") == count:
-        instance = instance.with_budget(count)  # it was solved for another budget than the file's
     problems = []
-    if not instance.admits(pruned):
+    asked = instance
+    if instance.budget.groups is None and isinstance(stored, dict) and stored.get("budget") == count:
+        # Solved for another budget than the file's; where `fixed` does not allow it, the selection is wrong.
+        with suppress(UsageError):
+            asked = instance.with_budget(count)
+    if not asked.admits(pruned):
         problems.append(
             f"the selection, {count} weights, does not meet the budget of {instance.budget.total}, the groups "
             "or `fixed` of the instance"
@@ -45,17 +50,22 @@ def check_solution(instance: Instance, path: Path, json_target: str | None) -> i
         if np.any(solution.weights[pruned] != 0):
             problems.append("`weights` is not zero on all pruned weights")
         found["weights_loss"] = predicted_loss(instance, solution.weights - instance.weights)
-    for key in ("selection_loss", "joint_loss"):
+    kind = "joint_loss" if solution.result.get("objective_kind") == "joint" else "selection_loss"
+    for key, value in (
+        ("selection_loss", found["selection_loss"]),
+        ("joint_loss", found["joint_loss"]),
+        ("objective", found[kind]),
+        ("pruned_count", count),
+    ):
         claimed = solution.result.get(key)
-        value = found[key]
         if claimed is None or value is None:
             continue
-        if not isinstance(claimed, int | float) or abs(claimed - value) > _TOLERANCE * max(abs(value), 1e-300):
-            problems.append(f"`{key}` is {value:.9g}, the file claims {claimed}")
-    bound = solution.result.get("bound")
-    kind = "joint_loss" if solution.result.get("objective_kind") == "joint" else "selection_loss"
-    value = found[kind]
-    if isinstance(bound, int | float) and value is not None and bound > value + _TOLERANCE * abs(value):
+        if not _is_number(claimed) or abs(claimed - value) > _TOLERANCE * max(abs(value), 1e-300):
+            problems.append(f"`{key}` is {value:.9g}, the file claims {str(claimed)[:40]}")
+    bound, value = solution.result.get("bound"), found[kind]
+    if bound is not None and not _is_number(bound):
+        problems.append(f"the claimed bound {str(bound)[:40]} is no number")
+    elif bound is not None and value is not None and bound > value + _TOLERANCE * abs(value):
         problems.append(f"the claimed bound {bound:.9g} lies above the {kind} {value:.9g}")
     found |= {"valid": not problems, "problems": problems}
     if json_target is not None:
@@ -73,3 +83,8 @@ def check_solution(instance: Instance, path: Path, json_target: str | None) -> i
     for problem in problems:
         sys.stderr.write(f"cbs-solve: {path}: {problem}\n")
     return EXIT_FILE if problems else EXIT_OK
+
+
+def _is_number(value: Any) -> bool:
+    """Whether JSON gave a number that float64 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308

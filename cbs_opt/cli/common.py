@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from cbs_opt.errors import CbsError, UsageError
+from cbs_opt.errors import CbsError, OutputError, UsageError
 from cbs_opt.version import __version__
 
 logger = logging.getLogger("cbs_opt")
@@ -43,8 +45,14 @@ def with_dashes(arguments: Sequence[str]) -> list[str]:
 def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence[str] | None) -> int:
     """Run the body of a command; errors become one sentence on stderr and an exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _keep_printing(sys.stdout)
     try:
-        return body(with_dashes(given))
+        with warnings.catch_warnings():
+            if "--debug" not in given:
+                warnings.simplefilter("ignore")  # of NumPy, on overflow say: results are checked to be finite
+            code = body(with_dashes(given))
+        _flush_stdout()
+        return code
     except CbsError as error:
         if "--debug" in given:
             raise
@@ -53,7 +61,7 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
         return error.exit_code
     except BrokenPipeError:
         # Whoever read our output has left; point stdout elsewhere so that the interpreter's flush is silent.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return EXIT_OK
     except KeyboardInterrupt:
         return EXIT_KILLED
@@ -70,6 +78,27 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
             file=sys.stderr,
         )
         return EXIT_SOLVER
+
+
+def _keep_printing(stream: object) -> None:
+    """Let a terminal that lacks a character, `ᵀ` say, show a stand-in instead of raising."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_stdout() -> None:
+    """Write out what is left now, where an error can still be told, and not as the interpreter leaves."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_stdout()
+        raise OutputError(f"stdout: cannot be written: {error.strerror or error}") from error
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def start_logging(quiet: bool, verbose: bool) -> None:

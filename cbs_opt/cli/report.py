@@ -83,7 +83,7 @@ def result_text(instance: Instance, result: Result, read_seconds: float) -> str:
 
 def write_json(target: str, content: dict[str, Any]) -> None:
     """Write JSON to a file, or to stdout for '-'."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
     if target == "-":
         sys.stdout.write(text)
         sys.stdout.flush()

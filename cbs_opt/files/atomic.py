@@ -24,6 +24,10 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     path = Path(path)
     temporary: str | None = None
     try:
+        if _is_device(path):
+            with path.open("wb") as file:
+                yield file
+            return
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -41,11 +45,18 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
             Path(temporary).unlink(missing_ok=True)
 
 
+def _is_device(path: Path) -> bool:
+    """Whether `path` is a device or a pipe, /dev/null say, which a file must not take the place of."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def check_writable(path: Path | str) -> None:
     """Raise `OutputError` unless a file could be written at `path` now."""
     path = Path(path)
     if path.is_dir():
         raise OutputError(f"{path}: cannot be written: it is a directory")
+    if _is_device(path):
+        return
     if not path.parent.is_dir():
         raise OutputError(f"{path}: cannot be written: there is no directory {path.parent}")
     try:

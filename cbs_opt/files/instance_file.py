@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from cbs_opt.budget import Budget
 from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks, InverseHessianBlocks
 from cbs_opt.errors import InstanceError
-from cbs_opt.files.npz import NpzReader, write_npz
+from cbs_opt.files.npz import NpzReader, json_text, write_npz
 from cbs_opt.instance import Instance
 
 FORMAT = "cbs-instance"
@@ -83,7 +82,7 @@ def read_instance(path: Path | str) -> Instance:
                 budget=Budget(npz.integer("budget"), arrays.get("groups"), arrays.get("group_budgets")),
                 linear=arrays.get("linear"),
                 fixed=arrays.get("fixed"),
-                metadata=_metadata(npz),
+                metadata=npz.json_object("metadata"),
                 path=path,
                 sha256=file_sha256(path),
             )
@@ -116,16 +115,6 @@ def _curvature(kind: str, arrays: dict[str, NDArray[Any]], block_sizes: NDArray[
     return InverseHessianBlocks(arrays["inverse_hessian"], block_sizes)
 
 
-def _metadata(npz: NpzReader) -> dict[str, Any]:
-    try:
-        metadata = json.loads(npz.text("metadata"))
-    except (ValueError, RecursionError):
-        raise InstanceError("`metadata` must be JSON text") from None
-    if not isinstance(metadata, dict):
-        raise InstanceError(f"`metadata` must be a JSON object, got {type(metadata).__name__}")
-    return metadata
-
-
 def write_instance(path: Path | str, instance: Instance) -> None:
     """Write an instance file; same instance, same bytes.
 
@@ -133,6 +122,8 @@ def write_instance(path: Path | str, instance: Instance) -> None:
     ------
     OutputError
         When the file cannot be written; nothing is left behind then.
+    InstanceError
+        When `metadata` holds what JSON cannot.
     """
     curvature = instance.curvature
     arrays: dict[str, NDArray[Any]] = {
@@ -153,7 +144,10 @@ def write_instance(path: Path | str, instance: Instance) -> None:
         arrays["linear"] = instance.linear
     if instance.fixed is not None:
         arrays["fixed"] = instance.fixed
-    arrays["metadata"] = np.array(json.dumps(dict(instance.metadata), sort_keys=True))
+    try:
+        arrays["metadata"] = json_text(instance.metadata)
+    except (TypeError, ValueError) as error:
+        raise InstanceError(f"`metadata` cannot be written as JSON: {error}") from None
     write_npz(path, arrays)
 
 

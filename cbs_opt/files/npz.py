@@ -8,10 +8,9 @@ aligned array, and writes the same bytes for the same arrays.
 from __future__ import annotations
 
 import io
+import json
 import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,23 +29,6 @@ MAP_BYTES = 1 << 26
 _ALIGNMENT = 64
 _CHUNK = 1 << 22
 _PADDING_ID = 0xD935  # the extra field that zipalign pads with
-_BROKEN = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    tokenize.TokenError,
-    ValueError,
-    KeyError,
-    EOFError,
-    OSError,
-    RuntimeError,
-    NotImplementedError,
-    OverflowError,
-    SyntaxError,
-    TypeError,
-    MemoryError,
-    RecursionError,
-)
 
 
 @dataclass(frozen=True)
@@ -86,20 +68,24 @@ class NpzReader:
         self.path = path
         self._error = error
         try:
-            if not path.is_file():
-                raise error(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
-            self._archive = zipfile.ZipFile(path)
+            missing = None if path.is_file() else "is not a file" if path.exists() else "no such file"
+            if missing is None:
+                self._archive = zipfile.ZipFile(path)
         except zipfile.BadZipFile:
             raise error(f"{path}: is not an .npz archive, or it is truncated") from None
-        except _BROKEN as broken:
+        except Exception as broken:
             raise error(f"{path}: cannot be read: {_reason(broken)}") from None
+        if missing is not None:
+            raise error(f"{path}: {missing}")
         self.headers: dict[str, Header] = {}
         for info in self._archive.infolist():
+            if not info.filename.isprintable():
+                raise error(f"{path}: is damaged: it holds a member with the name {info.filename[:60]!r}")
             if not info.filename.endswith(".npy"):
-                raise error(f"{path}: holds '{info.filename}', which is no array")
+                raise error(f"{path}: holds '{info.filename[:60]}', which is no array")
             key = info.filename.removesuffix(".npy")
             if key in self.headers:
-                raise error(f"{path}: holds `{key}` twice")
+                raise error(f"{path}: holds `{key[:60]}` twice")
             self.headers[key] = self._read_header(info, key)
 
     def __enter__(self) -> NpzReader:
@@ -115,7 +101,7 @@ class NpzReader:
                 read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
                 shape, fortran_order, dtype = read(member)
                 header = Header(np.dtype(dtype), shape, fortran_order, member.tell())
-        except _BROKEN as broken:
+        except Exception as broken:  # zipfile, its decompressors and numpy raise a dozen kinds
             raise self._error(f"{self.path}: `{key}` is damaged: {_reason(broken)}") from None
         if header.dtype.hasobject:
             raise self._error(f"{self.path}: `{key}` holds pickled Python objects, which are never loaded")
@@ -138,7 +124,7 @@ class NpzReader:
                     return np.memmap(self.path, header.dtype, "r", offset=offset, shape=header.shape, order=order)
             with self._archive.open(info) as member:
                 return np.asarray(npy_format.read_array(member, allow_pickle=False))
-        except _BROKEN as broken:
+        except Exception as broken:  # zipfile, its decompressors and numpy raise a dozen kinds
             raise self._error(f"{self.path}: `{key}` is damaged: {_reason(broken)}") from None
 
     def _check_sum(self, info: zipfile.ZipInfo) -> None:
@@ -164,6 +150,16 @@ class NpzReader:
         except (UnicodeError, ValueError):
             raise self._error(f"{self.path}: `{key}` is damaged: it is no valid text") from None
         return text
+
+    def json_object(self, key: str) -> dict[str, Any]:
+        """A member that holds one JSON object, without the NaN and Infinity that Python's reader lets pass."""
+        try:
+            content = json.loads(self.text(key), parse_constant=_refuse, parse_float=_finite)
+        except (ValueError, RecursionError):
+            raise self._error(f"{self.path}: `{key}` must be JSON text") from None
+        if not isinstance(content, dict):
+            raise self._error(f"{self.path}: `{key}` must be a JSON object, got {type(content).__name__}")
+        return content
 
     def check_format(self, name: str, newest: int) -> None:
         """Check the members `format` and `version`."""
@@ -250,6 +246,21 @@ def write_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
                 step = max(1, _CHUNK // max(1, array.itemsize))
                 for first in range(0, data.size, step):
                     member.write(data[first : first + step].tobytes())
+
+
+def json_text(content: Mapping[str, Any]) -> NDArray[Any]:
+    """A JSON object as an array of one text; raises `ValueError` for NaN and infinity, which JSON has not."""
+    return np.array(json.dumps(dict(content), sort_keys=True, allow_nan=False))
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(text: str) -> float:
+    if np.isinf(value := float(text)):
+        raise ValueError(f"{text} is out of range")
+    return value
 
 
 def _reason(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbs_opt.errors import SolutionError
-from cbs_opt.files.npz import NpzReader, write_npz
+from cbs_opt.files.npz import NpzReader, json_text, write_npz
 from cbs_opt.instance import Instance
 from cbs_opt.result import Solution
 
@@ -43,12 +42,7 @@ def read_solution(path: Path | str, instance: Instance | None = None) -> Solutio
             weights = npz.read("weights").astype(np.float64)
             if not np.isfinite(weights).all():
                 raise SolutionError(f"{path}: `weights` has NaN or infinite entries")
-        try:
-            result = json.loads(npz.text("result"))
-        except (ValueError, RecursionError):
-            raise SolutionError(f"{path}: `result` must be JSON text") from None
-        if not isinstance(result, dict):
-            raise SolutionError(f"{path}: `result` must be a JSON object, got {type(result).__name__}")
+        result = npz.json_object("result")
         solution = Solution(npz.read("pruned"), npz.text("instance_sha256"), weights, result)
     if instance is not None:
         if solution.pruned.size != instance.n:
@@ -77,5 +71,8 @@ def write_solution(path: Path | str, solution: Solution) -> None:
     }
     if solution.weights is not None:
         arrays["weights"] = solution.weights
-    arrays["result"] = np.array(json.dumps(dict(solution.result), sort_keys=True))
+    try:
+        arrays["result"] = json_text(solution.result)
+    except (TypeError, ValueError) as error:
+        raise SolutionError(f"`result` cannot be written as JSON: {error}") from None
     write_npz(path, arrays)
