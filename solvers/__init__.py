@@ -13,6 +13,8 @@ MODULES = {
     "rmp": "cbs_opt.solvers.rmp",
     "ls": "cbs_opt.solvers.ls",
     "cbs": "cbs_opt.solvers.cbs",
+    "search": "cbs_opt.solvers.search",
+    "relax": "cbs_opt.solvers.relax",
     "backward": "cbs_opt.solvers.backward",
     "joint": "cbs_opt.solvers.joint",
     "brute": "cbs_opt.solvers.brute",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def _feasible_selections(instance: Instance) -> itertools.chain[BoolArray]:
     member = np.zeros((n, per_group.size), dtype=np.int64)
     member[np.arange(n), group] = 1
 
-    def chunks() -> itertools.chain[BoolArray]:
+    def chunks() -> Iterator[BoolArray]:
         for start in range(0, 1 << n, _CHUNK):
             code = np.arange(start, min(start + _CHUNK, 1 << n), dtype=np.int64)
             code = code[np.bitwise_count(code) == instance.budget.total]

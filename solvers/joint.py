@@ -16,12 +16,15 @@ from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers import backward
+from cbs_opt.solvers.joint_bound import improve_bound
 from cbs_opt.solvers.joint_large import exchange_in_bulk
 from cbs_opt.solvers.joint_moves import JointMoves
 from cbs_opt.solvers.tableau import Tableau
 from cbs_opt.typing import BoolArray
+from cbs_opt.update import best_update
 
 _GAIN = 1e-9  # smallest improvement that counts, relative to the loss
+_OPTIMAL_GAP = 1e-6
 _REFACTOR = 200  # moves between two fresh factorisations
 
 
@@ -34,9 +37,12 @@ class JointParameters(Parameters):
         None, "moves without improvement after which the search ends; 300 when there is no other rule to stop"
     )
     restart: int = option(400, "moves without improvement after which the search goes back to the best, shaken")
+    bound_steps: int = option(200, "steps of the ascent to a lower bound, once a local optimum is found")
     stage: float = option(0.1, "share of a large block's weights that backward elimination removes at once")
 
     def __post_init__(self) -> None:
+        if self.bound_steps < 0:
+            raise UsageError(f"`bound_steps` must not be negative, got {self.bound_steps}")
         for name in ("tenure", "patience", "restart"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}")
@@ -52,7 +58,7 @@ class JointSearch(Solver):
     """
 
     summary = "swap search on the loss after the update: backward elimination, descent, tabu"
-    supports = Capabilities(objectives=frozenset({"joint"}), warm_start=True)
+    supports = Capabilities(objectives=frozenset({"joint"}), bound=True, warm_start=True)
     parameters_type = JointParameters
     parameters: JointParameters
 
@@ -86,9 +92,19 @@ class JointSearch(Solver):
                 pruned = self._search(moves, context)
                 context.extras["drift"] = max(context.extras.get("drift", 0.0), moves.drift)
                 whole = sum(index.size for index in moves.weights_of) == instance.n
-                if whole or not moves.tableaux or joint_loss(instance, pruned) * 2 > before * (1 - _GAIN):
+                if whole or not moves.tableaux or joint_loss(instance, pruned) * 2 > before - _GAIN * abs(before):
                     break
-        return Status.CONVERGED
+        gap = monitor.gap
+        return Status.OPTIMAL if gap is not None and gap <= _OPTIMAL_GAP else Status.CONVERGED
+
+    def _bound(self, moves: JointMoves, context: Context) -> None:
+        """Spend a sixth of the remaining time, and ten seconds at most, on a lower bound."""
+        monitor, pruned = context.monitor, moves.pruned()
+        displacement = best_update(moves.instance, pruned) - moves.instance.weights
+        seconds = min(10.0, monitor.remaining / 6)
+        improve_bound(
+            moves.instance, displacement, moves.doubled / 2, monitor, self.parameters.bound_steps, seconds
+        )
 
     def _search(self, moves: JointMoves, context: Context) -> BoolArray:
         """Best-swap descent, then tabu search; returns the best selection."""
@@ -110,6 +126,10 @@ class JointSearch(Solver):
                 moves.refactor()  # a local optimum is declared on fresh numbers only
                 move = moves.best_move()
                 descending = move is not None and move.change < -_GAIN * abs(moves.doubled)
+                if not descending:
+                    self._bound(moves, context)
+                    if monitor.gap is not None and monitor.gap <= _OPTIMAL_GAP:
+                        break
             if move is None and not tabu:
                 break
             count += 1

@@ -1,0 +1,233 @@
+"""The best selection heuristic of the package: relaxation, concave continuation on cores, tabu swaps, a bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbs_opt.errors import UsageError
+from cbs_opt.instance import Instance
+from cbs_opt.registry import register
+from cbs_opt.result import Status
+from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.reduced import ReducedProblem
+from cbs_opt.solvers.relaxation import Relaxation
+from cbs_opt.solvers.search_core import GAIN, CorePoint, Incumbent, candidate_swaps
+from cbs_opt.solvers.warm_up import warm_up_selection
+from cbs_opt.typing import FloatArray, IntArray
+
+PATH = (0.1, 0.03, 0.01, 3e-3, 1e-3)
+"""Concave weights of the path that leads to the relaxation from which cores and starts are taken."""
+
+_EARLY = 0.01  # weight on the path at which a first point is hardened
+_PATH_TOLERANCE = 1e-4
+_PATH_ROUNDS = 24  # at most; fewer where the blocks are small
+_DEEPEN_ROUNDS = 24  # further rounds after every epoch until the path has converged
+_BOUND_ROUNDS = 10  # of the plain relaxation after every epoch until it has converged
+_START = (1e-3, 3e-2)  # concave weight of a start from the relaxation, log-uniform
+_MELT = (5e-3, 0.2)  # concave weight after melting a binary point, log-uniform
+_NOISE = (0.3, 1.8)  # log-normal spread of the random concave weights, uniform
+_TENURE = (4, 15)
+_BLOCKS_OF_A_CORE = 8
+_OPTIMAL_GAP = 1e-6
+
+
+@dataclass(frozen=True)
+class SearchParameters(Parameters):
+    """Sizes and patience; all free of scale."""
+
+    core: int = option(700, "variables of a core at most")
+    working_set: int = option(256, "violating variables of a working set of the relaxation")
+    cycles: int = option(12, "cycles without improvement after which a new core is chosen")
+    stall: int = option(500, "tabu steps without improvement that end a cycle; more where a core holds everything")
+    ratio: float = option(2.0, "growth of the concave weight while a point hardens")
+    patience: int | None = option(
+        None, "cycles without improvement after which the search ends; 150 when there is no other rule to stop"
+    )
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("core", 2), ("working_set", 2), ("cycles", 1), ("stall", 1)):
+            if getattr(self, name) < smallest:
+                raise UsageError(f"`{name}` must be at least {smallest}, got {getattr(self, name)}")
+        if self.ratio <= 1:
+            raise UsageError(f"`ratio` must be more than 1, got {self.ratio}")
+        if self.patience is not None and self.patience < 1:
+            raise UsageError(f"`patience` must be at least 1, got {self.patience}")
+
+
+@register("search")
+class Search(Solver):
+    """Relaxation, concave continuation, tabu; an iteration is a cycle.
+
+    A cycle melts a binary point (a small weight on the concave term of `Relaxation`, with random weights per
+    variable), lets it harden again while that weight grows, rounds, and repairs by drop/add tabu search. It works
+    on a core: the variables nearest to their threshold in the relaxation. Cycles on one core make an epoch; what
+    an epoch finds is repaired by swaps over all variables with a fresh gradient. Between epochs the relaxation is
+    driven on, and gives a lower bound.
+    """
+
+    summary = "relaxation, concave continuation on cores, tabu swaps; with a lower bound"
+    supports = Capabilities(bound=True, warm_start=True)
+    parameters_type = SearchParameters
+    parameters: SearchParameters
+
+    def prepare(self, instance: Instance, context: Context) -> None:
+        """Compile, presolve, build columns."""
+        warm_up_selection()
+        self._problem = ReducedProblem(instance)
+
+    def run(self, instance: Instance, context: Context) -> Status:
+        """Search until told to stop, or until nothing improves any more."""
+        run = _Run(self._problem, self.parameters, context)
+        run.search()
+        gap = context.monitor.gap
+        return Status.OPTIMAL if gap is not None and gap <= _OPTIMAL_GAP else Status.CONVERGED
+
+
+class _Run:
+    """The state of one search."""
+
+    def __init__(self, problem: ReducedProblem, parameters: SearchParameters, context: Context) -> None:
+        self.problem, self.parameters = problem, parameters
+        self.monitor = context.monitor
+        self.rng = context.rng()
+        self.state = np.uint64(self.rng.integers(1, 2**62))
+        cheapest = problem.smallest(0.5 * problem.columns.diagonal + problem.linear)
+        self.point = Incumbent(problem, cheapest)
+        self._report()
+        if context.warm_start is not None:
+            self._offer(Incumbent(problem, problem.presolved.restrict(context.warm_start)))
+        stop = self.monitor.stop
+        self.patience = parameters.patience
+        if self.patience is None and all(
+            rule is None
+            for rule in (stop.time_limit, stop.max_iterations, stop.no_improvement, stop.target, stop.gap)
+        ):
+            self.patience = 150
+
+    def _report(self) -> None:
+        self.monitor.report(self.problem.objective(self.point.y), self.problem.expand(self.point.y))
+
+    def _offer(self, other: Incumbent) -> None:
+        """Take another point as the incumbent if it is better."""
+        if other.f < self.point.f - GAIN * abs(self.point.f):
+            self.point = other
+            self._report()
+
+    def search(self) -> None:
+        """Path, then epochs."""
+        problem, monitor = self.problem, self.monitor
+        if problem.n == 0 or not problem.budget.any():
+            monitor.report_bound(problem.certified_bound(self.point.y))
+            return
+        if monitor.should_stop():
+            return
+        relaxed = self._path()
+        monitor.report_bound(relaxed.bound())
+        start = Incumbent(problem, problem.smallest(-relaxed.x))
+        tight: Relaxation | None = None
+        settled = bound_done = False
+        epoch, idle = 0, 0
+        while not monitor.should_stop():
+            fresh = epoch % 2 == 0
+            before, cycles = self.point.f, monitor.iterations
+            self._epoch(relaxed, start if fresh else self.point, fresh, first=epoch == 0)
+            idle = idle + monitor.iterations - cycles if self.point.f >= before else 0
+            epoch += 1
+            if not settled:
+                rounds = self._solve(relaxed, PATH[-1], _PATH_TOLERANCE, _DEEPEN_ROUNDS)
+                settled = rounds < _DEEPEN_ROUNDS
+                start = Incumbent(problem, problem.smallest(-relaxed.x))
+            if tight is None and epoch >= 2:
+                tight = relaxed.copy()
+            if tight is not None and not bound_done:
+                bound_done = self._solve(tight, 0.0, 1e-7, _BOUND_ROUNDS) < _BOUND_ROUNDS
+                monitor.report_bound(tight.bound())
+                if monitor.gap is not None and monitor.gap <= _OPTIMAL_GAP:
+                    return
+            if self.patience is not None and idle >= self.patience and bound_done:
+                return
+
+    def _solve(self, relaxed: Relaxation, t: float, tolerance: float, rounds: int) -> int:
+        return relaxed.solve(
+            t,
+            size=self.parameters.working_set,
+            tolerance=tolerance,
+            rounds=rounds,
+            should_stop=self.monitor.should_stop,
+        )
+
+    def _path(self) -> Relaxation:
+        """Follow the concave weights down from the diagonal start, rounding at every one."""
+        problem, monitor = self.problem, self.monitor
+        relaxed = Relaxation(problem)
+        longest = int(np.diff(problem.columns.starts).max())
+        rounds = min(4 + -(-longest // (4 * self.parameters.working_set)), _PATH_ROUNDS)
+        for t in PATH:
+            self._solve(relaxed, t, _PATH_TOLERANCE, rounds)
+            rounded = Incumbent(problem, problem.smallest(-relaxed.x))
+            if t == _EARLY and not monitor.should_stop():
+                local = CorePoint(rounded, self._choose_core(relaxed, t, min(300, self.parameters.core)))
+                x = local.fit(relaxed.x[local.core.index])
+                y = local.harden(
+                    x, local.core.diagonal, t, self.parameters.ratio, self._tolerance(), monitor.should_stop
+                )
+                rounded.move(local.core.index, y)
+                candidate_swaps(rounded, monitor.should_stop)
+            self._offer(rounded)
+            if monitor.should_stop():
+                break
+        return relaxed
+
+    def _tolerance(self) -> float:
+        return 1e-6 * max(abs(self.point.f), 1e-300)
+
+    def _choose_core(self, relaxed: Relaxation, t: float, size: int) -> IntArray:
+        """The variables nearest to their threshold, from a few blocks."""
+        problem = self.problem
+        h = relaxed.slope(t)
+        distance = np.abs(h - problem.threshold(h))
+        distance[(relaxed.x > 0) & (relaxed.x < 1)] = 0.0
+        starts = problem.columns.starts
+        at = np.arange(problem.n)
+        if starts.size - 1 > _BLOCKS_OF_A_CORE:
+            blocks = np.sort(self.rng.choice(starts.size - 1, _BLOCKS_OF_A_CORE, replace=False))
+            at = np.concatenate([np.arange(starts[b], starts[b + 1]) for b in blocks])
+        return np.sort(at[np.argsort(distance[at], kind="stable")[:size]])
+
+    def _epoch(self, relaxed: Relaxation, base: Incumbent, fresh: bool, first: bool) -> None:
+        """Cycles on one core, from the relaxation if `fresh`, else from the incumbent."""
+        monitor, parameters, rng = self.monitor, self.parameters, self.rng
+        size = int(np.clip(5 * relaxed.fractional, min(300, parameters.core), parameters.core))
+        local = CorePoint(base, self._choose_core(relaxed, PATH[-1], size))
+        core = local.core
+        stall = parameters.stall if core.n < self.problem.n else max(parameters.stall, 20 * core.n)
+        tolerance = self._tolerance()
+        current: FloatArray | None = None
+        value, idle = np.inf, 0
+        while idle < parameters.cycles and not monitor.should_stop():
+            if current is None and fresh:
+                x = local.fit(relaxed.x[core.index])
+                t = _log_uniform(rng, _START) if not first else _START[0]
+            else:
+                x = local.y if current is None else current
+                t = _log_uniform(rng, _MELT)
+            weight = core.diagonal * np.exp(rng.uniform(*_NOISE) * rng.standard_normal(core.n))
+            y = local.harden(x, weight, t, parameters.ratio, tolerance, monitor.should_stop)
+            tenure = int(rng.integers(_TENURE[0], _TENURE[1] + 1))
+            y, f, self.state = local.tabu(y, stall, tenure, self.state, monitor.should_stop)
+            monitor.advance()
+            idle += 1
+            if current is None or f < value - GAIN * abs(value):
+                current, value, idle = y, f, 0
+                if f < self.point.f - GAIN * abs(self.point.f):
+                    whole = base.y.copy()
+                    whole[core.index] = y
+                    found = Incumbent(self.problem, whole)
+                    candidate_swaps(found, monitor.should_stop)
+                    self._offer(found)
+
+
+def _log_uniform(rng: np.random.Generator, limits: tuple[float, float]) -> float:
+    return float(limits[0] * (limits[1] / limits[0]) ** rng.random())
