@@ -65,7 +65,7 @@ class Instance:
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, Budget):
-            object.__setattr__(self, "budget", Budget(self.budget))
+            object.__setattr__(self, "budget", Budget(self.budget))  # type: ignore[unreachable]
         n = self.curvature.n
         object.__setattr__(self, "weights", _vector("weights", self.weights, n))
         if self.linear is not None:

@@ -112,7 +112,7 @@ def is_positive(A: FloatArray, *, definite: bool, precision: float) -> bool:
     if largest == 0:
         return not A.any()
     if b > _CHOLESKY_LIMIT:
-        return _smallest_ritz_value(A) >= -10 * b * precision * largest
+        return bool(_smallest_ritz_value(A) >= -10 * b * precision * largest)
     if definite:
         scale = 1.0 / np.sqrt(diagonal)
         _, info = lapack.dpotrf(A * scale[:, None] * scale[None, :], lower=1)
@@ -128,7 +128,7 @@ def _smallest_ritz_value(A: FloatArray, steps: int = 30) -> float:
     rng = np.random.default_rng(0)
     basis = np.zeros((steps, A.shape[0]))
     alpha, beta = np.zeros(steps), np.zeros(steps)
-    v = rng.standard_normal(A.shape[0])
+    v = rng.standard_normal((A.shape[0],))
     v /= np.linalg.norm(v)
     taken = 0
     for k in range(steps):

@@ -25,12 +25,16 @@ from cbs_opt.version import __version__
 
 logger = logging.getLogger("cbs_opt")
 
-DEFAULT_SOLVER = "cbs"
+DEFAULT_SOLVERS = {"selection": "search", "joint": "joint"}
+"""The solver of each objective where none is named."""
+
+# Up to this size threads that share a block only wait for each other: seconds, where other processes are busy.
+_SMALL_BLOCK = 256
 
 
 def solve(
     instance: Instance,
-    solver: str = DEFAULT_SOLVER,
+    solver: str | None = None,
     *,
     objective: str | None = None,
     stop: Stop | None = None,
@@ -48,8 +52,8 @@ def solve(
     Parameters
     ----------
     instance : Instance
-    solver : str
-        A name of `solver_names()`.
+    solver : str, optional
+        A name of `solver_names()`; that of `DEFAULT_SOLVERS` when not given.
     objective : {"selection", "joint"}, optional
         The loss to minimise: of the selection as it stands, or after the best update of the kept weights.
         "selection" when not given, unless the solver minimises only the other.
@@ -66,7 +70,7 @@ def solve(
     device : {"auto", "cpu", "cuda"}
         For solvers that work in batches.
     threads : int, optional
-        Threads that linear algebra and kernels may use.
+        Threads that linear algebra and kernels may use; without it one where all blocks are small, else all.
     batch_size : int, optional
         Candidates per batch.
     callback : callable, optional
@@ -96,6 +100,8 @@ def solve(
         raise UsageError(f"`seed` must not be negative, got {seed}")
     if warm_start is not None and not instance.admits(check_mask(instance, warm_start)):
         raise UsageError("the warm start does not meet the budget, the groups or `fixed` of the instance")
+    if solver is None:
+        solver = DEFAULT_SOLVERS[objective or "selection"]
     chosen = get_solver(solver)(parameters)
     if objective is None:
         objective = next(kind for kind in OBJECTIVES if kind in chosen.supports.objectives)
@@ -105,8 +111,12 @@ def solve(
     if monitor.stop.gap is not None and not chosen.supports.bound:
         logger.warning(f"solver '{solver}' proves no bound: the gap of {monitor.stop.gap:g} cannot stop it")
 
-    with _thread_limit(threads, chosen.supports.batched):
-        monitor.start()
+    if threads is None and int(instance.curvature.block_sizes.max()) <= _SMALL_BLOCK:
+        limit: int | None = 1
+    else:
+        limit = threads
+    monitor.start()
+    with _thread_limit(limit, chosen.supports.batched):
         status = None
         try:
             chosen.prepare(instance, context)
@@ -221,7 +231,10 @@ def _thread_limit(threads: int | None, batched: bool) -> Iterator[None]:
 
     with_torch = batched or "torch" in sys.modules
     if with_torch:
-        import torch  # before the limits, which hold for the libraries that are loaded
+        try:
+            import torch  # before the limits, which hold for the libraries that are loaded
+        except ModuleNotFoundError:
+            with_torch = False  # a solver that needs it says so itself
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(threads))
         if with_torch:

@@ -102,7 +102,17 @@ class LocalSearch:
         self.columns = ColumnCache(self.problem)
 
     def walk(self, start: BoolArray, context: Context) -> int:
-        """Improve `start`, bool (n,), reporting to the monitor; returns the number of swaps."""
+        """Improve `start`, bool (n,), reporting to the monitor; returns the number of swaps.
+
+        BLAS works with one thread unless `context.threads` says otherwise: products this thin gain little from
+        a second one, and take several times as long where another process keeps a core busy.
+        """
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(1 if context.threads is None else context.threads, user_api="blas"):
+            return self._walk(start, context)
+
+    def _walk(self, start: BoolArray, context: Context) -> int:
         problem, monitor = self.problem, context.monitor
         x = start.copy()
         doubled = 2.0 * problem.value(x)

@@ -31,6 +31,7 @@ _NOISE = (0.3, 1.8)  # log-normal spread of the random concave weights, uniform
 _TENURE = (4, 15)
 _BLOCKS_OF_A_CORE = 8
 _OPTIMAL_GAP = 1e-6
+_FACTOR = 20
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class _Run:
         size = int(np.clip(5 * relaxed.fractional, min(300, parameters.core), parameters.core))
         local = CorePoint(base, self._choose_core(relaxed, PATH[-1], size))
         core = local.core
-        stall = parameters.stall if core.n < self.problem.n else max(parameters.stall, 20 * core.n)
+        stall = parameters.stall if core.n < self.problem.n else max(parameters.stall, _FACTOR * core.n)
         tolerance = self._tolerance()
         current: FloatArray | None = None
         value, idle = np.inf, 0

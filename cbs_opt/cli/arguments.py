@@ -11,7 +11,7 @@ from typing import Any
 
 from cbs_opt.cli.common import Parser
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.solve import DEFAULT_SOLVER
+from cbs_opt.solve import DEFAULT_SOLVERS
 
 
 def solve_parser() -> Parser:
@@ -19,7 +19,8 @@ def solve_parser() -> Parser:
     parser = Parser("cbs-solve", "Choose which weights of a trained network to prune, and say how good that is.")
     add = parser.add_argument
     add("instance", metavar="INSTANCE.npz", nargs="?", type=Path, help="instance file")
-    add("--solver", default=DEFAULT_SOLVER, metavar="NAME", help="default: %(default)s")
+    defaults = ", ".join(f"{solver} for {objective}" for objective, solver in DEFAULT_SOLVERS.items())
+    add("--solver", metavar="NAME", help=f"default: {defaults}")
     add(
         "--objective",
         choices=("selection", "joint"),
@@ -85,6 +86,8 @@ def parse_solve(arguments: list[str]) -> argparse.Namespace:
         raise UsageError("`-q` and `-v` exclude each other")
     if options.instance is None and not options.list_solvers:
         raise UsageError("an instance file is needed")
+    if options.solver is None:
+        options.solver = DEFAULT_SOLVERS[options.objective or "selection"]
     options.set = dict(_key_value(text) for text in options.set)
     return options
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cbs_opt.cli.common import EXIT_FILE, EXIT_OK
+from cbs_opt.cli.common import EXIT_FILE, EXIT_OK, say
 from cbs_opt.cli.progress import number
 from cbs_opt.cli.report import SCHEMA, write_json
 from cbs_opt.errors import UsageError
@@ -79,7 +79,7 @@ def check_solution(instance: Instance, path: Path, json_target: str | None) -> i
         ]
         if solution.weights is not None:
             lines.append(f"{'weights loss':<15} {number(found['weights_loss'])}")
-        sys.stdout.write("\n".join(lines) + "\n")
+        say("\n".join(lines) + "\n")
     for problem in problems:
         sys.stderr.write(f"cbs-solve: {path}: {problem}\n")
     return EXIT_FILE if problems else EXIT_OK

@@ -50,9 +50,7 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
         with warnings.catch_warnings():
             if "--debug" not in given:
                 warnings.simplefilter("ignore")  # of NumPy, on overflow say: results are checked to be finite
-            code = body(with_dashes(given))
-        _flush_stdout()
-        return code
+            return body(with_dashes(given))
     except CbsError as error:
         if "--debug" in given:
             raise
@@ -86,9 +84,10 @@ def _keep_printing(stream: object) -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
-def _flush_stdout() -> None:
-    """Write out what is left now, where an error can still be told, and not as the interpreter leaves."""
+def say(text: str) -> None:
+    """Write to stdout at once, so that an error can still be told, and does not wait for the interpreter's end."""
     try:
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise

@@ -43,7 +43,7 @@ def _main(arguments: list[str]) -> int:
         width = max(len(key) for key in content)
         for key, value in content.items():
             text = value if isinstance(value, str) else json.dumps(value)
-            sys.stdout.write(f"{key.replace('_', ' '):<{width}}  {text}\n")
+            common.say(f"{key.replace('_', ' '):<{width}}  {text}\n")
     return common.EXIT_OK
 
 

@@ -6,10 +6,10 @@ import csv
 import io
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
+from cbs_opt.cli.common import say
 from cbs_opt.cli.progress import number, percent
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.instance import Instance
@@ -85,8 +85,7 @@ def write_json(target: str, content: dict[str, Any]) -> None:
     """Write JSON to a file, or to stdout for '-'."""
     text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
     if target == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        say(text)
         return
     with atomic_write(target) as file:
         file.write(text.encode())

@@ -125,9 +125,11 @@ def _write(instance: Instance, result: Result, read_seconds: float, options: arg
         Solution(result.pruned, instance.sha256 or "", result.weights, content),
     )
     attempt(options.history, write_history, result)
-    if options.json != "-":
-        sys.stdout.write(result_text(instance, result, read_seconds) + "\n")
-    attempt(options.json, write_json, content)
+    attempt(None if options.json == "-" else options.json, write_json, content)
+    if options.json == "-":  # last, so that a reader who has left costs no file
+        write_json("-", content)
+    else:
+        common.say(result_text(instance, result, read_seconds) + "\n")
     if failures:
         raise OutputError("; ".join(str(failure) for failure in failures))
     return common.EXIT_OK
@@ -181,7 +183,7 @@ def _list_solvers() -> None:
         for field in dataclasses.fields(solver.parameters_type):
             default = "" if field.default is None else f" [{field.default}]"
             lines.append(f"{'':<15}--set {field.name}=…  {field.metadata.get('help', '')}{default}")
-    sys.stdout.write("\n".join(lines) + "\n")
+    common.say("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

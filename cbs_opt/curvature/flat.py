@@ -54,7 +54,7 @@ def check_flat(name: str, flat: RealArray, block_sizes: IntArray, *, definite: b
         if asymmetry > 0:
             block = (block + block.T) / 2
             if not copied:
-                flat, copied = np.array(flat), True
+                flat, copied = real_array(name, np.array(flat)), True
             flat[part] = block.ravel()
         if not is_positive(block, definite=definite, precision=precision):
             wanted = "positive definite" if definite else "positive semidefinite"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,10 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     temporary: str | None = None
     try:
         if _is_device(path):
-            with path.open("wb") as file:
+            with tempfile.TemporaryFile() as file, path.open("wb") as device:
                 yield file
+                file.seek(0)
+                shutil.copyfileobj(file, device)
             return
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         with os.fdopen(handle, "wb") as file:

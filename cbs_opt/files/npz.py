@@ -120,8 +120,15 @@ class NpzReader:
                 self._check_sum(info)
                 offset = self._data_start(info) + header.data_offset
                 if offset % max(header.dtype.alignment, 1) == 0:
-                    order = "F" if header.fortran_order else "C"
-                    return np.memmap(self.path, header.dtype, "r", offset=offset, shape=header.shape, order=order)
+                    mapped: NDArray[Any] = np.memmap(
+                        self.path,
+                        header.dtype,
+                        "r",
+                        offset=offset,
+                        shape=header.shape,
+                        order="F" if header.fortran_order else "C",
+                    )
+                    return mapped
             with self._archive.open(info) as member:
                 return np.asarray(npy_format.read_array(member, allow_pickle=False))
         except Exception as broken:  # zipfile, its decompressors and numpy raise a dozen kinds
@@ -241,8 +248,8 @@ def write_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
                 header = io.BytesIO()
                 npy_format.write_array_header_1_0(header, npy_format.header_data_from_array_1_0(array))
                 member.write(header.getvalue())
-                order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-                data = array.ravel(order)
+                by_columns = array.flags.f_contiguous and not array.flags.c_contiguous
+                data = array.ravel("F" if by_columns else "C")
                 step = max(1, _CHUNK // max(1, array.itemsize))
                 for first in range(0, data.size, step):
                     member.write(data[first : first + step].tobytes())

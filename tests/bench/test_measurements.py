@@ -1,0 +1,41 @@
+"""The measuring commands at a small size: what they print is a table of what they measured."""
+
+import sys
+
+import pytest
+
+from cbs_opt import CbsError
+from cbs_opt.bench import scale, startup
+
+
+def test_a_fresh_process_is_timed_and_its_output_kept():
+    run = startup.fresh_process(["-c", "print(6 * 7)"])
+    assert 0 < run.seconds < 60
+    assert 0 < run.cpu < 60
+    assert run.out == "42\n"
+
+
+def test_a_process_that_fails_is_told_apart():
+    with pytest.raises(CbsError, match="code 3: broken"):
+        startup.fresh_process(["-c", "import sys; sys.exit(print('broken', file=sys.stderr) or 3)"])
+
+
+def test_the_environment_reaches_the_process():
+    run = startup.fresh_process(["-c", "import os; print(os.environ['MEASURED'])"], {"MEASURED": "yes"})
+    assert run.out == "yes\n"
+
+
+def test_the_table_has_a_row_for_each_measurement():
+    three = [startup.Run(seconds, 2 * seconds) for seconds in (0.1, 0.3, 0.2)]
+    text = startup.table([startup.Row("one", 0.5, three), startup.Row("two", None, [startup.Run(1.0, 0.5)])])
+    lines = text.splitlines()
+    assert lines[2] == "| one | ≤ 0.5 s | 0.200 s | 0.300 s | 0.400 s | 3 |"
+    assert lines[3] == "| two |  | 1.000 s | 1.000 s | 0.500 s | 1 |"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the resource module is of Unix")
+def test_scale_measures_both_losses_and_rmp(capsys):
+    assert scale.main(["--weights", "40", "--gradients", "8", "--draws", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("`selection_loss`") == out.count("`joint_loss`") == 3
+    assert "`rmp`, 3 draws: solving" in out
