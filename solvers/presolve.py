@@ -78,7 +78,7 @@ class Presolved:
     def expand(self, y: FloatArray | BoolArray) -> BoolArray:
         """Postsolve: the selection, bool (n,), of a binary y (r,)."""
         pruned = self.base.copy()
-        pruned[self.index[np.asarray(y) > 0.5]] = True
+        pruned[self.index[y.astype(np.float64) > 0.5]] = True
         return pruned
 
     def expand_fractional(self, x: FloatArray) -> FloatArray:

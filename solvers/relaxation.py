@@ -62,8 +62,8 @@ class Relaxation:
     def _size(self) -> float:
         """What violations are measured against: the expected loss of rounding at random."""
         x, problem = self.x, self.problem
-        rounding = 0.5 * problem.columns.diagonal @ (x * (1.0 - x))
-        return float(max(abs(0.5 * x @ self.g) + np.abs(problem.linear) @ x + rounding, 1e-300))
+        rounding = 0.5 * float(problem.columns.diagonal @ (x * (1.0 - x)))
+        return max(abs(0.5 * float(x @ self.g)) + float(np.abs(problem.linear) @ x) + rounding, 1e-300)
 
     def slope(self, t: float) -> FloatArray:
         """Gradient with the concave term, float64 (r,)."""
