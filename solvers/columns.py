@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 
 from cbs_opt.curvature import GradientFactor
 from cbs_opt.solvers.kernels import selection_numba as kernels
+from cbs_opt.solvers.kernels import sweeps_numba as sweep_kernels
 from cbs_opt.solvers.presolve import Component, Coupling, Presolved
+from cbs_opt.solvers.tasks import run_tasks
 from cbs_opt.typing import FloatArray, IntArray, RealArray
 
 DENSE_BYTES = 1 << 28
 """All blocks of a gradient factor together are expanded when their squares fit into this."""
+
+_PARALLEL_PRODUCT = 50_000  # variables
 
 DOUBLE_BYTES = 1 << 30
 """Rows of a gradient factor are kept in float64 up to this size in all, in float32 beyond."""
@@ -133,8 +139,8 @@ class Columns:
     block_of : int64 (r,)
     """
 
-    def __init__(self, blocks: list[Block]) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: list[Block], threads: int = 1) -> None:
+        self.blocks, self.threads = blocks, threads
         sizes = np.array([block.size for block in blocks], dtype=np.int64)
         self.starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
         self.diagonal = np.concatenate([np.zeros(0), *(block.diagonal() for block in blocks)])
@@ -148,7 +154,7 @@ class Columns:
     def split(self, index: IntArray) -> Iterator[tuple[int, Block, slice, IntArray]]:
         """Yield block number, block, slice of `index`, local indices; `index` sorted by block."""
         blocks, first = np.unique(self.block_of[index], return_index=True)
-        for b, start, stop in zip(blocks.tolist(), first, [*first[1:], index.size], strict=True):
+        for b, start, stop in zip(blocks.tolist(), first, [*first[1:], index.size][: first.size], strict=True):
             yield b, self.blocks[b], slice(start, stop), index[start:stop] - self.starts[b]
 
     def add_product(self, index: IntArray, value: FloatArray, out: FloatArray) -> None:
@@ -159,12 +165,20 @@ class Columns:
     def product(self, x: FloatArray) -> FloatArray:
         """Q x from scratch, float64 (r,)."""
         out = np.zeros(self.n)
-        index = np.flatnonzero(x)
-        self.add_product(index, x[index], out)
+
+        def add(part: slice, halted: Callable[[], bool]) -> None:
+            index = part.start + np.flatnonzero(x[part])
+            self.add_product(index, x[index], out)
+
+        # Nearly equal parts, cut at the blocks; the sums do not depend on where the cuts are.
+        parts = 4 * self.threads if self.n > _PARALLEL_PRODUCT else 1
+        cuts = np.unique(self.starts[np.searchsorted(self.starts, np.linspace(0, self.n, parts + 1))])
+        tasks = [partial(add, slice(int(a), int(b))) for a, b in pairwise(cuts.tolist())]
+        run_tasks(self.threads if len(tasks) > 1 else 1, tasks, lambda: False)
         return out
 
 
-def columns_of(presolved: Presolved) -> Columns:
+def columns_of(presolved: Presolved, threads: int = 1) -> Columns:
     """Build the blocks of a presolved problem, in its units.
 
     Notes
@@ -173,16 +187,23 @@ def columns_of(presolved: Presolved) -> Columns:
     float32 where float64 would take more than `DOUBLE_BYTES`.
     """
     instance = presolved.instance
-    full = [component for component in presolved.components if component.coupling is Coupling.FULL]
-    squares = sum(8 * component.index.size**2 for component in full)
-    return (
-        Columns([_block(presolved, component, squares) for component in presolved.components])
-        if instance.n
-        else Columns([])
-    )
+    components = presolved.components
+    if not instance.n:
+        return Columns([], threads)
+    squares = sum(8 * c.index.size**2 for c in components if c.coupling is Coupling.FULL)
+    total = sum(c.index.size for c in components if c.coupling is Coupling.FULL)
+    blocks: list[Block] = [DiagonalBlock(np.zeros(0))] * len(components)
+
+    def make(k: int, halted: Callable[[], bool]) -> None:
+        blocks[k] = _block(presolved, components[k], squares, total)
+
+    # Dense blocks are multiplied by BLAS, which has threads of its own.
+    large = squares > DENSE_BYTES and isinstance(instance.curvature, GradientFactor)
+    run_tasks(threads if large else 1, [partial(make, k) for k in range(len(components))], lambda: False)
+    return Columns(blocks, threads)
 
 
-def _block(presolved: Presolved, component: Component, squares: int) -> Block:
+def _block(presolved: Presolved, component: Component, squares: int, total: int) -> Block:
     instance, curvature = presolved.instance, presolved.instance.curvature
     w = instance.weights[component.index]
     if component.coupling is Coupling.FREE:
@@ -195,7 +216,6 @@ def _block(presolved: Presolved, component: Component, squares: int) -> Block:
         whole = local.size == part.stop - part.start
         H = curvature.block(component.block) if whole else curvature.submatrix(component.block, local, local)
         return DenseBlock(H * w[:, None] * (w / presolved.scale))
-    total = sum(c.index.size for c in presolved.components if c.coupling is Coupling.FULL)
     double = squares <= DENSE_BYTES or 8 * total * curvature.m <= DOUBLE_BYTES
     rows = _rows(curvature, component.block, local, w / np.sqrt(curvature.m * presolved.scale), double)
     factor = FactorBlock(rows, curvature.damping * w**2 / presolved.scale)
@@ -206,7 +226,5 @@ def _block(presolved: Presolved, component: Component, squares: int) -> Block:
 
 def _rows(curvature: GradientFactor, k: int, local: IntArray, factor: FloatArray, double: bool) -> RealArray:
     rows = np.empty((local.size, curvature.m), np.float64 if double else np.float32)
-    for first in range(0, local.size, 4096):
-        piece = slice(first, first + 4096)
-        rows[piece] = curvature.factor(k, local[piece]).T * factor[piece, None]
+    sweep_kernels.scaled_transpose(curvature.gradients, local + curvature.offsets[k], factor, rows)
     return rows

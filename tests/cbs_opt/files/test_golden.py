@@ -1,0 +1,93 @@
+"""Files of format version 1, written once: every release reads them to the same values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cbs_opt import evaluate, read_instance, read_solution, solve
+
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "v1"
+WEIGHTS = [1.0, -0.5, 0.25, 2.0]
+GRADIENTS = [[1.0, 0.5, 0.0, -2.0], [0.25, 0.0, 4.0, 1.0], [0.0, -1.0, 0.5, 0.0]]
+METADATA = {
+    "network": "golden",
+    "tensors": [{"name": "fc.weight", "shape": [2, 2], "offset": 0}],
+    "note": "ä ½",
+}
+SHA256 = "126c999184d844bce4b360d9b5ced87396cbfd900109545b533a7678a12d0f58"
+
+
+def test_hessian():
+    instance = read_instance(FOLDER / "hessian.npz")
+    assert instance.sha256 == SHA256
+    assert instance.weights.tolist() == WEIGHTS
+    assert instance.curvature.kind == "hessian"
+    assert instance.curvature.block_sizes.tolist() == [2, 2]
+    assert instance.curvature.flat.dtype == np.float64
+    assert instance.curvature.flat.tolist() == [2.0, 0.5, 0.5, 1.0, 4.0, -1.0, -1.0, 0.5]
+    assert instance.budget.total == 2
+    assert (instance.budget.groups, instance.linear, instance.fixed) == (None, None, None)
+    assert dict(instance.metadata) == METADATA
+    result = solve(instance, "brute")
+    assert (result.objective, result.pruned.tolist()) == (0.25, [False, True, True, False])
+
+
+def test_inverse_hessian_with_everything():
+    instance = read_instance(FOLDER / "inverse-hessian.npz")
+    assert instance.weights.tolist() == WEIGHTS
+    assert instance.curvature.kind == "inverse_hessian"
+    assert instance.curvature.flat.dtype == np.float32
+    assert instance.curvature.inverse_block(1).tolist() == [[4.0, -1.0], [-1.0, 0.5]]
+    assert instance.curvature.block(1) == pytest.approx(np.array([[0.5, 1.0], [1.0, 4.0]]))
+    assert instance.budget.total == 2
+    assert instance.budget.groups.tolist() == [0, 0, 1, 1]
+    assert instance.budget.group_budgets.tolist() == [1, 1]
+    assert instance.linear.tolist() == [0.5, 0.0, -0.25, 0.125]
+    assert instance.fixed.tolist() == [1, 0, 0, -1]
+    assert dict(instance.metadata) == METADATA
+    # ½ (1² · 4/7) − 0.5 in the first block, ½ (¼² · ½) + 0.25 · 0.25 in the second
+    assert solve(instance, "magnitude").selection_loss == pytest.approx(2 / 7 - 0.5 + 1 / 64 + 1 / 16)
+
+
+def test_gradients():
+    instance = read_instance(FOLDER / "gradients.npz")
+    assert instance.curvature.kind == "gradients"
+    assert instance.curvature.gradients.dtype == np.float32
+    assert instance.curvature.gradients.tolist() == GRADIENTS
+    assert instance.curvature.damping == 0.125
+    assert instance.curvature.block_sizes.tolist() == [3, 1]
+    assert instance.budget.total == 3
+    assert dict(instance.metadata) == {}
+    G = np.array(GRADIENTS)
+    delta = np.array(WEIGHTS) * [1, 1, 1, 0]
+    expected = ((G @ delta) ** 2).sum() / 6 + 0.125 / 2 * (delta**2).sum()
+    assert solve(instance, "magnitude").selection_loss == pytest.approx(expected, rel=1e-12)
+
+
+def test_compressed_by_numpy_with_other_number_types():
+    instance = read_instance(FOLDER / "numpy-compressed.npz")
+    assert instance.weights.tolist() == WEIGHTS
+    assert instance.curvature.gradients.tolist() == GRADIENTS
+    assert instance.curvature.damping == 0.5
+    assert instance.budget.groups.tolist() == [0, 0, 0, 0]
+    assert instance.budget.group_budgets.tolist() == [1]
+
+
+def test_solution():
+    instance = read_instance(FOLDER / "hessian.npz")
+    solution = read_solution(FOLDER / "solution.npz", instance)
+    assert solution.pruned.tolist() == [False, True, True, False]
+    assert solution.weights.tolist() == [0.875, 0.0, 0.0, 1.5]
+    assert solution.instance_sha256 == SHA256
+    assert solution.result["joint_loss"] == 0.171875
+    assert solution.result["history"] == [[0.0, 1, 0.25, None]]
+    assert evaluate(instance, solution.pruned).joint_loss == pytest.approx(0.171875, rel=1e-12)
+
+
+def test_golden_files_are_small():
+    files = list(FOLDER.glob("*.npz"))
+    assert len(files) >= 5
+    assert all(path.stat().st_size < 20_000 for path in files)

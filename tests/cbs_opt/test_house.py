@@ -1,0 +1,150 @@
+"""The house: which rooms there are, who may import whom, and what stays outside until it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+ROOMS = ("cbs_opt", "solvers", "instances", "bench")
+FORBIDDEN = {
+    "cbs_opt": {"solvers", "instances", "bench"},
+    "solvers": {"instances", "bench"},
+    "instances": {"solvers", "bench"},
+    "bench": set(),
+}
+REACH_ACROSS = ("cbs_opt/cli/", "cbs_opt/registry.py")
+"""Where the core may import another room, inside functions."""
+HEAVY = {"torch", "scipy", "numba", "pyomo", "matplotlib", "highspy", "sklearn"}
+
+
+def sources(repository, room):
+    return sorted((repository / room).rglob("*.py"))
+
+
+def name_of(repository, path):
+    """The dotted name under which a file of the repository is imported."""
+    parts = path.relative_to(repository).with_suffix("").parts
+    parts = parts if parts[0] == "cbs_opt" else ("cbs_opt", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module):
+    first, _, rest = module.partition(".")
+    if first in ROOMS[1:]:
+        return first
+    second = rest.partition(".")[0]
+    return second if first == "cbs_opt" and second in ROOMS[1:] else first
+
+
+def imports(tree):
+    """Each import: the module, the line, and whether it happens when the file is imported."""
+
+    def walk(node, at_import):
+        for child in ast.iter_child_nodes(node):
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, child, at_import) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                if child.level:
+                    yield f"{'.' * child.level}{child.module or child.names[0].name}", child, at_import
+                else:
+                    yield from ((f"{child.module}.{alias.name}", child, at_import) for alias in child.names)
+            if not typing_only:
+                yield from walk(child, at_import and not inside)
+
+    yield from walk(tree, True)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_whom_they_may(room, repository):
+    wrong = []
+    for path in sources(repository, room):
+        place = path.relative_to(repository).as_posix()
+        for module, node, at_import in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            across = room_of(module) in FORBIDDEN[room]
+            if across and not (not at_import and place.startswith(REACH_ACROSS)):
+                wrong.append(f"{place}:{node.lineno} imports {module}")
+            if module.startswith(".") or module.partition(".")[0] in ROOMS[1:]:
+                wrong.append(f"{place}:{node.lineno} must import by the full name under cbs_opt, not {module}")
+    assert wrong == []
+
+
+def test_the_check_above_sees_imports_of_every_form():
+    tree = ast.parse(
+        "import cbs_opt.bench\n"
+        "from cbs_opt import solvers\n"
+        "if x:\n    from cbs_opt.solvers.ls import LocalSearch\n"
+        "def f():\n    from cbs_opt.instances import zoo\n"
+        "from . import a\n"
+    )
+    found = [(module, room_of(module), at_import) for module, _, at_import in imports(tree)]
+    assert found == [
+        ("cbs_opt.bench", "bench", True),
+        ("cbs_opt.solvers", "solvers", True),
+        ("cbs_opt.solvers.ls.LocalSearch", "solvers", True),
+        ("cbs_opt.instances.zoo", "instances", False),
+        (".a", "", True),
+    ]
+
+
+def test_every_package_is_listed_for_installation(repository):
+    table = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    there = {
+        name_of(repository, path): path.parent.relative_to(repository).as_posix()
+        for room in ROOMS
+        for path in sources(repository, room)
+        if path.name == "__init__.py"
+    }
+    assert set(table["packages"]) == set(there)
+    assert table["package-dir"] == there
+
+
+def test_every_folder_with_code_is_a_package(repository):
+    folders = {path.parent for room in ROOMS for path in sources(repository, room)}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_tests_have_no_packages(repository):
+    assert list((repository / "tests").rglob("__init__.py")) == []
+
+
+def modules_after(code, process_environment):
+    script = f"import sys\n{code}\nprint('\\n'.join({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=process_environment,
+        timeout=60,
+        check=True,
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_is_light(process_environment):
+    loaded = modules_after("import cbs_opt", process_environment)
+    assert "numpy" in loaded
+    assert loaded & HEAVY == set()
+
+
+def test_magnitude_loads_neither_torch_nor_numba(process_environment, instance_file):
+    code = (
+        "from cbs_opt.cli.solve import main\n"
+        f"code = main([{str(instance_file)!r}, '--solver', 'magnitude', '-q', '--json', '/dev/null'])\n"
+        "assert code == 0, code"
+    )
+    loaded = modules_after(code, process_environment)
+    assert loaded & {"torch", "numba", "pyomo", "matplotlib", "sklearn"} == set()
+
+
+def test_rooms_are_found_under_one_name_only(process_environment):
+    code = (
+        "import cbs_opt.solvers, cbs_opt.instances, cbs_opt.bench\n"
+        "assert 'solvers' not in sys.modules and 'bench' not in sys.modules"
+    )
+    modules_after(code, process_environment)
