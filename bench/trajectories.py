@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbs_opt import Instance, Result, Stop, read_instance, solve
+from cbs_opt import Instance, Result, Stop, read_instance, selection_loss, solve
+from cbs_opt.bench.peers import PEERS, Samplers, run_sampler
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.errors import CbsError
 from cbs_opt.files.atomic import atomic_write
+from cbs_opt.result import HistoryRow, Status
 from cbs_opt.solver import OBJECTIVES
 from cbs_opt.typing import FloatArray
 
@@ -34,16 +36,50 @@ def trajectories(
     seed: int = 0,
     threads: int | None = None,
 ) -> dict[str, Result]:
-    """Run the solvers one after the other, each after an untimed warm-up of one iteration."""
+    """Run the solvers one after the other, each after an untimed warm-up of one iteration.
+
+    A name of `cbs_opt.bench.peers.PEERS` stands for a sampler, which needs a time limit.
+    """
     results = {}
     for name in solvers:
+        if name in PEERS:
+            if stop is None or stop.time_limit is None or objective != "selection":
+                raise CbsError(f"'{name}' minimises the selection loss within a time limit")
+            results[name] = _sampled(instance, name, stop.time_limit, seed)
+            continue
         for limit in (Stop(max_iterations=1), stop or Stop()):
             results[name] = solve(instance, name, objective=objective, stop=limit, seed=seed, threads=threads)
     return results
 
 
+def _sampled(instance: Instance, name: str, seconds: float, seed: int) -> Result:
+    """The anytime curve of a sampler as a result."""
+    times = [seconds / 2**k for k in range(6, -1, -1)]
+    run = run_sampler(Samplers(instance), PEERS[name], times, seed)
+    losses = [selection_loss(instance, pruned) for pruned in run.selections]
+    history = tuple(HistoryRow(t, k, f, None) for k, (t, f) in enumerate(zip(run.seconds, losses, strict=True)))
+    return Result(
+        status=Status.TIME_LIMIT,
+        solver=name,
+        objective_kind="selection",
+        pruned=run.selections[-1],
+        weights=None,
+        objective=losses[-1],
+        selection_loss=losses[-1],
+        joint_loss=None,
+        bound=None,
+        iterations=len(losses),
+        build_seconds=0.0,
+        solve_seconds=run.seconds[-1],
+        history=history,
+        seed=seed,
+        parameters={},
+        environment={},
+    )
+
+
 def draw(results: Mapping[str, Result], title: str) -> Figure:
-    """Draw the incumbent of each run over time, and the best bound where there is one.
+    """Draw the incumbent of each run over time, and the bound over time where there is one.
 
     Parameters
     ----------
@@ -85,15 +121,23 @@ def draw(results: Mapping[str, Result], title: str) -> Figure:
         axes.step([*times, ends[name]], [*values, end], where="post", color=colour, linewidth=1.8)
         axes.plot([ends[name], last], [end, end], ":", color=colour, linewidth=1.2)
         axes.plot(times[0], values[0], "o", color=colour, markersize=4)
-        labels.append((end, f"{name}  {_short(end, 2)}", colour))
+        labels.append((end, f"{name}  {short(end, 2)}", colour))
     if bounds:
-        axes.axhline(max(bounds), color="black", linestyle="--", linewidth=1)
-        labels.append((max(bounds), f"bound  {_short(max(bounds), 2)}", "black"))
+        for result in results.values():
+            # Where the objective's axis is logarithmic a bound that is not positive yet has no place.
+            rows = [(max(row.seconds, _EARLIEST), row.bound) for row in result.history if row.bound is not None]
+            if min(end for end, _, _ in labels) > 0 and max(bounds) > 0:
+                rows = [(time, bound) for time, bound in rows if bound > 0]
+            if rows:
+                times, values = zip(*rows, strict=True)
+                line = {"color": "black", "linestyle": "--", "linewidth": 1}
+                axes.step([*times, last], [*values, values[-1]], where="post", **line)
+        labels.append((max(bounds), f"bound  {short(max(bounds), 2)}", "black"))
     axes.set_xscale("log")
-    _few_ticks(axes.xaxis, lambda value, _: f"{value:g}")
+    few_ticks(axes.xaxis, lambda value, _: f"{value:g}")
     if min(value for value, _, _ in labels) > 0:
         axes.set_yscale("log")
-        _few_ticks(axes.yaxis, lambda value, _: _short(value, 0))
+        few_ticks(axes.yaxis, lambda value, _: short(value, 0))
     axes.set_xlim(first * 0.8, last)
     axes.margins(y=0.08)
     kind = next(iter(results.values())).objective_kind
@@ -102,7 +146,7 @@ def draw(results: Mapping[str, Result], title: str) -> Figure:
     axes.set_title(title, fontsize=9, loc="left")
     axes.grid(True, which="major", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    _label_at_the_right(axes, labels)
+    label_at_the_right(axes, labels)
     return figure
 
 
@@ -124,20 +168,23 @@ def _cycle(count: int) -> list[str]:
     return [_COLOURS[k % len(_COLOURS)] for k in range(count)]
 
 
-def _short(value: float, digits: int) -> str:
+def short(value: float, digits: int) -> str:
     """A loss without the zeros of its exponent: 4.2e-3."""
     return f"{value:.{digits}e}".replace("e-0", "e-").replace("e+0", "e+")
 
 
-def _few_ticks(axis: Axis, text: Callable[[float, int | None], str]) -> None:
+def few_ticks(
+    axis: Axis, text: Callable[[float, int | None], str], subs: Sequence[float] = (1.0, 2.0, 5.0)
+) -> None:
+    """Major ticks at `subs` times powers of ten, with the given text, and no other labels."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(text))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _label_at_the_right(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
+def label_at_the_right(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
     """Write each label beside the end of its line, moved apart where two would overlap."""
     axes.get_ylim()  # settles the limits that the transformation depends on
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -171,12 +218,15 @@ def _main(arguments: list[str]) -> int:
     add("instance", type=Path, metavar="INSTANCE.npz")
     add("--solvers", nargs="+", default=["magnitude", "ls", "cbs"], metavar="NAME")
     add("--objective", default="selection", choices=OBJECTIVES)
+    add("--sparsity", type=float, metavar="F", help="default: the budget of the file")
     add("--time-limit", type=float, metavar="S", help="seconds for each solver")
     add("--seed", type=int, default=0, metavar="N")
     add("--threads", type=int, metavar="N")
     add("-o", "--output", type=Path, required=True, metavar="FILE.png")
     options = parser.parse_args(arguments)
     instance = read_instance(options.instance)
+    if options.sparsity is not None:
+        instance = instance.with_sparsity(options.sparsity)
     results = trajectories(
         instance,
         options.solvers,

@@ -17,6 +17,9 @@ MODULES = {
     "relax": "cbs_opt.solvers.relax",
     "backward": "cbs_opt.solvers.backward",
     "joint": "cbs_opt.solvers.joint",
+    "highs": "cbs_opt.solvers.exact.highs",
+    "pyomo": "cbs_opt.solvers.exact.pyomo_solver",
+    "exact": "cbs_opt.solvers.exact.solver",
     "brute": "cbs_opt.solvers.brute",
 }
 """Where each solver that comes with the package lives."""

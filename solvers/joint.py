@@ -20,6 +20,7 @@ from cbs_opt.solvers.joint_bound import improve_bound
 from cbs_opt.solvers.joint_large import exchange_in_bulk
 from cbs_opt.solvers.joint_moves import JointMoves
 from cbs_opt.solvers.tableau import Tableau
+from cbs_opt.solvers.warm_up import compiling
 from cbs_opt.typing import BoolArray
 from cbs_opt.update import best_update
 
@@ -34,9 +35,9 @@ class JointParameters(Parameters):
 
     tenure: int = option(10, "moves for which a weight that moved may not move again; a few more at random")
     patience: int | None = option(
-        None, "moves without improvement after which the search ends; 300 when there is no other rule to stop"
+        None, "moves without improvement after which the search ends; 400 when there is no other rule to stop"
     )
-    restart: int = option(400, "moves without improvement after which the search goes back to the best, shaken")
+    restart: int = option(60, "moves without improvement after which the search goes back to the best, shaken")
     bound_steps: int = option(200, "steps of the ascent to a lower bound, once a local optimum is found")
     stage: float = option(0.1, "share of a large block's weights that backward elimination removes at once")
 
@@ -69,8 +70,9 @@ class JointSearch(Solver):
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile."""
-        backward.warm_up()
-        warm_up()
+        with compiling():
+            backward.warm_up()
+            warm_up()
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Start, descend, and search until told to stop."""
@@ -114,7 +116,7 @@ class JointSearch(Solver):
         if patience is None and not any(
             (stop.time_limit, stop.max_iterations, stop.no_improvement, stop.target is not None, stop.gap)
         ):
-            patience = 300
+            patience = 400
         best, best_doubled = moves.pruned(), moves.doubled
         tabu: deque[tuple[int, int, int]] = deque()  # (free again at move, block, weight), in order
         count = idle = 0

@@ -146,7 +146,7 @@ def presolve(instance: Instance) -> Presolved:
         group=group[index],
         budget=left,
         scale=scale,
-        offset=problem.value(base),
+        offset=problem.value(base) if base.any() else 0.0,
         base=base,
     )
 
@@ -202,9 +202,11 @@ def _labels(curvature: Curvature, k: int, local: IntArray) -> IntArray:
 
 
 def _factor_labels(curvature: GradientFactor, k: int, local: IntArray) -> IntArray:
-    """Connected components of the graph of weights and samples, by breadth-first search over the gradients."""
-    part = curvature.block_slice(k)
-    touches = curvature.gradients[:, part][:, local] != 0
+    """Connected components of the graph of weights and samples, grown by one sample after the other."""
+    start = int(curvature.offsets[k])
+    touches = curvature.gradients[:, start + local[0] : start + local[-1] + 1] != 0
+    if local[-1] - local[0] + 1 != local.size:
+        touches = np.compress(np.isin(np.arange(local[0], local[-1] + 1), local), touches, axis=1)
     labels = np.full(local.size, -1, dtype=np.int64)
     seen = np.zeros(curvature.m, dtype=bool)
     untouched = ~touches.any(axis=0)  # only the damping acts on them
@@ -212,13 +214,16 @@ def _factor_labels(curvature: GradientFactor, k: int, local: IntArray) -> IntArr
     label = int(untouched.sum())
     last = label + _MOST_COMPONENTS
     while (labels < 0).any() and label < last:
-        frontier = touches[:, int(np.argmax(labels < 0))] & ~seen
-        labels[int(np.argmax(labels < 0))] = label
-        while frontier.any():
-            seen |= frontier
-            reached = touches[frontier].any(axis=0) & (labels < 0)
-            labels[reached] = label
-            frontier = touches[:, reached].any(axis=1) & ~seen if reached.any() else np.zeros_like(seen)
+        inside = np.zeros(local.size, dtype=bool)
+        inside[int(np.argmax(labels < 0))] = True
+        grows = True
+        while grows and not (inside | (labels >= 0)).all():
+            grows = False
+            for s in np.flatnonzero(~seen):
+                if (touches[s] & inside).any():
+                    inside |= touches[s]
+                    seen[s] = grows = True
+        labels[inside] = label
         label += 1
     labels[labels < 0] = label
     return labels

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from cbs_opt.curvature import GradientFactor
 from cbs_opt.instance import Instance
 from cbs_opt.selection import SelectionProblem
 from cbs_opt.solvers.columns import columns_of
 from cbs_opt.solvers.presolve import presolve
+from cbs_opt.solvers.tasks import number_of_threads
+from cbs_opt.solvers.threaded_factor import ThreadedFactor
 from cbs_opt.typing import BoolArray, FloatArray
+
+_THREADED_GRADIENTS = 1 << 25  # entries
 
 
 class ReducedProblem:
@@ -17,6 +22,8 @@ class ReducedProblem:
     Parameters
     ----------
     instance : Instance
+    threads : int, optional
+        All cores by default.
 
     Attributes
     ----------
@@ -27,15 +34,19 @@ class ReducedProblem:
     budget : int64 (G,)
     """
 
-    def __init__(self, instance: Instance) -> None:
+    def __init__(self, instance: Instance, threads: int | None = None) -> None:
+        self.threads = number_of_threads(threads)
         self.original = SelectionProblem(instance)
         self.presolved = presolve(instance)
-        self.columns = columns_of(self.presolved)
+        self.columns = columns_of(self.presolved, self.threads)
         self.linear = self.presolved.linear
         self.group = self.presolved.group
         self.budget = self.presolved.budget
         # Ties are broken by the index of the weight in the instance, not by the order of the components.
         self._index = self.presolved.index
+        curvature = instance.curvature
+        large = isinstance(curvature, GradientFactor) and curvature.gradients.size > _THREADED_GRADIENTS
+        self._factor = ThreadedFactor(self.original, self.threads) if large else None
         sizes = np.bincount(self.group, minlength=self.budget.size)
         self._first = np.cumsum(sizes) - sizes
 
@@ -77,7 +88,8 @@ class ReducedProblem:
 
     def objective(self, y: FloatArray) -> float:
         """The loss of a binary y in float64 and in the units of the instance."""
-        return self.original.value(self.presolved.expand(y))
+        pruned = self.presolved.expand(y)
+        return self.original.value(pruned) if self._factor is None else self._factor.value(pruned)
 
     def expand(self, y: FloatArray) -> BoolArray:
         """The selection of a binary y, bool (n,)."""
@@ -89,12 +101,19 @@ class ReducedProblem:
         With the gradient d = Qx + c over all n weights, convexity gives ½yᵀQy + cᵀy ≥ −½xᵀQx + dᵀy, and the
         right side is smallest where y takes the smallest d that the budget and `fixed` allow. Computed in
         float64 from the instance itself, so that neither presolve nor single-precision rows enter, and reduced by
-        a bound on the rounding of the sums. O(m n) for a gradient factor.
+        a bound on the rounding of the sums. Any real x would do; without a linear term its best multiple is taken,
+        so that the bound is never negative there. O(m n) for a gradient factor.
         """
         instance = self.original.instance
         full = self.presolved.expand_fractional(x)
-        gradient = self.original.gradient(full)
-        Qx = gradient - self.original.c
+        Qx = self.original.gradient(full) - self.original.c if self._factor is None else self._factor.product(full)
+        if instance.linear is None:
+            # Along the ray through x the bound is best at this length; at length 0 it is 0.
+            Qx_sum = float(Qx[instance.budget.cheapest(Qx, instance.fixed)].sum())
+            square = float(full @ Qx)
+            length = max(Qx_sum, 0.0) / square if square > 0 else 0.0
+            full, Qx = length * full, length * Qx
+        gradient = Qx + self.original.c
         y = instance.budget.cheapest(gradient, instance.fixed)
         bound = -0.5 * float(full @ Qx) + float(gradient[y].sum())
         rounding = 1e-14 * float(np.abs(full * Qx).sum() + np.abs(gradient[y]).sum())

@@ -14,7 +14,9 @@ from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.reduced import ReducedProblem
 from cbs_opt.solvers.relaxation import Relaxation
 from cbs_opt.solvers.search_core import GAIN, CorePoint, Incumbent, candidate_swaps
+from cbs_opt.solvers.sweep_search import SweepSearch, is_large, is_split
 from cbs_opt.solvers.warm_up import warm_up_selection
+from cbs_opt.solvers.warm_up_sweeps import warm_up_sweeps
 from cbs_opt.typing import FloatArray, IntArray
 
 PATH = (0.1, 0.03, 0.01, 3e-3, 1e-3)
@@ -24,14 +26,17 @@ _EARLY = 0.01  # weight on the path at which a first point is hardened
 _PATH_TOLERANCE = 1e-4
 _PATH_ROUNDS = 24  # at most; fewer where the blocks are small
 _DEEPEN_ROUNDS = 24  # further rounds after every epoch until the path has converged
+_DEEPEN_ROUNDS_LARGE = 4
 _BOUND_ROUNDS = 10  # of the plain relaxation after every epoch until it has converged
 _START = (1e-3, 3e-2)  # concave weight of a start from the relaxation, log-uniform
 _MELT = (5e-3, 0.2)  # concave weight after melting a binary point, log-uniform
+_MELT_WHOLE = (2e-2, 0.5)  # where a core holds every variable
 _NOISE = (0.3, 1.8)  # log-normal spread of the random concave weights, uniform
+_NOISE_WHOLE = (0.5, 2.0)
 _TENURE = (4, 15)
 _BLOCKS_OF_A_CORE = 8
+_HARDENINGS = 3  # of a large problem by sweeps, with rounds of the relaxation between them
 _OPTIMAL_GAP = 1e-6
-_FACTOR = 20
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class SearchParameters(Parameters):
     core: int = option(700, "variables of a core at most")
     working_set: int = option(256, "violating variables of a working set of the relaxation")
     cycles: int = option(12, "cycles without improvement after which a new core is chosen")
-    stall: int = option(500, "tabu steps without improvement that end a cycle; more where a core holds everything")
-    ratio: float = option(2.0, "growth of the concave weight while a point hardens")
+    stall: int = option(500, "tabu steps without improvement that end a cycle")
+    ratio: float = option(1.6, "growth of the concave weight while a point hardens")
     patience: int | None = option(
         None, "cycles without improvement after which the search ends; 150 when there is no other rule to stop"
     )
@@ -76,7 +81,8 @@ class Search(Solver):
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve, build columns."""
         warm_up_selection()
-        self._problem = ReducedProblem(instance)
+        warm_up_sweeps()
+        self._problem = ReducedProblem(instance, context.threads)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Search until told to stop, or until nothing improves any more."""
@@ -124,7 +130,14 @@ class _Run:
             return
         if monitor.should_stop():
             return
-        relaxed = self._path()
+        if is_split(problem):
+            self._search_blocks()
+            return
+        large = is_large(problem)
+        deepen = _DEEPEN_ROUNDS_LARGE if large else _DEEPEN_ROUNDS
+        relaxed = self._sweep() if large else self._path()
+        if monitor.should_stop():
+            return
         monitor.report_bound(relaxed.bound())
         start = Incumbent(problem, problem.smallest(-relaxed.x))
         tight: Relaxation | None = None
@@ -137,8 +150,8 @@ class _Run:
             idle = idle + monitor.iterations - cycles if self.point.f >= before else 0
             epoch += 1
             if not settled:
-                rounds = self._solve(relaxed, PATH[-1], _PATH_TOLERANCE, _DEEPEN_ROUNDS)
-                settled = rounds < _DEEPEN_ROUNDS
+                rounds = self._solve(relaxed, PATH[-1], _PATH_TOLERANCE, deepen)
+                settled = rounds < deepen
                 start = Incumbent(problem, problem.smallest(-relaxed.x))
             if tight is None and epoch >= 2:
                 tight = relaxed.copy()
@@ -148,6 +161,38 @@ class _Run:
                 if monitor.gap is not None and monitor.gap <= _OPTIMAL_GAP:
                     return
             if self.patience is not None and idle >= self.patience and bound_done:
+                return
+
+    def _sweeps(self) -> SweepSearch:
+        return SweepSearch(self.problem, self.monitor, self._offer, seed=int(self.rng.integers(2**62)))
+
+    def _sweep(self) -> Relaxation:
+        """The path by sweeps over all variables; working sets with Newton steps only at its end."""
+        sweeps = self._sweeps()
+        sweeps.path(PATH)
+        relaxed = sweeps.relaxation()
+        for _ in range(_HARDENINGS):
+            if self.monitor.should_stop():
+                break
+            self.monitor.report_bound(relaxed.bound())
+            self._solve(relaxed, PATH[-1], _PATH_TOLERANCE, 2)
+            if not self.monitor.should_stop():
+                sweeps.harden_from(relaxed.x)
+        return relaxed
+
+    def _search_blocks(self) -> None:
+        """Sweeps, then cores of all blocks in turn, while the bound is driven on."""
+        sweeps, monitor, parameters = self._sweeps(), self.monitor, self.parameters
+        sweeps.path(PATH)
+        idle = 0
+        while not monitor.should_stop():
+            before, cycles = self.point.f, monitor.iterations
+            sweeps.tighten()
+            if monitor.gap is not None and monitor.gap <= _OPTIMAL_GAP:
+                return
+            sweeps.visit_blocks(self.point, parameters)
+            idle = idle + monitor.iterations - cycles if self.point.f >= before - GAIN * abs(before) else 0
+            if self.patience is not None and idle >= self.patience * sweeps.blocks:
                 return
 
     def _solve(self, relaxed: Relaxation, t: float, tolerance: float, rounds: int) -> int:
@@ -203,7 +248,7 @@ class _Run:
         size = int(np.clip(5 * relaxed.fractional, min(300, parameters.core), parameters.core))
         local = CorePoint(base, self._choose_core(relaxed, PATH[-1], size))
         core = local.core
-        stall = parameters.stall if core.n < self.problem.n else max(parameters.stall, _FACTOR * core.n)
+        melt, noise = (_MELT_WHOLE, _NOISE_WHOLE) if core.n == self.problem.n else (_MELT, _NOISE)
         tolerance = self._tolerance()
         current: FloatArray | None = None
         value, idle = np.inf, 0
@@ -213,19 +258,19 @@ class _Run:
                 t = _log_uniform(rng, _START) if not first else _START[0]
             else:
                 x = local.y if current is None else current
-                t = _log_uniform(rng, _MELT)
-            weight = core.diagonal * np.exp(rng.uniform(*_NOISE) * rng.standard_normal(core.n))
+                t = _log_uniform(rng, melt)
+            weight = core.diagonal * np.exp(rng.uniform(*noise) * rng.standard_normal(core.n))
             y = local.harden(x, weight, t, parameters.ratio, tolerance, monitor.should_stop)
             tenure = int(rng.integers(_TENURE[0], _TENURE[1] + 1))
-            y, f, self.state = local.tabu(y, stall, tenure, self.state, monitor.should_stop)
+            y, f, self.state = local.tabu(y, parameters.stall, tenure, self.state, monitor.should_stop)
             monitor.advance()
             idle += 1
             if current is None or f < value - GAIN * abs(value):
                 current, value, idle = y, f, 0
                 if f < self.point.f - GAIN * abs(self.point.f):
-                    whole = base.y.copy()
-                    whole[core.index] = y
-                    found = Incumbent(self.problem, whole)
+                    everywhere = base.y.copy()
+                    everywhere[core.index] = y
+                    found = Incumbent(self.problem, everywhere)
                     candidate_swaps(found, monitor.should_stop)
                     self._offer(found)
 

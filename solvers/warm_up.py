@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from cbs_opt.solvers.kernels import selection_numba as kernels
 
+logger = logging.getLogger("cbs_opt")
+
+_PATIENCE = 2.0  # seconds: loading from the cache is done by then
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Tell a waiting user why nothing happens: kernels are compiled once and then cached on disk."""
+    timer = threading.Timer(_PATIENCE, logger.info, ["compiling kernels, once for this machine: up to a minute"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
 
 def warm_up_selection() -> None:
     """Compile, or load from the cache, every kernel with the types that it is called with."""
+    with compiling():
+        _selection_kernels()
+
+
+def _selection_kernels() -> None:
     q, start, cells = np.eye(2).ravel(), np.array([0, 2]), np.array([0, 2])
     layout = (q, np.array([0, 4]), start, np.array([0, 1]), cells, np.zeros(1, dtype=np.int64), 1)
     half, h = np.full(2, 0.5), np.array([1.0, 0.0])

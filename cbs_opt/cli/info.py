@@ -13,8 +13,10 @@ import numpy as np
 from cbs_opt.cli import common
 from cbs_opt.cli.report import write_json
 from cbs_opt.curvature import GradientFactor
-from cbs_opt.errors import InstanceError
+from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import instance_file, read_instance, read_solution, solution_file
+from cbs_opt.files.atomic import check_writable
+from cbs_opt.files.export import export_instance
 from cbs_opt.files.npz import NpzReader
 from cbs_opt.instance import Instance
 
@@ -28,13 +30,27 @@ def _main(arguments: list[str]) -> int:
     parser = common.Parser("cbs-info", "Say what an instance or solution file holds.")
     parser.add_argument("file", metavar="FILE.npz", type=Path)
     parser.add_argument("--json", metavar="FILE|-", help="write it as JSON; - for stdout")
+    parser.add_argument(
+        "--export",
+        metavar="OUT.{lp,mps,qplib,ubqp}",
+        type=Path,
+        help="write the selection problem as text for other solvers",
+    )
     options = parser.parse_args(arguments)
     with NpzReader(options.file, InstanceError) as npz:
         kind = npz.text("format") if "format" in npz.headers else ""
+    if options.export is not None:
+        if kind == solution_file.FORMAT:
+            raise UsageError(f"{options.file}: only an instance can be exported, this is a solution")
+        check_writable(options.export)
     if kind == solution_file.FORMAT:
         content = _solution(options.file)
     elif kind == instance_file.FORMAT:
-        content = _instance(read_instance(options.file))
+        instance = read_instance(options.file)
+        content = _instance(instance)
+        if options.export is not None:
+            export_instance(options.export, instance)
+            content["exported"] = str(options.export)
     else:
         raise InstanceError(f"{options.file}: `format` is neither 'cbs-instance' nor 'cbs-solution'")
     if options.json is not None:

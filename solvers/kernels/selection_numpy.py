@@ -92,9 +92,9 @@ def pair_descent(
         j, s = at[best], move[best]
         x[i] = 1.0 if s == 1.0 - x[i] else x[i] + s
         x[j] = 0.0 if s == x[j] else x[j] - s
-        h += s * (full[i] - full[j])
         h[i] -= s * shift[i]
         h[j] += s * shift[j]
+        h += s * (full[i] - full[j])
     return steps
 
 

@@ -71,10 +71,18 @@ def reduced_points(problem):
     damping=st.sampled_from((0.0, 1e-3)),
     exponent=st.sampled_from((-8, 0, 5)),
 )
-def test_the_optimum_is_the_same(seed, kind, grouping, components, blocks, zeros, linear, fixed, damping, exponent):
+def test_the_optimum_is_the_same(
+    seed, kind, grouping, components, blocks, zeros, linear, fixed, damping, exponent
+):
     rng = np.random.default_rng(seed)
     w, curvature = component_problem(
-        seed, kind, components=components, blocks=blocks, damping=damping, zero_columns=zeros[0], zero_weights=zeros[1]
+        seed,
+        kind,
+        components=components,
+        blocks=blocks,
+        damping=damping,
+        zero_columns=zeros[0],
+        zero_weights=zeros[1],
     )
     n = w.size
     fix = rng.choice([-1, 0, 0, 0, 1], size=n).astype(np.int8) if fixed else np.zeros(n, np.int8)

@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from cbs_opt import Budget, GradientFactor, HessianBlocks, Instance, Status, Stop, UsageError, selection_loss, solve
+from cbs_opt import (
+    Budget,
+    GradientFactor,
+    HessianBlocks,
+    Instance,
+    Status,
+    Stop,
+    UsageError,
+    selection_loss,
+    solve,
+)
 from cbs_opt.solvers.reduced import ReducedProblem
 
 KINDS = ("hessian", "inverse_hessian", "gradients")

@@ -238,7 +238,8 @@ def test_time_limits_are_kept(solver, limit):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("core", 1), ("working_set", 0), ("cycles", 0), ("stall", 0), ("ratio", 1.0), ("patience", 0)]
+    ("name", "value"),
+    [("core", 1), ("working_set", 0), ("cycles", 0), ("stall", 0), ("ratio", 1.0), ("patience", 0)],
 )
 def test_parameters_are_checked(problem, name, value):
     with pytest.raises(UsageError, match=name):

@@ -1,0 +1,1 @@
+"""What proves optimality: branch and bound of our own, and models for the solvers of others."""

@@ -1,0 +1,241 @@
+"""The same models through any solver that Pyomo finds."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cbs_opt.errors import SolverError, UsageError
+from cbs_opt.instance import Instance
+from cbs_opt.registry import register
+from cbs_opt.result import Status
+from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.exact.model import ScaledSelection, pyomo_linear, pyomo_selection, rlt_model, start
+from cbs_opt.solvers.exact.outer_approximation import OuterModel, Separated
+from cbs_opt.solvers.reduced import ReducedProblem
+from cbs_opt.solvers.search import Search
+from cbs_opt.solvers.warm_up import warm_up_selection
+from cbs_opt.typing import FloatArray
+
+logger = logging.getLogger("cbs_opt")
+
+FORMULATIONS = ("auto", "miqp", "outer", "rlt")
+
+_INTERFACES = {
+    "highs": ("appsi_highs",),
+    "scip": ("scip_direct", "scip"),
+    "gurobi": ("gurobi_direct", "gurobi"),
+    "cplex": ("cplex_direct", "cplex"),
+}
+"""Names of Pyomo's interfaces to a solver, best first; others go by their own name."""
+
+_INSTALL = {
+    "highs": "pip install highspy",
+    "scip": 'pip install "cbs-opt[scip]"',
+    "gurobi": 'pip install "cbs-opt[gurobi]"',
+    "cbc": "install the program `cbc` of COIN-OR",
+    "glpk": "install the program `glpsol` of GLPK",
+}
+
+_LINEAR = ("highs", "cbc", "glpk")  # take no MIQP
+_TIME_LIMIT = {
+    "highs": "time_limit",
+    "scip": "limits/time",
+    "gurobi": "TimeLimit",
+    "cbc": "seconds",
+    "glpk": "tmlim",
+    "cplex": "timelimit",
+}
+_GAP = {
+    "highs": "mip_rel_gap",
+    "scip": "limits/gap",
+    "gurobi": "MIPGap",
+    "cbc": "ratioGap",
+    "glpk": "mipgap",
+    "cplex": "mip_tolerances_mipgap",
+}
+_UNITS = 1000.0  # of the objective, for absolute tolerances
+_RELATIVE_GAP = 1e-7
+_MARGIN = 5e-7  # that bounds are reduced by, in scaled units: the tolerances are those of other solvers
+_OPTIMAL_GAP = 1e-6
+_POLL = 0.05
+_PATIENCE = 10.0
+
+
+@dataclass(frozen=True)
+class PyomoParameters(Parameters):
+    """Which solver, and which formulation."""
+
+    solver: str = option("highs", "highs, scip, gurobi, cbc, glpk, cplex, or the name of a Pyomo interface")
+    formulation: str = option("auto", "miqp, outer (tangents), rlt (products); auto: miqp where the solver takes it")
+    start: bool = option(True, "scale and cut with the selection of a short run of `search`")
+
+    def __post_init__(self) -> None:
+        if self.formulation not in FORMULATIONS:
+            listed = "', '".join(FORMULATIONS)
+            raise UsageError(f"`formulation` must be one of '{listed}', got '{self.formulation}'")
+
+
+@register("pyomo")
+class PyomoSolver(Solver):
+    """A solver of Pyomo's on the MIQP, or on the MILPs of `highs`; an iteration is one call of it."""
+
+    summary = "exact by any solver that Pyomo finds: MIQP, or the MILPs of `highs`"
+    supports = Capabilities(bound=True, warm_start=True)
+    parameters_type = PyomoParameters
+    parameters: PyomoParameters
+
+    def check_supports(self, instance: Instance, context: Context) -> None:
+        """Refuse what is not installed, and a MIQP for a solver of linear problems."""
+        super().check_supports(instance, context)
+        self._interface()
+        if self.parameters.formulation == "miqp" and self._family() in _LINEAR:
+            raise SolverError(
+                f"'{self.parameters.solver}' takes no mixed-integer quadratic problem: set `formulation` to 'outer' "
+                "or 'rlt'"
+            )
+
+    def prepare(self, instance: Instance, context: Context) -> None:
+        """Compile, presolve."""
+        warm_up_selection()
+        self._reduced = ReducedProblem(instance)
+        ScaledSelection(instance)  # refuses what is too large
+        self._search = Search()
+        if self.parameters.start:
+            self._search.prepare(instance, context)
+
+    def run(self, instance: Instance, context: Context) -> Status:
+        """Start, then one model, or a sequence of them with growing sets of tangents."""
+        monitor = context.monitor
+        multipliers = start(instance, context, self._reduced, self._search if self.parameters.start else None)
+        problem = ScaledSelection(instance, monitor.pruned)
+        if _closed(context):
+            return Status.OPTIMAL
+        if not problem.parts:
+            assert monitor.objective is not None
+            monitor.report_bound(monitor.objective)  # separate terms: the start is their sorted minimum
+            return Status.OPTIMAL
+        if monitor.should_stop():
+            return Status.CONVERGED
+        formulation = self.parameters.formulation
+        if formulation == "auto":
+            formulation = "outer" if self._family() in _LINEAR else "miqp"
+        context.extras["formulation"] = formulation
+        if formulation == "outer":
+            return self._outer(problem, context, multipliers)
+        model = pyomo_selection(problem) if formulation == "miqp" else pyomo_linear(rlt_model(problem))
+        self._call(model, problem, context, 1.0)
+        return Status.OPTIMAL if _closed(context) else Status.CONVERGED
+
+    def _outer(self, problem: ScaledSelection, context: Context, multipliers: FloatArray) -> Status:
+        monitor = context.monitor
+        assert monitor.pruned is not None
+        multipliers = multipliers * problem.presolved.scale / problem.scale
+        best = problem.restrict(monitor.pruned)
+        separated = Separated(problem, problem.value(best), multipliers, True, monitor.should_stop)
+        model = OuterModel(problem, separated, _UNITS)
+        model.touch(best)
+        while not monitor.should_stop():
+            y = self._call(pyomo_linear(model.build()), problem, context, _UNITS)
+            if _closed(context):
+                return Status.OPTIMAL
+            if y is None or not model.touch(y):
+                break
+        return Status.CONVERGED
+
+    def _call(self, model: Any, problem: ScaledSelection, context: Context, units: float) -> FloatArray | None:
+        """Solve one model, report its selection and bound; returns the selection's y."""
+        monitor = context.monitor
+        backend = self._interface()
+        family = self._family()
+        options: dict[str, Any] = {}
+        if family in _GAP:
+            options[_GAP[family]] = _RELATIVE_GAP
+        if family in _TIME_LIMIT and np.isfinite(monitor.remaining):
+            seconds = max(monitor.remaining, 0.01)
+            options[_TIME_LIMIT[family]] = int(np.ceil(seconds)) if family == "glpk" else seconds
+        outcome: list[Any] = []
+
+        def work() -> None:
+            try:
+                outcome.append(backend.solve(model, load_solutions=False, options=options))
+            except Exception as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        waited = 0.0
+        while thread.is_alive() and waited < _PATIENCE:
+            thread.join(_POLL)
+            # Not every interface can be told to stop: the limit was passed on, and an interrupt is not waited for.
+            if monitor.should_stop():
+                waited = _PATIENCE if monitor.reason is Status.INTERRUPTED else waited + _POLL
+        monitor.advance()
+        if not outcome:
+            return None
+        if isinstance(outcome[0], Exception):
+            raise SolverError(self._complaint(outcome[0])) from outcome[0]
+        results = outcome[0]
+        condition = str(results.solver.termination_condition)
+        context.extras["termination"] = condition
+        bound = results.problem.lower_bound
+        if isinstance(bound, int | float) and np.isfinite(bound) and condition not in ("infeasible", "error"):
+            assert monitor.objective is not None
+            value = float(bound) / units
+            monitor.report_bound(min(problem.loss(value - _MARGIN * max(1.0, abs(value))), monitor.objective))
+        if len(results.solution) == 0:
+            return None
+        model.solutions.load_from(results)
+        values = [model.v[i].value for i in range(problem.n)]
+        if any(value is None for value in values):
+            return None
+        y = np.round(np.array(values, dtype=np.float64))
+        pruned = problem.selection(y)
+        if pruned is None:
+            return None
+        monitor.report(problem.original.value(pruned), pruned)
+        return y
+
+    def _family(self) -> str:
+        """The solver behind the name of an interface."""
+        name = self.parameters.solver
+        return next((family for family in _TIME_LIMIT if family in name), name)
+
+    def _interface(self) -> Any:
+        """The first of Pyomo's interfaces that works here."""
+        try:
+            import pyomo.environ as pyo
+        except ModuleNotFoundError as error:
+            raise SolverError("solver 'pyomo' needs pyomo: pip install pyomo") from error
+        name = self.parameters.solver
+        pyomo_logger = logging.getLogger("pyomo")
+        level = pyomo_logger.level
+        pyomo_logger.setLevel(logging.CRITICAL)  # it prints a traceback for a name that it does not know
+        try:
+            for interface in _INTERFACES.get(name, (name,)):
+                backend = pyo.SolverFactory(interface)
+                if backend.available(exception_flag=False):
+                    return backend
+        except Exception as error:
+            raise SolverError(self._complaint(error)) from error
+        finally:
+            pyomo_logger.setLevel(level)
+        how = _INSTALL.get(self._family(), "install it, or set `solver` to one that is installed")
+        raise SolverError(f"solver 'pyomo' cannot find '{name}': {how}")
+
+    def _complaint(self, error: Exception) -> str:
+        """One sentence for what a solver threw."""
+        text = " ".join(str(error).split())
+        name = self.parameters.solver
+        if "icense" in text:
+            return f"'{name}' refuses this size with its present licence: install a full licence of '{name}' ({text})"
+        return f"'{name}' failed: {type(error).__name__}: {text}"
+
+
+def _closed(context: Context) -> bool:
+    gap = context.monitor.gap
+    return gap is not None and gap <= _OPTIMAL_GAP

@@ -1,0 +1,225 @@
+"""Branch and bound with proof, for both objectives, over one dense piece or many under one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbs_opt.errors import UsageError
+from cbs_opt.instance import Instance
+from cbs_opt.monitor import Monitor
+from cbs_opt.registry import register
+from cbs_opt.result import Status
+from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.backward import check_regular
+from cbs_opt.solvers.exact.best_first import Int8Array
+from cbs_opt.solvers.exact.blocks import BlockSearch
+from cbs_opt.solvers.exact.joint import JointSearch, prepare_joint
+from cbs_opt.solvers.exact.problems import JointCase, SelectionCase
+from cbs_opt.solvers.exact.selection import TOLERANCE, SelectionSearch, prepare_selection
+from cbs_opt.solvers.exact.tables import SelectionPiece, Table
+from cbs_opt.solvers.joint import JointSearch as JointHeuristic
+from cbs_opt.solvers.search import Search as SelectionHeuristic
+from cbs_opt.stop import Stop
+from cbs_opt.typing import BoolArray
+
+_OPTIMAL_GAP = 1e-6
+_SLICE_WORK = 4e6  # nodes of a slice times squared variables: some milliseconds
+_STEP = 0.02  # share of the gap that a better bound must close to be reported
+
+
+@dataclass(frozen=True)
+class ExactParameters(Parameters):
+    """Where the first selection comes from."""
+
+    heuristic: int = option(120, "weights from which on a heuristic of the package looks for the first selection")
+    effort: int = option(12, "its iterations: cycles for selection, tens of moves for joint")
+
+    def __post_init__(self) -> None:
+        for name in ("heuristic", "effort"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"`{name}` must not be negative, got {getattr(self, name)}")
+
+
+@register("exact")
+class Exact(Solver):
+    """Best-first search over depth-first trees; an iteration is a node.
+
+    Selection: the box and budget relaxation of every node by Newton steps on its free variables, a diagonal shift
+    near the semidefinite bound where a subproblem turns out large, reduced costs, warm-started children. Joint: the
+    perspective relaxation, likewise with a diagonal fitted to the subproblem. Several blocks under one budget: a
+    table of bounds per block over the numbers to prune, joined by dynamic programming; only the entries on which
+    the joined bound rests are solved. With one thread the same instance gives the same nodes.
+    """
+
+    summary = "branch and bound: proven optima, valid bounds when stopped, blocks joined exactly"
+    supports = Capabilities(objectives=frozenset(OBJECTIVES), bound=True, warm_start=True)
+    parameters_type = ExactParameters
+    parameters: ExactParameters
+
+    def check_supports(self, instance: Instance, context: Context) -> None:
+        """Refuse a singular Hessian where the joint problem needs its inverse."""
+        super().check_supports(instance, context)
+        if context.objective == "joint":
+            check_regular(instance)
+
+    def prepare(self, instance: Instance, context: Context) -> None:
+        """Compile, presolve, check sizes."""
+        warm_up(context.objective)
+        self._case = SelectionCase(instance) if context.objective == "selection" else JointCase(instance)
+
+    def run(self, instance: Instance, context: Context) -> Status:
+        """Find a first selection, then prove."""
+        case, monitor = self._case, context.monitor
+        report = _Report(case, monitor)
+        report.selection(case.first())
+        if context.warm_start is not None:
+            report.selection(context.warm_start)
+        if case.n == 0:
+            report.bound(monitor.objective if monitor.objective is not None else case.offset)
+            return self._status(monitor)
+        if monitor.should_stop():
+            return Status.CONVERGED
+        context.extras |= {"nodes": 0, "open": 1}
+        if self.parameters.effort and case.n >= self.parameters.heuristic and case.dense:
+            self._heuristic(instance, context, report)
+        if case.dense:
+            self._dense(context, report)
+        else:
+            self._blocks(context, report)
+        return self._status(monitor)
+
+    def _status(self, monitor: Monitor) -> Status:
+        gap = monitor.gap
+        return Status.OPTIMAL if gap is not None and gap <= _OPTIMAL_GAP else Status.CONVERGED
+
+    def _heuristic(self, instance: Instance, context: Context, report: _Report) -> None:
+        """A first selection from the package's heuristic, for a fixed number of its iterations."""
+        joint = context.objective == "joint"
+        steps = self.parameters.effort * (10 if joint else 1)
+        stop = Stop(max_iterations=steps, should_stop=context.monitor.should_stop)
+        inner = Context(context.objective, context.seed, Monitor(stop), context.warm_start, threads=1)
+        solver: Solver = JointHeuristic({"bound_steps": 0}) if joint else SelectionHeuristic()
+        solver.prepare(instance, inner)
+        solver.run(instance, inner)
+        if inner.monitor.pruned is not None:
+            report.selection(inner.monitor.pruned)
+        if inner.monitor.bound is not None:
+            report.bound(inner.monitor.bound)
+
+    def _dense(self, context: Context, report: _Report) -> None:
+        """One tree over all open weights."""
+        case, monitor = report.case, context.monitor
+        assert monitor.pruned is not None
+        start: Int8Array = monitor.pruned[case.index].astype(np.int8)
+        search: SelectionSearch | JointSearch
+        if isinstance(case, SelectionCase):
+            problem = case.problem
+            search = prepare_selection(
+                case.matrix(),
+                problem.linear,
+                problem.group,
+                problem.budget,
+                [start],
+                should_stop=monitor.should_stop,
+            )
+        else:
+            A, H, w = case.matrices()
+            search = prepare_joint(
+                A, H, w, case.group, case.keep, [start], lambda y: case.value(case.expand(y)) - case.offset
+            )
+        queue = search.queue
+        seen = [0, np.inf]
+
+        def progress() -> bool:
+            monitor.advance(queue.nodes - int(seen[0]))
+            seen[0] = queue.nodes
+            if queue.value < seen[1]:
+                seen[1] = queue.value
+                report.selection(case.expand(search.selection()))
+            report.bound(case.offset + case.scale * search.bound(), last=queue.finished())
+            context.extras |= {"nodes": queue.nodes, "open": queue.open, "diagonals": queue.diagonals}
+            return monitor.should_stop()
+
+        size = int(np.clip(_SLICE_WORK / case.n**2, 1, 200))
+        queue.run(progress, context.threads or 1, _limited(size, monitor.stop))
+        progress()
+        report.bound(case.offset + case.scale * search.bound(), last=True)
+
+    def _blocks(self, context: Context, report: _Report) -> None:
+        """Pieces under one budget."""
+        case, monitor = report.case, context.monitor
+        left = case.problem.budget if isinstance(case, SelectionCase) else case.left
+        search = BlockSearch(case.pieces(), int(left.sum()), TOLERANCE, context.threads or 1)
+        seen = [0]
+
+        def progress() -> bool:
+            monitor.advance(search.nodes - seen[0])
+            seen[0] = search.nodes
+            if search.path is not None:
+                report.selection(case.expand(search.selection()))
+            if np.isfinite(search.bound):
+                report.bound(case.offset + case.scale * search.bound, last=True)
+            context.extras |= {"nodes": search.nodes, "open": search.open, "rounds": search.rounds}
+            return monitor.should_stop()
+
+        search.run(progress, monitor.should_stop)
+        progress()
+
+
+class _Report:
+    """Passes selections and bounds on to the monitor, in units of the instance."""
+
+    def __init__(self, case: SelectionCase | JointCase, monitor: Monitor) -> None:
+        self.case, self.monitor = case, monitor
+        self._rounding = 0.0
+
+    def selection(self, pruned: BoolArray) -> None:
+        """Offer a selection, bool (n,)."""
+        if self.monitor.report(self.case.value(pruned), pruned):
+            self._rounding = self.case.rounding(pruned)
+
+    def bound(self, bound: float, last: bool = True) -> None:
+        """Offer a bound, unless it is hardly better than the last one and not to be the `last`."""
+        monitor = self.monitor
+        bound -= self._rounding
+        if self.case.nonnegative:
+            bound = max(bound, 0.0)
+        if monitor.objective is not None:
+            bound = min(bound, monitor.objective)
+            if not last and monitor.bound is not None:
+                missing = monitor.objective - monitor.bound
+                if bound - monitor.bound < _STEP * missing:
+                    return
+        monitor.report_bound(bound)
+
+
+def _limited(size: int, stop: Stop) -> int:
+    """Nodes of a slice: no more than an iteration limit allows."""
+    return size if stop.max_iterations is None else max(1, min(size, stop.max_iterations))
+
+
+def warm_up(objective: str) -> None:
+    """Compile the kernels of an objective, by a small problem of every kind."""
+    rng = np.random.default_rng(0)
+    G = rng.standard_normal((16, 14))
+    H, w, group = G.T @ G, rng.standard_normal(14), np.zeros(14, np.int64)
+    never: Callable[[], bool] = lambda: False  # noqa: E731
+    if objective == "selection":
+        Q = H * w[:, None] * w
+        search = prepare_selection(Q, np.zeros(14), group, np.array([7]), [])
+        worker = search.queue._make_worker(0.0, 0.0, np.array([np.inf]))
+        worker.load(search.queue._heap[0][2])
+        worker.better_diagonal()
+        search.queue.run(never)
+        Table(SelectionPiece(Q[:3, :3], w[:3]), never)
+    else:
+        A = np.linalg.inv(H)
+        joint = prepare_joint(A, H, w, group, np.array([7]), [])
+        worker = joint.queue._make_worker(0.0, 0.0, np.array([np.inf]))
+        worker.load(joint.queue._heap[0][2])
+        worker.better_diagonal()
+        joint.queue.run(never)
+        joint.value()
