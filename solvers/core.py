@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -81,14 +82,21 @@ class Core:
         """Pairwise descent in place on ½xᵀ(Q − diag(shift))x + …, h its gradient; returns the steps taken."""
         return int(kernels.pair_descent(*self.layout(), self.diagonal - shift, shift, x, h, steps, tolerance))
 
-    def newton(self, x: FloatArray, h: FloatArray, shift: FloatArray, limit: int = 64) -> int:
+    def newton(
+        self,
+        x: FloatArray,
+        h: FloatArray,
+        shift: FloatArray,
+        should_stop: Callable[[], bool] = lambda: False,
+        limit: int = 64,
+    ) -> int:
         """Newton steps on the fractional variables in place, up to the first bound that each hits.
 
         Every group sum is kept. Returns the number of steps; 0 when the reduced matrix is not positive definite.
         """
         for count in range(limit):
             free = np.flatnonzero((x > 0) & (x < 1))
-            if free.size < 2 or free.size > _NEWTON_LIMIT:
+            if free.size < 2 or free.size > _NEWTON_LIMIT or should_stop():
                 return count
             step = self._newton_direction(free, h, shift)
             if step is None:
@@ -135,7 +143,8 @@ class Core:
                     continue
                 local = free[part] - self.block_start[b]
                 K = square[np.ix_(local, local)]
-                scale = np.sqrt(K.diagonal()) + 1e-300
+                scale = np.sqrt(K.diagonal())
+                scale[scale < 1e-150] = 1.0  # free weights
                 K = K / scale[:, None] / scale
                 K[np.diag_indices(local.size)] += _DAMPING - shift[free[part]] / scale**2
                 rhs = np.column_stack([sums[part], h[free[part]]]) / scale[:, None]

@@ -129,7 +129,7 @@ class Relaxation:
                 break
             if attempt + 1 < len(core.squares) and done == steps:
                 continue
-            if (attempt and done < 20) or core.newton(x, h, shift) == 0:
+            if (attempt and done < 20) or core.newton(x, h, shift, should_stop) == 0:
                 break
         moved = np.flatnonzero(x != before)
         problem.columns.add_product(core.index[moved], (x - before)[moved], self.g)
