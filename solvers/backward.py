@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.kernels import joint_numba as kernels
 from cbs_opt.solvers.stages import staged
 from cbs_opt.typing import BoolArray, IntArray
+
+logger = logging.getLogger("cbs_opt")
 
 DENSE_LIMIT = 5000
 """Blocks up to this size are eliminated exactly; larger ones are first thinned out by stages."""
@@ -117,7 +120,8 @@ def eliminate(
     states = [_Block(instance, k, pruned) for k in blocks if open_budget.any() and not should_stop()]
     merge = _merge_blocks if instance.budget.groups is None else _merge_groups
     merge(states, pruned, open_budget, should_stop, threads)
-    if open_budget.any():  # stopped early
+    if open_budget.any():
+        logger.info("stopped during backward elimination: the smallest of the other weights complete the selection")
         rest = np.where(pruned, 1, 0 if instance.fixed is None else np.minimum(instance.fixed, 0))
         pruned = instance.budget.cheapest(np.abs(instance.weights), rest)
     return pruned

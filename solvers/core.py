@@ -155,4 +155,6 @@ class Core:
         except np.linalg.LinAlgError:
             return None
         direction = inverse_sums @ multipliers - inverse_h
+        # Badly scaled systems leave a rest in the sums.
+        direction -= (np.bincount(label, direction) / np.bincount(label))[label]
         return direction if np.isfinite(direction).all() else None

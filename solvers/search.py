@@ -103,6 +103,9 @@ class _Run:
         cheapest = problem.smallest(0.5 * problem.columns.diagonal + problem.linear)
         self.point = Incumbent(problem, cheapest)
         self._report()
+        instance = problem.presolved.instance
+        magnitude = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
+        self._offer(Incumbent(problem, problem.presolved.restrict(magnitude)))
         if context.warm_start is not None:
             self._offer(Incumbent(problem, problem.presolved.restrict(context.warm_start)))
         stop = self.monitor.stop
