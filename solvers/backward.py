@@ -121,7 +121,7 @@ def eliminate(
     merge = _merge_blocks if instance.budget.groups is None else _merge_groups
     merge(states, pruned, open_budget, should_stop, threads)
     if open_budget.any():
-        logger.info("stopped during backward elimination: the smallest of the other weights complete the selection")
+        logger.info("stopped during backward elimination: the smallest weights of the rest complete the selection")
         rest = np.where(pruned, 1, 0 if instance.fixed is None else np.minimum(instance.fixed, 0))
         pruned = instance.budget.cheapest(np.abs(instance.weights), rest)
     return pruned
