@@ -27,6 +27,8 @@ _PATH_TOLERANCE = 1e-4
 _PATH_ROUNDS = 24  # at most; fewer where the blocks are small
 _DEEPEN_ROUNDS = 24  # further rounds after every epoch until the path has converged
 _DEEPEN_ROUNDS_LARGE = 4
+_STALE_BOUNDS = 5
+_BOUND_GAIN = 1e-4  # of the objective: a bound that rises by less is stale
 _BOUND_ROUNDS = 10  # of the plain relaxation after every epoch until it has converged
 _START = (1e-3, 3e-2)  # concave weight of a start from the relaxation, log-uniform
 _MELT = (5e-3, 0.2)  # concave weight after melting a binary point, log-uniform
@@ -125,6 +127,11 @@ class _Run:
             self.point = other
             self._report()
 
+    def _improved(self, before: float | None) -> bool:
+        """Whether the incumbent got better by more than rounding."""
+        now, rounding = self.monitor.objective, 1e-15 * self.problem.presolved.scale
+        return before is None or (now is not None and now < before - GAIN * abs(before) - rounding)
+
     def search(self) -> None:
         """Path, then epochs."""
         problem, monitor = self.problem, self.monitor
@@ -145,12 +152,12 @@ class _Run:
         start = Incumbent(problem, problem.smallest(-relaxed.x))
         tight: Relaxation | None = None
         settled = bound_done = False
-        epoch, idle = 0, 0
+        epoch = idle = stale = 0
         while not monitor.should_stop():
             fresh = epoch % 2 == 0
-            before, cycles = self.point.f, monitor.iterations
+            before, cycles = monitor.objective, monitor.iterations
             self._epoch(relaxed, start if fresh else self.point, fresh, first=epoch == 0)
-            idle = idle + monitor.iterations - cycles if self.point.f >= before else 0
+            idle = 0 if self._improved(before) else idle + monitor.iterations - cycles
             epoch += 1
             if not settled:
                 rounds = self._solve(relaxed, PATH[-1], _PATH_TOLERANCE, deepen)
@@ -160,7 +167,11 @@ class _Run:
                 tight = relaxed.copy()
             if tight is not None and not bound_done:
                 bound_done = self._solve(tight, 0.0, 1e-7, _BOUND_ROUNDS) < _BOUND_ROUNDS
+                old = monitor.bound if monitor.bound is not None else -np.inf
                 monitor.report_bound(tight.bound())
+                now = monitor.bound if monitor.bound is not None else -np.inf
+                stale = 0 if now - old > _BOUND_GAIN * abs(monitor.objective or 0.0) else stale + 1
+                bound_done |= stale >= _STALE_BOUNDS  # badly scaled problems may never converge
                 if monitor.gap is not None and monitor.gap <= _OPTIMAL_GAP:
                     return
             if self.patience is not None and idle >= self.patience and bound_done:
@@ -189,12 +200,12 @@ class _Run:
         sweeps.path(PATH)
         idle = 0
         while not monitor.should_stop():
-            before, cycles = self.point.f, monitor.iterations
+            before, cycles = monitor.objective, monitor.iterations
             sweeps.tighten()
             if monitor.gap is not None and monitor.gap <= _OPTIMAL_GAP:
                 return
             sweeps.visit_blocks(self.point, parameters)
-            idle = idle + monitor.iterations - cycles if self.point.f >= before - GAIN * abs(before) else 0
+            idle = 0 if self._improved(before) else idle + monitor.iterations - cycles
             if self.patience is not None and idle >= self.patience * sweeps.blocks:
                 return
 

@@ -16,6 +16,7 @@ GAIN = 1e-9
 
 _HARDEN_STEPS = 2000
 _TABU_STEPS = 4000  # per call of the kernel
+_TABU_CALLS = 25
 _LAST_WEIGHT = 1.2  # concave weight at which a point is binary but for ties
 
 
@@ -187,7 +188,9 @@ class CorePoint:
         release = np.zeros(core.n, dtype=np.int64)
         h = core.product(y) + self._linear
         clock = idle = 0
-        while idle < stall and not should_stop():
+        for _ in range(_TABU_CALLS):  # bounded: where the objective is all rounding, f could fall for ever
+            if idle >= stall or should_stop():
+                break
             f, f_best, clock, state, idle = kernels.tabu_swaps(
                 *core.layout(),
                 0.5 * core.diagonal,
@@ -204,6 +207,8 @@ class CorePoint:
                 np.uint64(state),
                 idle,
             )
-            h = core.product(z.astype(np.float64)) + self._linear  # fresh: rounding gathers in many updates
+            # Afresh: rounding gathers in many updates.
+            h = core.product(z.astype(np.float64)) + self._linear
+            f = self.value(z.astype(np.float64))
         y = best.astype(np.float64)
         return y, self.value(y), state

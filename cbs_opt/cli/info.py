@@ -16,7 +16,6 @@ from cbs_opt.curvature import GradientFactor
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import instance_file, read_instance, read_solution, solution_file
 from cbs_opt.files.atomic import check_writable
-from cbs_opt.files.export import export_instance
 from cbs_opt.files.npz import NpzReader
 from cbs_opt.instance import Instance
 
@@ -49,6 +48,8 @@ def _main(arguments: list[str]) -> int:
         instance = read_instance(options.file)
         content = _instance(instance)
         if options.export is not None:
+            from cbs_opt.solvers.exact.export import export_instance
+
             export_instance(options.export, instance)
             content["exported"] = str(options.export)
     else:

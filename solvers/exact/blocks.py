@@ -20,7 +20,7 @@ _PATIENCE = 5  # rounds after which the nodes of a piece grow
 
 @entry
 def chain(values, start, count, budget, choice):
-    """Least sum of one value per table whose positions sum to `budget`; choice, int32 (K, budget+1), is work space.
+    """Least sum of one value per table whose positions sum to `budget`; choice is int32 (K, budget+1).
 
     Table k is values[start[k] : start[k] + count[k]]. Returns the value and the positions, int64 (K,).
     """
@@ -175,7 +175,11 @@ class BlockSearch:
                     pool.map(lambda at, tol=inner, limit=nodes: at[0].work(at[1], tol, limit, should_stop), work)
                 )
                 stuck = before == [t.lower[k] for t, k in work]
-                if not all(done) and (self.rounds % _PATIENCE == 0 or stuck):
+                if all(done) and stuck:  # as near as rounding allows at this tolerance
+                    inner *= 0.01
+                    if inner < 1e-13:
+                        return
+                elif not all(done) and (self.rounds % _PATIENCE == 0 or stuck):
                     nodes *= 4
 
     def _join(self) -> IntArray:

@@ -1,4 +1,4 @@
-"""Exact joint problem of one dense piece: least ½ w_Pᵀ ([H⁻¹]_PP)⁻¹ w_P with a number of pruned weights per group."""
+"""Exact joint problem of one dense piece: least ½ w_Pᵀ ([H⁻¹]_PP)⁻¹ w_P with numbers to prune per group."""
 
 from __future__ import annotations
 
@@ -137,9 +137,10 @@ class JointWorker:
         found = np.zeros(self.size, np.int8)
         before = self._state[tree.FOUND]
         outcome = joint_tree.run(
-            nodes, self._tolerance, self._rounding, self._shared, *self._data, self._state, self._frames, self._theta,
-            self._bounds, self._U, self._Y, self._kept, self._R, self._pool, *self._levels, *self._level_data, found,
-            self.best, self._S, self._A, self._B, *self._work, *self._marks, *self._prices,
+            nodes, self._tolerance, self._rounding, self._shared, *self._data, self._state, self._frames,
+            self._theta, self._bounds, self._U, self._Y, self._kept, self._R, self._pool, *self._levels,
+            *self._level_data, found, self.best, self._S, self._A, self._B, *self._work, *self._marks,
+            *self._prices,
         )  # fmt: skip
         if self._state[tree.FOUND] > before:
             self.selection = self._fixings.copy()

@@ -60,8 +60,8 @@ class Relaxation:
         kept = np.zeros(u.size, np.int8)
         diagonal = np.diag(M).copy()
         best, _ = relax(
-            u, y, M, c, diagonal, d, np.sqrt(d), kept, self.starts, keep.size, keep, theta, constant, np.inf, self._S,
-            self._A, *self._vectors, *self._prices,
+            u, y, M, c, diagonal, d, np.sqrt(d), kept, self.starts, keep.size, keep, theta, constant, np.inf,
+            self._S, self._A, *self._vectors, *self._prices,
         )  # fmt: skip
         return float(best)
 

@@ -1,10 +1,10 @@
 """Perspective relaxation of a node of the joint problem.
 
-min ½ uᵀ(M − D)u + cᵀu + ½ Σ d_i u_i²/z_i + const over u and 0 ≤ z ≤ 1, with z = 1 on kept columns, Σ z ≤ R over the
-free ones of each group, and D = diag(d) ≼ M, d > 0. u are the weights after the update. Vectors run over the m
+min ½ uᵀ(M − D)u + cᵀu + ½ Σ d_i u_i²/z_i + const over u and 0 ≤ z ≤ 1, with z = 1 on kept columns, Σ z ≤ R over
+the free ones of each group, and D = diag(d) ≼ M, d > 0. u are the weights after the update. Vectors run over the m
 columns of a level, from which the pruned ones are gone; group a is the range gp[a] … gp[a+1]; kept[k] is 1 or 0.
-y = Mu + c is kept up to date. θ of a group is the common √d|u|/z of its fractional columns, so that θ²/2 is the price
-of one more kept weight.
+y = Mu + c is kept up to date. θ of a group is the common √d|u|/z of its fractional columns, so that θ²/2 is the
+price of one more kept weight.
 """
 
 # mypy: ignore-errors

@@ -316,7 +316,7 @@ def run(
         last = lb
         alive = True
         for phase in range(3):
-            # 0: what branching decides, 1: the relaxation and what its reduced costs decide, 2: only the level's views
+            # 0: what branching decides, 1: the relaxation and its reduced costs, 2: only the level's views
             gp = gps[q]
             m = gp[G]
             M = pool[off[q] : off[q] + m * m].reshape(m, m)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,11 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 LARGEST = 1000
 """Most open weights of a dense model."""
 
+UNITS = 1000.0
+"""Objectives near 1 are multiplied by this: the absolute tolerances of the solvers are then small against them."""
+
 _SEARCH_CYCLES = 60
+_SEARCH_SECONDS = 10.0  # far above what the cycles take
 
 
 class ScaledSelection:
@@ -90,7 +94,7 @@ class ScaledSelection:
         return max([float(np.abs(self.c).max(initial=0.0)), *entries])
 
     @cached_property
-    def Q(self) -> FloatArray:
+    def matrix(self) -> FloatArray:
         """All components together, float64 (n, n)."""
         Q = np.zeros((self.n, self.n))
         for at, part in self.parts:
@@ -147,7 +151,9 @@ def start(instance: Instance, context: Context, reduced: ReducedProblem, search:
     if instance.linear is None:
         monitor.report_bound(0.0)
     if search is not None and not monitor.should_stop():
-        inner = Monitor(Stop(max_iterations=_SEARCH_CYCLES, should_stop=monitor.should_stop))
+        inner = Monitor(
+            Stop(max_iterations=_SEARCH_CYCLES, time_limit=_SEARCH_SECONDS, should_stop=monitor.should_stop)
+        )
         search.run(instance, Context("selection", context.seed, inner, monitor.pruned))
         if inner.objective is not None and inner.pruned is not None:
             monitor.report(inner.objective, inner.pruned)
@@ -187,6 +193,10 @@ class LinearModel:
     names: list[str]
     offset: float = 0.0
 
+    def in_units(self, units: float) -> LinearModel:
+        """The same model with its objective multiplied."""
+        return replace(self, cost=self.cost * units, offset=self.offset * units)
+
 
 class RowBuilder:
     """Rows of a linear model, one at a time."""
@@ -219,8 +229,8 @@ def rlt_model(problem: ScaledSelection) -> LinearModel:
 
     Each budget Σ_{j∈g} y_j = p, times y_i, becomes Σ_{j∈g, j≠i} z_ij = (p − [i∈g]) y_i wherever the products of i
     with the whole group are there (Adams and Sherali 1986); for a group that reaches beyond the component of i
-    the sum is at most that, and Σ_j (y_j − z_ij) ≤ p (1 − y_i). The McCormick inequalities z_ij ≤ y_i, z_ij ≤ y_j and
-    z_ij ≥ y_i + y_j − 1 are added where those equations do not imply them at binary y.
+    the sum is at most that, and Σ_j (y_j − z_ij) ≤ p (1 − y_i). The McCormick inequalities z_ij ≤ y_i, z_ij ≤ y_j
+    and z_ij ≥ y_i + y_j − 1 are added where those equations do not imply them at binary y.
     """
     n, c = problem.n, problem.c.copy()
     pairs, cost = [], []
@@ -301,7 +311,7 @@ def pyomo_linear(model: LinearModel) -> Any:
     return out
 
 
-def pyomo_selection(problem: ScaledSelection) -> Any:
+def pyomo_selection(problem: ScaledSelection, units: float = 1.0) -> Any:
     """The selection problem as a Pyomo MIQP: binary `v[i]`, convex quadratic objective, one sum per group."""
     import pyomo.environ as pyo
 
@@ -313,7 +323,7 @@ def pyomo_selection(problem: ScaledSelection) -> Any:
             terms.append(0.5 * float(Q[a, a]) * out.v[i] * out.v[i])
             terms += [float(Q[a, b]) * out.v[i] * out.v[int(at[b])] for b in range(a) if Q[a, b]]
     _add_budgets(out, problem.members(), problem.budget)
-    out.objective = pyo.Objective(expr=pyo.quicksum(terms))
+    out.objective = pyo.Objective(expr=units * pyo.quicksum(terms))
     return out
 
 

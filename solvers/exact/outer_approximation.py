@@ -14,11 +14,11 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 _LARGEST_SHIFT = 400  # weights of a component up to which its diagonal is shifted: Newton steps cost O(c³)
 _SPACING = 0.15  # of the first tangents, in units where the objective is near 1
 _FEWEST, _MOST = 5, 64  # first tangents of a direction
-_SMALL = 1e-8  # length of a direction that is left out: its square only adds to the objective
+_SMALL = 1e-6  # length of a direction that is left out: its square only adds to the objective
 
 
 class Separated:
-    """½ yᵀQy + cᵀy = Σ_k (a_kᵀy − b_k)² + dᵀy + e at every binary y that meets the budgets.
+    """½ yᵀQy + cᵀy = Σ_k m_k (a_kᵀy − b_k)² + dᵀy + e at every binary y that meets the budgets.
 
     For each component C, y = x̄ + Bz on the budgets that lie inside C. There, for any diagonal D that leaves
     Bᵀ(Q − D)B positive semidefinite, ½ yᵀQy = ½ yᵀ(Q − D)y + ½ Σ D_ii y_i, since y_i² = y_i, and the right side
@@ -41,6 +41,8 @@ class Separated:
     rows : float64 (k, n)
     center : float64 (k,)
         The b_k.
+    weight : float64 (k,)
+        The m_k ≤ 1; below 1 only for rows of length 1.
     lower, upper : float64 (k,)
         Range of a_kᵀy − b_k over the selections that are no worse than `value`.
     linear : float64 (n,)
@@ -58,6 +60,7 @@ class Separated:
         n = problem.n
         self.linear, self.constant = problem.c.copy(), 0.0
         rows, center, middle, reach = [np.zeros((0, n))], [np.zeros(0)], [np.zeros(0)], [np.zeros(0)]
+        weight = [np.zeros(0)]
         slack = value + 1e-6 * max(abs(value), 1.0) - float(problem.minima(problem.c[None])[0])
         for at, Q in problem.parts:
             x, B = affine_hull(problem, at)
@@ -72,7 +75,10 @@ class Separated:
             # An eigenvalue below zero by rounding is counted with its largest effect.
             self.constant += 0.5 * float(np.minimum(curvature, 0.0).sum()) * at.size
             a = np.sqrt(np.maximum(curvature, 0.0) / 2.0)[:, None] * (B @ V).T
-            a = a[np.linalg.norm(a, axis=1) > _SMALL]
+            length = np.linalg.norm(a, axis=1)
+            a, length = a[length > _SMALL], np.minimum(length[length > _SMALL], 1.0)
+            a = a / length[:, None]  # rows of tiny entries would drown in the tolerances of a solver
+            weight.append(length**2)
             full = np.zeros((a.shape[0], n))
             full[:, at] = a
             rows.append(full)
@@ -80,10 +86,12 @@ class Separated:
             for parts, part in zip((middle, reach), _ellipsoid(Q, x, B, a, slack), strict=True):
                 parts.append(part)
         self.rows, self.center = np.concatenate(rows), np.concatenate(center)
+        self.weight = np.concatenate(weight)
         low, high = problem.minima(self.rows), -problem.minima(-self.rows)
         self.lower = np.maximum(low - self.center, np.concatenate(middle) - np.concatenate(reach))
         self.upper = np.minimum(high - self.center, np.concatenate(middle) + np.concatenate(reach))
-        room = 1e-7 * (1.0 + np.abs(self.lower) + np.abs(self.upper))
+        # Room so that no bound of a column touches an optimal point.
+        room = 1e-2 * (1.0 + np.abs(self.lower) + np.abs(self.upper))
         self.lower, self.upper = self.lower - room, self.upper + room
 
     def directions(self, y: FloatArray) -> FloatArray:
@@ -215,7 +223,7 @@ class OuterModel:
         self._known: set[tuple[int, float]] = set()
         for k in range(self.k):
             low, high = float(separated.lower[k]), float(separated.upper[k])
-            count = int(np.clip(np.ceil((high - low) / _SPACING), _FEWEST, _MOST))
+            count = int(np.clip(np.ceil((high - low) * np.sqrt(separated.weight[k]) / _SPACING), _FEWEST, _MOST))
             for t in np.linspace(low, high, count).tolist():
                 self._add(k, t)
 
@@ -241,8 +249,9 @@ class OuterModel:
     def cut(self, v: FloatArray, tolerance: float) -> bool:
         """Add the tangents that a point of the linear relaxation violates; returns whether there were any."""
         u, s = v[self.n : self.n + self.k], v[self.n + self.k :]
-        violated = np.flatnonzero(u * u - s > tolerance)
-        return any([self._add(int(k), float(u[k])) for k in violated])
+        violated = np.flatnonzero(self.separated.weight * (u * u - s) > tolerance)
+        new = [self._add(int(k), float(u[k])) for k in violated]
+        return any(new)
 
     def point(self, y: FloatArray) -> FloatArray:
         """All columns at a binary y."""
@@ -270,7 +279,7 @@ class OuterModel:
             ),
             shape=(count, n + 2 * k),
         )
-        cost = np.concatenate([separated.linear, np.zeros(k), np.ones(k)]) * self.units
+        cost = np.concatenate([separated.linear, np.zeros(k), separated.weight]) * self.units
         integer: BoolArray = np.zeros(n + 2 * k, dtype=bool)
         integer[:n] = not relaxed
         names = [f"y{i}" for i in problem.presolved.index.tolist()]

@@ -11,14 +11,16 @@ import numpy as np
 
 from cbs_opt.errors import SolverError, UsageError
 from cbs_opt.instance import Instance
+from cbs_opt.monitor import Monitor
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
-from cbs_opt.solvers.exact.model import ScaledSelection, pyomo_linear, pyomo_selection, rlt_model, start
+from cbs_opt.solvers.exact.model import UNITS, ScaledSelection, pyomo_linear, pyomo_selection, rlt_model, start
 from cbs_opt.solvers.exact.outer_approximation import OuterModel, Separated
 from cbs_opt.solvers.reduced import ReducedProblem
 from cbs_opt.solvers.search import Search
 from cbs_opt.solvers.warm_up import warm_up_selection
+from cbs_opt.stop import Stop
 from cbs_opt.typing import FloatArray
 
 logger = logging.getLogger("cbs_opt")
@@ -58,7 +60,6 @@ _GAP = {
     "glpk": "mipgap",
     "cplex": "mip_tolerances_mipgap",
 }
-_UNITS = 1000.0  # of the objective, for absolute tolerances
 _RELATIVE_GAP = 1e-7
 _MARGIN = 5e-7  # that bounds are reduced by, in scaled units: the tolerances are those of other solvers
 _OPTIMAL_GAP = 1e-6
@@ -71,7 +72,9 @@ class PyomoParameters(Parameters):
     """Which solver, and which formulation."""
 
     solver: str = option("highs", "highs, scip, gurobi, cbc, glpk, cplex, or the name of a Pyomo interface")
-    formulation: str = option("auto", "miqp, outer (tangents), rlt (products); auto: miqp where the solver takes it")
+    formulation: str = option(
+        "auto", "miqp, outer (tangents), rlt (products); auto: miqp where the solver takes it"
+    )
     start: bool = option(True, "scale and cut with the selection of a short run of `search`")
 
     def __post_init__(self) -> None:
@@ -95,8 +98,8 @@ class PyomoSolver(Solver):
         self._interface()
         if self.parameters.formulation == "miqp" and self._family() in _LINEAR:
             raise SolverError(
-                f"'{self.parameters.solver}' takes no mixed-integer quadratic problem: set `formulation` to 'outer' "
-                "or 'rlt'"
+                f"'{self.parameters.solver}' takes no mixed-integer quadratic problem: set `formulation` to "
+                "'outer' or 'rlt'"
             )
 
     def prepare(self, instance: Instance, context: Context) -> None:
@@ -111,43 +114,55 @@ class PyomoSolver(Solver):
     def run(self, instance: Instance, context: Context) -> Status:
         """Start, then one model, or a sequence of them with growing sets of tangents."""
         monitor = context.monitor
-        multipliers = start(instance, context, self._reduced, self._search if self.parameters.start else None)
-        problem = ScaledSelection(instance, monitor.pruned)
-        if _closed(context):
-            return Status.OPTIMAL
-        if not problem.parts:
-            assert monitor.objective is not None
-            monitor.report_bound(monitor.objective)  # separate terms: the start is their sorted minimum
-            return Status.OPTIMAL
-        if monitor.should_stop():
-            return Status.CONVERGED
+        # What the start finds is held back until the solver has taken the model: where it refuses, that is an
+        # error with a sentence and not the result of a heuristic.
+        self._held = Monitor(Stop(should_stop=monitor.should_stop))
+        held = Context(context.objective, context.seed, self._held, context.warm_start)
+        multipliers = start(instance, held, self._reduced, self._search if self.parameters.start else None)
+        problem = ScaledSelection(instance, self._held.pruned)
+        if _closed(held) or not problem.parts or monitor.should_stop():
+            self._publish(monitor)
+            if not problem.parts and self._held.objective is not None:
+                monitor.report_bound(self._held.objective)  # separate terms: the start is their sorted minimum
+            return Status.OPTIMAL if _closed(context) else Status.CONVERGED
         formulation = self.parameters.formulation
         if formulation == "auto":
             formulation = "outer" if self._family() in _LINEAR else "miqp"
         context.extras["formulation"] = formulation
         if formulation == "outer":
             return self._outer(problem, context, multipliers)
-        model = pyomo_selection(problem) if formulation == "miqp" else pyomo_linear(rlt_model(problem))
-        self._call(model, problem, context, 1.0)
+        if formulation == "miqp":
+            model = pyomo_selection(problem, UNITS)
+        else:
+            model = pyomo_linear(rlt_model(problem).in_units(UNITS))
+        self._call(model, problem, context)
         return Status.OPTIMAL if _closed(context) else Status.CONVERGED
+
+    def _publish(self, monitor: Monitor) -> None:
+        """Report what was held back."""
+        held = self._held
+        if held.objective is not None and held.pruned is not None:
+            monitor.report(held.objective, held.pruned)
+        if held.bound is not None:
+            monitor.report_bound(held.bound)
 
     def _outer(self, problem: ScaledSelection, context: Context, multipliers: FloatArray) -> Status:
         monitor = context.monitor
-        assert monitor.pruned is not None
+        assert self._held.pruned is not None
         multipliers = multipliers * problem.presolved.scale / problem.scale
-        best = problem.restrict(monitor.pruned)
+        best = problem.restrict(self._held.pruned)
         separated = Separated(problem, problem.value(best), multipliers, True, monitor.should_stop)
-        model = OuterModel(problem, separated, _UNITS)
+        model = OuterModel(problem, separated, UNITS)
         model.touch(best)
         while not monitor.should_stop():
-            y = self._call(pyomo_linear(model.build()), problem, context, _UNITS)
+            y = self._call(pyomo_linear(model.build()), problem, context)
             if _closed(context):
                 return Status.OPTIMAL
             if y is None or not model.touch(y):
                 break
         return Status.CONVERGED
 
-    def _call(self, model: Any, problem: ScaledSelection, context: Context, units: float) -> FloatArray | None:
+    def _call(self, model: Any, problem: ScaledSelection, context: Context) -> FloatArray | None:
         """Solve one model, report its selection and bound; returns the selection's y."""
         monitor = context.monitor
         backend = self._interface()
@@ -175,17 +190,18 @@ class PyomoSolver(Solver):
             if monitor.should_stop():
                 waited = _PATIENCE if monitor.reason is Status.INTERRUPTED else waited + _POLL
         monitor.advance()
+        if outcome and isinstance(outcome[0], Exception):
+            raise SolverError(self._complaint(outcome[0])) from outcome[0]
+        self._publish(monitor)
         if not outcome:
             return None
-        if isinstance(outcome[0], Exception):
-            raise SolverError(self._complaint(outcome[0])) from outcome[0]
         results = outcome[0]
         condition = str(results.solver.termination_condition)
         context.extras["termination"] = condition
         bound = results.problem.lower_bound
         if isinstance(bound, int | float) and np.isfinite(bound) and condition not in ("infeasible", "error"):
             assert monitor.objective is not None
-            value = float(bound) / units
+            value = float(bound) / UNITS
             monitor.report_bound(min(problem.loss(value - _MARGIN * max(1.0, abs(value))), monitor.objective))
         if len(results.solution) == 0:
             return None
@@ -232,7 +248,9 @@ class PyomoSolver(Solver):
         text = " ".join(str(error).split())
         name = self.parameters.solver
         if "icense" in text:
-            return f"'{name}' refuses this size with its present licence: install a full licence of '{name}' ({text})"
+            return (
+                f"'{name}' refuses this size with its present licence: install a full licence of '{name}' ({text})"
+            )
         return f"'{name}' failed: {type(error).__name__}: {text}"
 
 

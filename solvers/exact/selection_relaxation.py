@@ -16,7 +16,7 @@ from cbs_opt.solvers.exact.kernels import axpy, cholesky, inner, inner_fast, inv
 
 @inner
 def pair_step(g, x, u, Q, dg, gp, G):
-    """Second-order pair step in the group with the largest violation; the gain in f, 0 when optimal to rounding."""
+    """Second-order pair step in the group of largest violation; the gain in f, 0 when optimal to rounding."""
     i = np.int64(-1)
     h = np.int64(0)
     gi = 0.0

@@ -38,7 +38,7 @@ def selection_value(Q, c, y, n):
 
 @inner
 def refresh(x, v, g, Q, c, f, m):
-    """The gradient g and value f of the point x + v from the level's own data: what updates have lost comes back."""
+    """Gradient g and value f of x + v from the level's own data: what updates have lost comes back."""
     for k in range(m):
         g[k] = c[k]
     for a in range(m):

@@ -19,13 +19,15 @@ from cbs_opt.solvers.exact.blocks import BlockSearch
 from cbs_opt.solvers.exact.joint import JointSearch, prepare_joint
 from cbs_opt.solvers.exact.problems import JointCase, SelectionCase
 from cbs_opt.solvers.exact.selection import TOLERANCE, SelectionSearch, prepare_selection
-from cbs_opt.solvers.exact.tables import SelectionPiece, Table
+from cbs_opt.solvers.exact.tables import JointPiece, SelectionPiece
 from cbs_opt.solvers.joint import JointSearch as JointHeuristic
 from cbs_opt.solvers.search import Search as SelectionHeuristic
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray
 
 _OPTIMAL_GAP = 1e-6
+_FINEST = 1e-12  # tolerance of a tree
+_ATTEMPTS = 3
 _SLICE_WORK = 4e6  # nodes of a slice times squared variables: some milliseconds
 _STEP = 0.02  # share of the gap that a better bound must close to be reported
 
@@ -48,9 +50,9 @@ class Exact(Solver):
     """Best-first search over depth-first trees; an iteration is a node.
 
     Selection: the box and budget relaxation of every node by Newton steps on its free variables, a diagonal shift
-    near the semidefinite bound where a subproblem turns out large, reduced costs, warm-started children. Joint: the
-    perspective relaxation, likewise with a diagonal fitted to the subproblem. Several blocks under one budget: a
-    table of bounds per block over the numbers to prune, joined by dynamic programming; only the entries on which
+    near the semidefinite bound where a subproblem turns out large, reduced costs, warm-started children. Joint:
+    the perspective relaxation, likewise with a diagonal fitted to the subproblem. Several blocks under one budget:
+    a table of bounds per block over the numbers to prune, joined by dynamic programming; only the entries on which
     the joined bound rests are solved. With one thread the same instance gives the same nodes.
     """
 
@@ -85,10 +87,17 @@ class Exact(Solver):
         context.extras |= {"nodes": 0, "open": 1}
         if self.parameters.effort and case.n >= self.parameters.heuristic and case.dense:
             self._heuristic(instance, context, report)
-        if case.dense:
-            self._dense(context, report)
-        else:
-            self._blocks(context, report)
+        solve = self._dense if case.dense else self._blocks
+        tolerance = TOLERANCE
+        for _ in range(_ATTEMPTS):
+            # Where an offset cancels most of the loss, a tree is closed to a smaller share of its own value.
+            assert monitor.objective is not None
+            inner = max(abs(monitor.objective - case.offset), 1e-300)
+            tolerance = max(_FINEST, min(tolerance, TOLERANCE * abs(monitor.objective) / inner))
+            solve(context, report, tolerance)
+            if monitor.should_stop() or self._status(monitor) is Status.OPTIMAL:
+                break
+            tolerance *= 0.1
         return self._status(monitor)
 
     def _status(self, monitor: Monitor) -> Status:
@@ -109,7 +118,7 @@ class Exact(Solver):
         if inner.monitor.bound is not None:
             report.bound(inner.monitor.bound)
 
-    def _dense(self, context: Context, report: _Report) -> None:
+    def _dense(self, context: Context, report: _Report, tolerance: float) -> None:
         """One tree over all open weights."""
         case, monitor = report.case, context.monitor
         assert monitor.pruned is not None
@@ -123,12 +132,20 @@ class Exact(Solver):
                 problem.group,
                 problem.budget,
                 [start],
+                tolerance,
                 should_stop=monitor.should_stop,
             )
         else:
             A, H, w = case.matrices()
             search = prepare_joint(
-                A, H, w, case.group, case.keep, [start], lambda y: case.value(case.expand(y)) - case.offset
+                A,
+                H,
+                w,
+                case.group,
+                case.keep,
+                [start],
+                lambda y: case.value(case.expand(y)) - case.offset,
+                tolerance,
             )
         queue = search.queue
         seen = [0, np.inf]
@@ -148,11 +165,11 @@ class Exact(Solver):
         progress()
         report.bound(case.offset + case.scale * search.bound(), last=True)
 
-    def _blocks(self, context: Context, report: _Report) -> None:
+    def _blocks(self, context: Context, report: _Report, tolerance: float) -> None:
         """Pieces under one budget."""
         case, monitor = report.case, context.monitor
         left = case.problem.budget if isinstance(case, SelectionCase) else case.left
-        search = BlockSearch(case.pieces(), int(left.sum()), TOLERANCE, context.threads or 1)
+        search = BlockSearch(case.pieces(), int(left.sum()), tolerance, context.threads or 1)
         seen = [0]
 
         def progress() -> bool:
@@ -214,7 +231,7 @@ def warm_up(objective: str) -> None:
         worker.load(search.queue._heap[0][2])
         worker.better_diagonal()
         search.queue.run(never)
-        Table(SelectionPiece(Q[:3, :3], w[:3]), never)
+        piece: SelectionPiece | JointPiece = SelectionPiece(Q[:3, :3], w[:3])
     else:
         A = np.linalg.inv(H)
         joint = prepare_joint(A, H, w, group, np.array([7]), [])
@@ -223,3 +240,5 @@ def warm_up(objective: str) -> None:
         worker.better_diagonal()
         joint.queue.run(never)
         joint.value()
+        piece = JointPiece(A[:3, :3], np.linalg.inv(A[:3, :3]), w[:3])
+    BlockSearch([piece, piece], 3, TOLERANCE).run(never, never)

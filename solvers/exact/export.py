@@ -55,7 +55,9 @@ def _write_linear(path: Path | str, instance: Instance, suffix: str) -> None:
         from cbs_opt.solvers.exact.highs import highs_lp
         from cbs_opt.solvers.exact.model import ScaledSelection, rlt_model
     except ModuleNotFoundError as error:
-        raise SolverError(f"the export to {suffix} needs the package '{error.name}', which is not installed") from error
+        raise SolverError(
+            f"the export to {suffix} needs the package '{error.name}', which is not installed"
+        ) from error
     try:
         problem = ScaledSelection(instance)
     except SolverError as error:
@@ -102,12 +104,15 @@ def write_qplib(path: Path | str, instance: Instance) -> None:
             "minimize # objective sense",
             f"{instance.n} # number of variables",
             f"{len(rows)} # number of constraints",
-            f"{sum(1 for _ in _quadratic(problem))} # number of quadratic terms in the lower triangle of the objective",
+            f"{sum(1 for _ in _quadratic(problem))} # number of quadratic terms in the objective, lower triangle",
         )
         for i, j, value in _quadratic(problem):
             put(f"{i + 1} {j + 1} {value!r}")
         linear = np.flatnonzero(problem.c)
-        put("0.0 # default value for linear coefficients in objective", f"{linear.size} # number of non-default ones")
+        put(
+            "0.0 # default value for linear coefficients in objective",
+            f"{linear.size} # number of non-default ones",
+        )
         put(*(f"{i + 1} {float(problem.c[i])!r}" for i in linear.tolist()))
         put("0.0 # objective constant")
         put(f"{sum(len(members) for members, _ in rows)} # number of linear terms in all constraints")
