@@ -189,7 +189,7 @@ class Chita:
             stations *= 2
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})  # type: ignore[untyped-decorator]
 def sweep(
     rows: Any, beta: Any, w: Any, residual: Any, diagonal: Any, damping: float, support: Any, sweeps: int
 ) -> None:

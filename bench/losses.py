@@ -96,7 +96,7 @@ def draw(points: Mapping[str, Sequence[Point]], title: str) -> Figure:
 
     figure = Figure(figsize=(9.0, 3.9), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr,call-arg]
     panels = figure.subplots(1, 2)
     for axes, kind, words in zip(
         panels,

@@ -88,7 +88,7 @@ def report(
     yield f"{machine()}, one thread. Median [least, largest] over the seeds {named}; {clock} seconds. {load()}\n"
     for path in paths:
         whole = read_instance(path)
-        for sparsity in sparsities or [None]:
+        for sparsity in list(sparsities or []) or [None]:  # type: ignore[list-item]
             instance = whole if sparsity is None else whole.with_sparsity(sparsity)
             rows, notes = quality(instance, solvers, times, seeds, clock)
             yield f"\n## {path.name}: {instance.describe()}\n\n{table(times, rows)}\n"

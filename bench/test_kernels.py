@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cbs_opt import GradientFactor, Instance
+from cbs_opt import Budget, GradientFactor, Instance
 from cbs_opt.solvers import joint
 from cbs_opt.solvers.columns import Columns, DenseBlock
 from cbs_opt.solvers.core import Core
@@ -75,7 +75,9 @@ def test_relaxation(benchmark: Any, n: int) -> None:
     """A round of the relaxation of a gradient factor at sparsity .8, everything included."""
     warm_up_selection()
     rng = np.random.default_rng(1)
-    problem = ReducedProblem(Instance(rng.standard_normal(n), GradientFactor(gradients(n), 0.0), int(0.8 * n)))
+    problem = ReducedProblem(
+        Instance(rng.standard_normal(n), GradientFactor(gradients(n), 0.0), Budget(int(0.8 * n)))
+    )
     taken: list[int] = []
 
     def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -134,7 +134,7 @@ class SweepSearch:
             b = np.where(missing < 0, -missing / down, 0.0)[problem.group]
         enough = ((missing <= up) & (-missing <= down) & (inner > 0) | (missing == 0) | (sizes == 0)).all()
         if enough:
-            return np.clip(x + np.nan_to_num(a) * room[0] - np.nan_to_num(b) * room[1], 0.0, 1.0)
+            return np.asarray(np.clip(x + np.nan_to_num(a) * room[0] - np.nan_to_num(b) * room[1], 0.0, 1.0))
         return problem.smallest(-x)
 
     def tighten(self) -> None:

@@ -170,7 +170,7 @@ class Sweeps:
         return float((np.abs(self._sums() - self.budget) / np.maximum(self.budget, 1.0)).max())
 
     def _sums(self) -> FloatArray:
-        return np.bincount(self.group, self.x, self.budget.size)
+        return np.bincount(self.group, self.x, self.budget.size).astype(np.float64)
 
     def run(self, t: float, sweeps: int, tolerance: float, should_stop: Callable[[], bool] = lambda: False) -> int:
         """Sweeps until one over everything gains less than `tolerance` of the objective, within the budget.
@@ -198,7 +198,7 @@ class Sweeps:
 
     def _rate(self, t: float) -> FloatArray:
         """What one missing weight adds to the price of its group."""
-        return _RATE * np.maximum(np.abs(self.price), t * self.typical) / self.sizes
+        return np.asarray(_RATE * np.maximum(np.abs(self.price), t * self.typical) / self.sizes)
 
     def _sweep(self, t: float, full: bool, should_stop: Callable[[], bool]) -> float | None:
         gains = np.zeros(len(self.parts))
@@ -218,8 +218,12 @@ class Sweeps:
                 self.group[part],
                 self.price.copy(),
                 self.rate / self.share[k],
+                t,
+                x,
+                self.active[k],
+                int(self.count[k]),
+                np.inf if full and not self.sweeps else margin,
             )
-            rest += (t, x, self.active[k], int(self.count[k]), np.inf if full and not self.sweeps else margin)
             if isinstance(block, FactorBlock):
                 self.count[k], gains[k] = kernels.sweep_factor(block.rows, block.ridge, state, *rest)
                 self.margin[k] = np.linalg.norm(state - before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import numpy as np
@@ -74,6 +75,21 @@ def pairs(**wanted):
         if all(getattr(solver.supports, key) == value for key, value in wanted.items()):
             out += [pytest.param(name, kind, id=f"{name}-{kind}") for kind in sorted(solver.supports.objectives)]
     return pytest.mark.parametrize(("name", "objective"), out)
+
+
+_compiled = set()
+
+
+@pytest.fixture(autouse=True)
+def compiled(request, problem):
+    """Imports and compilation, once for each solver and objective, before any test looks at a clock."""
+    values = getattr(request.node, "callspec", None)
+    pair = values and (values.params.get("name"), values.params.get("objective"))
+    if pair and all(pair) and pair not in _compiled and available(pair[0]) is not None:
+        _compiled.add(pair)
+        for case in ("hessian", "gradients, blocks"):
+            with contextlib.suppress(CbsError):
+                solve(problem(0, **CASES[case]).instance, pair[0], objective=pair[1], stop=Stop(max_iterations=50))
 
 
 def own_end():
