@@ -129,9 +129,9 @@ def draw(results: Mapping[str, Result], title: str) -> Figure:
             if min(end for end, _, _ in labels) > 0 and max(bounds) > 0:
                 rows = [(time, bound) for time, bound in rows if bound > 0]
             if rows:
-                clock, values = zip(*rows, strict=True)
+                clock, levels = zip(*rows, strict=True)
                 line = {"color": "black", "linestyle": "--", "linewidth": 1}
-                axes.step([*clock, last], [*values, values[-1]], where="post", **line)
+                axes.step([*clock, last], [*levels, levels[-1]], where="post", **line)
         labels.append((max(bounds), f"bound  {short(max(bounds), 2)}", "black"))
     axes.set_xscale("log")
     few_ticks(axes.xaxis, lambda value, _: f"{value:g}")
