@@ -115,8 +115,9 @@ def eliminate(
         pruned |= instance.fixed == 1
         open_budget -= np.bincount(group[pruned], minlength=open_budget.size)
     blocks = range(instance.curvature.number_of_blocks)
+    shared = open_budget.copy()
     for k in blocks:
-        _thin_out(instance, k, stage, pruned, open_budget, should_stop)
+        _thin_out(instance, k, stage, pruned, open_budget, shared, should_stop)
     states = [_Block(instance, k, pruned) for k in blocks if open_budget.any() and not should_stop()]
     merge = _merge_blocks if instance.budget.groups is None else _merge_groups
     merge(states, pruned, open_budget, should_stop, threads)
@@ -261,13 +262,14 @@ def _thin_out(
     stage: float,
     pruned: BoolArray,
     open_budget: IntArray,
+    shared: IntArray,
     should_stop: Callable[[], bool],
 ) -> None:
     """Remove weights of a large block by stages until it is small enough or its share of the budget is used.
 
     A stage computes x and the diagonal of the conditional inverse and removes the cheapest weights together.
-    With several blocks a large one takes at most its own size's share of each group's budget here; the common
-    order of the losses decides on the rest.
+    With several blocks a large one takes at most its share, by size, of `shared`, the budgets at the start; the
+    common order of the losses decides on the rest.
     """
     part = instance.curvature.block_slice(k)
     size = part.stop - part.start
@@ -277,7 +279,7 @@ def _thin_out(
     allowance = open_budget.copy()
     if instance.curvature.number_of_blocks > 1:
         share = np.bincount(group, minlength=open_budget.size) / instance.budget.group_sizes(instance.n).clip(1)
-        allowance = np.floor(share * open_budget).astype(np.int64)
+        allowance = np.minimum(np.floor(share * shared).astype(np.int64), open_budget)
     local = pruned[part]  # a view
     state = staged(instance, k, np.flatnonzero(~local))
     stays = np.zeros(size, dtype=bool) if instance.fixed is None else instance.fixed[part] == -1

@@ -35,7 +35,7 @@ class JointParameters(Parameters):
 
     tenure: int = option(10, "moves for which a weight that moved may not move again; a few more at random")
     patience: int | None = option(
-        None, "moves without improvement after which the search ends; 400 when there is no other rule to stop"
+        None, "moves without improvement after which the search ends; 400 without a limit on time or iterations"
     )
     restart: int = option(60, "moves without improvement after which the search goes back to the best, shaken")
     bound_steps: int = option(200, "steps of the ascent to a lower bound, once a local optimum is found")
@@ -114,7 +114,7 @@ class JointSearch(Solver):
         patience = self.parameters.patience
         stop = monitor.stop
         if patience is None and not any(
-            (stop.time_limit, stop.max_iterations, stop.no_improvement, stop.target is not None, stop.gap)
+            rule is not None for rule in (stop.time_limit, stop.max_iterations, stop.no_improvement)
         ):
             patience = 400
         best, best_doubled = moves.pruned(), moves.doubled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cbs_opt.curvature import Curvature, GradientFactor
@@ -12,7 +14,7 @@ from cbs_opt.typing import FloatArray
 _EIGEN_LIMIT = 2000  # blocks up to this size get their diagonal from an eigenvalue of the scaled Hessian
 
 
-def split_diagonal(curvature: Curvature) -> FloatArray | None:
+def split_diagonal(curvature: Curvature, should_stop: Callable[[], bool] = lambda: False) -> FloatArray | None:
     """A diagonal D > 0 with H − D positive semidefinite, float64 (n,), or None where there is none at hand.
 
     λI for a gradient factor. For a dense block the larger, by its trace, of σ I and θ diag(H), where σ and θ are
@@ -23,7 +25,7 @@ def split_diagonal(curvature: Curvature) -> FloatArray | None:
     out = np.empty(curvature.n)
     for k in range(curvature.number_of_blocks):
         part = curvature.block_slice(k)
-        if part.stop - part.start > _EIGEN_LIMIT:
+        if part.stop - part.start > _EIGEN_LIMIT or should_stop():
             return None
         H = curvature.block(k)
         diagonal = H.diagonal()
@@ -92,13 +94,15 @@ def improve_bound(
     seconds : float
         Ends sooner than `steps` when this much time has gone.
     """
-    D = split_diagonal(instance.curvature)
-    if D is None:
+    if steps == 0:
         return
     until = monitor.elapsed + seconds
+    D = split_diagonal(instance.curvature, lambda: monitor.should_stop() or monitor.elapsed > until)
+    if D is None:
+        return
     nothing = np.zeros_like(start)  # its bound is never negative without a linear term
     best, _ = dual_bound(instance, D, nothing)
-    monitor.report_bound(min(best, objective))
+    monitor.report_bound(best)
     u, best_u = start.copy(), start
     ambition, idle = 0.5, 0
     for _ in range(steps):
@@ -107,7 +111,7 @@ def improve_bound(
         bound, direction = dual_bound(instance, D, u)
         if bound > best + 1e-6 * abs(best):
             best, best_u, idle = bound, u, 0
-            monitor.report_bound(min(bound, objective))
+            monitor.report_bound(bound)
         else:
             idle += 1
             if idle == 10:

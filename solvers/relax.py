@@ -48,7 +48,7 @@ class Relax(Solver):
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve, build columns."""
         warm_up_selection()
-        self._problem = ReducedProblem(instance)
+        self._problem = ReducedProblem(instance, context.threads)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Solve, and report bound and rounding every few rounds."""

@@ -51,7 +51,7 @@ class SearchParameters(Parameters):
     stall: int = option(500, "tabu steps without improvement that end a cycle")
     ratio: float = option(1.6, "growth of the concave weight while a point hardens")
     patience: int | None = option(
-        None, "cycles without improvement after which the search ends; 150 when there is no other rule to stop"
+        None, "cycles without improvement after which the search ends; 150 without a limit on time or iterations"
     )
 
     def __post_init__(self) -> None:
@@ -113,8 +113,7 @@ class _Run:
         stop = self.monitor.stop
         self.patience = parameters.patience
         if self.patience is None and all(
-            rule is None
-            for rule in (stop.time_limit, stop.max_iterations, stop.no_improvement, stop.target, stop.gap)
+            rule is None for rule in (stop.time_limit, stop.max_iterations, stop.no_improvement)
         ):
             self.patience = 150
 

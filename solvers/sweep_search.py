@@ -177,9 +177,9 @@ class SweepSearch:
             monitor.advance(_CYCLES * len(chunk))
             if stopped or monitor.should_stop():
                 return
-        point.refresh()
-        trade(point, monitor.should_stop)
-        self.offer(point)
+        traded = Incumbent(problem, point.y)  # another object: `point` may be the incumbent by now
+        trade(traded, monitor.should_stop)
+        self.offer(traded)
 
     def _visit(
         self,

@@ -9,12 +9,17 @@ from numpy.typing import ArrayLike
 
 from cbs_opt.errors import InstanceError
 from cbs_opt.linalg import SYMMETRY_TOLERANCE, is_positive
-from cbs_opt.typing import FloatArray, IntArray, RealArray
+from cbs_opt.typing import IntArray, RealArray
 
 
-def flatten(blocks: Sequence[ArrayLike]) -> tuple[FloatArray, IntArray]:
-    """Lay square matrices one after the other; returns the flat float64 array and the block sizes."""
-    matrices = [np.asarray(block, dtype=np.float64) for block in blocks]
+def flatten(blocks: Sequence[ArrayLike]) -> tuple[RealArray, IntArray]:
+    """Lay square matrices one after the other; returns the flat array and the block sizes.
+
+    The array is float32 where all matrices are, as their rounding is then judged by, and float64 otherwise.
+    """
+    matrices = [np.asarray(block) for block in blocks]
+    single = all(matrix.dtype == np.float32 for matrix in matrices)
+    matrices = [matrix.astype(np.float32 if single else np.float64, copy=False) for matrix in matrices]
     for k, matrix in enumerate(matrices):
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InstanceError(f"block {k} must be a square matrix, got shape {matrix.shape}")
