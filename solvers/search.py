@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.presolve import Coupling
 from cbs_opt.solvers.reduced import ReducedProblem
 from cbs_opt.solvers.relaxation import Relaxation
 from cbs_opt.solvers.search_core import GAIN, CorePoint, Incumbent, candidate_swaps
@@ -39,6 +40,7 @@ _TENURE = (4, 15)
 _BLOCKS_OF_A_CORE = 8
 _HARDENINGS = 3  # of a large problem by sweeps, with rounds of the relaxation between them
 _OPTIMAL_GAP = 1e-6
+_PROOF_WITHOUT_LIMIT = 100  # weights; every such block that we have is proven in a fraction of a second
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,14 @@ class SearchParameters(Parameters):
     working_set: int = option(256, "violating variables of a working set of the relaxation")
     cycles: int = option(12, "cycles without improvement after which a new core is chosen")
     stall: int = option(500, "tabu steps without improvement that end a cycle")
+    proof: int = option(250, "weights of a single piece up to which branch and bound takes over; 0 for never")
     ratio: float = option(1.6, "growth of the concave weight while a point hardens")
     patience: int | None = option(
         None, "cycles without improvement after which the search ends; 150 without a limit on time or iterations"
     )
 
     def __post_init__(self) -> None:
-        for name, smallest in (("core", 2), ("working_set", 2), ("cycles", 1), ("stall", 1)):
+        for name, smallest in (("core", 2), ("working_set", 2), ("cycles", 1), ("stall", 1), ("proof", 0)):
             if getattr(self, name) < smallest:
                 raise UsageError(f"`{name}` must be at least {smallest}, got {getattr(self, name)}")
         if self.ratio <= 1:
@@ -72,7 +75,8 @@ class Search(Solver):
     variable), lets it harden again while that weight grows, rounds, and repairs by drop/add tabu search. It works
     on a core: the variables nearest to their threshold in the relaxation. Cycles on one core make an epoch; what
     an epoch finds is repaired by swaps over all variables with a fresh gradient. Between epochs the relaxation is
-    driven on, and gives a lower bound.
+    driven on, and gives a lower bound. A single piece of up to 250 weights goes on to branch and bound after two
+    to eight epochs (100 weights where there is no time limit), whose nodes then count as iterations.
     """
 
     summary = "relaxation, concave continuation on cores, tabu swaps; with a lower bound"
@@ -85,13 +89,30 @@ class Search(Solver):
         warm_up_selection()
         warm_up_sweeps()
         self._problem = ReducedProblem(instance, context.threads)
+        self._exact = self._branch_and_bound(context)
+        if self._exact is not None:
+            self._exact.prepare(instance, context)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Search until told to stop, or until nothing improves any more."""
         run = _Run(self._problem, self.parameters, context)
-        run.search()
+        # A tree of more weights is longer at work before it meets its best leaf.
+        before_proof = 2 if self._problem.n < 160 else 8
+        run.search(epochs=None if self._exact is None else before_proof)
+        if self._exact is not None and not context.monitor.should_stop():
+            return self._exact.run(instance, replace(context, warm_start=context.monitor.pruned))
         gap = context.monitor.gap
         return Status.OPTIMAL if gap is not None and gap <= _OPTIMAL_GAP else Status.CONVERGED
+
+    def _branch_and_bound(self, context: Context) -> Solver | None:
+        """The exact solver where it proves the optimum of such problems in seconds, None elsewhere."""
+        pieces = [c for c in self._problem.presolved.components if c.coupling is Coupling.FULL]
+        largest = self.parameters.proof if context.monitor.stop.time_limit is not None else _PROOF_WITHOUT_LIMIT
+        if len(pieces) != 1 or self._problem.n > min(largest, self.parameters.proof):
+            return None
+        from cbs_opt.solvers.exact.solver import Exact  # it looks for its first selections here
+
+        return Exact({"heuristic": 10**9})
 
 
 class _Run:
@@ -131,8 +152,8 @@ class _Run:
         now, rounding = self.monitor.objective, 1e-15 * self.problem.presolved.scale
         return before is None or (now is not None and now < before - GAIN * abs(before) - rounding)
 
-    def search(self) -> None:
-        """Path, then epochs."""
+    def search(self, epochs: int | None = None) -> None:
+        """Path, then epochs, as many as are asked for."""
         problem, monitor = self.problem, self.monitor
         if problem.n == 0 or not problem.budget.any():
             monitor.report_bound(problem.certified_bound(self.point.y))
@@ -174,6 +195,8 @@ class _Run:
                 if monitor.gap is not None and monitor.gap <= _OPTIMAL_GAP:
                     return
             if self.patience is not None and idle >= self.patience and bound_done:
+                return
+            if epochs is not None and epoch >= epochs:
                 return
 
     def _sweeps(self) -> SweepSearch:

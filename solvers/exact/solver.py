@@ -110,7 +110,7 @@ class Exact(Solver):
         steps = self.parameters.effort * (10 if joint else 1)
         stop = Stop(max_iterations=steps, should_stop=context.monitor.should_stop)
         inner = Context(context.objective, context.seed, Monitor(stop), context.warm_start, threads=1)
-        solver: Solver = JointHeuristic({"bound_steps": 0}) if joint else SelectionHeuristic()
+        solver: Solver = JointHeuristic({"bound_steps": 0}) if joint else SelectionHeuristic({"proof": 0})
         solver.prepare(instance, inner)
         solver.run(instance, inner)
         if inner.monitor.pruned is not None:
