@@ -14,6 +14,9 @@ from cbs_opt.typing import BoolArray
 
 logger = logging.getLogger("cbs_opt")
 
+OPTIMAL_GAP = 1e-6
+"""Relative gap at which a selection is called optimal."""
+
 Callback = Callable[["Monitor"], None]
 """Called after each new incumbent or bound, from the solver's thread; progress printers are callbacks."""
 
@@ -73,6 +76,11 @@ class Monitor:
     def gap(self) -> float | None:
         """Relative gap between incumbent and bound."""
         return relative_gap(self.objective, self.bound)
+
+    @property
+    def closed(self) -> bool:
+        """Whether bound and incumbent agree to `OPTIMAL_GAP`: the incumbent is then proven optimal."""
+        return self.gap is not None and self.gap <= OPTIMAL_GAP
 
     @property
     def history(self) -> tuple[HistoryRow, ...]:

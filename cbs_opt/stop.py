@@ -41,6 +41,11 @@ class Stop:
     gap: float | None = None
     should_stop: Callable[[], bool] | None = None
 
+    @property
+    def limits_work(self) -> bool:
+        """Whether a rule ends every run; a target or a gap may never be reached."""
+        return any(rule is not None for rule in (self.time_limit, self.max_iterations, self.no_improvement))
+
     def __post_init__(self) -> None:
         for name in ("time_limit", "max_iterations", "no_improvement", "gap"):
             value = getattr(self, name)

@@ -25,7 +25,6 @@ from cbs_opt.typing import BoolArray
 from cbs_opt.update import best_update
 
 _GAIN = 1e-9  # smallest improvement that counts, relative to the loss
-_OPTIMAL_GAP = 1e-6
 _REFACTOR = 200  # moves between two fresh factorisations
 
 
@@ -96,8 +95,7 @@ class JointSearch(Solver):
                 whole = sum(index.size for index in moves.weights_of) == instance.n
                 if whole or not moves.tableaux or joint_loss(instance, pruned) * 2 > before - _GAIN * abs(before):
                     break
-        gap = monitor.gap
-        return Status.OPTIMAL if gap is not None and gap <= _OPTIMAL_GAP else Status.CONVERGED
+        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
     def _bound(self, moves: JointMoves, context: Context) -> None:
         """Spend a sixth of the remaining time, and ten seconds at most, on a lower bound."""
@@ -112,10 +110,7 @@ class JointSearch(Solver):
         """Best-swap descent, then tabu search; returns the best selection."""
         monitor, rng = context.monitor, context.rng()
         patience = self.parameters.patience
-        stop = monitor.stop
-        if patience is None and not any(
-            rule is not None for rule in (stop.time_limit, stop.max_iterations, stop.no_improvement)
-        ):
+        if patience is None and not monitor.stop.limits_work:
             patience = 400
         best, best_doubled = moves.pruned(), moves.doubled
         tabu: deque[tuple[int, int, int]] = deque()  # (free again at move, block, weight), in order
@@ -130,7 +125,7 @@ class JointSearch(Solver):
                 descending = move is not None and move.change < -_GAIN * abs(moves.doubled)
                 if not descending:
                     self._bound(moves, context)
-                    if monitor.gap is not None and monitor.gap <= _OPTIMAL_GAP:
+                    if monitor.closed:
                         break
             if move is None and not tabu:
                 break

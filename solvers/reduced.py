@@ -53,6 +53,11 @@ class ReducedProblem:
         self._first = np.cumsum(sizes) - sizes
 
     @property
+    def threaded(self) -> bool:
+        """Whether products with the gradients run in threads."""
+        return self._factor is not None
+
+    @property
     def n(self) -> int:
         """Number of open weights, r."""
         return self.columns.n

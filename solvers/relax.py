@@ -15,7 +15,6 @@ from cbs_opt.solvers.search_core import Incumbent, candidate_swaps
 from cbs_opt.solvers.warm_up import warm_up_selection
 
 _ROUNDS_AT_A_TIME = 8
-_OPTIMAL_GAP = 1e-6
 
 
 @dataclass(frozen=True)
@@ -76,5 +75,4 @@ class Relax(Solver):
         context.extras["fractional"] = relaxed.fractional
         context.extras["relaxed_objective"] = problem.presolved.objective(relaxed.value())
         context.extras["steps"] = relaxed.steps
-        gap = monitor.gap
-        return Status.OPTIMAL if gap is not None and gap <= _OPTIMAL_GAP else Status.CONVERGED
+        return Status.OPTIMAL if monitor.closed else Status.CONVERGED

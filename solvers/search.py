@@ -39,7 +39,6 @@ _NOISE_WHOLE = (0.5, 2.0)
 _TENURE = (4, 15)
 _BLOCKS_OF_A_CORE = 8
 _HARDENINGS = 3  # of a large problem by sweeps, with rounds of the relaxation between them
-_OPTIMAL_GAP = 1e-6
 _PROOF_WITHOUT_LIMIT = 100  # weights; every such block that we have is proven in a fraction of a second
 
 
@@ -87,8 +86,9 @@ class Search(Solver):
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve, build columns."""
         warm_up_selection()
-        warm_up_sweeps()
         self._problem = ReducedProblem(instance, context.threads)
+        if self._problem.threaded or is_large(self._problem):  # loading them takes most of a second
+            warm_up_sweeps()
         self._exact = self._branch_and_bound(context)
         if self._exact is not None:
             self._exact.prepare(instance, context)
@@ -101,8 +101,7 @@ class Search(Solver):
         run.search(epochs=None if self._exact is None else before_proof)
         if self._exact is not None and not context.monitor.should_stop():
             return self._exact.run(instance, replace(context, warm_start=context.monitor.pruned))
-        gap = context.monitor.gap
-        return Status.OPTIMAL if gap is not None and gap <= _OPTIMAL_GAP else Status.CONVERGED
+        return Status.OPTIMAL if context.monitor.closed else Status.CONVERGED
 
     def _branch_and_bound(self, context: Context) -> Solver | None:
         """The exact solver where it proves the optimum of such problems in seconds, None elsewhere."""
@@ -131,11 +130,8 @@ class _Run:
         self._offer(Incumbent(problem, problem.presolved.restrict(magnitude)))
         if context.warm_start is not None:
             self._offer(Incumbent(problem, problem.presolved.restrict(context.warm_start)))
-        stop = self.monitor.stop
         self.patience = parameters.patience
-        if self.patience is None and all(
-            rule is None for rule in (stop.time_limit, stop.max_iterations, stop.no_improvement)
-        ):
+        if self.patience is None and not self.monitor.stop.limits_work:
             self.patience = 150
 
     def _report(self) -> None:
@@ -192,7 +188,7 @@ class _Run:
                 now = monitor.bound if monitor.bound is not None else -np.inf
                 stale = 0 if now - old > _BOUND_GAIN * abs(monitor.objective or 0.0) else stale + 1
                 bound_done |= stale >= _STALE_BOUNDS  # badly scaled problems may never converge
-                if monitor.gap is not None and monitor.gap <= _OPTIMAL_GAP:
+                if monitor.closed:
                     return
             if self.patience is not None and idle >= self.patience and bound_done:
                 return
@@ -224,7 +220,7 @@ class _Run:
         while not monitor.should_stop():
             before, cycles = monitor.objective, monitor.iterations
             sweeps.tighten()
-            if monitor.gap is not None and monitor.gap <= _OPTIMAL_GAP:
+            if monitor.closed:
                 return
             sweeps.visit_blocks(self.point, parameters)
             idle = 0 if self._improved(before) else idle + monitor.iterations - cycles

@@ -35,7 +35,6 @@ HiGHS 1.15.1 has cut off the optimum of a model of 60 weights in which that opti
 _TOLERANCE = 1e-9  # of rows, reduced costs and integrality
 _GAP = 1e-7  # relative, of HiGHS
 _MARGIN = 1e-7  # that its bounds are reduced by, in scaled units
-_OPTIMAL_GAP = 1e-6
 _RELAXATION_CUTS = 1e-4  # violation of a tangent that the linear relaxation leaves
 _RELAXATION_ROUNDS = 30
 _POLL = 0.02  # seconds
@@ -98,7 +97,7 @@ class Highs(Solver):
         multipliers = start(instance, context, self._reduced, self._search if self.parameters.start else None)
         problem = ScaledSelection(instance, monitor.pruned)
         context.extras["nodes"] = 0
-        if _closed(monitor):
+        if monitor.closed:
             return Status.OPTIMAL
         if problem.n == 0 or not problem.parts:
             assert monitor.objective is not None
@@ -137,7 +136,7 @@ class Highs(Solver):
             if found is None:
                 return Status.CONVERGED
             context.extras["tangents"] = model.tangents
-            if _closed(monitor):
+            if monitor.closed:
                 return Status.OPTIMAL
             new = [model.touch(y) for y in found]
             if not any(new):
@@ -158,11 +157,7 @@ class Highs(Solver):
             highs = load(linear.in_units(UNITS), context, monitor)
             point = np.array([np.prod([best[i] for i in product]) for product in _products(linear, problem)])
         _solve(highs, problem, context, point)
-        return Status.OPTIMAL if _closed(monitor) else Status.CONVERGED
-
-
-def _closed(monitor: Monitor) -> bool:
-    return monitor.gap is not None and monitor.gap <= _OPTIMAL_GAP
+        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
 
 def _solve(

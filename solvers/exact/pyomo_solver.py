@@ -62,7 +62,6 @@ _GAP = {
 }
 _RELATIVE_GAP = 1e-7
 _MARGIN = 5e-7  # that bounds are reduced by, in scaled units: the tolerances are those of other solvers
-_OPTIMAL_GAP = 1e-6
 _POLL = 0.05
 _PATIENCE = 10.0
 
@@ -120,11 +119,11 @@ class PyomoSolver(Solver):
         held = Context(context.objective, context.seed, self._held, context.warm_start)
         multipliers = start(instance, held, self._reduced, self._search if self.parameters.start else None)
         problem = ScaledSelection(instance, self._held.pruned)
-        if _closed(held) or not problem.parts or monitor.should_stop():
+        if held.monitor.closed or not problem.parts or monitor.should_stop():
             self._publish(monitor)
             if not problem.parts and self._held.objective is not None:
                 monitor.report_bound(self._held.objective)  # separate terms: the start is their sorted minimum
-            return Status.OPTIMAL if _closed(context) else Status.CONVERGED
+            return Status.OPTIMAL if context.monitor.closed else Status.CONVERGED
         formulation = self.parameters.formulation
         if formulation == "auto":
             formulation = "outer" if self._family() in _LINEAR else "miqp"
@@ -136,7 +135,7 @@ class PyomoSolver(Solver):
         else:
             model = pyomo_linear(rlt_model(problem).in_units(UNITS))
         self._call(model, problem, context)
-        return Status.OPTIMAL if _closed(context) else Status.CONVERGED
+        return Status.OPTIMAL if context.monitor.closed else Status.CONVERGED
 
     def _publish(self, monitor: Monitor) -> None:
         """Report what was held back."""
@@ -156,7 +155,7 @@ class PyomoSolver(Solver):
         model.touch(best)
         while not monitor.should_stop():
             y = self._call(pyomo_linear(model.build()), problem, context)
-            if _closed(context):
+            if context.monitor.closed:
                 return Status.OPTIMAL
             if y is None or not model.touch(y):
                 break
@@ -252,8 +251,3 @@ class PyomoSolver(Solver):
                 f"'{name}' refuses this size with its present licence: install a full licence of '{name}' ({text})"
             )
         return f"'{name}' failed: {type(error).__name__}: {text}"
-
-
-def _closed(context: Context) -> bool:
-    gap = context.monitor.gap
-    return gap is not None and gap <= _OPTIMAL_GAP

@@ -25,7 +25,6 @@ from cbs_opt.solvers.search import Search as SelectionHeuristic
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray
 
-_OPTIMAL_GAP = 1e-6
 _FINEST = 1e-12  # tolerance of a tree
 _ATTEMPTS = 3
 _SLICE_WORK = 4e6  # nodes of a slice times squared variables: some milliseconds
@@ -101,8 +100,7 @@ class Exact(Solver):
         return self._status(monitor)
 
     def _status(self, monitor: Monitor) -> Status:
-        gap = monitor.gap
-        return Status.OPTIMAL if gap is not None and gap <= _OPTIMAL_GAP else Status.CONVERGED
+        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
     def _heuristic(self, instance: Instance, context: Context, report: _Report) -> None:
         """A first selection from the package's heuristic, for a fixed number of its iterations."""
