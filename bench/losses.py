@@ -88,11 +88,8 @@ def draw(points: Mapping[str, Sequence[Point]], title: str) -> Figure:
     matplotlib.figure.Figure
         The sparsity's axis is even in log(1 − sparsity), the losses' axes are logarithmic.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise CbsError('pictures need matplotlib: pip install "cbs-opt[plot]"') from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.9), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)

@@ -96,13 +96,10 @@ def draw(results: Mapping[str, Result], title: str) -> Figure:
     Raises
     ------
     CbsError
-        When matplotlib is not installed, or no run has a history.
+        When no run has a history.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise CbsError('pictures need matplotlib: pip install "cbs-opt[plot]"') from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     lines = {name: steps for name, result in results.items() if (steps := _steps(result))[0].size}
     if not lines:

@@ -26,7 +26,18 @@ from cbs_opt.errors import (  # noqa: E402
     SolverError,
     UsageError,
 )
-from cbs_opt.files import read_instance, read_solution, write_instance, write_solution  # noqa: E402
+from cbs_opt.files import (  # noqa: E402
+    LibraryEntry,
+    library,
+    library_entries,
+    library_entry,
+    library_names,
+    library_path,
+    read_instance,
+    read_solution,
+    write_instance,
+    write_solution,
+)
 from cbs_opt.instance import Instance  # noqa: E402
 from cbs_opt.losses import Losses, evaluate, joint_loss, selection_loss  # noqa: E402
 from cbs_opt.monitor import Monitor  # noqa: E402
@@ -51,6 +62,7 @@ __all__ = [
     "Instance",
     "InstanceError",
     "InverseHessianBlocks",
+    "LibraryEntry",
     "Losses",
     "Monitor",
     "Result",
@@ -66,6 +78,11 @@ __all__ = [
     "evaluate",
     "get_solver",
     "joint_loss",
+    "library",
+    "library_entries",
+    "library_entry",
+    "library_names",
+    "library_path",
     "read_instance",
     "read_solution",
     "register",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
+from cbs_opt.monitor import Monitor
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
@@ -18,6 +20,7 @@ from cbs_opt.solvers.search_core import GAIN, CorePoint, Incumbent, candidate_sw
 from cbs_opt.solvers.sweep_search import SweepSearch, is_large, is_split
 from cbs_opt.solvers.warm_up import warm_up_selection
 from cbs_opt.solvers.warm_up_sweeps import warm_up_sweeps
+from cbs_opt.stop import Stop
 from cbs_opt.typing import FloatArray, IntArray
 
 PATH = (0.1, 0.03, 0.01, 3e-3, 1e-3)
@@ -40,6 +43,9 @@ _TENURE = (4, 15)
 _BLOCKS_OF_A_CORE = 8
 _HARDENINGS = 3  # of a large problem by sweeps, with rounds of the relaxation between them
 _PROOF_WITHOUT_LIMIT = 100  # weights; every such block that we have is proven in a fraction of a second
+_TABLE_SPEED = 4e4  # squared weights of the pieces, summed, whose tables branch and bound makes in a second
+_TABLE_WORK = 4e5  # the same, as much as is taken on without a time limit
+_TABLE_NODES = 10**6  # nodes after which it ends without a time limit
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class SearchParameters(Parameters):
     working_set: int = option(256, "violating variables of a working set of the relaxation")
     cycles: int = option(12, "cycles without improvement after which a new core is chosen")
     stall: int = option(500, "tabu steps without improvement that end a cycle")
-    proof: int = option(250, "weights of a single piece up to which branch and bound takes over; 0 for never")
+    proof: int = option(250, "weights of a piece up to which branch and bound takes over; 0 for never")
     ratio: float = option(1.6, "growth of the concave weight while a point hardens")
     patience: int | None = option(
         None, "cycles without improvement after which the search ends; 150 without a limit on time or iterations"
@@ -75,7 +81,8 @@ class Search(Solver):
     on a core: the variables nearest to their threshold in the relaxation. Cycles on one core make an epoch; what
     an epoch finds is repaired by swaps over all variables with a fresh gradient. Between epochs the relaxation is
     driven on, and gives a lower bound. A single piece of up to 250 weights goes on to branch and bound after two
-    to eight epochs (100 weights where there is no time limit), whose nodes then count as iterations.
+    to eight epochs (100 weights where there is no time limit), whose nodes then count as iterations; so do many
+    such pieces under one budget, where their tables take at most half of the time.
     """
 
     summary = "relaxation, concave continuation on cores, tabu swaps; with a lower bound"
@@ -95,23 +102,57 @@ class Search(Solver):
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Search until told to stop, or until nothing improves any more."""
+        monitor = context.monitor
         run = _Run(self._problem, self.parameters, context)
-        # A tree of more weights is longer at work before it meets its best leaf.
-        before_proof = 2 if self._problem.n < 160 else 8
+        # A tree of more weights is longer at work before it meets its best leaf; tables bring selections themselves.
+        before_proof = 8 if self._pieces == 1 and self._problem.n >= 160 else 2
         run.search(epochs=None if self._exact is None else before_proof)
-        if self._exact is not None and not context.monitor.should_stop():
-            return self._exact.run(instance, replace(context, warm_start=context.monitor.pruned))
-        return Status.OPTIMAL if context.monitor.closed else Status.CONVERGED
+        if self._exact is None or monitor.should_stop() or monitor.closed:
+            return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+        if self._pieces == 1:
+            return self._exact.run(instance, replace(context, warm_start=monitor.pruned))
+        inner = _limited(monitor, _TABLE_NODES) if monitor.stop.time_limit is None else monitor
+        threads = context.threads or os.cpu_count()  # each piece by itself: threads do not change what is found
+        self._exact.run(instance, replace(context, warm_start=monitor.pruned, monitor=inner, threads=threads))
+        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
     def _branch_and_bound(self, context: Context) -> Solver | None:
         """The exact solver where it proves the optimum of such problems in seconds, None elsewhere."""
-        pieces = [c for c in self._problem.presolved.components if c.coupling is Coupling.FULL]
-        largest = self.parameters.proof if context.monitor.stop.time_limit is not None else _PROOF_WITHOUT_LIMIT
-        if len(pieces) != 1 or self._problem.n > min(largest, self.parameters.proof):
+        stop = context.monitor.stop
+        seconds = stop.time_limit
+        sizes = [c.index.size for c in self._problem.presolved.components if c.coupling is Coupling.FULL]
+        self._pieces = len(sizes)
+        largest = self.parameters.proof if seconds is not None else min(self.parameters.proof, _PROOF_WITHOUT_LIMIT)
+        if len(sizes) == 1:
+            small = self._problem.n <= largest
+        else:
+            work = sum(size**2 for size in sizes)
+            small = (
+                len(sizes) > 1
+                and (seconds is not None or not stop.limits_work)  # tables are made whole, whatever their nodes
+                and max(sizes) <= largest
+                and int((self._problem.budget > 0).sum()) == 1
+                and work <= (_TABLE_WORK if seconds is None else 0.5 * seconds * _TABLE_SPEED)
+            )
+        if not small:
             return None
         from cbs_opt.solvers.exact.solver import Exact  # it looks for its first selections here
 
         return Exact({"heuristic": 10**9})
+
+
+def _limited(outer: Monitor, nodes: int) -> Monitor:
+    """A monitor that passes everything on to `outer` and stops after some nodes."""
+    before = outer.iterations
+
+    def pass_on(inner: Monitor) -> None:
+        outer.advance(before + inner.iterations - outer.iterations)
+        if inner.objective is not None and inner.pruned is not None:
+            outer.report(inner.objective, inner.pruned)
+        if inner.bound is not None:
+            outer.report_bound(inner.bound)
+
+    return Monitor(Stop(max_iterations=nodes, should_stop=outer.should_stop), pass_on)
 
 
 class _Run:

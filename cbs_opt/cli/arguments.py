@@ -18,7 +18,7 @@ def solve_parser() -> Parser:
     """The parser of `cbs-solve`."""
     parser = Parser("cbs-solve", "Choose which weights of a trained network to prune, and say how good that is.")
     add = parser.add_argument
-    add("instance", metavar="INSTANCE.npz", nargs="?", type=Path, help="instance file")
+    add("instance", metavar="INSTANCE.npz", nargs="?", type=Path, help="instance file, or library:NAME")
     defaults = ", ".join(f"{solver} for {objective}" for objective, solver in DEFAULT_SOLVERS.items())
     add("--solver", metavar="NAME", help=f"default: {defaults}")
     add(

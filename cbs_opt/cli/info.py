@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cbs_opt.curvature import GradientFactor
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import instance_file, read_instance, read_solution, solution_file
 from cbs_opt.files.atomic import check_writable
+from cbs_opt.files.library_file import PREFIX, library_entries, resolve
 from cbs_opt.files.npz import NpzReader
 from cbs_opt.instance import Instance
 
@@ -27,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     parser = common.Parser("cbs-info", "Say what an instance or solution file holds.")
-    parser.add_argument("file", metavar="FILE.npz", type=Path)
+    parser.add_argument(
+        "file", metavar="FILE.npz", type=Path, help="or library:NAME; library: alone lists the instances that ship"
+    )
     parser.add_argument("--json", metavar="FILE|-", help="write it as JSON; - for stdout")
     parser.add_argument(
         "--export",
@@ -36,6 +40,9 @@ def _main(arguments: list[str]) -> int:
         help="write the selection problem as text for other solvers",
     )
     options = parser.parse_args(arguments)
+    if str(options.file) == PREFIX:
+        return _library(options.json)
+    options.file = resolve(options.file)
     with NpzReader(options.file, InstanceError) as npz:
         kind = npz.text("format") if "format" in npz.headers else ""
     if options.export is not None:
@@ -61,6 +68,29 @@ def _main(arguments: list[str]) -> int:
         for key, value in content.items():
             text = value if isinstance(value, str) else json.dumps(value)
             common.say(f"{key.replace('_', ' '):<{width}}  {text}\n")
+    return common.EXIT_OK
+
+
+def _library(json_target: str | None) -> int:
+    """List the library: name, size, budget, best-known selection and joint loss, origin."""
+    entries = library_entries()
+    if json_target is not None:
+        write_json(json_target, {"instances": [asdict(entry) for entry in entries]})
+    if json_target == "-":
+        return common.EXIT_OK
+    width = max(len(entry.name) for entry in entries)
+    lines = [f"{'name':<{width}}  {'n':>5}  {'blocks':>6}  {'prune':>5}  {'selection':>12}  {'joint':>12}  origin"]
+    for entry in entries:
+        cells = []
+        for objective in ("selection", "joint"):
+            best = entry.best(objective)
+            cells.append("-" if best is None else f"{best.value:.4e}{'*' if best.proven else ' '}")
+        lines.append(
+            f"{entry.name:<{width}}  {entry.n:>5}  {entry.blocks:>6}  {entry.budget:>5}  {cells[0]:>12}  "
+            f"{cells[1]:>12}  {entry.origin}"
+        )
+    lines.append("* proven optimal; the others are the best known")
+    common.say("\n".join(lines) + "\n")
     return common.EXIT_OK
 
 

@@ -12,14 +12,17 @@ from typing import Any
 from cbs_opt.cli.common import say
 from cbs_opt.cli.progress import number, percent
 from cbs_opt.files.atomic import atomic_write
+from cbs_opt.files.library_file import BestKnown
 from cbs_opt.instance import Instance
 from cbs_opt.result import Result
 
 SCHEMA = 1
 
 
-def result_json(instance: Instance, result: Result, read_seconds: float) -> dict[str, Any]:
-    """The JSON of a solve, schema 1; every number is finite."""
+def result_json(
+    instance: Instance, result: Result, read_seconds: float, known: BestKnown | None = None
+) -> dict[str, Any]:
+    """The JSON of a solve, schema 1; every number is finite; `best_known` for instances of the library."""
     content = {
         "schema": SCHEMA,
         "instance": {
@@ -46,6 +49,8 @@ def result_json(instance: Instance, result: Result, read_seconds: float) -> dict
         "environment": dict(result.environment),
         "extras": dict(result.extras),
     }
+    if known is not None:
+        content["best_known"] = {"value": known.value, "proven": known.proven, "solver": known.solver}
     finite: dict[str, Any] = _finite(content)
     return finite
 
@@ -61,7 +66,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def result_text(instance: Instance, result: Result, read_seconds: float) -> str:
+def result_text(instance: Instance, result: Result, read_seconds: float, known: BestKnown | None = None) -> str:
     """The result for a person."""
     updated = "" if result.weights is None else ", weights updated"
     lines = [
@@ -78,6 +83,10 @@ def result_text(instance: Instance, result: Result, read_seconds: float) -> str:
             f"{result.solve_seconds:.2f} s solving, {result.iterations} iterations",
         ),
     ]
+    if known is not None:
+        above = (result.objective - known.value) / max(abs(known.value), 1e-300)
+        state = "proven optimal" if known.proven else f"found by {known.solver}"
+        lines.insert(-1, ("best known", f"{number(known.value)}  ({state}; this is {100 * above:+.4f} %)"))
     return "\n".join(f"{name:<15} {value}" for name, value in lines)
 
 

@@ -18,6 +18,7 @@ from cbs_opt.cli.report import result_json, result_text, write_history, write_js
 from cbs_opt.errors import OutputError, SolverError, UsageError
 from cbs_opt.files import read_instance, read_solution, write_solution
 from cbs_opt.files.atomic import check_writable
+from cbs_opt.files.library_file import best_known, resolve
 from cbs_opt.instance import Instance
 from cbs_opt.registry import get_solver, solver_names
 from cbs_opt.result import Result, Solution
@@ -58,7 +59,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _read(options: argparse.Namespace) -> Instance:
-    instance = read_instance(options.instance)
+    instance = read_instance(resolve(options.instance))
     if options.damping is not None:
         instance = instance.with_damping(options.damping)
     if options.budget is not None:
@@ -109,7 +110,8 @@ def _solve(instance: Instance, options: argparse.Namespace, interrupts: common.I
 
 def _write(instance: Instance, result: Result, read_seconds: float, options: argparse.Namespace) -> int:
     """Write every output that was asked for, even where one of them fails."""
-    content = result_json(instance, result, read_seconds)
+    known = best_known(instance, result.objective_kind)
+    content = result_json(instance, result, read_seconds, known)
     failures: list[OutputError] = []
 
     def attempt(target: Any, write: Any, *arguments: Any) -> None:
@@ -129,7 +131,7 @@ def _write(instance: Instance, result: Result, read_seconds: float, options: arg
     if options.json == "-":  # last, so that a reader who has left costs no file
         write_json("-", content)
     else:
-        common.say(result_text(instance, result, read_seconds) + "\n")
+        common.say(result_text(instance, result, read_seconds, known) + "\n")
     if failures:
         raise OutputError("; ".join(str(failure) for failure in failures))
     return common.EXIT_OK
@@ -139,7 +141,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
     """Find out before the work whether its result can be written, and would not overwrite its input."""
     inputs = {
         Path(path).resolve()
-        for path in (options.instance, options.warm_start, options.config, options.check)
+        for path in (resolve(options.instance), options.warm_start, options.config, options.check)
         if path is not None
     }
     outputs = [options.solution, options.history, None if options.json == "-" else options.json]

@@ -1,6 +1,27 @@
-"""Instance and solution files: `.npz`, version 1, without pickled objects."""
+"""Instance and solution files: `.npz`, version 1, without pickled objects; and the instances that ship."""
 
 from cbs_opt.files.instance_file import read_instance, write_instance
+from cbs_opt.files.library_file import (
+    BestKnown,
+    LibraryEntry,
+    library,
+    library_entries,
+    library_entry,
+    library_names,
+    library_path,
+)
 from cbs_opt.files.solution_file import read_solution, write_solution
 
-__all__ = ["read_instance", "read_solution", "write_instance", "write_solution"]
+__all__ = [
+    "BestKnown",
+    "LibraryEntry",
+    "library",
+    "library_entries",
+    "library_entry",
+    "library_names",
+    "library_path",
+    "read_instance",
+    "read_solution",
+    "write_instance",
+    "write_solution",
+]

@@ -147,7 +147,6 @@ def test_the_joint_command(tmp_path, capsys, instance):
 
 
 def test_losses_over_sparsity(tmp_path, capsys, instance):
-    pytest.importorskip("matplotlib")
     points = losses.losses_over_sparsity(instance, [0.5, 0.8], 0.2)
     for way in points.values():
         for point in way:

@@ -10,8 +10,6 @@ import cbs_opt
 from cbs_opt.bench import trajectories
 from cbs_opt.result import HistoryRow
 
-pytest.importorskip("matplotlib")
-
 
 @pytest.fixture
 def results(problem):
