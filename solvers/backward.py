@@ -7,27 +7,33 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
 from cbs_opt.curvature import GradientFactor
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.instance import Instance
-from cbs_opt.linalg import inverse_pd
 from cbs_opt.losses import joint_loss
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.elimination import (
+    LAZY_STEPS,
+    CoupledElimination,
+    Elimination,
+    Removal,
+    SeparateElimination,
+)
 from cbs_opt.solvers.kernels import joint_numba as kernels
+from cbs_opt.solvers.separate import coupled_weights
 from cbs_opt.solvers.stages import staged
-from cbs_opt.typing import BoolArray, IntArray
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 logger = logging.getLogger("cbs_opt")
 
 DENSE_LIMIT = 5000
-"""Blocks up to this size are eliminated exactly; larger ones are first thinned out by stages."""
-
-_LAZY_STEPS = 128  # eliminations between two updates of the inverse
+"""Coupled weights of a block that are eliminated exactly; where there are more they are thinned out by stages."""
 
 
 @dataclass(frozen=True)
@@ -114,41 +120,80 @@ def eliminate(
     if instance.fixed is not None:
         pruned |= instance.fixed == 1
         open_budget -= np.bincount(group[pruned], minlength=open_budget.size)
-    blocks = range(instance.curvature.number_of_blocks)
+    curvature = instance.curvature
+    blocks = range(curvature.number_of_blocks)
     shared = open_budget.copy()
+    coupled = [coupled_weights(curvature, k) for k in blocks]
+    prices = np.full(instance.n, np.inf)
     for k in blocks:
-        _thin_out(instance, k, stage, pruned, open_budget, shared, should_stop)
-    states = [_Block(instance, k, pruned) for k in blocks if open_budget.any() and not should_stop()]
-    merge = _merge_blocks if instance.budget.groups is None else _merge_groups
-    merge(states, pruned, open_budget, should_stop, threads)
+        _thin_out(instance, k, coupled[k], stage, pruned, open_budget, shared, prices, should_stop)
+    if open_budget.any() and not should_stop():
+        states: list[Elimination] = []
+        for k in blocks:
+            states += _states(instance, k, pruned, coupled[k])
+        if instance.budget.groups is None:
+            _merge_blocks(states, pruned, open_budget, should_stop, threads)
+        else:
+            _merge_groups(states, pruned, open_budget, should_stop)
     if open_budget.any():
-        logger.info("stopped during backward elimination: the smallest weights of the rest complete the selection")
+        # Stopped before any elimination: what the last stage of thinning out says, or the size of the weights.
+        logger.info("stopped at the start of backward elimination: the smallest weights complete the selection")
         rest = np.where(pruned, 1, 0 if instance.fixed is None else np.minimum(instance.fixed, 0))
-        pruned = instance.budget.cheapest(np.abs(instance.weights), rest)
+        scores = np.abs(instance.weights)
+        if np.isfinite(prices).any():
+            scores = np.where(np.isfinite(prices), prices, instance.weights**2 * curvature.diagonal())
+        pruned = instance.budget.cheapest(scores, rest)
     return pruned
 
 
+def _states(instance: Instance, k: int, pruned: BoolArray, coupled: BoolArray) -> list[Elimination]:
+    """The weights of block k that are left, those without a term with any other apart from the others."""
+    part = instance.curvature.block_slice(k)
+    w, local = instance.weights[part], pruned[part]
+    g = None if instance.linear is None else instance.linear[part]
+    x = w + instance.curvature.best_update(k, w, local, g)
+    states: list[Elimination] = []
+    apart, index = np.flatnonzero(~local & ~coupled), np.flatnonzero(~local & coupled)
+    if apart.size:
+        states.append(SeparateElimination(instance, k, apart, x))
+    if index.size:
+        states.append(CoupledElimination(instance, k, index, x))
+    return states
+
+
 def _merge_blocks(
-    blocks: list[_Block],
+    states: list[Elimination],
     pruned: BoolArray,
     open_budget: IntArray,
     should_stop: Callable[[], bool],
     threads: int | None,
 ) -> None:
-    """Eliminate every block by itself, in parallel, and take the removals in the order of their losses."""
+    """Eliminate every block by itself, in parallel, and take the removals in the order of their losses.
 
-    def trace(block: _Block) -> list[tuple[float, int]]:
-        made: list[tuple[float, int]] = []
-        goal = int(open_budget[0])
-        while len(made) < goal and not should_stop():
-            step = block.remove(min(_LAZY_STEPS, goal - len(made)))
+    When stopped, the weights that a block has left follow in the order of their prices as things stand.
+    """
+    goal = int(open_budget[0])
+    apart = [state.rest() for state in states if isinstance(state, SeparateElimination)]
+    fixed_prices = np.sort([price for made in apart for price, _ in made])
+
+    def trace(state: Elimination) -> list[Removal]:
+        if isinstance(state, SeparateElimination):
+            return state.rest()[:goal]
+        made: list[Removal] = []
+        highest = -np.inf
+        # Weights apart that are cheaper than what has been removed come before it and need no step here.
+        while (missing := goal - len(made) - int(np.searchsorted(fixed_prices, highest))) > 0:
+            if should_stop():
+                return made + state.rest()
+            step = state.remove(min(LAZY_STEPS, missing))
             if not step:
                 break
             made += step
+            highest = max(highest, max(step)[0])
         return made
 
-    with ThreadPoolExecutor(threads if len(blocks) > 1 else 1) as pool:
-        traces = list(pool.map(trace, blocks))
+    with ThreadPoolExecutor(threads if len(states) > 1 else 1) as pool:
+        traces = list(pool.map(trace, states))
     heap = [(made[0][0], k, 0) for k, made in enumerate(traces) if made]
     heapq.heapify(heap)
     while heap and open_budget[0]:
@@ -160,14 +205,13 @@ def _merge_blocks(
 
 
 def _merge_groups(
-    blocks: list[_Block],
+    blocks: list[Elimination],
     pruned: BoolArray,
     open_budget: IntArray,
     should_stop: Callable[[], bool],
-    threads: int | None,
 ) -> None:
-    """Remove the cheapest weight of all blocks whose group is open, one at a time."""
-    holders: dict[int, list[_Block]] = {}
+    """Remove the cheapest weight of all blocks whose group is open, one at a time; all at once when stopped."""
+    holders: dict[int, list[Elimination]] = {}
     for block in blocks:
         for group in np.unique(block.group).tolist():
             holders.setdefault(group, []).append(block)
@@ -175,7 +219,11 @@ def _merge_groups(
                 block.close(group)
     heap = [(*block.cheapest(), k) for k, block in enumerate(blocks)]
     heapq.heapify(heap)
-    while heap and open_budget.any() and not should_stop():
+    for taken in count():
+        if not (heap and open_budget.any()):
+            return
+        if taken % 16 == 0 and should_stop():
+            break
         cost, j, k = heapq.heappop(heap)
         block = blocks[k]
         if cost == np.inf:
@@ -191,89 +239,36 @@ def _merge_groups(
             for holder in holders[int(group)]:
                 holder.close(int(group))
         heapq.heappush(heap, (*block.cheapest(), k))
-
-
-class _Block:
-    """The elimination of one block: the conditional inverse of what is left, and the updated weights."""
-
-    def __init__(self, instance: Instance, k: int, pruned: BoolArray) -> None:
-        curvature, part = instance.curvature, instance.curvature.block_slice(k)
-        w, local = instance.weights[part], pruned[part]
-        g = None if instance.linear is None else instance.linear[part]
-        index = np.flatnonzero(~local)
-        inverse = inverse_pd(curvature.submatrix(k, index, index)) if local.any() else curvature.inverse_block(k)
-        if inverse is None:
-            raise InstanceError(f"block {k} of the Hessian is singular: a positive damping is needed")
-        self.T = np.array(inverse)
-        self.x = (w + curvature.best_update(k, w, local, g))[index]
-        self.t = self.T.diagonal().copy()
-        self.weight = part.start + index
-        self.group = instance.budget.group_of(instance.n)[self.weight]
-        self.removable = np.ones(index.size, dtype=bool)
-        if instance.fixed is not None:
-            self.removable = instance.fixed[self.weight] == 0
-        self._V = np.empty((_LAZY_STEPS, index.size))
-        self._left = np.ones(index.size, dtype=bool)
-        self._done = 0
-
-    def close(self, group: int) -> None:
-        """Remove no more weights of this group."""
-        self.removable &= self.group != group
-
-    def cheapest(self) -> tuple[float, int]:
-        """The next removal: rise of the doubled loss and position; infinity when there is none."""
-        if not self.removable.any():
-            return np.inf, -1
-        costs = np.where(self.removable, self.x**2 / self.t, np.inf)
-        j = int(np.argmin(costs))
-        return float(costs[j]), j
-
-    def remove(self, steps: int, forced: int = -1) -> list[tuple[float, int]]:
-        """Remove up to `steps` weights, `forced` first; returns the rise of the doubled loss and the weight."""
-        steps = min(steps, _LAZY_STEPS - self._done)
-        order, losses = np.empty(steps, dtype=np.int64), np.empty(steps)
-        taken = kernels.eliminate(
-            self.T, self._V, self._done, self.x, self.t, self.removable, forced, steps, order, losses
-        )
-        made = list(zip(losses[:taken].tolist(), self.weight[order[:taken]].tolist(), strict=True))
-        self._left[order[:taken]] = False
-        self._done += taken
-        if self._done == _LAZY_STEPS:
-            self._apply()
-        return made
-
-    def _apply(self) -> None:
-        """Bring the steps into T and drop what was removed."""
-        left = self._left
-        V = self._V[: self._done, left]
-        self.T = self.T[np.ix_(left, left)]
-        self.T -= V.T @ V
-        self.t = self.T.diagonal().copy()
-        for name in ("x", "weight", "group", "removable"):
-            setattr(self, name, getattr(self, name)[left])
-        self._V = np.empty((_LAZY_STEPS, self.x.size))
-        self._left = np.ones(self.x.size, dtype=bool)
-        self._done = 0
+    group_of: dict[int, int] = {}
+    for block in blocks:
+        group_of.update(zip(block.weight.tolist(), block.group.tolist(), strict=True))
+    for _, weight in sorted(removal for block in blocks for removal in block.rest()):
+        if open_budget[group_of[weight]]:
+            pruned[weight] = True
+            open_budget[group_of[weight]] -= 1
 
 
 def _thin_out(
     instance: Instance,
     k: int,
+    coupled: BoolArray,
     stage: float,
     pruned: BoolArray,
     open_budget: IntArray,
     shared: IntArray,
+    prices: FloatArray,
     should_stop: Callable[[], bool],
 ) -> None:
     """Remove weights of a large block by stages until it is small enough or its share of the budget is used.
 
-    A stage computes x and the diagonal of the conditional inverse and removes the cheapest weights together.
-    With several blocks a large one takes at most its share, by size, of `shared`, the budgets at the start; the
-    common order of the losses decides on the rest.
+    A stage computes x and the diagonal of the conditional inverse and removes the cheapest weights together; its
+    `prices`, float64 (n,), are left for the case that nothing else is known in the end. With several blocks a
+    large one takes at most its share, by size, of `shared`, the budgets at the start; the common order of the
+    losses decides on the rest.
     """
     part = instance.curvature.block_slice(k)
     size = part.stop - part.start
-    if size <= DENSE_LIMIT:
+    if int(coupled.sum()) <= DENSE_LIMIT:
         return
     group = instance.budget.group_of(instance.n)[part]
     allowance = open_budget.copy()
@@ -281,21 +276,26 @@ def _thin_out(
         share = np.bincount(group, minlength=open_budget.size) / instance.budget.group_sizes(instance.n).clip(1)
         allowance = np.minimum(np.floor(share * shared).astype(np.int64), open_budget)
     local = pruned[part]  # a view
-    state = staged(instance, k, np.flatnonzero(~local))
+    state = staged(instance, k, np.flatnonzero(~local), coupled)
     stays = np.zeros(size, dtype=bool) if instance.fixed is None else instance.fixed[part] == -1
     while not should_stop():
         kept = np.flatnonzero(~local)
-        excess = min(kept.size - DENSE_LIMIT, int(allowance.sum()))
+        excess = min(int((~local & coupled).sum()) - DENSE_LIMIT, int(allowance.sum()))
         if excess <= 0:
             return
-        order = kept[np.argsort(np.where(stays[kept], np.inf, state.prices(kept)), kind="stable")]
+        prices[part] = np.inf
+        prices[part][kept] = np.where(stays[kept], np.inf, state.prices(kept))
+        order = kept[np.argsort(prices[part][kept], kind="stable")]
         order = order[~stays[order]]
-        # Of each group no more than its allowance: the rank of a weight among its group's in the order.
+        # A stage's share of the coupled ones with all others that are cheaper, and of each group no more than its
+        # allowance: the rank of a weight among its group's in the order.
+        number = min(excess, max(1, int(stage * int((~local & coupled).sum()))))
+        order = order[: int(np.searchsorted(np.cumsum(coupled[order]), number, side="right"))]
         by_group = np.argsort(group[order], kind="stable")
         sizes = np.bincount(group[order], minlength=allowance.size)
         rank = np.empty(order.size, dtype=np.int64)
         rank[by_group] = np.arange(order.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        order = order[rank < allowance[group[order]]][: min(excess, max(1, int(stage * kept.size)))]
+        order = order[rank < allowance[group[order]]]
         if order.size == 0:
             return
         local[order] = True
@@ -306,6 +306,7 @@ def _thin_out(
 
 
 def warm_up() -> None:
-    """Compile the kernel."""
+    """Compile the kernels."""
     one, index = np.ones((1, 1)), np.zeros(1, dtype=np.int64)
     kernels.eliminate(one, one.copy(), 0, np.ones(1), np.ones(1), np.ones(1, dtype=bool), -1, 1, index, np.ones(1))
+    kernels.subtract_from_rest(one, index, one.copy())

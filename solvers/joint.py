@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +19,18 @@ from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers import backward
 from cbs_opt.solvers.joint_bound import improve_bound
 from cbs_opt.solvers.joint_large import exchange_in_bulk
-from cbs_opt.solvers.joint_moves import JointMoves
+from cbs_opt.solvers.joint_moves import KEPT_LIMIT, JointMoves
 from cbs_opt.solvers.tableau import Tableau
 from cbs_opt.solvers.warm_up import compiling
 from cbs_opt.typing import BoolArray
 from cbs_opt.update import best_update
 
+logger = logging.getLogger("cbs_opt")
+
 _GAIN = 1e-9  # smallest improvement that counts, relative to the loss
-_REFACTOR = 200  # moves between two fresh factorisations
+_REFACTOR = 200  # moves between two fresh factorisations; more where the drift is small, up to sixteen times
+_WORTH_A_WORD = 1e-6  # relative error of the loss
+_SMALL_DRIFT, _LARGE_DRIFT = 1e-10, 1e-8  # relative errors that a fresh factorisation finds
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ class JointSearch(Solver):
         monitor.report(joint_loss(instance, pruned), pruned)
         if monitor.should_stop():
             return Status.CONVERGED
-        pruned = exchange_in_bulk(instance, pruned, monitor)
+        # After backward elimination single swaps do better, and sooner, wherever there is a tableau.
+        pruned = exchange_in_bulk(instance, pruned, monitor, KEPT_LIMIT if context.warm_start is None else 0)
         threads = context.threads or os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
             while not monitor.should_stop():
@@ -91,11 +97,25 @@ class JointSearch(Solver):
                 context.extras["blocks_without_swaps"] = len(moves.skipped)
                 before = moves.doubled
                 pruned = self._search(moves, context)
-                context.extras["drift"] = max(context.extras.get("drift", 0.0), moves.drift)
+                value = 2 * joint_loss(instance, pruned)
+                self._note_drift(moves, value, context)
                 whole = sum(index.size for index in moves.weights_of) == instance.n
-                if whole or not moves.tableaux or joint_loss(instance, pruned) * 2 > before - _GAIN * abs(before):
+                if whole or not moves.tableaux or value > before - _GAIN * abs(before):
                     break
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+
+    def _note_drift(self, moves: JointMoves, value: float, context: Context) -> None:
+        """Keep the largest relative error of the doubled loss that was found, and say so where it is not small.
+
+        `value` is the doubled loss of the best selection by the evaluator.
+        """
+        error = max(moves.drift, abs(self._best_doubled - value) / max(abs(value), 1e-300))
+        drift = context.extras["drift"] = max(context.extras.get("drift", 0.0), float(error))
+        if drift > _WORTH_A_WORD:
+            logger.warning(
+                f"joint: rounding moved the loss by {drift:.1g}, relative, between two factorisations: "
+                f"the Hessian is ill-conditioned, and a larger damping would help"
+            )
 
     def _bound(self, moves: JointMoves, context: Context) -> None:
         """Spend a sixth of the remaining time, and ten seconds at most, on a lower bound."""
@@ -114,8 +134,9 @@ class JointSearch(Solver):
             patience = 400
         best, best_doubled = moves.pruned(), moves.doubled
         tabu: deque[tuple[int, int, int]] = deque()  # (free again at move, block, weight), in order
-        count = idle = 0
-        descending = True
+        count = idle = since = 0
+        interval = _REFACTOR
+        descending, at_best = True, True
         while not monitor.should_stop():
             move = moves.best_move()
             worth = move is not None and move.change < -_GAIN * abs(moves.doubled)
@@ -130,8 +151,12 @@ class JointSearch(Solver):
             if move is None and not tabu:
                 break
             count += 1
+            since += 1
             monitor.advance()
             if move is not None:
+                if at_best and not worth:
+                    moves.save()
+                    at_best = False
                 moved = moves.apply(move)
                 if not descending:
                     until = count + self.parameters.tenure + int(rng.integers(5))
@@ -139,7 +164,7 @@ class JointSearch(Solver):
                         moves.forbid(block, weight, True)
                         tabu.append((until, block, weight))
             if moves.doubled < best_doubled - _GAIN * abs(best_doubled):
-                best, best_doubled, idle = moves.pruned(), moves.doubled, 0
+                best, best_doubled, idle, at_best = moves.pruned(), moves.doubled, 0, True
                 monitor.report(best_doubled / 2.0, best)
             else:
                 idle += 1
@@ -148,21 +173,30 @@ class JointSearch(Solver):
                 moves.forbid(block, weight, False)
             if patience is not None and idle >= patience:
                 break
-            if count % _REFACTOR == 0:
-                moves.refactor()
+            if since >= interval:
+                error, since = moves.refactor(), 0
+                if error < _SMALL_DRIFT:
+                    interval = min(2 * interval, 16 * _REFACTOR)
+                elif error > _LARGE_DRIFT:
+                    interval = max(interval // 2, 20)
             if idle and idle % self.parameters.restart == 0:
                 while tabu:
                     _, block, weight = tabu.popleft()
                     moves.forbid(block, weight, False)
-                moves.go_to(best)
+                moves.go_back()
                 _shake(moves, rng, 3 + int(rng.integers(8)))
+                at_best = False
+        self._best_doubled = best_doubled
         return best
 
 
 def _shake(moves: JointMoves, rng: np.random.Generator, swaps: int) -> None:
     """Make random cheap swaps: a kept weight among the cheapest third, the best partner in a random tenth."""
+    coupled = [k for k, tableau in enumerate(moves.tableaux) if isinstance(tableau, Tableau)]
+    choices = coupled or range(len(moves.tableaux))
     for _ in range(swaps):
-        tableau: Tableau = moves.tableaux[int(rng.integers(len(moves.tableaux)))]
+        k = choices[int(rng.integers(len(choices)))]
+        tableau = moves.tableaux[k]
         if tableau.S.size == 0 or tableau.P.size == 0:
             continue
         costs = tableau.removal_costs()
@@ -174,7 +208,7 @@ def _shake(moves: JointMoves, rng: np.random.Generator, swaps: int) -> None:
         r = int(np.argmax(gains))
         if costs[s] < 1e299 and gains[r] > -1e299:
             tableau.swap(r, s)
-    moves.refactor()
+            moves.forget(k)
 
 
 def warm_up() -> None:
@@ -183,5 +217,7 @@ def warm_up() -> None:
     kept, free = np.array([True, False, True, False]), np.ones(4, dtype=bool)
     for group in (np.zeros(4, dtype=np.int64), np.array([0, 0, 1, 1])):
         tableau = Tableau(H, np.ones(4), 1.0, kept, group, free)
-        r, s, _ = tableau.best_swap()
-        tableau.swap(r, s)
+        for _ in range(2):  # the first search of all has nothing to bring up to date
+            r, s, _ = tableau.best_swap()
+            tableau.swap(r, s)
+        assert tableau.U.size

@@ -14,7 +14,7 @@ _PASSES = 12
 _SMALLEST = 8  # weights exchanged at once, below which a pass gives up
 
 
-def exchange_in_bulk(instance: Instance, pruned: BoolArray, monitor: Monitor) -> BoolArray:
+def exchange_in_bulk(instance: Instance, pruned: BoolArray, monitor: Monitor, least_kept: int = 0) -> BoolArray:
     """Swap many weights at once in every block of more than 5000, as long as the loss falls.
 
     A pass prices each removal at x²/2[H_KK⁻¹]_ii and each return at d²/2H_ii, exchanges the best pairs of every
@@ -27,6 +27,8 @@ def exchange_in_bulk(instance: Instance, pruned: BoolArray, monitor: Monitor) ->
     pruned : bool (n,)
         Feasible.
     monitor : Monitor
+    least_kept : int
+        Blocks that keep fewer weights are left alone.
 
     Returns
     -------
@@ -36,6 +38,8 @@ def exchange_in_bulk(instance: Instance, pruned: BoolArray, monitor: Monitor) ->
     curvature = instance.curvature
     for k in range(curvature.number_of_blocks):
         if curvature.block_sizes[k] <= DENSE_LIMIT:
+            continue
+        if int((~pruned[curvature.block_slice(k)]).sum()) < least_kept:
             continue
         loss = joint_loss(instance, pruned)
         number = max(_SMALLEST, int(curvature.block_sizes[k]) // 50)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cbs_opt.instance import Instance
+from cbs_opt.solvers.separate import SeparateWeights, coupled_weights
 from cbs_opt.solvers.tableau import NEVER, Tableau
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 CORE_LIMIT = 5000
 """Weights of a block that take part in swaps; of a larger block the kept and the most promising others do."""
 
-_KEPT_LIMIT = 4500  # a block that keeps more than this has no tableau
+KEPT_LIMIT = 4500
+"""A block that keeps more weights than this has no tableau."""
 
 
 class Move(NamedTuple):
@@ -29,7 +31,7 @@ class Move(NamedTuple):
 
 
 class JointMoves:
-    """One `Tableau` for each block of an instance, at a common selection.
+    """One `Tableau` for each block of an instance, at a common selection; weights without terms with others apart.
 
     Parameters
     ----------
@@ -53,7 +55,7 @@ class JointMoves:
         self.outside = pruned.copy()  # the selection of the weights without a tableau, or outside a core
         self.base = 0.0  # doubled loss of the blocks without a tableau
         self.weights_of: list[IntArray] = []
-        self.tableaux: list[Tableau] = []
+        self.tableaux: list[Tableau | SeparateWeights] = []
         self.skipped: list[int] = []
         group = instance.budget.group_of(instance.n)
         fixed = np.zeros(instance.n, dtype=np.int8) if instance.fixed is None else instance.fixed
@@ -61,6 +63,8 @@ class JointMoves:
             self._add_block(k, pruned, group, fixed, pool, threads)
         self._swaps: list[tuple[int, int, float] | None] = [None] * len(self.tableaux)
         self._exchanges: list[dict[int, tuple[float, int, float, int]] | None] = [None] * len(self.tableaux)
+        self._saved: dict[int, Tableau | SeparateWeights] = {}
+        self._changed = set(range(len(self.tableaux)))  # since `save`
         spans = [set(np.unique(group[weights]).tolist()) for weights in self.weights_of]
         seen: set[int] = set()
         self._shared: set[int] = set()
@@ -85,19 +89,35 @@ class JointMoves:
         if instance.linear is not None:
             constant -= float(instance.linear[part] @ w)
             b = b - instance.linear[part]
-        if int((~local).sum()) > _KEPT_LIMIT:
+        if int((~local).sum()) > KEPT_LIMIT:
             self.skipped.append(k)
             g = None if instance.linear is None else instance.linear[part]
             delta = curvature.best_update(k, w, local, g)
             self.base += curvature.block_quadratic(k, delta) + (0.0 if g is None else 2.0 * float(g @ delta))
             return
-        inside = np.flatnonzero(~(local & (fixed[part] == 1)))
+        open_ = ~(local & (fixed[part] == 1))
+        coupled = coupled_weights(curvature, k)
+        apart = np.flatnonzero(open_ & ~coupled)
+        inside = np.flatnonzero(open_ & coupled)
+        separate = 0.0  # doubled constant of the weights apart
+        if apart.size:
+            index = part.start + apart
+            own = instance.weights[index] * b[apart]
+            if instance.linear is not None:
+                own -= instance.linear[index] * instance.weights[index]
+            separate = float(own.sum())
+            self.weights_of.append(index)
+            values = b[apart] ** 2 / curvature.diagonal()[index]
+            self.tableaux.append(SeparateWeights(values, separate, ~local[apart], group[index], fixed[index] == 0))
+        if not inside.size:
+            return
         if inside.size > CORE_LIMIT:
             inside = self._core(k, local, inside, w, instance.linear)
         whole = inside.size == w.size
         H = curvature.block(k) if whole else curvature.submatrix(k, inside, inside)
         index = part.start + inside
         self.weights_of.append(index)
+        constant -= separate / 2
         self.tableaux.append(
             Tableau(H, b[inside], constant, ~local[inside], group[index], fixed[index] == 0, pool, threads)
         )
@@ -134,26 +154,37 @@ class JointMoves:
             out[index] = ~tableau.kept
         return out
 
-    def go_to(self, pruned: BoolArray) -> None:
-        """Move to another selection that agrees with this one outside the tableaux."""
-        for k, (index, tableau) in enumerate(zip(self.weights_of, self.tableaux, strict=True)):
-            kept = ~pruned[index]
-            if not np.array_equal(kept, tableau.kept):
-                tableau.reset(kept)
-                self._forget(k)
-
-    def refactor(self) -> None:
-        """Compute every tableau anew from its set."""
+    def save(self) -> None:
+        """Remember this point for `go_back`; what has not changed since the last time costs nothing."""
         for k, tableau in enumerate(self.tableaux):
-            tableau.refactor()
-            self._forget(k)
+            if k in self._changed:
+                self._saved[k] = tableau.copy()
+        self._changed.clear()
+
+    def go_back(self) -> None:
+        """Return to the point that was saved last."""
+        for k in self._changed:
+            saved: Any = self._saved[k]  # of the same kind
+            self.tableaux[k].restore(saved)
+            self.forget(k)
+        self._changed.clear()
+
+    def refactor(self) -> float:
+        """Compute every tableau anew from its set; returns the largest relative error that was found."""
+        error = 0.0
+        for k, tableau in enumerate(self.tableaux):
+            error = max(error, tableau.refactor())
+            self.forget(k)
+        return error
 
     def forbid(self, block: int, weight: int, forbidden: bool) -> None:
         """Make a weight of a tableau tabu, or free it."""
         self.tableaux[block].forbid(weight, forbidden)
-        self._forget(block)
+        self._swaps[block] = self._exchanges[block] = None
 
-    def _forget(self, k: int) -> None:
+    def forget(self, k: int) -> None:
+        """Tableau k has changed."""
+        self._changed.add(k)
         self._swaps[k] = self._exchanges[k] = None
 
     def best_move(self) -> Move | None:
@@ -223,6 +254,6 @@ class JointMoves:
         else:
             taker.bring_back(move.row)
             giver.remove(move.column)
-        self._forget(move.leaving_block)
-        self._forget(move.coming_block)
+        self.forget(move.leaving_block)
+        self.forget(move.coming_block)
         return (move.leaving_block, leaving), (move.coming_block, coming)

@@ -8,7 +8,7 @@ import numpy as np
 
 from cbs_opt.curvature import Curvature, GradientFactor
 from cbs_opt.instance import Instance
-from cbs_opt.typing import FloatArray, IntArray
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _CHUNK = 4096  # weights priced at a time
 
@@ -23,11 +23,14 @@ class Stage(Protocol):
         """Remove weights, by their index in the block."""
 
 
-def staged(instance: Instance, k: int, kept: IntArray) -> Stage:
-    """The way to price removals that suits the curvature of block k and the number of kept weights."""
+def staged(instance: Instance, k: int, kept: IntArray, coupled: BoolArray) -> Stage:
+    """The way to price removals that suits the curvature of block k and the number of kept weights.
+
+    `coupled`, bool (b_k,): the weights with a term with another one, from `coupled_weights`.
+    """
     curvature = instance.curvature
     if isinstance(curvature, GradientFactor) and curvature.m < kept.size:
-        return FactorStage(instance, curvature, k, kept)
+        return FactorStage(instance, curvature, k, kept, coupled)
     return DenseStage(instance, curvature, k)
 
 
@@ -56,12 +59,16 @@ class FactorStage:
 
     With G_K in the kept columns, [H_KK⁻¹]_ii = (1 − ‖L⁻¹G_i‖²)/λ for M = LLᵀ, and the kept weights move by
     G_Kᵀ M⁻¹ G_P w_P − (g_K − G_Kᵀ M⁻¹ G_K g_K)/λ. Prices only rank the weights, so that single precision does;
-    M itself is kept in float64.
+    M itself is kept in float64. Weights without a gradient have x and 1/λ, and take no part in this.
     """
 
-    def __init__(self, instance: Instance, curvature: GradientFactor, k: int, kept: IntArray) -> None:
+    def __init__(
+        self, instance: Instance, curvature: GradientFactor, k: int, kept: IntArray, coupled: BoolArray
+    ) -> None:
         from scipy.linalg import blas
 
+        self.coupled = coupled
+        kept = kept[coupled[kept]]
         part = curvature.block_slice(k)
         self.curvature, self.k = curvature, k
         self.w = instance.weights[part]
@@ -90,18 +97,19 @@ class FactorStage:
             x -= g[kept] / damping
         x += self.curvature.back_project(self.k, cho_solve((L, True), right))[kept]
         single = L.astype(np.float32)
-        out = np.empty(kept.size)
-        for first in range(0, kept.size, _CHUNK):
-            piece = slice(first, first + _CHUNK)
+        out = x**2 * damping
+        places = np.flatnonzero(self.coupled[kept])
+        for first in range(0, places.size, _CHUNK):
+            piece = places[first : first + _CHUNK]
             G = np.asfortranarray(self.G[:, kept[piece]], dtype=np.float32)
             half = solve_triangular(single, G, lower=True, overwrite_b=True, check_finite=False)
             left = 1.0 - np.einsum("si,si->i", half, half, dtype=np.float64)
-            out[piece] = x[piece] ** 2 * damping / np.maximum(left, 1e-6)
+            out[piece] /= np.maximum(left, 1e-6)
         return out
 
     def drop(self, weights: IntArray) -> None:
         """Take the columns of these weights out of M."""
         from scipy.linalg import blas
 
-        G = self.curvature.factor(self.k, weights)
+        G = self.curvature.factor(self.k, weights[self.coupled[weights]])
         self._M = blas.dsyrk(-1.0, G, beta=1.0, c=self._M, lower=1, overwrite_c=1)

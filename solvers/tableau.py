@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
+from cbs_opt.errors import InstanceError
 from cbs_opt.linalg import inverse_pd
+from cbs_opt.solvers.inverse import LazyInverse
 from cbs_opt.solvers.kernels import joint_numba as kernels
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 NEVER = 1e300
 """The price of what is not allowed."""
 
-_PARALLEL_ENTRIES = 1 << 19  # below this many entries one thread is faster than two
+_Values = TypeVar("_Values", FloatArray, IntArray)
+
+_PARALLEL_ENTRIES = 1 << 18  # below this many entries one thread is faster than two
+_SPARE = 64  # rows or columns of room for weights that come from other blocks
 
 
 class Tableau:
@@ -26,6 +31,9 @@ class Tableau:
     d_r²/a_r, and a swap changes the doubled loss by x_s²/T_ss − (d_r + U_rs y_s)² / (a_r + U_rs²/T_ss) with
     y_s = x_s/T_ss: O(1) a pair. These are the entries of the symmetric sweep tableau of [[H, b], [bᵀ, 2κ]] swept
     on S, without its P×P part, which no swap reads.
+
+    A move changes U by two ranks; that is put off until the next search for a swap, which reads U anyway. T is
+    needed a row at a time and keeps its moves as a list (`LazyInverse`).
 
     Parameters
     ----------
@@ -64,6 +72,8 @@ class Tableau:
         self.one_group = bool((group == group[0]).all()) if group.size else True
         self.tabu = np.zeros(b.size, dtype=bool)  # weights that may not move for now
         self.drift = 0.0
+        self._late: tuple[FloatArray, FloatArray, FloatArray, FloatArray] | None = None  # terms that U lacks
+        self._floor = 1e-14 * np.maximum(H.diagonal(), 1e-300)
         self.reset(kept)
 
     @property
@@ -73,42 +83,69 @@ class Tableau:
         mask[self.S] = True
         return mask
 
+    @property
+    def T(self) -> FloatArray:  # noqa: N802
+        """H_SS⁻¹, float64 (q, q)."""
+        return self.inverse.matrix()
+
+    @property
+    def U(self) -> FloatArray:  # noqa: N802
+        """H_PS H_SS⁻¹, float64 (p, q), brought up to date."""
+        if self._late is not None:
+            kernels.rank_two_update(self._U, self.S.size, *self._late, 0, self.P.size)
+            self._late = None
+        return self._U[: self.P.size, : self.S.size]
+
     def reset(self, kept: BoolArray) -> None:
         """Start from a kept set, from scratch."""
         self.S, self.P = np.flatnonzero(kept), np.flatnonzero(~kept)
         inverse = inverse_pd(self.H[np.ix_(self.S, self.S)])
         if inverse is None:
-            raise np.linalg.LinAlgError("the Hessian is singular on the kept weights")
-        H_SP = self.H[np.ix_(self.S, self.P)]
-        self.T = inverse
+            raise InstanceError(
+                f"the Hessian is singular on {self.S.size} weights of a block: a larger damping is needed"
+            )
+        H_PS = self.H[np.ix_(self.P, self.S)]
+        self.inverse = LazyInverse(inverse)
         self.x = inverse @ self.b[self.S]
-        self.U = np.ascontiguousarray((inverse @ H_SP).T)
-        self.d = self.b[self.P] - self.x @ H_SP
-        self.a = self.H.diagonal()[self.P] - np.einsum("rs,sr->r", self.U, H_SP)
-        self.a = np.maximum(self.a, 1e-14 * np.maximum(self.H.diagonal()[self.P], 1e-300))
+        self._U = H_PS @ inverse
+        self._late = None
+        self.d = self.b[self.P] - H_PS @ self.x
+        self.a = self.H.diagonal()[self.P] - np.einsum("rs,rs->r", self._U, H_PS)
+        np.maximum(self.a, self._floor[self.P], out=self.a)
         self.doubled = 2.0 * self.constant - float(self.b[self.S] @ self.x)
-        self._row_best: FloatArray | None = None
 
-    def refactor(self) -> None:
-        """Start again from the same set; `drift` keeps the largest relative error that was found."""
+    def refactor(self) -> float:
+        """Start again from the same set; returns the relative error that was found, `drift` keeps the largest."""
         before = self.doubled
         self.reset(self.kept)
-        self.drift = max(self.drift, abs(before - self.doubled) / max(abs(self.doubled), 1e-300))
+        error = abs(before - self.doubled) / max(abs(self.doubled), 1e-300)
+        self.drift = max(self.drift, error)
+        return error
 
     def copy(self) -> Tableau:
         """An independent copy that shares H and b."""
         other = object.__new__(Tableau)
-        other.__dict__.update(self.__dict__)
-        for name in ("S", "P", "T", "x", "U", "d", "a", "tabu"):
-            setattr(other, name, getattr(self, name).copy())
-        other._row_best = None if self._row_best is None else self._row_best.copy()
+        self._copy_to(other)
         return other
+
+    def restore(self, saved: Tableau) -> None:
+        """Go back to an earlier `copy`; what is tabu stays."""
+        drift, tabu = self.drift, self.tabu
+        saved._copy_to(self)
+        self.drift, self.tabu = max(drift, saved.drift), tabu
+
+    def _copy_to(self, other: Tableau) -> None:
+        U = self.U.copy()
+        other.__dict__.update(self.__dict__)
+        for name in ("S", "P", "x", "d", "a", "tabu"):
+            setattr(other, name, getattr(self, name).copy())
+        other._U, other._late, other.inverse = U, None, self.inverse.copy()
 
     # Prices ------------------------------------------------------------------------------------------------
 
     def removal_costs(self) -> FloatArray:
         """Rise of the doubled loss when each kept weight goes, float64 (q,)."""
-        costs = self.x**2 / self.T.diagonal()
+        costs = self.x**2 / self.inverse.diagonal
         return np.where(self.movable[self.S] & ~self.tabu[self.S], costs, NEVER)
 
     def return_gains(self) -> FloatArray:
@@ -118,55 +155,43 @@ class Tableau:
 
     def best_swap(self) -> tuple[int, int, float]:
         """The best swap inside its group: row r of P, column s of S, change of the doubled loss."""
-        if self.S.size == 0 or self.P.size == 0:
+        p, q = self.P.size, self.S.size
+        if p == 0 or q == 0:
             return -1, -1, NEVER
-        it = 1.0 / self.T.diagonal()
-        y, cost = self.x * it, self.removal_costs()
-        if self._row_best is None:
-            self._row_best = np.empty(self.P.size)
-            self._over_rows(self._scan, y, it, cost, self._row_best)
-        best = np.where(self.movable[self.P] & ~self.tabu[self.P], self._row_best, NEVER)
-        r = int(np.argmin(best))
-        u = self.U[r]
-        change = cost - (self.d[r] + u * y) ** 2 / (self.a[r] + u * u * it)
-        if not self.one_group:
-            change = np.where(self.group[self.S] == self.group[self.P[r]], change, NEVER)
-        s = int(np.argmin(change))
-        value = float(change[s])
-        return (r, s, value) if best[r] < NEVER / 2 and value < NEVER / 2 else (-1, -1, NEVER)
+        it = 1.0 / self.inverse.diagonal
+        late = self._late is not None
+        nothing = np.zeros(1)
+        f, left, g, right = self._late or (nothing, nothing, nothing, nothing)
+        groups = (self.group[self.P], self.group[self.S])
+        y, costs = self.x * it, self.removal_costs()
+        may_return, grouped = self.movable[self.P] & ~self.tabu[self.P], not self.one_group
+        late_terms = (q, late, f, left, g, right)
+        prices = (y, it, costs, self.d, self.a, may_return, grouped, *groups)
+
+        def scan(start: int, stop: int) -> tuple[int, int, float]:
+            return kernels.best_swap(self._U, *late_terms, *prices, start, stop)  # type: ignore[no-any-return]
+
+        if self.pool is None or p * q < _PARALLEL_ENTRIES:
+            found = [scan(0, p)]
+        else:
+            cuts = [p * k // self.threads for k in range(self.threads + 1)]
+            found = [done.result() for done in [self.pool.submit(scan, *c) for c in itertools.pairwise(cuts)]]
+        self._late = None
+        r, s, change = min(found, key=lambda swap: swap[2])
+        return (int(r), int(s), float(change)) if r >= 0 else (-1, -1, NEVER)
 
     def forbid(self, weight: int, forbidden: bool) -> None:
         """Forbid a weight to move, or allow it again."""
         self.tabu[weight] = forbidden
-        self._row_best = None
-
-    def _scan(
-        self, start: int, stop: int, y: FloatArray, it: FloatArray, cost: FloatArray, out: FloatArray
-    ) -> None:
-        if self.one_group:
-            kernels.best_swap_per_row(self.U, y, it, cost, self.d, self.a, start, stop, out)
-        else:
-            row, column = self.group[self.P], self.group[self.S]
-            kernels.best_swap_per_row_in_groups(self.U, y, it, cost, self.d, self.a, row, column, start, stop, out)
-
-    def _over_rows(self, work: Callable[..., None], *arguments: FloatArray) -> None:
-        """Call ``work(start, stop, *arguments)`` over all rows, in the threads of the pool where it pays."""
-        rows = self.P.size
-        if self.pool is None or rows * self.S.size < _PARALLEL_ENTRIES:
-            work(0, rows, *arguments)
-            return
-        cuts = [rows * k // self.threads for k in range(self.threads + 1)]
-        for done in [self.pool.submit(work, a, b, *arguments) for a, b in itertools.pairwise(cuts)]:
-            done.result()
 
     # Moves -------------------------------------------------------------------------------------------------
 
     def swap(self, r: int, s: int) -> None:
         """Return row r to the kept weights in place of column s; O(p q + q²)."""
-        T, U = self.T, self.U
+        U, T_s = self.U, self.inverse.row(s)
         leaving, coming = int(self.S[s]), int(self.P[r])
-        t, x_s = T[s, s], self.x[s]
-        row = T[s] / t  # after the removal of s the row of U that belongs to it is −row
+        t, x_s = T_s[s], self.x[s]
+        row = T_s / t  # after the removal of s the row of U that belongs to it is −row
         column = U[:, s].copy()
         x, d, a = self.x - row * x_s, self.d + column * (x_s / t), self.a + column**2 / t
         u = U[r] - column[r] * row
@@ -183,54 +208,67 @@ class Tableau:
         self.x = x - shift * residual
         self.x[s] = residual / pivot
         self.d, self.a = d - v * (residual / pivot), a - v**2 / pivot
-        # Cancellation may leave nothing of a weight that the kept ones nearly determine.
-        np.maximum(self.a, 1e-14 * np.maximum(self.H.diagonal()[self.P], 1e-300), out=self.a)
         self.doubled += x_s**2 / t - residual**2 / pivot
 
-        T_s = T[:, s].copy()
-        kernels.rank_two_update(T, T_s, row, -u, shift, 0, T.shape[0])
-        T[s, :] = T[:, s] = -shift
-        T[s, s] = 1.0 / pivot
+        self.inverse.replace(s, T_s, u, pivot)
         U[r] = -row
         U[r, s] = 0.0
         column[r] = 0.0
-        self._over_rows(self._update, column, row, v, shift)
-        U[:, s] = v / pivot
+        shift[s] = -1.0 / pivot  # column s, which the first term makes zero, becomes v / pivot
+        self._late = (column, row, v, shift)
         self.S[s], self.P[r] = coming, leaving
-        self._row_best = None
-
-    def _update(self, start: int, stop: int, f: FloatArray, p: FloatArray, g: FloatArray, q: FloatArray) -> None:
-        kernels.rank_two_update(self.U, f, p, g, q, start, stop)
+        # Cancellation may leave nothing of a weight that the kept ones nearly determine.
+        np.maximum(self.a, self._floor[self.P], out=self.a)
 
     def remove(self, s: int) -> None:
-        """Prune column s; O(p q + q²), with a new allocation."""
-        t, x_s = self.T[s, s], self.x[s]
-        row, column = self.T[s] / t, self.U[:, s].copy()
-        leaving = self.S[s]
-        rest = np.arange(self.S.size) != s
+        """Prune column s; O(p q + q)."""
+        U, T_s = self.U, self.inverse.row(s)
+        t, x_s = T_s[s], self.x[s]
+        row, column = T_s / t, U[:, s].copy()
+        leaving, p, last = self.S[s], self.P.size, self.S.size - 1
         self.doubled += x_s**2 / t
-        self.x = (self.x - row * x_s)[rest]
-        self.U = np.vstack([(self.U - np.outer(column, row))[:, rest], -row[rest]])
-        self.T = (self.T - np.outer(self.T[:, s], row))[np.ix_(rest, rest)]
+        self.x = _without(self.x - row * x_s, s)
         self.d = np.append(self.d + column * (x_s / t), x_s / t)
         self.a = np.append(self.a + column**2 / t, 1.0 / t)
-        self.S, self.P = self.S[rest], np.append(self.P, leaving)
-        self._row_best = None
+        self._make_room(p + 1, last + 1)
+        self._U[p, : last + 1] = -row
+        self._U[: p + 1, s] = self._U[: p + 1, last]
+        self.inverse.remove(s, T_s)
+        left = _without(row, s)
+        self._late = (np.append(column, 0.0), left, np.zeros(p + 1), np.zeros(last))
+        self.S, self.P = _without(self.S, s), np.append(self.P, leaving)
 
     def bring_back(self, r: int) -> None:
-        """Return row r to the kept weights; O(p q + q²), with a new allocation."""
-        coming = self.P[r]
-        u, pivot, residual = self.U[r], self.a[r], self.d[r]
+        """Return row r to the kept weights; O(p q + q)."""
+        U = self.U
+        coming, q, last = self.P[r], self.S.size, self.P.size - 1
+        u, pivot, residual = U[r].copy(), self.a[r], self.d[r]
         h = self.H[coming]
-        v = h[self.P] - self.U @ h[self.S]
+        v = h[self.P] - U @ h[self.S]
         shift = u / pivot
-        rest = np.arange(self.P.size) != r
         self.doubled -= residual**2 / pivot
-        self.T = np.block(
-            [[self.T + np.outer(u, shift), -shift[:, None]], [-shift[None, :], np.array([[1.0 / pivot]])]]
-        )
         self.x = np.append(self.x - shift * residual, residual / pivot)
-        self.U = np.hstack([self.U - np.outer(v, shift), v[:, None] / pivot])[rest]
-        self.d, self.a = (self.d - v * (residual / pivot))[rest], (self.a - v**2 / pivot)[rest]
-        self.S, self.P = np.append(self.S, coming), self.P[rest]
-        self._row_best = None
+        self.d = _without(self.d - v * (residual / pivot), r)
+        self.a = _without(self.a - v**2 / pivot, r)
+        self._make_room(last + 1, q + 1)
+        self._U[: last + 1, q] = v / pivot
+        self._U[r, : q + 1] = self._U[last, : q + 1]
+        self.inverse.append(u, pivot)
+        self._late = (_without(v, r), np.append(shift, 0.0), np.zeros(last), np.zeros(q + 1))
+        self.S, self.P = np.append(self.S, coming), _without(self.P, r)
+        np.maximum(self.a, self._floor[self.P], out=self.a)
+
+    def _make_room(self, rows: int, columns: int) -> None:
+        """Let U hold so many rows and columns."""
+        if rows > self._U.shape[0] or columns > self._U.shape[1]:
+            larger = np.empty((rows + _SPARE, columns + _SPARE))
+            larger[: self._U.shape[0], : self._U.shape[1]] = self._U
+            self._U = larger
+
+
+def _without(values: _Values, k: int) -> _Values:
+    """`values` with entry k replaced by the last one, which goes."""
+    out = values[:-1].copy()
+    if k < out.size:
+        out[k] = values[-1]
+    return out

@@ -12,55 +12,102 @@ _FAST = {"nnan", "nsz", "contract", "reassoc"}
 
 
 @njit(cache=True, nogil=True, fastmath=_FAST)
-def best_swap_per_row(U: Any, y: Any, it: Any, cost: Any, d: Any, a: Any, start: int, stop: int, out: Any) -> None:
-    """Smallest change of the doubled loss over all swaps that bring back pruned weight r.
-
-    out[r] = min over kept s of cost[s] − (d[r] + U[r, s] y[s])² / (a[r] + U[r, s]² it[s]), for start ≤ r < stop.
-    See `Tableau` for the letters.
-    """
-    for r in range(start, stop):
-        row, residual, pivot = U[r], d[r], a[r]
-        best = 1e300
-        for s in range(U.shape[1]):
-            u = row[s]
-            top = residual + u * y[s]
-            best = min(best, cost[s] - top * top / (pivot + u * u * it[s]))
-        out[r] = best
-
-
-@njit(cache=True, nogil=True, fastmath=_FAST)
-def best_swap_per_row_in_groups(
+def best_swap(
     U: Any,
+    q: int,
+    late: bool,
+    f: Any,
+    left: Any,
+    g: Any,
+    right: Any,
     y: Any,
     it: Any,
     cost: Any,
     d: Any,
     a: Any,
+    may_return: Any,
+    grouped: bool,
     row_group: Any,
     column_group: Any,
     start: int,
     stop: int,
-    out: Any,
-) -> None:
-    """The same over the kept weights of the group of r only; 1e300 where there is none."""
+) -> tuple[int, int, float]:
+    """The swap that changes the doubled loss least, over the pruned weights start … stop-1.
+
+    The change by r and s is cost[s] − (d[r] + U[r, s] y[s])² / (a[r] + U[r, s]² it[s]); see `Tableau`. A row is
+    read twice only where it holds a better swap than the rows before: the test for that needs no division.
+
+    Parameters
+    ----------
+    U : float64 (≥ stop, ≥ q), in place
+    q : int
+        Columns of U that are in use.
+    late : bool
+        Whether f leftᵀ + g rightᵀ has still to be subtracted from U; done on the way, row by row.
+    f, g : float64 (p,)
+    left, right : float64 (q,)
+    y, it, cost : float64 (q,)
+    d, a : float64 (p,)
+    may_return : bool (p,)
+    grouped : bool
+        Only pairs of one group are swapped.
+    row_group, column_group : int64 (p,), (q,)
+    start, stop : int
+
+    Returns
+    -------
+    r, s : int
+        −1 where there is no swap.
+    change : float
+    """
+    best, best_r, best_s = 1e299, -1, -1
     for r in range(start, stop):
-        row, residual, pivot, group = U[r], d[r], a[r], row_group[r]
-        best = 1e300
-        for s in range(U.shape[1]):
-            u = row[s]
-            top = residual + u * y[s]
-            change = cost[s] - top * top / (pivot + u * u * it[s])
-            best = min(best, change if column_group[s] == group else 1e300)
-        out[r] = best
+        row = U[r, :q]
+        if late:
+            fr, gr = f[r], g[r]
+            for s in range(q):
+                row[s] -= fr * left[s] + gr * right[s]
+        if not may_return[r]:
+            continue
+        residual, pivot, excess = d[r], a[r], -1.0
+        if grouped:
+            group = row_group[r]
+            for s in range(q):
+                u = row[s]
+                top = residual + u * y[s]
+                value = top * top - (cost[s] - best) * (pivot + u * u * it[s])
+                excess = max(excess, value if column_group[s] == group else -1.0)
+        else:
+            for s in range(q):
+                u = row[s]
+                top = residual + u * y[s]
+                excess = max(excess, top * top - (cost[s] - best) * (pivot + u * u * it[s]))
+        if excess > 0.0:
+            for s in range(q):
+                u = row[s]
+                top = residual + u * y[s]
+                change = cost[s] - top * top / (pivot + u * u * it[s])
+                if change < best and (not grouped or column_group[s] == row_group[r]):
+                    best, best_r, best_s = change, r, s
+    return best_r, best_s, best
 
 
 @njit(cache=True, nogil=True, fastmath=_FAST)
-def rank_two_update(U: Any, f: Any, p: Any, g: Any, q: Any, start: int, stop: int) -> None:
-    """Subtract f pᵀ + g qᵀ from rows start … stop-1 of U, in place."""
+def rank_two_update(U: Any, q: int, f: Any, left: Any, g: Any, right: Any, start: int, stop: int) -> None:
+    """Subtract f leftᵀ + g rightᵀ from the first q columns of the rows start … stop-1 of U, in place."""
     for r in range(start, stop):
-        row, fr, gr = U[r], f[r], g[r]
-        for s in range(U.shape[1]):
-            row[s] -= fr * p[s] + gr * q[s]
+        row, fr, gr = U[r, :q], f[r], g[r]
+        for s in range(q):
+            row[s] -= fr * left[s] + gr * right[s]
+
+
+@njit(cache=True, nogil=True, fastmath=_FAST)
+def subtract_from_rest(T: Any, left: Any, out: Any) -> None:
+    """Replace `out` by T[left, left] − out, in one pass; T float64 (b, b), left int64 (l,), out float64 (l, l)."""
+    for i in range(left.size):
+        source, target = T[left[i]], out[i]
+        for j in range(left.size):
+            target[j] = source[left[j]] - target[j]
 
 
 @njit(cache=True, nogil=True)

@@ -7,49 +7,58 @@ import numpy as np
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 
-def best_swap_per_row(
+def best_swap(
     U: FloatArray,
+    q: int,
+    late: bool,
+    f: FloatArray,
+    left: FloatArray,
+    g: FloatArray,
+    right: FloatArray,
     y: FloatArray,
     it: FloatArray,
     cost: FloatArray,
     d: FloatArray,
     a: FloatArray,
-    start: int,
-    stop: int,
-    out: FloatArray,
-) -> None:
-    """Twin of `joint_numba.best_swap_per_row`."""
-    rows = slice(start, stop)
-    change = cost - (d[rows, None] + U[rows] * y) ** 2 / (a[rows, None] + U[rows] ** 2 * it)
-    out[rows] = change.min(axis=1, initial=1e300)
-
-
-def best_swap_per_row_in_groups(
-    U: FloatArray,
-    y: FloatArray,
-    it: FloatArray,
-    cost: FloatArray,
-    d: FloatArray,
-    a: FloatArray,
+    may_return: BoolArray,
+    grouped: bool,
     row_group: IntArray,
     column_group: IntArray,
     start: int,
     stop: int,
-    out: FloatArray,
-) -> None:
-    """Twin of `joint_numba.best_swap_per_row_in_groups`."""
+) -> tuple[int, int, float]:
+    """Twin of `joint_numba.best_swap`."""
     rows = slice(start, stop)
-    change = cost - (d[rows, None] + U[rows] * y) ** 2 / (a[rows, None] + U[rows] ** 2 * it)
-    same = row_group[rows, None] == column_group
-    out[rows] = np.where(same, change, 1e300).min(axis=1, initial=1e300)
+    if late:
+        rank_two_update(U, q, f, left, g, right, start, stop)
+    change = cost - (d[rows, None] + U[rows, :q] * y) ** 2 / (a[rows, None] + U[rows, :q] ** 2 * it)
+    change[~may_return[rows]] = 1e300
+    if grouped:
+        change[row_group[rows, None] != column_group] = 1e300
+    r, s = np.unravel_index(int(np.argmin(change)), change.shape)
+    if change[r, s] >= 1e299:
+        return -1, -1, 1e299
+    return start + int(r), int(s), float(change[r, s])
 
 
 def rank_two_update(
-    U: FloatArray, f: FloatArray, p: FloatArray, g: FloatArray, q: FloatArray, start: int, stop: int
+    U: FloatArray,
+    q: int,
+    f: FloatArray,
+    left: FloatArray,
+    g: FloatArray,
+    right: FloatArray,
+    start: int,
+    stop: int,
 ) -> None:
     """Twin of `joint_numba.rank_two_update`."""
     rows = slice(start, stop)
-    U[rows] -= np.outer(f[rows], p) + np.outer(g[rows], q)
+    U[rows, :q] -= np.outer(f[rows], left) + np.outer(g[rows], right)
+
+
+def subtract_from_rest(T: FloatArray, left: IntArray, out: FloatArray) -> None:
+    """Twin of `joint_numba.subtract_from_rest`."""
+    np.subtract(T[np.ix_(left, left)], out, out=out)
 
 
 def eliminate(

@@ -20,7 +20,7 @@ from cbs_opt import (
     joint_loss,
     solve,
 )
-from cbs_opt.solvers import backward
+from cbs_opt.solvers import backward, elimination
 from cbs_opt.solvers.joint_bound import dual_bound, improve_bound, split_diagonal
 from cbs_opt.solvers.joint_large import exchange_in_bulk
 from cbs_opt.solvers.kernels import joint_numba, joint_numpy
@@ -91,22 +91,34 @@ def test_best_swap_is_the_best_by_enumeration(groups):
 def test_kernels_agree_with_their_twins(seed):
     rng = np.random.default_rng(seed)
     p, q = 13, 9
-    U, y, it = rng.standard_normal((p, q)), rng.standard_normal(q), rng.random(q) + 0.1
+    U, y, it = rng.standard_normal((p, q + 2)), rng.standard_normal(q), rng.random(q) + 0.1
     cost, d, a = rng.random(q), rng.standard_normal(p), rng.random(p) + 0.1
     cost[2] = 1e300
+    may_return = np.arange(p) != 5
     rows, columns = rng.integers(0, 3, p), rng.integers(0, 3, q)
-    for name, extra in (("best_swap_per_row", ()), ("best_swap_per_row_in_groups", (rows, columns))):
-        out = np.zeros(p), np.zeros(p)
-        for module, mine in zip((joint_numba, joint_numpy), out, strict=True):
-            getattr(module, name)(U, y, it, cost, d, a, *extra, 2, p - 1, mine)
-        np.testing.assert_allclose(*out, rtol=1e-12)
-    f, pp, g, qq = rng.standard_normal(p), rng.standard_normal(q), rng.standard_normal(p), rng.standard_normal(q)
+    terms = rng.standard_normal(p), rng.standard_normal(q), rng.standard_normal(p), rng.standard_normal(q)
+    for grouped, late in itertools.product((False, True), repeat=2):
+        one, two = U.copy(), U.copy()
+        found = [
+            module.best_swap(V, q, late, *terms, y, it, cost, d, a, may_return, grouped, rows, columns, 2, p - 1)
+            for module, V in ((joint_numba, one), (joint_numpy, two))
+        ]
+        assert found[0] == pytest.approx(found[1], rel=1e-12)
+        np.testing.assert_allclose(one, two, rtol=1e-12)
+    nowhere = np.zeros(p, dtype=bool)
+    for module in (joint_numba, joint_numpy):
+        found = module.best_swap(U, q, False, *terms, y, it, cost, d, a, nowhere, False, rows, columns, 0, p)
+        assert found[:2] == (-1, -1)
     one, two = U.copy(), U.copy()
-    joint_numba.rank_two_update(one, f, pp, g, qq, 1, p)
-    joint_numpy.rank_two_update(two, f, pp, g, qq, 1, p)
+    joint_numba.rank_two_update(one, q, *terms, 1, p)
+    joint_numpy.rank_two_update(two, q, *terms, 1, p)
     np.testing.assert_allclose(one, two, rtol=1e-12)
 
     T = positive_definite(rng, 10)
+    left, one, two = np.array([0, 3, 4, 8]), U[:4, :4].copy(), U[:4, :4].copy()
+    joint_numba.subtract_from_rest(T, left, one)
+    joint_numpy.subtract_from_rest(T, left, two)
+    np.testing.assert_allclose(one, two, rtol=1e-12)
     results = []
     for module in (joint_numba, joint_numpy):
         V, x, t = np.zeros((6, 10)), np.linspace(-1, 1, 10), T.diagonal().copy()
@@ -154,7 +166,7 @@ def slow_backward(instance):
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_backward_elimination_is_greedy(seed, groups, monkeypatch):
-    monkeypatch.setattr(backward, "_LAZY_STEPS", 3)  # so that the lazy steps are applied several times
+    monkeypatch.setattr(elimination, "LAZY_STEPS", 3)  # so that the lazy steps are applied several times
     rng = np.random.default_rng(seed)
     blocks = [positive_definite(rng, size) for size in (5, 7, 4)]
     budget = Budget(9, np.arange(16) % 2, np.array([4, 5])) if groups else Budget(9)
@@ -181,7 +193,7 @@ def test_stages_of_a_factor_price_like_dense_ones(linear):
     rng = np.random.default_rng(3)
     instance = factor_instance(rng, 12, 60, 1e-2, 40, linear)
     kept = np.arange(60)
-    stage = FactorStage(instance, instance.curvature, 0, kept)
+    stage = FactorStage(instance, instance.curvature, 0, kept, np.ones(60, dtype=bool))
     stage.drop(np.arange(0, 60, 4))
     kept = kept[np.arange(60) % 4 != 0]
     dense = DenseStage(instance, instance.curvature, 0)
