@@ -95,6 +95,7 @@ def _main(arguments: list[str]) -> int:
     parser = Parser(
         "python -m cbs_opt.bench.best_known", "Solve the library and write best-known values to its index."
     )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="instances to work on; default: all")
     parser.add_argument(
         "--folder",
         type=Path,
@@ -107,6 +108,8 @@ def _main(arguments: list[str]) -> int:
     path = options.folder / INDEX
     content = json.loads(path.read_text(encoding="utf-8"))
     for item in content["instances"]:
+        if options.names and item["name"] not in options.names:
+            continue
         known = {(best["objective"], best["budget"]): best for best in item["best_known"]}
         for budget, instance in problems(read_instance(options.folder / f"{item['name']}.npz")).items():
             for objective in DEFAULT_SOLVERS:

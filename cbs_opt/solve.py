@@ -116,7 +116,7 @@ def solve(
     else:
         limit = threads
     monitor.start()
-    with _thread_limit(limit, chosen.supports.batched):
+    with thread_limit(limit, chosen.supports.batched):
         status = None
         try:
             chosen.prepare(instance, context)
@@ -220,7 +220,7 @@ def environment(context: Context | None = None) -> dict[str, Any]:
 
 
 @contextmanager
-def _thread_limit(threads: int | None, batched: bool) -> Iterator[None]:
+def thread_limit(threads: int | None, batched: bool) -> Iterator[None]:
     """Limit BLAS, OpenMP and torch to `threads`; torch only where it is loaded or `batched` solvers will."""
     if threads is None:
         yield

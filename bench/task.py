@@ -1,0 +1,356 @@
+"""One run of one solver, judged from outside: what an engine sends to a worker, and the row that comes back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cbs_opt.bench import store
+from cbs_opt.bench.anytime import Anytime
+from cbs_opt.bench.peers import PEERS, MissingPeerError, Samplers, run_sampler
+from cbs_opt.bench.store import Key, Row, Trace
+from cbs_opt.bench.warm_up import SECONDS, tiny_instance
+from cbs_opt.errors import CbsError, InstanceError, SolverError
+from cbs_opt.files import read_instance
+from cbs_opt.instance import Instance
+from cbs_opt.losses import evaluate
+from cbs_opt.monitor import Monitor
+from cbs_opt.registry import get_solver
+from cbs_opt.result import Status
+from cbs_opt.solve import environment, thread_limit
+from cbs_opt.solver import Context
+from cbs_opt.stop import Stop
+from cbs_opt.typing import BoolArray
+
+TOLERANCE = 1e-6
+"""Relative difference between what a solver claims and what is found, from which on its row is `wrong`."""
+
+TRACE_STEP = 1e-3
+"""Seconds; events of a trace that follow closer than this are merged into one."""
+
+_ROUNDING = 1e-12  # of the terms that the loss sums: they may cancel where there is a linear term
+_PACKAGES = ("scipy", "numba", "torch", "highspy", "pyomo", "pyscipopt", "gurobipy", "dwave-samplers")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row to be made: its key, and what the run needs beside it."""
+
+    path: str
+    instance_sha256: str
+    solver: str
+    label: str
+    parameters: str
+    objective: str
+    budget: int
+    sparsity: float
+    seed: int
+    time_limit: float | None
+    threads: int = 1
+
+    @property
+    def key(self) -> Key:
+        """The key of its row."""
+        return Key(
+            self.instance_sha256,
+            self.solver,
+            self.parameters,
+            self.objective,
+            self.budget,
+            self.seed,
+            self.time_limit,
+        )
+
+    def row(self, kind: str, message: str | None = None) -> Row:
+        """A row of this task without results."""
+        return Row(*self.key, label=self.label, sparsity=self.sparsity, kind=kind, message=message)
+
+
+class Made(NamedTuple):
+    """A row, and the environment that it was made in."""
+
+    row: Row
+    environment: dict[str, Any]
+
+
+@dataclass
+class _Run:
+    """What came of a run, before anybody has judged it."""
+
+    pruned: BoolArray | None = None
+    claimed: float | None = None
+    bound: float | None = None
+    status: str = Status.ERROR
+    failure: str | None = None
+    iterations: int | None = None
+    nodes: int | None = None
+    build_s: float | None = None
+    solve_s: float | None = None
+    cpu_s: float | None = None
+    trace: Trace | None = None
+    device: str = "cpu"
+
+
+def run_task(task: Task, should_stop: Callable[[], bool] | None = None) -> Made:
+    """Run a solver and make the row: this never raises, whatever the solver does.
+
+    Losses and feasibility are recomputed by `cbs_opt.evaluate`. Warming up counts neither for the solver nor for
+    the row.
+
+    Parameters
+    ----------
+    task : Task
+    should_stop : callable, optional
+        True ends the run with status `interrupted`.
+    """
+    started = datetime.now(UTC).isoformat(timespec="milliseconds")
+    device = "cpu"
+    try:
+        instance = _instance(task.path, task.instance_sha256)
+        _warm_up(task.solver, task.parameters, task.objective, instance.curvature.kind, task.threads)
+        clock = time.perf_counter()
+        instance = _instance(task.path, task.instance_sha256).with_budget(task.budget)
+        run = _run_peer(task, instance) if task.solver in PEERS else _run_solver(task, instance, should_stop)
+        row = judge(task, instance, run.pruned, run.claimed, run.bound, run.failure)
+        row.status = str(run.status)
+        row.iterations, row.nodes = run.iterations, run.nodes
+        row.build_s, row.solve_s, row.cpu_s, row.trace = run.build_s, run.solve_s, run.cpu_s, run.trace
+        row.row_s = time.perf_counter() - clock
+        device = run.device
+    except _UnsupportedError as error:
+        row = task.row(store.UNSUPPORTED, str(error))
+    except CbsError as error:
+        row = task.row(store.ERROR, str(error))
+        row.status = str(Status.ERROR)
+    except MemoryError:
+        row = task.row(store.ERROR, "out of memory")
+        row.status = str(Status.ERROR)
+    except Exception as error:
+        row = task.row(store.ERROR, f"{type(error).__name__}: {error}")
+        row.status = str(Status.ERROR)
+    row.started = started
+    return Made(row, surroundings() | {"threads": task.threads, "device": device})
+
+
+class _UnsupportedError(CbsError):
+    """The solver refuses the instance, and says so."""
+
+
+def judge(
+    task: Task,
+    instance: Instance,
+    pruned: BoolArray | None,
+    claimed: float | None,
+    bound: float | None,
+    failure: str | None = None,
+) -> Row:
+    """Make the row of a selection from what it is, not from what the solver says.
+
+    Parameters
+    ----------
+    task : Task
+    instance : Instance
+        With the budget of the task.
+    pruned : bool (n,) or None
+    claimed, bound : float or None
+        The loss and the lower bound as the solver has them.
+    failure : str, optional
+        Why the run broke off.
+    """
+    row = task.row(store.OK)
+    row.claimed_objective, row.bound = _finite(claimed), _finite(bound)
+    if pruned is None:
+        row.kind, row.message = store.ERROR, failure or "the solver gave no selection"
+        return row
+    pruned = np.asarray(pruned)
+    if pruned.dtype != np.bool_ or pruned.shape != (instance.n,):
+        row.kind = store.INFEASIBLE
+        row.message = f"the selection must be bool ({instance.n},), got {pruned.dtype} {pruned.shape}"
+        return row
+    losses = evaluate(instance, pruned)
+    row.selection_loss, row.joint_loss = _finite(losses.selection_loss), _finite(losses.joint_loss)
+    row.objective = row.selection_loss if task.objective == "selection" else row.joint_loss
+    slack = _slack(instance, pruned, row.objective)
+    if not instance.admits(pruned):
+        row.kind = store.INFEASIBLE
+        row.message = (
+            f"the selection, {int(pruned.sum())} weights, misses the budget of {instance.budget.total}, the "
+            "groups or `fixed`"
+        )
+    elif row.objective is None:
+        row.kind, row.message = store.ERROR, "the loss of the selection is infinite or has no minimum"
+    elif row.claimed_objective is not None and abs(row.claimed_objective - row.objective) > slack:
+        row.kind = store.WRONG
+        row.message = f"claims the loss {row.claimed_objective:.9g}, it is {row.objective:.9g}"
+    elif row.bound is not None and row.bound > row.objective + slack:
+        row.kind = store.WRONG
+        row.message = f"claims the bound {row.bound:.9g} above its own loss {row.objective:.9g}"
+    elif failure is not None:
+        row.kind, row.message = store.ERROR, failure
+    if row.kind == store.OK and row.bound is not None and row.objective is not None:
+        row.bound = min(row.bound, row.objective)
+    return row
+
+
+def _slack(instance: Instance, pruned: BoolArray, value: float | None) -> float:
+    """How far a claim may be off: relative to the loss, and to rounding in the terms that it sums."""
+    w = instance.weights[pruned]
+    terms = 0.5 * float(w**2 @ instance.curvature.diagonal()[pruned])
+    if instance.linear is not None:
+        terms += float(np.abs(w) @ np.abs(instance.linear[pruned]))
+    return TOLERANCE * abs(value or 0.0) + _ROUNDING * terms
+
+
+def _run_solver(task: Task, instance: Instance, should_stop: Callable[[], bool] | None) -> _Run:
+    monitor = Monitor(Stop(time_limit=task.time_limit, should_stop=should_stop))
+    context = Context(task.objective, task.seed, monitor, threads=task.threads)
+    solver = get_solver(task.solver)(json.loads(task.parameters))
+    logging.getLogger("pyomo").setLevel(logging.ERROR)  # it warns of every solver that a limit stops
+    try:
+        solver.check_supports(instance, context)
+    except SolverError as error:
+        raise _UnsupportedError(str(error)) from error
+    run, status = _Run(), None
+    processor = time.process_time()
+    monitor.start()
+    try:
+        with thread_limit(task.threads, solver.supports.batched):
+            solver.prepare(instance, context)
+            run.build_s = monitor.elapsed
+            monitor.start()
+            status = solver.run(instance, context)
+    except Exception as error:
+        if monitor.pruned is None and (isinstance(error, InstanceError) or "licence" in str(error)):
+            # A valid instance that this solver cannot take: too large for it, say, or for its licence.
+            raise _UnsupportedError(str(error)) from error
+        known = isinstance(error, CbsError)
+        run.failure = str(error) if known else f"{type(error).__name__}: {error}"
+    if run.build_s is None:
+        run.build_s = monitor.elapsed
+    else:
+        run.solve_s = monitor.elapsed
+    run.cpu_s = time.process_time() - processor
+    if status is not None:
+        limited = monitor.reason is not None and status is not Status.OPTIMAL
+        run.status = str(monitor.reason if limited else status)
+    run.pruned, run.claimed, run.bound = monitor.pruned, monitor.objective, monitor.bound
+    if run.pruned is None and run.failure is None:  # stopped before its first selection; `cbs_opt.solve` does so
+        run.pruned = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
+    run.iterations = monitor.iterations
+    nodes = context.extras.get("nodes")
+    run.nodes = None if nodes is None else int(nodes)
+    run.trace = thinned([(event.seconds, event.objective, event.bound) for event in monitor.history])
+    run.device = str(context.extras.get("device", "cpu"))
+    return run
+
+
+def _run_peer(task: Task, instance: Instance) -> _Run:
+    """One of the samplers; its trace has what it would have had, had it been asked for less time."""
+    if task.time_limit is None:
+        raise _UnsupportedError(f"'{task.solver}' needs a time limit: it has no end of its own")
+    processor, clock = time.process_time(), time.perf_counter()
+    try:
+        samplers = Samplers(instance)
+    except MissingPeerError as error:
+        raise _UnsupportedError(str(error)) from error
+    build_s, clock = time.perf_counter() - clock, time.perf_counter()
+    with thread_limit(task.threads, batched=False):
+        taken: Anytime = run_sampler(samplers, PEERS[task.solver], [task.time_limit], task.seed)
+    spent = time.perf_counter() - clock
+    trace: Trace = [
+        (seconds, _finite(evaluate(instance, pruned).selection_loss), None)
+        for seconds, pruned in zip(taken.seconds, taken.selections, strict=True)
+    ]
+    return _Run(
+        pruned=taken.selections[-1] if taken.selections else None,
+        status=Status.TIME_LIMIT,
+        build_s=build_s,
+        # Annealings are repeated until one fills the limit: the last counts, as it does in the trace.
+        solve_s=spent if task.solver == "dwave-tabu" else taken.seconds[-1],
+        cpu_s=time.process_time() - processor,
+        trace=trace,
+    )
+
+
+def thinned(events: Trace) -> Trace:
+    """The events, of several within `TRACE_STEP` seconds the last, with numbers that JSON can hold."""
+    kept: Trace = []
+    for seconds, objective, bound in events:
+        event = round(seconds, 6), _finite(objective), _finite(bound)
+        if len(kept) > 1 and event[0] - kept[-2][0] < TRACE_STEP:
+            kept[-1] = event
+        else:
+            kept.append(event)
+    return kept
+
+
+@lru_cache(maxsize=2)
+def _instance(path: str, sha256: str) -> Instance:
+    instance = read_instance(path)
+    if instance.sha256 != sha256:
+        raise InstanceError(f"{path}: is not the file that it was when the benchmark began: its SHA-256 differs")
+    return instance
+
+
+@cache
+def _warm_up(solver: str, parameters: str, objective: str, kind: str, threads: int) -> None:
+    """Let the solver solve a tiny instance once in this process; whatever goes wrong will go wrong in the row."""
+    try:
+        tiny = tiny_instance(kind)
+        if solver in PEERS:
+            Samplers(tiny)  # loads the packages
+            return
+        context = Context(objective, 0, Monitor(Stop(time_limit=SECONDS)), threads=threads)
+        chosen = get_solver(solver)(json.loads(parameters))
+        chosen.check_supports(tiny, context)
+        with thread_limit(threads, chosen.supports.batched):
+            chosen.prepare(tiny, context)
+            context.monitor.start()
+            chosen.run(tiny, context)
+    except Exception:
+        return
+
+
+@cache
+def surroundings() -> dict[str, Any]:
+    """Versions, processor and cores of this process; JSON types only."""
+    found = environment() | {"processor": _processor(), "memory_gb": _memory()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _memory() -> int | None:
+    """Memory of the machine in GB, rounded."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)

@@ -1,0 +1,199 @@
+"""`cbs-bench`: run solvers on instances, make a report of it, compare two runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cbs_opt.cli import common
+
+logger = logging.getLogger("cbs_opt")
+
+EXIT_WORSE = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return common.run_main("cbs-bench", _main, arguments)
+
+
+def _main(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    command: int = options.command(options)
+    return command
+
+
+def _parser() -> common.Parser:
+    parser = common.Parser("cbs-bench", "Compare solvers: run them, make a report, compare two runs.")
+    commands = parser.add_subparsers(metavar="run | report | compare", required=True)
+    run = commands.add_parser("run", help="make rows", description="Make the rows that the store lacks.")
+    add = run.add_argument
+    add("configuration", metavar="CONFIG.toml|NAME", help="a file, or what `cbs-bench list` names")
+    add("-o", "--output", type=Path, metavar="STORE", help="default: the configuration's name, .sqlite, here")
+    add("--engine", choices=("serial", "processes", "ray"), help="default: serial; processes with --workers")
+    add("--workers", type=_whole, metavar="N", help="rows at a time; default: as many as there are processors")
+    add("--time-limit", type=_seconds, metavar="S", help="in place of every time limit of the configuration")
+    add("--rerun-timeouts", action="store_true", help="make rows again that ended at their time limit")
+    add("--rerun-errors", action="store_true", help="make rows again that are not ok")
+    add("--dry-run", action="store_true", help="say what would be done")
+    _talk(run)
+    run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="tables and pictures", description="Make a report of a store.")
+    report.add_argument("store", type=Path, metavar="STORE")
+    add = report.add_argument
+    add("-o", "--output", type=Path, metavar="NAME", help="its name, or a folder; default: beside the store")
+    add("--title", metavar="TEXT")
+    add("--profile", type=Path, metavar="FILE.svg", help="also draw the performance profile alone; .png, .pdf")
+    _talk(report)
+    report.set_defaults(command=_report)
+
+    compare = commands.add_parser(
+        "compare", help="old against new", description="Compare two stores key by key, of two versions say."
+    )
+    compare.add_argument("old", type=Path, metavar="OLD")
+    compare.add_argument("new", type=Path, metavar="NEW")
+    compare.add_argument(
+        "--fail-above",
+        type=_seconds,
+        metavar="R",
+        help="exit code 1 where a mean ratio of time or loss exceeds R, or a row broke",
+    )
+    compare.add_argument("--json", metavar="FILE|-", help="write it as JSON; - for stdout")
+    _talk(compare)
+    compare.set_defaults(command=_compare)
+
+    listing = commands.add_parser("list", help="configurations that ship", description="List what ships.")
+    listing.set_defaults(command=_list)
+    return parser
+
+
+def _talk(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", help="warnings and errors only")
+    parser.add_argument("-v", "--verbose", action="store_true")
+
+
+def _run(options: argparse.Namespace) -> int:
+    with _Interrupts() as interrupts:
+        common.start_logging(options.quiet, options.verbose)
+        from cbs_opt.bench.configuration import read_configuration
+        from cbs_opt.bench.engines import make_engine
+        from cbs_opt.bench.runner import due, make_plan, run_plan, summary
+        from cbs_opt.bench.show import duration, progress
+        from cbs_opt.bench.store import OK, Store
+
+        configuration = read_configuration(options.configuration, options.time_limit)
+        name = options.engine or ("serial" if options.workers in (None, 1) else "processes")
+        engine = make_engine(name, options.workers, configuration.threads)
+        plan = make_plan(configuration)
+        path = options.output or Path(f"{configuration.name}.sqlite")
+        again = {"timeouts": options.rerun_timeouts, "errors": options.rerun_errors}
+        if options.dry_run:
+            there: dict[Any, Any] = {}
+            if path.is_file():
+                with Store(path) as store:
+                    there = store.keys()
+            tasks = due(plan, there, **again)
+            common.say("\n".join(summary(plan, tasks, getattr(engine, "workers", 1))) + "\n")
+            return common.EXIT_OK
+        names = {instance.sha256: instance.name for instance in plan.instances}
+        with Store(path, "w") as store, progress(names, options.quiet) as shown:
+            outcome = run_plan(
+                plan,
+                store,
+                engine,
+                rerun_timeouts=options.rerun_timeouts,
+                rerun_errors=options.rerun_errors,
+                should_stop=interrupts,
+                progress=shown,
+            )
+    bad = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.kinds.items()) if kind != OK)
+    common.say(
+        f"{path}: {outcome.made} rows made in {duration(outcome.seconds)}"
+        + (f" ({bad})" if bad else "")
+        + (f", {outcome.there} were there" if outcome.there else "")
+        + (f", {outcome.refuted} refuted by a better selection" if outcome.refuted else "")
+        + "\n"
+    )
+    if outcome.interrupted:
+        left = outcome.planned - outcome.there - outcome.made
+        common.say(f"interrupted: {left} rows are left; the same command goes on with them\n")
+    return common.EXIT_OK
+
+
+def _report(options: argparse.Namespace) -> int:
+    common.start_logging(options.quiet, options.verbose)
+    from cbs_opt.bench.report import profile_picture, write_report
+
+    written = write_report(options.store, options.output, title=options.title)[:2]
+    if options.profile is not None:
+        written.append(profile_picture(options.store, options.profile))
+    common.say("".join(f"{path}\n" for path in written))
+    return common.EXIT_OK
+
+
+def _compare(options: argparse.Namespace) -> int:
+    common.start_logging(options.quiet, options.verbose)
+    import dataclasses
+
+    from cbs_opt.bench.compare import compare_stores, comparison_text
+    from cbs_opt.cli.report import write_json
+
+    comparison = compare_stores(options.old, options.new)
+    if options.json is not None:
+        write_json(options.json, json.loads(json.dumps(dataclasses.asdict(comparison))))
+    if options.json != "-":
+        common.say(comparison_text(comparison, str(options.old), str(options.new)) + "\n")
+    if options.fail_above is None:
+        return common.EXIT_OK
+    worse = comparison.exceeds(options.fail_above)
+    for sentence in worse:
+        logger.warning(sentence)
+    return EXIT_WORSE if worse else common.EXIT_OK
+
+
+def _list(options: argparse.Namespace) -> int:
+    import tomllib
+
+    from cbs_opt.bench.configuration import shipped
+
+    for name, path in shipped().items():
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        common.say(f"{name:<12} {content.get('description', '')}\n")
+    return common.EXIT_OK
+
+
+class _Interrupts(common.Interrupts):
+    """As for a solve; but what is kept are rows."""
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.asked:
+            os._exit(common.EXIT_KILLED)
+        self.asked = True
+        os.write(2, b"interrupted: every finished row is kept; once more to quit at once\n")
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got '{text[:40]}'")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 1e-3 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"must be a number >= 0.001, got '{text[:40]}'")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
