@@ -1,4 +1,4 @@
-"""Exact selection by HiGHS: the MILPs of `outer_approximation` and `model`, through highspy."""
+"""Exact solutions by HiGHS: the MILPs of `outer_approximation`, `joint_outer` and `model`, through highspy."""
 
 from __future__ import annotations
 
@@ -15,26 +15,19 @@ from cbs_opt.instance import Instance
 from cbs_opt.monitor import Monitor
 from cbs_opt.registry import register
 from cbs_opt.result import Status
-from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
-from cbs_opt.solvers.exact.model import UNITS, LinearModel, ScaledSelection, rlt_model, start
-from cbs_opt.solvers.exact.outer_approximation import OuterModel, Separated
-from cbs_opt.solvers.reduced import ReducedProblem
-from cbs_opt.solvers.search import Search
-from cbs_opt.solvers.warm_up import warm_up_selection
+from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.exact.joint_model import ScaledJoint, joint_shell
+from cbs_opt.solvers.exact.model import UNITS, LinearModel, ScaledSelection, rlt_model
+from cbs_opt.solvers.exact.model_start import Outer, Scaled, Start, check_objective
 from cbs_opt.typing import FloatArray
 
 logger = logging.getLogger("cbs_opt")
 
 FORMULATIONS = ("auto", "outer", "rlt", "miqp")
-TRUSTED = 50
-"""Most open weights at which a bound of HiGHS is reported as proven; beyond it goes to `extras` as claimed.
 
-HiGHS 1.15.1 has cut off the optimum of a model of 60 weights in which that optimum is feasible to 1e-15.
-"""
-
-_TOLERANCE = 1e-9  # of rows, reduced costs and integrality
+_TOLERANCE = 1e-7  # of rows, reduced costs and integrality; at 1e-9 HiGHS 1.15.1 loses optimal points
 _GAP = 1e-7  # relative, of HiGHS
-_MARGIN = 1e-7  # that its bounds are reduced by, in scaled units
+_MARGIN = 1e-7  # that its bounds are reduced by, in scaled units; reduced costs of 1e-7 make less than 1e-8
 _RELAXATION_CUTS = 1e-4  # violation of a tangent that the linear relaxation leaves
 _RELAXATION_ROUNDS = 30
 _POLL = 0.02  # seconds
@@ -47,10 +40,11 @@ class HighsParameters(Parameters):
     """The formulation, and what strengthens it."""
 
     formulation: str = option(
-        "auto", "outer (tangents), rlt (products), miqp; auto: miqp where HiGHS takes one, else outer"
+        "auto",
+        "outer (tangents), rlt (products; selection only), miqp; auto: miqp if HiGHS takes it, or outer",
     )
-    start: bool = option(True, "start from a short run of `search`; else from the diagonal's selection")
-    shift: bool = option(True, "outer: shift the diagonal as the semidefinite relaxation has it")
+    start: bool = option(True, "start from a short run of `search` or `joint`; else from the diagonal's selection")
+    shift: bool = option(True, "outer, selection: shift the diagonal as the semidefinite relaxation has it")
 
     def __post_init__(self) -> None:
         if self.formulation not in FORMULATIONS:
@@ -69,13 +63,14 @@ class Highs(Solver):
     """
 
     summary = "exact by HiGHS: MILP by tangents on a convexified objective, or by products"
-    supports = Capabilities(bound=True, warm_start=True)
+    supports = Capabilities(objectives=frozenset(OBJECTIVES), bound=True, warm_start=True)
     parameters_type = HighsParameters
     parameters: HighsParameters
 
     def check_supports(self, instance: Instance, context: Context) -> None:
-        """Refuse a MIQP where HiGHS does."""
+        """Refuse a MIQP where HiGHS does, products for the joint objective, and a singular Hessian there."""
         super().check_supports(instance, context)
+        check_objective(instance, context, self.parameters.formulation)
         if self.parameters.formulation == "miqp" and not takes_miqp():
             raise SolverError(
                 f"HiGHS {highspy.Highs().version()} refuses mixed-integer quadratic problems: take "
@@ -84,43 +79,30 @@ class Highs(Solver):
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve."""
-        warm_up_selection()
-        self._reduced = ReducedProblem(instance)
-        ScaledSelection(instance)  # refuses what is too large
-        self._search = Search()
-        if self.parameters.start:
-            self._search.prepare(instance, context)
+        self._start = Start(instance, context, self.parameters.start)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Start, then MILPs until the gap closes."""
         monitor = context.monitor
-        multipliers = start(instance, context, self._reduced, self._search if self.parameters.start else None)
-        problem = ScaledSelection(instance, monitor.pruned)
         context.extras["nodes"] = 0
+        problem = self._start.run(context)
         if monitor.closed:
             return Status.OPTIMAL
-        if problem.n == 0 or not problem.parts:
-            assert monitor.objective is not None
-            monitor.report_bound(monitor.objective)  # a sum of separate terms: the start is its sorted minimum
-            return Status.OPTIMAL
-        if monitor.should_stop():
+        if problem is None or monitor.should_stop():
             return Status.CONVERGED
         kind = self.parameters.formulation
         if kind == "auto":
             kind = "miqp" if takes_miqp() else "outer"
         if kind == "outer":
-            return self._outer(problem, context, multipliers)
-        return self._once(problem, context, rlt_model(problem) if kind == "rlt" else None)
+            model = self._start.outer_model(problem, UNITS, self.parameters.shift, monitor.should_stop)
+            return self._outer(problem, context, model)
+        return self._once(problem, context, kind)
 
-    def _outer(self, problem: ScaledSelection, context: Context, multipliers: FloatArray) -> Status:
+    def _outer(self, problem: Scaled, context: Context, model: Outer) -> Status:
         """MILPs with growing sets of tangents."""
         monitor = context.monitor
         assert monitor.pruned is not None
         best = problem.restrict(monitor.pruned)
-        multipliers = multipliers * problem.presolved.scale / problem.scale
-        value = problem.value(best)
-        separated = Separated(problem, value, multipliers, self.parameters.shift, monitor.should_stop)
-        model = OuterModel(problem, separated, UNITS)
         model.touch(best)
         for _ in range(_RELAXATION_ROUNDS):
             if monitor.should_stop():
@@ -144,25 +126,30 @@ class Highs(Solver):
             best = problem.restrict(monitor.pruned)
         return Status.CONVERGED
 
-    def _once(self, problem: ScaledSelection, context: Context, linear: LinearModel | None) -> Status:
-        """One MILP, or one MIQP without a linear model."""
+    def _once(self, problem: Scaled, context: Context, kind: str) -> Status:
+        """One MILP with products, or one MIQP."""
         monitor = context.monitor
         assert monitor.pruned is not None
-        best = problem.restrict(monitor.pruned)
-        if linear is None:
+        best = point = problem.restrict(monitor.pruned)
+        if isinstance(problem, ScaledJoint):
+            n = problem.n
+            highs = load(joint_shell(problem, UNITS), context, monitor)
+            Q = np.zeros((2 * n, 2 * n))
+            Q[n:, n:] = problem.M
+            pass_quadratic(highs, Q * UNITS)
+            point = np.concatenate([best, problem.best_point(best) - problem.v])
+        elif kind == "miqp":
             highs = load(quadratic_shell(problem), context, monitor)
             pass_quadratic(highs, problem.matrix * UNITS)
-            point = best
         else:
+            linear = rlt_model(problem)
             highs = load(linear.in_units(UNITS), context, monitor)
             point = np.array([np.prod([best[i] for i in product]) for product in _products(linear, problem)])
         _solve(highs, problem, context, point)
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
 
-def _solve(
-    highs: highspy.Highs, problem: ScaledSelection, context: Context, point: FloatArray
-) -> list[FloatArray] | None:
+def _solve(highs: highspy.Highs, problem: Scaled, context: Context, point: FloatArray) -> list[FloatArray] | None:
     """Run a MILP from a known point, report what it found; returns its selections, None where it failed."""
     monitor = context.monitor
     known = highspy.HighsSolution()
@@ -193,21 +180,15 @@ def _solve(
         y = np.round(v[: problem.n])
         pruned = problem.selection(y)
         if pruned is not None:
-            monitor.report(problem.original.value(pruned), pruned)
+            monitor.report(problem.evaluate(pruned), pruned)
             found.append(y)
     bound = info.mip_dual_bound / UNITS
     if status == solved and not np.isfinite(bound):
         # Presolve alone saw that nothing beats the known point: there is no tree, and so no bound of one.
         bound = highs.getInfo().objective_function_value / UNITS * (1.0 - _GAP)
     if np.isfinite(bound) and abs(bound) < 1e20:
-        slopes = sum(float(np.sqrt(Q.diagonal()).sum()) for _, Q in problem.parts)
-        loose = 1e-10 * (slopes + float(np.abs(problem.c).sum()))  # of integrality, times the slope
         assert monitor.objective is not None
-        claimed = min(problem.loss(bound - _MARGIN - loose), monitor.objective)
-        if problem.n <= TRUSTED:
-            monitor.report_bound(claimed)
-        else:
-            context.extras["claimed_bound"] = float(claimed)
+        monitor.report_bound(min(problem.loss(bound - _MARGIN), monitor.objective))
     return found
 
 

@@ -11,14 +11,8 @@ from scipy.sparse import csr_array
 
 from cbs_opt.errors import SolverError
 from cbs_opt.instance import Instance
-from cbs_opt.monitor import Monitor
 from cbs_opt.selection import SelectionProblem
-from cbs_opt.solver import Context
 from cbs_opt.solvers.presolve import Coupling, presolve
-from cbs_opt.solvers.reduced import ReducedProblem
-from cbs_opt.solvers.relaxation import Relaxation
-from cbs_opt.solvers.search import Search
-from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 LARGEST = 1000
@@ -26,9 +20,6 @@ LARGEST = 1000
 
 UNITS = 1000.0
 """Objectives near 1 are multiplied by this: the absolute tolerances of the solvers are then small against them."""
-
-_SEARCH_CYCLES = 60
-_SEARCH_SECONDS = 10.0  # far above what the cycles take
 
 
 class ScaledSelection:
@@ -51,6 +42,8 @@ class ScaledSelection:
         Linear terms, the diagonal ½ Q_ii of uncoupled weights included (y_i² = y_i).
     group : int64 (n,)
     budget : int64 (G,)
+    limit : float
+        Scaled value of `best`, infinity without it.
     scale : float
         Loss = offset + scale · (½ yᵀQy + cᵀy).
     """
@@ -79,6 +72,7 @@ class ScaledSelection:
                 Q = H * w[:, None] * w / self.presolved.scale
                 self.parts.append((at, 0.5 * (Q + Q.T)))
         self.scale = self.presolved.scale
+        self.limit = np.inf
         if best is not None and self.n:
             value = abs(self.value(self.presolved.restrict(best)))
             # Below 1e-6 of the largest entries the tolerances of the solvers would be felt.
@@ -86,6 +80,7 @@ class ScaledSelection:
             self.scale *= factor
             self.c /= factor
             self.parts = [(at, Q / factor) for at, Q in self.parts]
+            self.limit = self.value(self.presolved.restrict(best))
 
     @property
     def largest(self) -> float:
@@ -113,6 +108,10 @@ class ScaledSelection:
         """The inverse of `loss`."""
         return (loss - self.offset) / self.scale
 
+    def evaluate(self, pruned: BoolArray) -> float:
+        """The loss of a selection, in units of the instance."""
+        return self.original.value(pruned)
+
     def selection(self, y: FloatArray) -> BoolArray | None:
         """The selection, bool (n,), of a nearly binary y, or None when its rounding misses the budget."""
         pruned = self.presolved.expand(np.round(y))
@@ -134,38 +133,6 @@ class ScaledSelection:
             if p:
                 total += np.sort(rows[:, members], axis=1)[:, :p].sum(axis=1)
         return total
-
-
-def start(instance: Instance, context: Context, reduced: ReducedProblem, search: Search | None) -> FloatArray:
-    """Report a first selection and bound; returns the multipliers of the groups in the relaxation, float64 (G,).
-
-    With `search` its incumbent after a fixed number of cycles, else the selection that is best by its diagonal.
-    The bound is that of the convex relaxation.
-    """
-    monitor = context.monitor
-    first = reduced.smallest(0.5 * reduced.columns.diagonal + reduced.linear)
-    monitor.report(reduced.objective(first), reduced.expand(first))
-    if context.warm_start is not None:
-        given = reduced.presolved.restrict(context.warm_start)
-        monitor.report(reduced.objective(given), context.warm_start)
-    if instance.linear is None:
-        monitor.report_bound(0.0)
-    if search is not None and not monitor.should_stop():
-        inner = Monitor(
-            Stop(max_iterations=_SEARCH_CYCLES, time_limit=_SEARCH_SECONDS, should_stop=monitor.should_stop)
-        )
-        search.run(instance, Context("selection", context.seed, inner, monitor.pruned))
-        if inner.objective is not None and inner.pruned is not None:
-            monitor.report(inner.objective, inner.pruned)
-    relaxed = Relaxation(reduced)
-    if reduced.n and not monitor.should_stop():
-        relaxed.solve(size=256, tolerance=1e-7, rounds=50, should_stop=monitor.should_stop)
-        monitor.report_bound(relaxed.bound())
-    slope = relaxed.slope(0.0)
-    threshold = reduced.threshold(slope)
-    multipliers = np.zeros(reduced.budget.size)
-    multipliers[reduced.group] = np.where(np.isfinite(threshold), threshold, 0.0)
-    return multipliers
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,12 +289,13 @@ def pyomo_selection(problem: ScaledSelection, units: float = 1.0) -> Any:
         for a, i in enumerate(at.tolist()):
             terms.append(0.5 * float(Q[a, a]) * out.v[i] * out.v[i])
             terms += [float(Q[a, b]) * out.v[i] * out.v[int(at[b])] for b in range(a) if Q[a, b]]
-    _add_budgets(out, problem.members(), problem.budget)
+    add_budgets(out, problem.members(), problem.budget)
     out.objective = pyo.Objective(expr=units * pyo.quicksum(terms))
     return out
 
 
-def _add_budgets(model: Any, members: list[IntArray], budget: IntArray) -> None:
+def add_budgets(model: Any, members: list[IntArray], budget: IntArray) -> None:
+    """Give a Pyomo model one sum of binary `v[i]` for each group."""
     import pyomo.environ as pyo
 
     model.budget = pyo.ConstraintList()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +16,16 @@ from cbs_opt.instance import Instance
 from cbs_opt.monitor import Monitor
 from cbs_opt.registry import register
 from cbs_opt.result import Status
-from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
-from cbs_opt.solvers.exact.model import UNITS, ScaledSelection, pyomo_linear, pyomo_selection, rlt_model, start
-from cbs_opt.solvers.exact.outer_approximation import OuterModel, Separated
-from cbs_opt.solvers.reduced import ReducedProblem
-from cbs_opt.solvers.search import Search
-from cbs_opt.solvers.warm_up import warm_up_selection
+from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.exact.joint_model import ScaledJoint, pyomo_joint
+from cbs_opt.solvers.exact.model import UNITS, pyomo_linear, pyomo_selection, rlt_model
+from cbs_opt.solvers.exact.model_start import Scaled, Start, check_objective
 from cbs_opt.stop import Stop
 from cbs_opt.typing import FloatArray
 
 logger = logging.getLogger("cbs_opt")
 
-FORMULATIONS = ("auto", "miqp", "outer", "rlt")
+FORMULATIONS = ("auto", "miqp", "perspective", "outer", "rlt")
 
 _INTERFACES = {
     "highs": ("appsi_highs",),
@@ -72,9 +72,11 @@ class PyomoParameters(Parameters):
 
     solver: str = option("highs", "highs, scip, gurobi, cbc, glpk, cplex, or the name of a Pyomo interface")
     formulation: str = option(
-        "auto", "miqp, outer (tangents), rlt (products); auto: miqp where the solver takes it"
+        "auto",
+        "miqp, perspective (cones; joint only), outer (tangents), rlt (products; selection only); auto: miqp, or "
+        "outer for a solver of linear problems, and for scip on the joint objective",
     )
-    start: bool = option(True, "scale and cut with the selection of a short run of `search`")
+    start: bool = option(True, "scale and cut with the selection of a short run of `search` or `joint`")
 
     def __post_init__(self) -> None:
         if self.formulation not in FORMULATIONS:
@@ -84,31 +86,28 @@ class PyomoParameters(Parameters):
 
 @register("pyomo")
 class PyomoSolver(Solver):
-    """A solver of Pyomo's on the MIQP, or on the MILPs of `highs`; an iteration is one call of it."""
+    """A solver of Pyomo's on the MIQP, the cones, or the MILPs of `highs`; an iteration is one call of it."""
 
-    summary = "exact by any solver that Pyomo finds: MIQP, or the MILPs of `highs`"
-    supports = Capabilities(bound=True, warm_start=True)
+    summary = "exact by any solver that Pyomo finds: MIQP, cones, or the MILPs of `highs`"
+    supports = Capabilities(objectives=frozenset(OBJECTIVES), bound=True, warm_start=True)
     parameters_type = PyomoParameters
     parameters: PyomoParameters
 
     def check_supports(self, instance: Instance, context: Context) -> None:
-        """Refuse what is not installed, and a MIQP for a solver of linear problems."""
+        """Refuse what is not installed, and what is quadratic for a solver of linear problems."""
         super().check_supports(instance, context)
+        formulation = self.parameters.formulation
+        check_objective(instance, context, formulation)
         self._interface()
-        if self.parameters.formulation == "miqp" and self._family() in _LINEAR:
+        if formulation in ("miqp", "perspective") and self._family() in _LINEAR:
             raise SolverError(
                 f"'{self.parameters.solver}' takes no mixed-integer quadratic problem: set `formulation` to "
-                "'outer' or 'rlt'"
+                + ("'outer' or 'rlt'" if context.objective == "selection" else "'outer'")
             )
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve."""
-        warm_up_selection()
-        self._reduced = ReducedProblem(instance)
-        ScaledSelection(instance)  # refuses what is too large
-        self._search = Search()
-        if self.parameters.start:
-            self._search.prepare(instance, context)
+        self._start = Start(instance, context, self.parameters.start)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Start, then one model, or a sequence of them with growing sets of tangents."""
@@ -117,20 +116,21 @@ class PyomoSolver(Solver):
         # error with a sentence and not the result of a heuristic.
         self._held = Monitor(Stop(should_stop=monitor.should_stop))
         held = Context(context.objective, context.seed, self._held, context.warm_start)
-        multipliers = start(instance, held, self._reduced, self._search if self.parameters.start else None)
-        problem = ScaledSelection(instance, self._held.pruned)
-        if held.monitor.closed or not problem.parts or monitor.should_stop():
+        problem = self._start.run(held)
+        if held.monitor.closed or problem is None or monitor.should_stop():
             self._publish(monitor)
-            if not problem.parts and self._held.objective is not None:
-                monitor.report_bound(self._held.objective)  # separate terms: the start is their sorted minimum
             return Status.OPTIMAL if context.monitor.closed else Status.CONVERGED
         formulation = self.parameters.formulation
+        joint = isinstance(problem, ScaledJoint)
         if formulation == "auto":
-            formulation = "outer" if self._family() in _LINEAR else "miqp"
+            outer = self._family() in _LINEAR or (joint and self._family() == "scip")
+            formulation = "outer" if outer else "miqp"
         context.extras["formulation"] = formulation
         if formulation == "outer":
-            return self._outer(problem, context, multipliers)
-        if formulation == "miqp":
+            return self._outer(problem, context)
+        if isinstance(problem, ScaledJoint):
+            model = pyomo_joint(problem, UNITS, formulation == "perspective")
+        elif formulation == "miqp":
             model = pyomo_selection(problem, UNITS)
         else:
             model = pyomo_linear(rlt_model(problem).in_units(UNITS))
@@ -145,14 +145,11 @@ class PyomoSolver(Solver):
         if held.bound is not None:
             monitor.report_bound(held.bound)
 
-    def _outer(self, problem: ScaledSelection, context: Context, multipliers: FloatArray) -> Status:
+    def _outer(self, problem: Scaled, context: Context) -> Status:
         monitor = context.monitor
         assert self._held.pruned is not None
-        multipliers = multipliers * problem.presolved.scale / problem.scale
-        best = problem.restrict(self._held.pruned)
-        separated = Separated(problem, problem.value(best), multipliers, True, monitor.should_stop)
-        model = OuterModel(problem, separated, UNITS)
-        model.touch(best)
+        model = self._start.outer_model(problem, UNITS, True, monitor.should_stop)
+        model.touch(problem.restrict(self._held.pruned))
         while not monitor.should_stop():
             y = self._call(pyomo_linear(model.build()), problem, context)
             if context.monitor.closed:
@@ -161,12 +158,15 @@ class PyomoSolver(Solver):
                 break
         return Status.CONVERGED
 
-    def _call(self, model: Any, problem: ScaledSelection, context: Context) -> FloatArray | None:
+    def _call(self, model: Any, problem: Scaled, context: Context) -> FloatArray | None:
         """Solve one model, report its selection and bound; returns the selection's y."""
         monitor = context.monitor
         backend = self._interface()
         family = self._family()
         options: dict[str, Any] = {}
+        if family == "scip":
+            # Its log goes through a pipe that nobody empties while it computes: a long one would block for ever.
+            options["display/verblevel"] = 0
         if family in _GAP:
             options[_GAP[family]] = _RELATIVE_GAP
         if family in _TIME_LIMIT and np.isfinite(monitor.remaining):
@@ -195,6 +195,7 @@ class PyomoSolver(Solver):
         if not outcome:
             return None
         results = outcome[0]
+        _count(backend, results, context.extras)
         condition = str(results.solver.termination_condition)
         context.extras["termination"] = condition
         bound = results.problem.lower_bound
@@ -204,7 +205,8 @@ class PyomoSolver(Solver):
             monitor.report_bound(min(problem.loss(value - _MARGIN * max(1.0, abs(value))), monitor.objective))
         if len(results.solution) == 0:
             return None
-        model.solutions.load_from(results)
+        with _silent():  # it warns of solutions that a limit has left
+            model.solutions.load_from(results)
         values = [model.v[i].value for i in range(problem.n)]
         if any(value is None for value in values):
             return None
@@ -212,7 +214,7 @@ class PyomoSolver(Solver):
         pruned = problem.selection(y)
         if pruned is None:
             return None
-        monitor.report(problem.original.value(pruned), pruned)
+        monitor.report(problem.evaluate(pruned), pruned)
         return y
 
     def _family(self) -> str:
@@ -227,18 +229,14 @@ class PyomoSolver(Solver):
         except ModuleNotFoundError as error:
             raise SolverError("solver 'pyomo' needs pyomo: pip install pyomo") from error
         name = self.parameters.solver
-        pyomo_logger = logging.getLogger("pyomo")
-        level = pyomo_logger.level
-        pyomo_logger.setLevel(logging.CRITICAL)  # it prints a traceback for a name that it does not know
         try:
-            for interface in _INTERFACES.get(name, (name,)):
-                backend = pyo.SolverFactory(interface)
-                if backend.available(exception_flag=False):
-                    return backend
+            with _silent():  # it prints a traceback for a name that it does not know
+                for interface in _INTERFACES.get(name, (name,)):
+                    backend = pyo.SolverFactory(interface)
+                    if backend.available(exception_flag=False):
+                        return backend
         except Exception as error:
             raise SolverError(self._complaint(error)) from error
-        finally:
-            pyomo_logger.setLevel(level)
         how = _INSTALL.get(self._family(), "install it, or set `solver` to one that is installed")
         raise SolverError(f"solver 'pyomo' cannot find '{name}': {how}")
 
@@ -251,3 +249,32 @@ class PyomoSolver(Solver):
                 f"'{name}' refuses this size with its present licence: install a full licence of '{name}' ({text})"
             )
         return f"'{name}' failed: {type(error).__name__}: {text}"
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep Pyomo's log off the terminal."""
+    pyomo_logger = logging.getLogger("pyomo")
+    level = pyomo_logger.level
+    pyomo_logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        pyomo_logger.setLevel(level)
+
+
+def _count(backend: Any, results: Any, extras: dict[str, Any]) -> None:
+    """Add the nodes and the seconds of the solver itself, where its interface tells them."""
+    inner = getattr(backend, "_solver_model", None)
+    told = {
+        "nodes": (lambda: inner.NodeCount, lambda: inner.getNNodes(), lambda: inner.getInfo().mip_node_count),
+        "solver_seconds": (lambda: inner.Runtime, lambda: inner.getSolvingTime(), lambda: inner.getRunTime()),
+    }
+    for name, ways in told.items():
+        for way in ways:
+            try:
+                value = way()
+            except Exception:
+                continue
+            extras[name] = extras.get(name, 0) + (max(int(value), 0) if name == "nodes" else float(value))
+            break

@@ -172,9 +172,10 @@ def test_unknown_formulation(problem):
         ("output-30-s0", 0.9, 1.515500676994e-03),
         ("hidden-40-s0", 0.9, 1.419765281931e-03),
         ("output-40-s0", 0.9, 2.259122811401e-03),
+        ("hidden-80-s0", 0.9, 1.888508797869e-06),
     ],
 )
-def test_proves_layers_of_forty(name, sparsity, value, shared_instances):
+def test_proves_layers_of_up_to_eighty(name, sparsity, value, shared_instances):
     instance = read_instance(shared_instances / f"{name}.npz").with_sparsity(sparsity)
     result = solve(instance, "highs", stop=Stop(time_limit=60))
     assert result.status is Status.OPTIMAL

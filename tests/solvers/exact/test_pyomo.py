@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cbs_opt import SolverError, Status, Stop, UsageError, get_solver, solve
+from cbs_opt import Context, Monitor, SolverError, Status, Stop, UsageError, get_solver, solve
+from cbs_opt.solvers.exact.joint_model import ScaledJoint, pyomo_joint
 from cbs_opt.solvers.exact.model import ScaledSelection, pyomo_selection
+from cbs_opt.solvers.exact.problems import JointCase
 from cbs_opt.solvers.exact.pyomo_solver import PyomoSolver
 
 KINDS = {
@@ -41,6 +43,83 @@ def test_equals_enumeration(solver, formulation, kind, problem):
     assert result.objective == pytest.approx(optimum, rel=1e-6)
     assert result.bound <= optimum + 1e-9 * given.scale()
     assert result.gap < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("formulation", ["auto", "miqp", "perspective"])
+@pytest.mark.parametrize("solver", ["highs", "scip", "gurobi"])
+def test_joint_equals_enumeration(solver, formulation, kind, problem):
+    if not installed(solver):
+        pytest.skip(f"NOT TESTED: '{solver}' is not installed")
+    if (solver, kind) in (("scip", "hessian"), ("scip", "blocks"), ("scip", "groups")) and formulation != "auto":
+        pytest.skip("seconds: one kind is enough for the cones and the MIQP of 'scip'")
+    given = problem(3, **KINDS[kind])
+    run = {"objective": "joint", "parameters": {"solver": solver, "formulation": formulation}}
+    if formulation != "auto" and solver == "highs":
+        with pytest.raises(SolverError, match="no mixed-integer quadratic problem"):
+            solve(given.instance, "pyomo", **run)
+        return
+    result = solve(given.instance, "pyomo", **run)
+    optimum = given.optimum("joint")
+    assert result.objective == pytest.approx(optimum, rel=1e-6)
+    assert result.bound <= optimum + 1e-9 * given.scale()
+    assert result.gap < 1e-5
+    assert result.extras["formulation"] == {"auto": "miqp" if solver == "gurobi" else "outer"}.get(
+        formulation, formulation
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("perspective", [True, False])
+def test_joint_model_has_the_objective_of_the_instance(kind, perspective, problem):
+    import pyomo.environ as pyo
+
+    given = problem(5, **KINDS[kind])
+    selections = list(given.selections())
+    scaled = ScaledJoint(JointCase(given.instance), max(selections, key=given.joint_loss))
+    model = pyomo_joint(scaled, perspective=perspective)
+    for pruned in selections[::5]:
+        y = scaled.restrict(pruned)
+        x = scaled.best_point(y)
+        for i, value in enumerate(y.tolist()):
+            model.v[i].set_value(value)
+            model.x[i].set_value(x[i] - (scaled.u if perspective else scaled.v)[i])
+            if perspective and i in model.r:
+                model.full[i].set_value(x[i])
+                model.kept[i].set_value(1 - value)
+                model.r[i].set_value(x[i] ** 2)
+        for row in model.component_data_objects(pyo.Constraint):
+            body = pyo.value(row.body)
+            assert row.lower is None or body >= pyo.value(row.lower) - 1e-9
+            assert row.upper is None or body <= pyo.value(row.upper) + 1e-9
+        loss = scaled.loss(pyo.value(model.objective))
+        assert loss == pytest.approx(given.joint_loss(pruned), rel=1e-7, abs=1e-9 * given.scale())
+
+
+def test_solver_tells_its_own_seconds_and_nodes(problem):
+    for solver in ("highs", "scip", "gurobi"):
+        if installed(solver):
+            extras = solve(problem(3).instance, "pyomo", parameters={"solver": solver}).extras
+            assert extras["nodes"] >= 0
+            assert extras["solver_seconds"] >= 0
+
+
+def test_long_log_of_scip_does_not_block(problem):
+    """Its log goes through a pipe: what fills that stops everything, time limits too."""
+    if not installed("scip"):
+        pytest.skip("NOT TESTED: 'scip' is not installed")
+
+    class Recording:
+        def solve(self, model, load_solutions, options):
+            raise RuntimeError(f"display {options['display/verblevel']}")
+
+    solver = PyomoSolver({"solver": "scip"})
+    solver._interface = lambda: Recording()
+    given = problem(3).instance
+    context = Context("selection", 0, Monitor())
+    solver.prepare(given, context)
+    with pytest.raises(SolverError, match="display 0"):
+        solver.run(given, context)
 
 
 @pytest.mark.parametrize("kind", KINDS)
