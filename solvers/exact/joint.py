@@ -80,7 +80,7 @@ class JointWorker:
         self._level_data = tuple(zeros((levels, n)) for _ in range(3))
         self.best, self.selection = np.array([np.inf]), zeros(n, np.int8)
         self._S, self._A, self._B = zeros(n + 2, np.int64), zeros((n + 2, n + 2)), zeros((n + 2, n + 2))
-        self._work = tuple(zeros(n + 2) for _ in range(6))
+        self._work = tuple(zeros(n + 2) for _ in range(7))
         self._marks = (zeros(n, np.int8), zeros(n, np.int8))
         self._prices = (zeros(G), zeros(G), zeros(n, np.int64))
         self._crowded = False

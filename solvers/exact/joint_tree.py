@@ -10,6 +10,9 @@ from cbs_opt.solvers.exact.joint_relaxation import relax, water
 from cbs_opt.solvers.exact.kernels import cholesky, entry, inner, invert_factor, kth_largest, solve
 from cbs_opt.solvers.exact.selection_tree import BRANCH, FOUND, LEVEL, NODES, PENDING, QLEVEL, ROOT, VALUE
 
+POINT = 3
+"""Entry of the state: level of the last relaxed point, −1 where the last node had none."""
+
 DONE, MORE, CROWDED = range(3)
 """What `run` returns: nothing left, the nodes are used up, no room for another level."""
 
@@ -260,11 +263,12 @@ def reduced_costs(u, y, d, kept, gone, gp, G, R, price, slack):
 @entry
 def run(
     budget, tol, atol, shared, M0, c0, v0, const, extra, st, meta, TH, LB, U, Y, K, R,
-    pool, off, gps, idx, dgs, ds, cs, sbest, best, S, A, B, sc, x, h, key, e, rd, gone, sel, price, trial, loc,
+    pool, off, gps, idx, dgs, ds, cs, sbest, best, S, A, B, sc, x, h, key, e, rd, point, gone,
+    sel, price, trial, loc,
 ):  # fmt: skip
     """As `selection_tree.run`. `extra` is what the columns outside have cost, const = extra + ½ vᵀMv.
 
-    sbest: 1 = kept.
+    sbest: 1 = kept. The relaxed point of the last node stays in `point`, over the columns of level st[POINT].
     """
     n = v0.size
     G = R.shape[1]
@@ -312,6 +316,7 @@ def run(
                     a += 1
                 R[C, a] -= 1
         free = 0
+        st[POINT] = -1
         lb = LB[L]
         last = lb
         alive = True
@@ -330,6 +335,9 @@ def run(
                 lb, last = relax(
                     u, y, M, c, dg, d, rd, kept, gp, G, R[C], TH[C], const, thr, S, A, sc, x, h, key, price, trial
                 )
+                st[POINT] = q
+                for i in range(m):
+                    point[i] = u[i]
                 if lb >= thr:
                     alive = False
                     break

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from cbs_opt.errors import UsageError
+from cbs_opt.errors import OutputError, SolutionError, UsageError
+from cbs_opt.files.atomic import check_writable
 from cbs_opt.instance import Instance
 from cbs_opt.monitor import Monitor
 from cbs_opt.registry import register
@@ -25,6 +28,8 @@ from cbs_opt.solvers.search import Search as SelectionHeuristic
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray
 
+logger = logging.getLogger("cbs_opt")
+
 _FINEST = 1e-12  # tolerance of a tree
 _ATTEMPTS = 3
 _SLICE_WORK = 4e6  # nodes of a slice times squared variables: some milliseconds
@@ -33,10 +38,11 @@ _STEP = 0.02  # share of the gap that a better bound must close to be reported
 
 @dataclass(frozen=True)
 class ExactParameters(Parameters):
-    """Where the first selection comes from."""
+    """Where the first selection comes from, and whether the proof is kept."""
 
     heuristic: int = option(120, "weights from which on a heuristic of the package looks for the first selection")
     effort: int = option(12, "its iterations: cycles for selection, tens of moves for joint")
+    certificate: str | None = option(None, "file for what proves the bound, which `cbs-solve --check` can check")
 
     def __post_init__(self) -> None:
         for name in ("heuristic", "effort"):
@@ -68,11 +74,31 @@ class Exact(Solver):
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve, check sizes."""
+        if self.parameters.certificate is not None:
+            check_target(instance, self.parameters.certificate)
         warm_up(context.objective)
+        self._search: BlockSearch | None = None
         self._case = SelectionCase(instance) if context.objective == "selection" else JointCase(instance)
 
     def run(self, instance: Instance, context: Context) -> Status:
-        """Find a first selection, then prove."""
+        """Find a first selection, then prove, and write down the proof where that is asked for."""
+        status = self._prove(instance, context)
+        if self.parameters.certificate is not None:
+            self._certify(Path(self.parameters.certificate), instance, context)
+        return status
+
+    def _certify(self, path: Path, instance: Instance, context: Context) -> None:
+        """Write the certificate; the solution stands without it too."""
+        from cbs_opt.solvers.exact.certificate import certify
+
+        try:
+            found = certify(path, instance, self._case, context.monitor, self._search)
+        except (OutputError, SolutionError) as error:
+            logger.warning(f"no certificate: {error}")
+            found = {"error": str(error)}
+        context.extras["certificate"] = found
+
+    def _prove(self, instance: Instance, context: Context) -> Status:
         case, monitor = self._case, context.monitor
         report = _Report(case, monitor)
         report.selection(case.first())
@@ -168,6 +194,7 @@ class Exact(Solver):
         case, monitor = report.case, context.monitor
         left = case.problem.budget if isinstance(case, SelectionCase) else case.left
         search = BlockSearch(case.pieces(), int(left.sum()), tolerance, context.threads or 1)
+        self._search = search
         seen = [0]
 
         def progress() -> bool:
@@ -209,6 +236,13 @@ class _Report:
                 if bound - monitor.bound < _STEP * missing:
                     return
         monitor.report_bound(bound)
+
+
+def check_target(instance: Instance, certificate: str) -> None:
+    """Refuse a certificate that would overwrite the instance or cannot be written."""
+    if instance.path is not None and Path(certificate).resolve() == instance.path.resolve():
+        raise OutputError(f"{certificate}: is an input; the certificate would overwrite it")
+    check_writable(certificate)
 
 
 def _limited(size: int, stop: Stop) -> int:

@@ -115,7 +115,7 @@ def losses(H, w, g, every, objective):
 @pytest.mark.parametrize("chunk", range(8))
 def test_against_enumeration(objective, chunk, monkeypatch):
     """Half of the runs start from an arbitrary selection; half forbid the enumeration of small blocks."""
-    for seed in range(chunk * 32, chunk * 32 + 32):
+    for seed in range(chunk * 16, chunk * 16 + 16):
         instance, _, values, pick = random_case(seed, objective)
         monkeypatch.setattr("cbs_opt.solvers.exact.tables.MAX_WEIGHTS", 18 if seed % 2 else 2)
         start = pick if seed % 4 < 2 else None

@@ -1,0 +1,303 @@
+"""Checks a certificate: that no feasible selection of an instance is cheaper than the bound it claims.
+
+Independent of every solver: the trees are walked, and each bound is computed again from the instance in float64,
+with plain NumPy and a margin for rounding. What the file says only directs where to look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbs_opt.certificate_bounds import JointPart, Part, SelectionPart, States
+from cbs_opt.certificate_tables import join, small_table
+from cbs_opt.certificate_tree import Streams, TreeCheck, floor_of, root_table
+from cbs_opt.errors import SolutionError
+from cbs_opt.files.certificate_file import Certificate
+from cbs_opt.instance import Instance
+from cbs_opt.losses import joint_loss, selection_loss
+from cbs_opt.monitor import OPTIMAL_GAP
+from cbs_opt.result import relative_gap
+from cbs_opt.typing import FloatArray, IntArray
+
+SMALL = 18
+"""Pieces of up to so many weights need no tree: all their selections are looked at."""
+
+MAX_WEIGHTS = 4000
+"""Largest block that is checked."""
+
+_AGREE = 1e-7  # relative, between the claimed objective and the one found
+_BOUND_AGREES = 1e-9  # relative, between the claimed bound and the one found
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a certificate proves.
+
+    Attributes
+    ----------
+    objective, bound : float
+        Both computed afresh.
+    gap : float
+    optimal : bool
+        Whether they agree to `OPTIMAL_GAP`.
+    pieces, trees, nodes, leaves : int
+    """
+
+    objective: float
+    bound: float
+    gap: float
+    optimal: bool
+    pieces: int
+    trees: int
+    nodes: int
+    leaves: int
+
+
+def verify(
+    instance: Instance, certificate: Certificate, beat: Callable[[int], None] = lambda nodes: None
+) -> Verified:
+    """Check a certificate against the instance that it says it is for.
+
+    Parameters
+    ----------
+    instance : Instance
+        With the budget and the damping that were solved for.
+    certificate : Certificate
+    beat : callable, optional
+        Called with the number of nodes done, now and then.
+
+    Raises
+    ------
+    SolutionError
+        With one sentence, where anything does not agree.
+
+    Notes
+    -----
+    O(nodes · m²) for pieces of m weights, and O(m³) per diagonal.
+    """
+    objective = check_incumbent(instance, certificate)
+    proof = Proof(instance, certificate, beat)
+    bound = proof.bound()
+    if instance.linear is None:
+        bound = max(bound, 0.0)  # the Hessian is semidefinite, and the evaluator never gives less
+    margin = _BOUND_AGREES * max(abs(certificate.bound), abs(bound)) if np.isfinite(bound) else 0.0
+    if not bound >= certificate.bound - margin:
+        raise SolutionError(f"its leaves prove a bound of {bound:.9g}, the file claims {certificate.bound:.9g}")
+    if certificate.bound > objective + _AGREE * abs(objective):
+        raise SolutionError(
+            f"the bound {certificate.bound:.9g} lies above the loss {objective:.9g} of its selection"
+        )
+    bound = min(bound, objective)
+    gap = relative_gap(objective, bound)
+    assert gap is not None
+    return Verified(
+        objective, bound, gap, gap <= OPTIMAL_GAP, len(proof.parts), certificate.tree_nodes.size,
+        certificate.branch.size, proof.leaves,
+    )  # fmt: skip
+
+
+def check_incumbent(instance: Instance, certificate: Certificate) -> float:
+    """Check that instance and certificate belong together, and the incumbent; its loss."""
+    ours, theirs = instance.sha256, certificate.instance_sha256
+    if certificate.pruned.size != instance.n:
+        raise SolutionError(
+            f"`pruned` must have shape ({instance.n},) for this instance, got {certificate.pruned.shape}"
+        )
+    if ours and theirs and ours != theirs:
+        raise SolutionError(
+            f"`instance_sha256` is {theirs[:12]}…, the instance has {ours[:12]}…: the certificate belongs to "
+            "another instance"
+        )
+    if certificate.budget != instance.budget.total:
+        raise SolutionError(
+            f"it was made for a budget of {certificate.budget}, the instance as given has "
+            f"{instance.budget.total}: `--budget {certificate.budget}` gives that problem"
+        )
+    damping = damping_of(instance)
+    if damping != certificate.damping:
+        raise SolutionError(
+            f"it was made for a damping of {_text(certificate.damping)}, the instance as given has "
+            f"{_text(damping)}"
+            + ("" if certificate.damping is None else f": `--damping {certificate.damping!r}` gives that problem")
+        )
+    if not instance.admits(certificate.pruned):
+        raise SolutionError(
+            f"the selection, {int(certificate.pruned.sum())} weights, does not meet the budget of "
+            f"{instance.budget.total}, the groups or `fixed` of the instance"
+        )
+    loss = joint_loss if certificate.objective_kind == "joint" else selection_loss
+    objective = loss(instance, certificate.pruned)
+    if not abs(objective - certificate.objective) <= _AGREE * abs(objective) + 1e-300:
+        raise SolutionError(
+            f"the selection has the loss {objective:.9g}, the file claims {certificate.objective:.9g}"
+        )
+    return objective
+
+
+def damping_of(instance: Instance) -> float | None:
+    """The damping of a gradient factor; None where it is inside the blocks."""
+    damping = getattr(instance.curvature, "damping", None)
+    return None if damping is None else float(damping)
+
+
+def _text(damping: float | None) -> str:
+    return "none of its own" if damping is None else f"{damping:g}"
+
+
+class Proof:
+    """The bound of a certificate, from its trees.
+
+    Attributes
+    ----------
+    parts : list of Part
+    leaves : int
+    """
+
+    def __init__(self, instance: Instance, certificate: Certificate, beat: Callable[[int], None]) -> None:
+        self.instance, self.certificate, self._beat = instance, certificate, beat
+        self.leaves = 0
+        self.state, self.left = forced_state(instance)
+        pieces = np.asarray(certificate.pieces, np.int64)
+        if not np.array_equal(pieces >= 0, self.state < 0):
+            raise SolutionError("`pieces` does not name the weights that `fixed` and the budgets leave open")
+        count = int(pieces.max(initial=-1)) + 1
+        if np.unique(pieces[pieces >= 0]).size != count:
+            raise SolutionError("`pieces` skips a number")
+        group = instance.budget.group_of(instance.n)
+        used, group = np.unique(group[self.state < 0], return_inverse=True)
+        self._single = used.size <= 1
+        if count > 1 and not self._single:
+            raise SolutionError("`pieces` has several where groups tie them together")
+        self.left = self.left[used] if used.size else np.zeros(1, np.int64)
+        self._group = np.zeros(instance.n, np.int64)
+        self._group[self.state < 0] = group
+        build = selection_parts if certificate.objective_kind == "selection" else joint_parts
+        self.parts, self.constant = build(instance, self.state, pieces, count, self._group, self.left)
+
+    def bound(self) -> float:
+        """The least that any selection can cost."""
+        certificate, streams = self.certificate, Streams(self.certificate)
+        several = len(self.parts) > 1
+        tables: list[FloatArray] = [np.full(int((p.state < 0).sum()) + 1, -np.inf) for p in self.parts]
+        whole = -np.inf
+        with_tree = set()
+        for piece, count, nodes in zip(
+            certificate.tree_piece.tolist(),
+            certificate.tree_count.tolist(),
+            certificate.tree_nodes.tolist(),
+            strict=True,
+        ):
+            if not 0 <= piece < len(self.parts):
+                raise SolutionError(f"`tree_piece` must be in [0, {len(self.parts) - 1}], got {piece}")
+            part, table = self.parts[piece], tables[piece]
+            if (count >= 0) != several or count >= table.size:
+                raise SolutionError(f"`tree_count` {count} does not fit piece {piece}")
+            check = TreeCheck(part, np.array([count]) if several else self.left, streams, self._beat)
+            found = check.run(int(nodes))
+            self.leaves += check.leaves
+            with_tree.add(piece)
+            if not several:
+                whole = max(whole, found)
+                continue
+            table = np.maximum(table, root_table(check.root, part))
+            table[count] = max(table[count], found)
+            tables[piece] = table
+        if not streams.finished():
+            raise SolutionError("the arrays hold more than the trees use")
+        if not self.parts:
+            return self.constant
+        if not several:
+            return self.constant + max(whole, floor_of(self.parts[0], self.left))
+        for k, part in enumerate(self.parts):
+            if k not in with_tree:
+                small = small_table(part, SMALL)
+                tables[k] = root_table(None, part) if small is None else small
+        return self.constant + join(tables, int(self.left.sum()))
+
+
+def forced_state(instance: Instance) -> tuple[States, IntArray]:
+    """State of every weight, −1 where there is a choice, and what is left to prune in every group."""
+    n, group, wanted = instance.n, instance.budget.group_of(instance.n), instance.budget.per_group
+    fixed = np.zeros(n, np.int8) if instance.fixed is None else instance.fixed
+    state = np.where(fixed == 1, 1, np.where(fixed == -1, 0, -1)).astype(np.int8)
+    left = wanted - np.bincount(group[state == 1], minlength=wanted.size)
+    free = np.bincount(group[state < 0], minlength=wanted.size)
+    state[(state < 0) & (left == 0)[group]] = 0
+    state[(state < 0) & ((left == free) & (left > 0))[group]] = 1
+    return state, wanted - np.bincount(group[state == 1], minlength=wanted.size)
+
+
+def _check_size(block: int, size: int) -> None:
+    if size > MAX_WEIGHTS:
+        raise SolutionError(
+            f"block {block} has {size} open weights, blocks of at most {MAX_WEIGHTS} can be checked"
+        )
+
+
+def selection_parts(
+    instance: Instance, state: States, pieces: IntArray, count: int, group: IntArray, left: IntArray
+) -> tuple[list[Part], float]:
+    """The pieces of the selection problem, and what the decided weights cost; checks that no term joins two."""
+    curvature, w = instance.curvature, instance.weights
+    one = state == 1
+    c = np.zeros(instance.n) if instance.linear is None else -instance.linear * w
+    constant = selection_loss(instance, one)
+    c = c + w * curvature.matmul(np.where(one, w, 0.0))
+    index = [np.flatnonzero(pieces == k) for k in range(count)]
+    squares = [np.zeros((at.size, at.size)) for at in index]
+    for k in range(curvature.number_of_blocks):
+        block = curvature.block_slice(k)
+        at = np.flatnonzero(state[block] < 0)
+        if not at.size:
+            continue
+        _check_size(k, at.size)
+        weights = w[block][at]
+        Q = curvature.submatrix(k, at, at) * weights[:, None] * weights
+        Q = 0.5 * (Q + Q.T)
+        found = pieces[block][at]
+        if (Q[found[:, None] != found] != 0).any():
+            raise SolutionError(f"`pieces` cuts block {k} where the Hessian has an entry")
+        for piece in np.unique(found):
+            mine = np.flatnonzero(found == piece)
+            place = np.searchsorted(index[piece], block.start + at[mine])
+            squares[piece][np.ix_(place, place)] = Q[np.ix_(mine, mine)]
+    return [SelectionPart(at, Q, c[at], group[at], left) for at, Q in zip(index, squares, strict=True)], constant
+
+
+def joint_parts(
+    instance: Instance, state: States, pieces: IntArray, count: int, group: IntArray, left: IntArray
+) -> tuple[list[Part], float]:
+    """Pieces of the joint problem, with all weights of their blocks, and what the other blocks cost."""
+    curvature = instance.curvature
+    g = np.zeros(instance.n) if instance.linear is None else instance.linear
+    blocks_of: list[list[int]] = [[] for _ in range(count)]
+    constant = 0.0
+    for k in range(curvature.number_of_blocks):
+        block = curvature.block_slice(k)
+        found = np.unique(pieces[block][pieces[block] >= 0])
+        if found.size > 1:
+            raise SolutionError(f"`pieces` cuts block {k}, which hangs together in the joint problem")
+        if found.size:
+            _check_size(k, block.stop - block.start)
+            blocks_of[int(found[0])].append(k)
+        elif (state[block] == 1).any() or g[block].any():
+            rest = _joint_part(instance, g, state, [k], group, left)
+            constant += rest.value(rest.state)
+    return [_joint_part(instance, g, state, blocks, group, left) for blocks in blocks_of], constant
+
+
+def _joint_part(
+    instance: Instance, g: FloatArray, state: States, blocks: list[int], group: IntArray, left: IntArray
+) -> JointPart:
+    curvature = instance.curvature
+    at = np.concatenate([np.arange(curvature.offsets[k], curvature.offsets[k + 1]) for k in blocks])
+    H = np.zeros((at.size, at.size))
+    start = 0
+    for k in blocks:
+        size = int(curvature.block_sizes[k])
+        H[start : start + size, start : start + size] = curvature.block(k)
+        start += size
+    return JointPart(at, 0.5 * (H + H.T), instance.weights[at], g[at], state[at], group[at], left)

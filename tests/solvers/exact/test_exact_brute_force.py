@@ -1,0 +1,93 @@
+"""`exact` against every selection: 1,080 problems, by family, form of the curvature and objective.
+
+All have at most 16 weights. A quarter have groups, a third fixed weights, a third a linear term; half start from
+the worst of all selections, and the heuristics that would improve it are taken away: the tree alone must find the
+optimum. Half may not enumerate small blocks; a third are also stopped after a few nodes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cbs_opt import Status, Stop, solve
+
+FAMILIES = ("hidden", "output", "low rank", "gaussian", "ill-scaled")
+KINDS = ("hessian", "inverse", "gradients")
+EACH = 36
+"""Problems of a family, a kind and an objective."""
+
+
+def without_heuristics(patch, start):
+    """Leave the trees of both objectives with the worst selection as their incumbent."""
+
+    def largest(values, starts, budget):
+        y = np.zeros(values.size, np.int8)
+        for a, b in enumerate(budget):
+            y[starts[a] + np.argsort(-values[starts[a] : starts[a + 1]], kind="stable")[:b]] = 1
+        return y
+
+    def improve(Q, c, group, y, seed):
+        return y, float(0.5 * y @ Q @ y + c @ y)
+
+    def eliminate(H, b, kept, group, target):
+        """The heaviest are pruned, where too many are kept."""
+        for a, count in enumerate(target):
+            at = np.flatnonzero((group == a) & (kept > 0))
+            kept[at[np.argsort(np.abs(b[at]), kind="stable")[count:]]] = 0
+
+    patch.setattr("cbs_opt.solvers.exact.selection.take_smallest", largest)
+    patch.setattr("cbs_opt.solvers.exact.selection.improve", improve)
+    patch.setattr("cbs_opt.solvers.exact.joint.eliminate", eliminate)
+    for case in ("SelectionCase", "JointCase"):
+        patch.setattr(f"cbs_opt.solvers.exact.problems.{case}.first", lambda self: start.copy())
+
+
+def compare(cases, seed, family, kind, objective, monkeypatch):
+    """One comparison; whether optimality was claimed."""
+    instance, every, values, sizes = cases.make(seed, family, kind, objective)
+    best = int(np.argmin(values))
+    optimum, slack = values[best], 1e-6 * abs(values[best]) + 1e-12 * sizes[best]
+    where = f"seed {seed}, {family}, {objective}: {instance.describe()}"
+    start = every[int(np.argmax(values))] if seed % 2 else None
+    if start is not None:
+        without_heuristics(monkeypatch, start)
+    result = solve(instance, "exact", objective=objective, warm_start=start, threads=1)
+    assert abs(result.objective - optimum) <= slack, where
+    assert result.bound is not None, where
+    assert result.bound <= optimum + 1e-9 * abs(optimum) + 1e-12 * sizes[best], where
+    if seed % 3 == 0:
+        stop = Stop(max_iterations=1 + seed % 7)
+        result = solve(instance, "exact", objective=objective, warm_start=start, threads=1, stop=stop)
+        assert instance.admits(result.pruned), where
+        assert result.objective >= optimum - slack, where
+        if result.bound is not None:
+            assert result.bound <= optimum + 1e-9 * abs(optimum) + 1e-12 * sizes[best], where
+    return result.status is Status.OPTIMAL
+
+
+@pytest.mark.parametrize("objective", ["selection", "joint"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_against_every_selection(cases, family, objective, monkeypatch):
+    proven = 0
+    for kind in KINDS:
+        for seed in range(EACH):
+            with monkeypatch.context() as patch:
+                patch.setattr("cbs_opt.solvers.exact.tables.MAX_WEIGHTS", 18 if seed % 4 < 2 else 2)
+                proven += compare(cases, seed, family, kind, objective, patch)
+    assert proven >= 0.8 * EACH * len(KINDS)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(FAMILIES), st.sampled_from(KINDS), st.booleans(), st.integers(1, 12))
+def test_bounds_of_interrupted_runs(cases, seed, family, kind, joint, nodes):
+    """However few nodes a run may take, the optimum lies between its bound and its objective."""
+    objective = "joint" if joint else "selection"
+    instance, _, values, sizes = cases.make(100 + seed, family, kind, objective)
+    best = int(np.argmin(values))
+    result = solve(instance, "exact", objective=objective, stop=Stop(max_iterations=nodes), threads=1)
+    assert instance.admits(result.pruned)
+    assert result.objective >= values[best] - 1e-9 * abs(values[best]) - 1e-12 * sizes[best]
+    if result.bound is not None:
+        assert result.bound <= values[best] + 1e-9 * abs(values[best]) + 1e-12 * sizes[best]
