@@ -3,8 +3,11 @@
 This room imports the core, `cbs_opt`, and neither `cbs_opt.solvers` nor `cbs_opt.bench`. Importing it loads
 nothing more; its modules load torch, and `cbs_opt.instances.digits` scikit-learn, when they are asked for.
 
-- `gradients`: the gradient of every sample, by `torch.func`;
-- `fisher`: the empirical Fisher matrix of these gradients, as an instance wants it;
+- `export`: from a trained network and samples to an instance; its options are a `recipe`;
+- `gradients`: the gradient of every sample or mini-batch, by layers (`layers`) or by `torch.func`;
+- `fisher`, `curvature`: the empirical Fisher matrix of these gradients, as an instance wants it;
+- `reconstruction`: the layer-wise reconstruction error, another source of H;
+- `dense`: loss and accuracy of the network on the samples of an export;
 - `training`: a small and exactly repeatable training loop;
 - `digits`: the script that makes the files of `library`.
 """

@@ -28,22 +28,27 @@ def solve_parser() -> Parser:
     )
     add(
         "--sparsity",
-        type=_number(0, 1),
+        type=number_option(0, 1),
         metavar="F",
         help="prune this fraction, in place of the file's budget",
     )
-    add("--budget", type=_whole(0), metavar="N", help="prune this many, in place of the file's budget")
+    add("--budget", type=whole_option(0), metavar="N", help="prune this many, in place of the file's budget")
     add("--update", action="store_true", help="also give the best update of the kept weights (CBS-U)")
-    add("--damping", type=_number(0), metavar="L", help="damping of a gradient factor, in place of the file's")
-    add("--time-limit", type=_number(0), metavar="S", help="seconds of solving")
-    add("--max-iterations", type=_whole(0), metavar="N", help="iterations, as the solver counts them")
-    add("--no-improvement", type=_whole(1), metavar="N", help="stop after N iterations without a better one")
-    add("--target", type=_number(), metavar="X", help="stop at this objective")
-    add("--gap", type=_number(0), metavar="G", help="stop at this relative gap to the bound")
-    add("--seed", type=_whole(0), default=0, metavar="N", help="default: 0")
+    add(
+        "--damping",
+        type=number_option(0),
+        metavar="L",
+        help="damping of a gradient factor, in place of the file's",
+    )
+    add("--time-limit", type=number_option(0), metavar="S", help="seconds of solving")
+    add("--max-iterations", type=whole_option(0), metavar="N", help="iterations, as the solver counts them")
+    add("--no-improvement", type=whole_option(1), metavar="N", help="stop after N iterations without a better one")
+    add("--target", type=number_option(), metavar="X", help="stop at this objective")
+    add("--gap", type=number_option(0), metavar="G", help="stop at this relative gap to the bound")
+    add("--seed", type=whole_option(0), default=0, metavar="N", help="default: 0")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--threads", type=_whole(1), metavar="N", help="threads; default: all cores")
-    add("--batch-size", type=_whole(1), metavar="R", help="candidates per batch")
+    add("--threads", type=whole_option(1), metavar="N", help="threads; default: all cores")
+    add("--batch-size", type=whole_option(1), metavar="R", help="candidates per batch")
     add(
         "--set",
         action="append",
@@ -60,7 +65,7 @@ def solve_parser() -> Parser:
         "--check",
         type=Path,
         metavar="SOLUTION.npz",
-        help="check a solution of the instance; nothing is solved",
+        help="check a solution of the instance, or a certificate of `exact`; nothing is solved",
     )
     add("--list-solvers", action="store_true", help="list the solvers and their parameters")
     add("-q", "--quiet", action="store_true", help="log warnings only")
@@ -139,7 +144,9 @@ def _key_value(text: str) -> tuple[str, str]:
     return key.replace("-", "_"), value
 
 
-def _number(lowest: float = -math.inf, highest: float = math.inf) -> Callable[[str], float]:
+def number_option(lowest: float = -math.inf, highest: float = math.inf) -> Callable[[str], float]:
+    """The type of an option that takes a finite number within limits."""
+
     def convert(text: str) -> float:
         try:
             value = float(text)
@@ -156,7 +163,9 @@ def _number(lowest: float = -math.inf, highest: float = math.inf) -> Callable[[s
     return convert
 
 
-def _whole(lowest: int) -> Callable[[str], int]:
+def whole_option(lowest: int) -> Callable[[str], int]:
+    """The type of an option that takes a whole number from `lowest` on."""
+
     def convert(text: str) -> int:
         try:
             value = int(text)

@@ -125,6 +125,11 @@ def write_instance(path: Path | str, instance: Instance) -> None:
     InstanceError
         When `metadata` holds what JSON cannot.
     """
+    write_npz(path, instance_arrays(instance))
+
+
+def instance_arrays(instance: Instance) -> dict[str, NDArray[Any]]:
+    """The members of an instance file, in their order; raises `InstanceError` as `write_instance` does."""
     curvature = instance.curvature
     arrays: dict[str, NDArray[Any]] = {
         "format": np.array(FORMAT),
@@ -148,7 +153,7 @@ def write_instance(path: Path | str, instance: Instance) -> None:
         arrays["metadata"] = json_text(instance.metadata)
     except (TypeError, ValueError) as error:
         raise InstanceError(f"`metadata` cannot be written as JSON: {error}") from None
-    write_npz(path, arrays)
+    return arrays
 
 
 def file_sha256(path: Path) -> str:

@@ -11,10 +11,10 @@ import io
 import json
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -225,7 +225,25 @@ class NpzReader:
         return int(self.read(key)[()])
 
 
-def write_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
+@dataclass(frozen=True)
+class Stream:
+    """An array that is written while it is made: `chunks` hold its entries in C order."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    chunks: Iterable[NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data."""
+        return Header(self.dtype, self.shape, False, 0).nbytes
+
+
+Content: TypeAlias = NDArray[Any] | Stream | Callable[[], NDArray[Any]]
+"""What `write_npz` takes for a member; a function is called when the members before it have been written."""
+
+
+def write_npz(path: Path | str, arrays: Mapping[str, Content]) -> None:
     """Write arrays uncompressed and aligned to 64 bytes, to a temporary name first.
 
     Raises
@@ -237,8 +255,10 @@ def write_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
         atomic_write(path) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
-        for key, array in arrays.items():
-            array = np.asarray(array)
+        for key, content in arrays.items():
+            array = (
+                content if isinstance(content, Stream) else np.asarray(content() if callable(content) else content)
+            )
             info = zipfile.ZipInfo(key + ".npy")  # the epoch of zip files as date: same arrays, same bytes
             # Local header, name, the 20 bytes of the zip64 field that force_zip64 adds, this field's own 4.
             start = file.tell() + 30 + len(info.filename) + 20 + 4
@@ -246,6 +266,13 @@ def write_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
             info.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
             with archive.open(info, "w", force_zip64=True) as member:
                 header = io.BytesIO()
+                if isinstance(array, Stream):
+                    descr = npy_format.dtype_to_descr(array.dtype)
+                    fields = {"descr": descr, "fortran_order": False, "shape": array.shape}
+                    npy_format.write_array_header_1_0(header, fields)
+                    member.write(header.getvalue())
+                    _write_stream(member, array)
+                    continue
                 npy_format.write_array_header_1_0(header, npy_format.header_data_from_array_1_0(array))
                 member.write(header.getvalue())
                 by_columns = array.flags.f_contiguous and not array.flags.c_contiguous
@@ -253,6 +280,16 @@ def write_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
                 step = max(1, _CHUNK // max(1, array.itemsize))
                 for first in range(0, data.size, step):
                     member.write(data[first : first + step].tobytes())
+
+
+def _write_stream(member: IO[bytes], stream: Stream) -> None:
+    written = 0
+    for chunk in stream.chunks:
+        data = memoryview(np.ascontiguousarray(chunk, stream.dtype)).cast("B")
+        written += data.nbytes
+        member.write(data)
+    if written != stream.nbytes:
+        raise ValueError(f"an array of shape {stream.shape} has {stream.nbytes} bytes, the stream gave {written}")
 
 
 def json_text(content: Mapping[str, Any]) -> NDArray[Any]:

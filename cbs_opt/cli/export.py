@@ -1,0 +1,318 @@
+"""`cbs-export`: from a trained network and its data to an instance file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from cbs_opt.cli import common
+from cbs_opt.cli.arguments import number_option, whole_option
+from cbs_opt.errors import UsageError
+from cbs_opt.files.atomic import check_writable
+from cbs_opt.version import __version__
+
+if TYPE_CHECKING:
+    from cbs_opt.instances.export import Export
+    from cbs_opt.instances.networks import Network
+    from cbs_opt.instances.recipe import Recipe
+
+logger = logging.getLogger("cbs_opt")
+
+_LOG_INTERVAL = 10.0  # seconds between lines of progress where there is no terminal
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return common.run_main("cbs-export", _main, arguments)
+
+
+def export_parser() -> common.Parser:
+    """The parser of `cbs-export`."""
+    parser = common.Parser(
+        "cbs-export",
+        "Turn a trained network into an instance: its weights, the curvature of its loss on samples, a budget.",
+    )
+    add = parser.add_argument
+    add(
+        "network",
+        metavar="NETWORK|module:factory",
+        help="a network of the package, or a function that makes yours",
+    )
+    add("-o", "--output", type=Path, required=True, metavar="INSTANCE.npz", help="the file to write")
+    add("--checkpoint", type=Path, metavar="FILE", help=".safetensors, .npz, or a state dict of torch.save")
+    add("--data", metavar="PATH", help="IDX, CIFAR-10 batches, .npz, an image folder, or `digits`")
+    add("--split", choices=("train", "test"), default="train", help="default: train")
+    add("--samples", type=whole_option(1), default=1000, metavar="M", help="drawn at random; default: 1000")
+    add(
+        "--batch",
+        type=whole_option(1),
+        default=1,
+        metavar="B",
+        help="mean gradient of B samples as a row; default: 1",
+    )
+    add(
+        "--source", choices=("fisher", "reconstruction"), default="fisher", help="what H measures; default: fisher"
+    )
+    add(
+        "--curvature",
+        choices=("gradients", "hessian", "inverse-hessian"),
+        help="what is stored; default: gradients for one full block, inverse-hessian otherwise",
+    )
+    add(
+        "--blocks",
+        type=_blocks,
+        metavar="full|layer|row|SIZE",
+        help="blocks of H; default: full for gradients, layer for dense blocks, row for reconstruction",
+    )
+    add("--damping", type=number_option(0), metavar="L", help="added to the diagonal of H; default: 1e-5")
+    add(
+        "--relative-damping",
+        type=number_option(0),
+        metavar="F",
+        help="the same, as a multiple of the mean diagonal entry",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "float64"),
+        help="of the stored curvature; default: float32 for gradients, float64 for blocks",
+    )
+    add("--first-order", action="store_true", help="also store the mean gradient")
+    add("--sparsity", type=number_option(0, 1), metavar="F", help="prune this fraction; default: 0.9")
+    add("--per-layer", action="store_true", help="prune the same fraction of every tensor")
+    add("--nm", type=_pattern, metavar="N:M", help="keep N of every M consecutive inputs, in place of a sparsity")
+    add("--tensors", nargs="+", metavar="NAME", help="parameters to prune; default: those of the network")
+    add("--mean", type=number_option(), nargs="+", metavar="X", help="of the images, one or one a channel")
+    add("--std", type=number_option(), nargs="+", metavar="X", help="of the images, one or one a channel")
+    add("--memory", type=number_option(0), metavar="GB", help="what may be used; default: half of what is free")
+    add("--seed", type=whole_option(0), default=0, metavar="N", help="of the draw of samples; default: 0")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("-q", "--quiet", action="store_true", help="log warnings only")
+    add("-v", "--verbose", action="store_true", help="log more")
+    return parser
+
+
+def _main(arguments: list[str]) -> int:
+    options = export_parser().parse_args(arguments)
+    if options.quiet and options.verbose:
+        raise UsageError("`-q` and `-v` exclude each other")
+    common.start_logging(options.quiet, options.verbose)
+    _check_output(options)
+
+    from cbs_opt.instances.data import open_samples
+    from cbs_opt.instances.export import Export
+    from cbs_opt.instances.scores import torch_device
+
+    device = torch_device(options.device)
+    recipe = _recipe(options)
+    network = _network(options)
+    names = network.prunable if options.tensors is None else _chosen(options.tensors, network)
+    limit = options.samples - options.samples % options.batch
+    if limit == 0:
+        raise UsageError(f"`--samples` {options.samples} is less than one `--batch` of {options.batch}")
+    source = open_samples(options.data, network, options.split, limit, options.seed)
+    with Interrupts() as interrupts, Progress(quiet=options.quiet) as progress:
+        job = Export(
+            network.model,
+            _Batches(source),
+            source.labels,
+            names,
+            recipe,
+            device=device.type,
+            metadata=_origin(options, network),
+            progress=progress,
+            should_stop=interrupts,
+        )
+        interrupts.job = job
+        logger.info(
+            f"cbs-export {__version__}: {network.name}: {job.weights.size} weights in {len(job.names)} tensors, "
+            f"{len(job.sizes)} blocks, {job.samples} samples, {device.type}"
+        )
+        started = time.perf_counter()
+        job.write(options.output)
+    facts = job.facts
+    accuracy = f", accuracy {facts['dense_accuracy']:.4f}" if "dense_accuracy" in facts else ""
+    common.say(
+        f"{options.output}: {job.weights.size} weights, {recipe.form.replace('-', ' ')} in {len(job.sizes)} "
+        f"block{'s' if len(job.sizes) > 1 else ''}, {job.budget.total} to prune\n"
+        f"dense network on these {job.samples} samples: loss {facts['dense_loss']:.6f}{accuracy}\n"
+        f"{options.output.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s\n"
+    )
+    return common.EXIT_OK
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    inputs = [options.checkpoint, None if options.data is None else Path(options.data)]
+    if any(path is not None and path.resolve() == options.output.resolve() for path in inputs):
+        raise UsageError(f"{options.output}: is an input; the output would overwrite it")
+    check_writable(options.output)
+    if options.output.exists() and not options.output.is_file():
+        raise UsageError(f"{options.output}: must be a file")
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    from cbs_opt.instances.recipe import Recipe
+
+    return Recipe(
+        source=options.source,
+        curvature=options.curvature,
+        blocks=options.blocks,
+        batch=options.batch,
+        damping=options.damping,
+        relative_damping=options.relative_damping,
+        dtype=options.dtype,
+        sparsity=options.sparsity,
+        per_layer=options.per_layer,
+        nm=options.nm,
+        first_order=options.first_order,
+        memory=None if options.memory is None else int(options.memory * 1e9),
+    )
+
+
+def _network(options: argparse.Namespace) -> Network:
+    """The network with its checkpoint, in evaluation mode."""
+    from cbs_opt.instances.checkpoints import load_checkpoint
+    from cbs_opt.instances.networks import is_factory, load_network
+
+    if not is_factory(options.network):
+        for name in ("checkpoint", "data"):
+            if getattr(options, name) is None:
+                raise UsageError(f"`--{name}` is needed for '{options.network}'")
+    network = load_network(options.network, options.mean, options.std)
+    if options.checkpoint is not None:
+        load_checkpoint(network.model, options.checkpoint)
+    return network
+
+
+def _chosen(patterns: Sequence[str], network: Network) -> list[str]:
+    """The parameters that are named, or match a pattern with `*`, in the order of the network."""
+    from fnmatch import fnmatchcase
+
+    known = [name for name, _ in network.model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            listed = ", ".join(network.prunable[:12]) + (" …" if len(network.prunable) > 12 else "")
+            raise UsageError(f"`--tensors`: the network has no parameter '{pattern}'; it has {listed}")
+    return [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _origin(options: argparse.Namespace, network: Network) -> dict[str, Any]:
+    """The part of the metadata that tells where weights and samples came from, without folders."""
+    origin: dict[str, Any] = {
+        "network": network.name,
+        "data": f"brought by {network.name}" if options.data is None else Path(options.data).name,
+        "split": options.split,
+        "seed": options.seed,
+    }
+    if options.checkpoint is not None:
+        from cbs_opt.instances.checkpoints import checkpoint_sha256
+
+        origin["checkpoint"] = {
+            "file": options.checkpoint.name,
+            "sha256": checkpoint_sha256(options.checkpoint),
+        }
+    normalisation = {key: getattr(options, key) for key in ("mean", "std") if getattr(options, key) is not None}
+    if normalisation:
+        origin["normalisation"] = normalisation
+    return origin
+
+
+class _Batches:
+    """The inputs of a source as something that can be sliced."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, part: slice) -> Any:
+        start, stop, _ = part.indices(len(self))
+        return self._source.batch(start, stop)
+
+
+class Interrupts(common.Interrupts):
+    """A signal while gradients are collected keeps those that are there; another, or any other time, ends it all.
+
+    The end is a `KeyboardInterrupt`, so that no temporary file stays behind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.job: Export | None = None
+
+    def __enter__(self) -> Interrupts:
+        super().__enter__()
+        return self
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.asked or self.job is None or not self.job.collecting:
+            os.write(2, b"interrupted: nothing is written\n")
+            raise KeyboardInterrupt
+        self.asked = True
+        os.write(2, b"interrupted: going on with the gradients so far; once more to quit and write nothing\n")
+
+
+class Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere; for `Export`."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._what = ""
+        self._logged = time.perf_counter()
+        if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(console=Console(stderr=True), transient=True)
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` are done."""
+        if self._bar is not None:
+            if what != self._what:
+                self._what, self._task = what, self._bar.add_task(what, total=total)
+            self._bar.update(self._task, completed=done)
+        elif (now := time.perf_counter()) - self._logged >= _LOG_INTERVAL:
+            self._logged = now
+            logger.info(f"{what}: {done} of {total}")
+
+
+def _blocks(text: str) -> str | int:
+    if text in ("full", "layer", "row"):
+        return text
+    try:
+        size = int(text)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be full, layer, row or a size of at least 1, got '{text[:40]}'")
+    return size
+
+
+def _pattern(text: str) -> tuple[int, int]:
+    keep, _, of = text.partition(":")
+    if not (keep.isdecimal() and of.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be N:M, 2:4 say, got '{text[:40]}'")
+    return int(keep), int(of)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

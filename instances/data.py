@@ -1,0 +1,279 @@
+"""Samples for a network, from the files that people have: what is read, drawn, checked and prepared.
+
+| `path` | what is read |
+|---|---|
+| a folder with `train-images-idx3-ubyte[.gz]` and so on, or one such file | MNIST and its like, IDX |
+| a folder with `data_batch_1` … `test_batch`, python or `.bin`, or one such file | CIFAR-10 |
+| `FILE.npz` | `x_train`/`y_train`/`x_test`/`y_test`, `x`/`y`, `images`/`labels`, or `jpeg`/`offset`/`y` |
+| a folder with a sub-folder of pictures for each class, below `train`, `test` or `val` where these exist | any |
+| `digits` | the digits of scikit-learn, uint8 0 … 16, split as by `cbs_opt.instances.digits` |
+| None | what the network's own factory returned |
+
+A source without a division serves both splits. Colours are red, green, blue. What happens to the pixels is the
+network's business: `Network.prepare`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.instances.image_files import (
+    Images,
+    Indices,
+    Split,
+    cifar_files,
+    idx_files,
+    labels_beside,
+    read_cifar,
+    read_idx_pair,
+    read_image_folder,
+    read_npz_images,
+)
+from cbs_opt.instances.networks import Network
+
+logger = logging.getLogger("cbs_opt")
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs and labels.
+
+    Attributes
+    ----------
+    inputs : Tensor (m, …)
+        As the network takes them; float32, unless a factory brought something else.
+    labels : int64 Tensor (m,)
+    """
+
+    inputs: Tensor
+    labels: Tensor
+
+
+class SampleSource:
+    """Samples that are read and prepared batch by batch.
+
+    Parameters
+    ----------
+    name : str
+        What error messages call it.
+    images : Images
+    network : Network
+    chosen : int64 (m,)
+        Which of the images, in which order.
+    """
+
+    def __init__(self, name: str, images: Images, network: Network, chosen: Indices) -> None:
+        self.name = name
+        self._images, self._network, self._chosen = images, network, chosen
+        self.labels = torch.from_numpy(images.labels[chosen])
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def batch(self, start: int, stop: int) -> Tensor:
+        """The inputs of some samples; raises `InstanceError` where the network cannot take them."""
+        images = self._images.take(self._chosen[start:stop])
+        if images.dtype.kind not in "uifb":
+            raise InstanceError(f"{self.name}: images must be numbers, got {images.dtype}")
+        raw = torch.from_numpy(np.ascontiguousarray(images, images.dtype.newbyteorder("=")))
+        if raw.is_floating_point() and not bool(torch.isfinite(raw).all()):
+            raise InstanceError(f"{self.name}: the images have NaN or infinite values")
+        try:
+            x = raw if self._network.prepare is None else self._network.prepare(raw)
+        except InstanceError as error:
+            raise InstanceError(f"{self.name}: {error}") from None
+        return x.to(_input_type(self._network))
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and labels, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.batch(start, start + size), self.labels[start : start + size]
+
+    def read(self) -> Samples:
+        """All of them in memory."""
+        first = self.batch(0, _CHUNK)
+        inputs = first.new_empty((len(self), *first.shape[1:]))
+        for start in range(0, len(self), _CHUNK):
+            inputs[start : start + _CHUNK] = self.batch(start, start + _CHUNK) if start else first
+        return Samples(inputs, self.labels)
+
+
+class _TensorSource(SampleSource):
+    """Samples of a user's factory: inputs are taken as they are."""
+
+    def __init__(self, name: str, inputs: Tensor, labels: Tensor) -> None:
+        self.name, self.labels = name, labels
+        self._inputs = inputs.float() if inputs.dtype in (torch.uint8, torch.bool) else inputs
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, start: int, stop: int) -> Tensor:
+        return self._inputs[start:stop]
+
+
+def read_samples(
+    path: Path | str | None,
+    network: Network,
+    split: Split,
+    limit: int | None = None,
+    seed: int | None = None,
+) -> Samples:
+    """Read samples into memory; parameters and errors as of `open_samples`."""
+    return open_samples(path, network, split, limit, seed).read()
+
+
+def open_samples(
+    path: Path | str | None,
+    network: Network,
+    split: Split,
+    limit: int | None = None,
+    seed: int | None = None,
+) -> SampleSource:
+    """Find samples, check their labels, choose some; pixels are read when they are asked for.
+
+    Parameters
+    ----------
+    path : Path, str or None
+        See the table above; None for the data that the network's factory brought.
+    network : Network
+    split : {"train", "test"}
+    limit : int, optional
+        How many at most; a source that has fewer gives all, with a warning.
+    seed : int, optional
+        Draw them at random, without replacement; the first ones otherwise.
+
+    Raises
+    ------
+    InstanceError
+        When there is no such file, its layout is unknown, it has no samples, or labels that the network has not.
+    UsageError
+        When `limit` is not positive, or a factory without data is asked for some.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"the number of samples must be at least 1, got {limit}")
+    if path is None:
+        return _own_samples(network, split, limit, seed)
+    images = _find(path, network, split)
+    name = str(path)
+    chosen = _choose(name, images.labels.size, limit, seed)
+    _check_range(name, images.labels, network.classes)
+    source = SampleSource(name, images, network, chosen)
+    source.batch(0, 1)  # finds wrong shapes before any work is done
+    return source
+
+
+def _find(path: Path | str, network: Network, split: Split) -> Images:
+    if str(path) == "digits":
+        return _digits(split)
+    path = Path(path)
+    if not path.exists():
+        raise InstanceError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return _in_file(path, network, split)
+    for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin", path / "MNIST" / "raw"):
+        if (pair := idx_files(folder, split)) is not None:
+            return read_idx_pair(*pair)
+        if batches := cifar_files(folder, split):
+            return read_cifar(batches)
+    names = ("train",) if split == "train" else ("test", "val", "validation")
+    divided = next((path / name for name in names if (path / name).is_dir()), path)
+    images = read_image_folder(divided, network.image_shape)
+    if images is None:
+        raise InstanceError(
+            f"{path}: holds no {split} data that we know: IDX files of MNIST's names, batches of CIFAR-10, or a "
+            "sub-folder of pictures for each class"
+        )
+    return images
+
+
+def _in_file(path: Path, network: Network, split: Split) -> Images:
+    if path.suffix == ".npz":
+        return read_npz_images(path, split, network.image_shape)
+    if "idx3" in path.name:
+        return read_idx_pair(path, labels_beside(path))
+    if path.suffix == ".bin" or "batch" in path.name:
+        return read_cifar([path])
+    raise InstanceError(
+        f"{path}: is no data that we know: .npz, IDX (…-images-idx3-ubyte[.gz]), a batch of CIFAR-10, or a folder"
+    )
+
+
+def _digits(split: Split) -> Images:
+    from cbs_opt.instances.digits import read_digits
+
+    digits = read_digits()
+    x, y = (digits.x_train, digits.y_train) if split == "train" else (digits.x_test, digits.y_test)
+    pixels = np.rint(x.numpy() * 16).astype(np.uint8).reshape(-1, 8, 8)
+    return Images(y.numpy(), lambda indices: pixels[indices], 10)
+
+
+def _own_samples(network: Network, split: Split, limit: int | None, seed: int | None) -> SampleSource:
+    data = network.test_data if split == "test" and network.test_data is not None else network.data
+    if data is None:
+        raise UsageError(f"{network.name}: brings no data of its own: name some with `--data`")
+    name = f"the data of {network.name}"
+    batches = [data] if _is_pair(data) else data
+    inputs: list[Tensor] = []
+    labels: list[Tensor] = []
+    count = 0
+    try:
+        for batch in batches:
+            x, y = (torch.as_tensor(part) for part in batch)
+            if len(x) != len(y):
+                raise InstanceError(f"{name}: a batch has {len(x)} inputs and {len(y)} labels")
+            inputs.append(x)
+            labels.append(y)
+            count += len(y)
+            if limit is not None and seed is None and count >= limit:
+                break
+    except (TypeError, ValueError) as error:
+        raise InstanceError(f"{name}: must be (inputs, labels) or batches of these: {error}") from None
+    if not labels or any(y.dim() != 1 or y.is_floating_point() for y in labels):
+        raise InstanceError(f"{name}: labels must be whole numbers, one per input, and at least one")
+    y = torch.cat(labels).to("cpu", torch.int64)
+    chosen = torch.from_numpy(_choose(name, len(y), limit, seed))
+    _check_range(name, y.numpy(), network.classes)
+    return _TensorSource(name, torch.cat(inputs).cpu()[chosen], y[chosen])
+
+
+def _is_pair(data: Any) -> bool:
+    """Whether `data` is (inputs, labels) rather than a loader or a list of batches."""
+    return (
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and all(isinstance(part, Tensor | np.ndarray) for part in data)
+    )
+
+
+def _choose(name: str, count: int, limit: int | None, seed: int | None) -> Indices:
+    if count == 0:
+        raise InstanceError(f"{name}: holds no samples")
+    if limit is not None and limit > count:
+        logger.warning(f"{name}: holds {count} samples, {limit} were asked for: all are taken")
+    order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+    return order[:limit].astype(np.int64)
+
+
+def _check_range(name: str, labels: NDArray[np.int64], classes: int | None) -> None:
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or (classes is not None and highest >= classes):
+        allowed = "0 or more" if classes is None else f"between 0 and {classes - 1} for this network"
+        raise InstanceError(f"{name}: labels must be {allowed}, got {lowest if lowest < 0 else highest}")
+
+
+def _input_type(network: Network) -> torch.dtype:
+    """The type of the network's own weights: float32, but for a user's network in another."""
+    return next((p.dtype for p in network.model.parameters() if p.is_floating_point()), torch.float32)

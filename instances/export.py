@@ -1,0 +1,421 @@
+"""From a trained network and its data to an instance: `export`, and `Export` behind it and behind `cbs-export`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks, InverseHessianBlocks
+from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.files import read_instance
+from cbs_opt.files.instance_file import instance_arrays
+from cbs_opt.files.npz import Content, Stream, json_text, write_npz
+from cbs_opt.instance import Instance
+from cbs_opt.instances.curvature import fisher_blocks, reconstruction_blocks
+from cbs_opt.instances.dense import dense_scores
+from cbs_opt.instances.fisher import tensor_table
+from cbs_opt.instances.gradients import CHUNK_BYTES, Loss, Samples, gradient_rows
+from cbs_opt.instances.recipe import DAMPING, Form, Recipe, Source, one_of, scratch
+from cbs_opt.instances.reconstruction import input_covariances, reconstruction_layers
+from cbs_opt.instances.scores import torch_device
+from cbs_opt.linalg import is_positive
+from cbs_opt.typing import FloatArray
+from cbs_opt.version import __version__
+
+logger = logging.getLogger("cbs_opt")
+
+Progress = Callable[[str, int, int], None]
+"""Gets what is being done, how much of it is done, and how much there is."""
+
+_CUDA_CHUNK_BYTES = 1 << 30
+
+
+def export(
+    model: nn.Module,
+    inputs: Samples,
+    labels: Samples,
+    names: Sequence[str] | None = None,
+    *,
+    loss: Loss = nn.functional.cross_entropy,
+    source: Source = "fisher",
+    curvature: Form | None = None,
+    blocks: str | int | None = None,
+    batch: int = 1,
+    damping: float | None = None,
+    relative_damping: float | None = None,
+    dtype: str | None = None,
+    sparsity: float | None = None,
+    per_layer: bool = False,
+    nm: tuple[int, int] | None = None,
+    first_order: bool = False,
+    memory: int | None = None,
+    device: str = "auto",
+    path: Path | str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Instance:
+    """Turn a trained network into an instance.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model that takes a batch; used in evaluation mode, and left as it was.
+    inputs : (m, …)
+        Samples, a tensor or anything whose slices are tensors.
+    labels : (m, …)
+        Targets of the loss: int64 (m,) class numbers for cross entropy.
+    names : sequence of str, optional
+        Parameters to prune, by their names in `model.named_parameters()`; all with two axes or more by default.
+    loss : callable
+        Mean loss of a batch.
+    source, curvature, blocks, batch, damping, relative_damping, dtype : optional
+    sparsity, per_layer, nm, first_order, memory : optional
+        See `cbs_opt.instances.recipe.Recipe`.
+    device : {"auto", "cpu", "cuda"}
+        "auto" takes CUDA where there is one.
+    path : Path or str, optional
+        Write the instance to this file piece by piece and read it back: it may then be larger than memory.
+    metadata : mapping, optional
+        Added to what the export itself tells.
+    progress : callable, optional
+
+    Returns
+    -------
+    Instance
+
+    Raises
+    ------
+    UsageError
+        For options that make no sense, or results that do not fit into memory.
+    InstanceError
+        For data that do not fit the model, gradients that are not finite, a block without an inverse.
+    OutputError
+        When `path` cannot be written.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cbs_opt.instances.export import export
+    >>> model = torch.nn.Linear(4, 3)
+    >>> export(model, torch.randn(20, 4), torch.randint(3, (20,)), sparsity=0.5).describe()
+    '12 weights in 1 block (20 gradients, damping 1e-05), 6 to prune (50.0%)'
+    """
+    recipe = Recipe(
+        source,
+        curvature,
+        blocks,
+        batch,
+        damping,
+        relative_damping,
+        dtype,
+        sparsity,
+        per_layer,
+        nm,
+        first_order,
+        memory,
+    )
+    job = Export(
+        model, inputs, labels, names, recipe, loss=loss, device=device, metadata=metadata, progress=progress
+    )
+    if path is None:
+        return job.instance()
+    job.write(path)
+    return read_instance(path)
+
+
+class Export:
+    """One export, checked as far as can be before the work.
+
+    Parameters
+    ----------
+    model, inputs, labels, names, loss, device, metadata, progress
+        As for `export`.
+    recipe : Recipe
+    should_stop : callable, optional
+        Asked between pieces of the gradients: they then end with those that are there, at least one.
+
+    Attributes
+    ----------
+    facts : dict
+        What the work finds out for the metadata: `dense_loss`, `dense_accuracy` of classifiers, `damping`.
+    collecting : bool
+        Whether gradients are being collected, so that a stop would keep them.
+
+    Raises
+    ------
+    UsageError, InstanceError
+        As for `export`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Samples,
+        labels: Samples,
+        names: Sequence[str] | None,
+        recipe: Recipe,
+        *,
+        loss: Loss = nn.functional.cross_entropy,
+        device: str = "auto",
+        metadata: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        one_of("device", device, ("auto", "cpu", "cuda"))
+        self.device = torch_device(device)
+        parameters = dict(model.named_parameters())
+        self.names = [name for name, p in parameters.items() if p.dim() >= 2] if names is None else list(names)
+        _check_names(self.names, parameters)
+        if len(inputs) != len(labels):
+            raise InstanceError(f"there are {len(inputs)} inputs but {len(labels)} labels")
+        self.rows = len(inputs) // recipe.batch
+        if self.rows < 1:
+            raise InstanceError(f"{len(inputs)} samples are too few for a batch of {recipe.batch}")
+        if len(inputs) % recipe.batch:
+            logger.warning(
+                f"{len(inputs)} samples make {self.rows} batches of {recipe.batch}: the last "
+                f"{len(inputs) % recipe.batch} are left out"
+            )
+        self.inputs, self.labels = inputs, labels
+        self.model, self.recipe, self.loss = model, recipe, loss
+        self.shapes = [tuple(parameters[name].shape) for name in self.names]
+        self.sizes = recipe.sizes(self.shapes)
+        self.budget = recipe.budget(self.shapes)
+        tensors = [parameters[name].detach().flatten().cpu().double() for name in self.names]
+        self.weights: FloatArray = torch.cat(tensors).numpy()
+        if recipe.source == "reconstruction":
+            reconstruction_layers(model, self.names)
+        self._extra = dict(metadata or {})
+        self._progress: Progress = progress or (lambda what, done, total: None)
+        self._should_stop = should_stop
+        self._chunk_bytes = _CUDA_CHUNK_BYTES if self.device.type == "cuda" else CHUNK_BYTES
+        self._sum = np.zeros(self.weights.size)
+        self._squares = 0.0
+        self.facts: dict[str, Any] = {}
+        self.collecting = False
+        # An instance with the curvature still to come: everything else checks itself now.
+        stand_in = GradientFactor(np.zeros((1, self.weights.size), np.float32), 0.0, self.sizes)
+        self._frame = Instance(self.weights, stand_in, self.budget)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples used."""
+        return self.rows * self.recipe.batch
+
+    def instance(self) -> Instance:
+        """Do the work in memory; gradients that are too many for it lie in a temporary file."""
+        recipe = self.recipe
+        if recipe.form != "gradients":
+            recipe.check_fits(self.shapes, self.samples, None)
+        with self._on_device():
+            self._judge()
+            form: Curvature
+            if recipe.form == "gradients":
+                G = self._collected(recipe.entry, None)
+                form = GradientFactor(G, self._fisher_damping(), self.sizes)
+            else:
+                flat = np.empty(sum(b * b for b in self.sizes), recipe.entry)
+                start = 0
+                for block in self._blocks(None):
+                    flat[start : start + block.size] = block.ravel()
+                    start += block.size
+                form = (InverseHessianBlocks if recipe.form == "inverse-hessian" else HessianBlocks)(
+                    flat, self.sizes
+                )
+        return Instance(self.weights, form, self.budget, self._linear(), metadata=self._metadata())
+
+    def write(self, path: Path | str) -> None:
+        """Do the work and write the file, piece by piece: at most the gradients and one block are in memory."""
+        path, recipe = Path(path), self.recipe
+        recipe.check_fits(self.shapes, self.samples, path.parent)
+        arrays: dict[str, Content] = dict(instance_arrays(self._frame))
+        for key in ("gradients", "damping", "metadata"):
+            del arrays[key]
+        late: dict[str, Content] = {key: arrays.pop(key) for key in ("groups", "group_budgets") if key in arrays}
+        with self._on_device():
+            self._judge()
+            if recipe.form == "gradients":
+                shape = (self.rows, self.weights.size)
+                if recipe.entry.itemsize * shape[0] * shape[1] <= recipe.memory_bytes():
+                    arrays["gradients"] = self._collected(recipe.entry, path.parent)
+                else:
+                    arrays["gradients"] = Stream(recipe.entry, shape, self._streamed())
+                arrays["damping"] = lambda: np.array(self._fisher_damping())
+            else:
+                key = recipe.form.replace("-", "_")
+                count = sum(b * b for b in self.sizes)
+                arrays[key] = Stream(recipe.entry, (count,), self._blocks(path.parent))
+            arrays |= late
+            if recipe.first_order:
+                arrays["linear"] = lambda: self._sum / self.rows
+            arrays["metadata"] = lambda: json_text(self._metadata())
+            write_npz(path, arrays)
+
+    # Gradients ----------------------------------------------------------------------------------------------
+
+    def _pieces(self) -> Iterator[NDArray[Any]]:
+        """Rows of G in order, in the model's precision, with the sums that the rest needs."""
+        done = 0
+        for rows in gradient_rows(
+            self.model,
+            self.inputs,
+            self.labels,
+            self.names,
+            loss=self.loss,
+            batch=self.recipe.batch,
+            chunk_bytes=self._chunk_bytes,
+        ):
+            piece = rows.numpy()
+            if self.recipe.first_order:
+                self._sum += piece.sum(axis=0, dtype=np.float64)
+            if self.recipe.relative_damping is not None:
+                self._squares += float(np.square(piece, dtype=np.float64).sum())
+            done += len(piece)
+            self._progress("gradients", done, self.rows)
+            yield piece
+
+    def _collected(self, dtype: np.dtype[Any], folder: Path | None) -> NDArray[Any]:
+        """G (m, n); fewer rows than asked for when a stop came."""
+        G = scratch((self.rows, self.weights.size), dtype, self.recipe.memory_bytes(), folder)
+        done = 0
+        self.collecting = True
+        for piece in self._pieces():
+            G[done : done + len(piece)] = piece
+            done += len(piece)
+            if done < self.rows and self._should_stop():
+                logger.warning(f"interrupted: {done} of {self.rows} gradients are used")
+                self.facts["interrupted"] = True
+                self.rows = done
+                break
+        self.collecting = False
+        return G[: self.rows]
+
+    def _streamed(self) -> Iterator[NDArray[Any]]:
+        """G for a file that has been promised all rows: a stop leaves nothing."""
+        for piece in self._pieces():
+            if self._should_stop():
+                raise KeyboardInterrupt
+            yield piece
+
+    # Blocks -------------------------------------------------------------------------------------------------
+
+    def _blocks(self, folder: Path | None) -> Iterator[NDArray[Any]]:
+        """The dense blocks as they are stored, each checked as a reader will."""
+        recipe, definite = self.recipe, self.recipe.form == "inverse-hessian"
+        precision = float(np.finfo(recipe.entry).eps)
+        if recipe.source == "fisher":
+            G = self._collected(np.dtype(np.float32), folder)
+            made = fisher_blocks(G, self._fisher_damping(), self.sizes, inverse=definite)
+        else:
+            made = self._reconstruction(definite)
+        last: FloatArray | None = None
+        for k, block in enumerate(made):
+            stored = block.astype(recipe.entry, copy=False)
+            repeated, last = block is last, block  # the rows of a layer share their reconstruction Hessian
+            if not repeated and not is_positive(
+                stored.astype(np.float64, copy=False), definite=definite, precision=precision
+            ):
+                finer = "" if recipe.entry == np.float64 else " or store float64"
+                raise InstanceError(f"block {k} is not positive in {recipe.entry}: raise the damping{finer}")
+            self._progress("blocks", k + 1, len(self.sizes))
+            yield stored
+
+    def _reconstruction(self, inverse: bool) -> Iterator[FloatArray]:
+        covariances = input_covariances(
+            self.model,
+            self.inputs,
+            self.names,
+            chunk_bytes=self._chunk_bytes,
+            progress=lambda done: self._progress("inputs", done, self.samples),
+        )
+        means = [float(np.mean([np.mean(c.diagonal()) for c in groups])) for groups in covariances]
+        relative = self.recipe.relative_damping
+        dampings = [DAMPING if self.recipe.damping is None else self.recipe.damping for _ in means]
+        if relative is not None:
+            dampings = [relative * mean for mean in means]
+        self.facts["damping"] = dampings[0] if relative is None else dampings
+        size = self.recipe.block_rule if isinstance(self.recipe.block_rule, int) else None
+        return reconstruction_blocks(covariances, dampings, [s[0] for s in self.shapes], size, inverse=inverse)
+
+    def _fisher_damping(self) -> float:
+        if self.recipe.relative_damping is None:
+            damping = DAMPING if self.recipe.damping is None else self.recipe.damping
+        else:
+            damping = self.recipe.relative_damping * self._squares / (self.rows * self.weights.size)
+        self.facts["damping"] = damping
+        return damping
+
+    # What the instance says of itself -----------------------------------------------------------------------
+
+    def _judge(self) -> None:
+        """Score the dense network, which finds data that do not fit before the long work."""
+        self.facts |= dense_scores(
+            self.model,
+            self.inputs,
+            self.labels,
+            loss=self.loss,
+            chunk_bytes=self._chunk_bytes,
+            progress=lambda done: self._progress("checking", done, len(self.inputs)),
+        )
+
+    def _linear(self) -> FloatArray | None:
+        return self._sum / self.rows if self.recipe.first_order else None
+
+    def _metadata(self) -> dict[str, Any]:
+        recipe = self.recipe
+        loss = (
+            "cross entropy" if self.loss is nn.functional.cross_entropy else getattr(self.loss, "__name__", "loss")
+        )
+        of = "single samples" if recipe.batch == 1 else f"mini-batches of {recipe.batch}"
+        hessian = (
+            f"empirical Fisher of the gradients of {of}, {loss}"
+            if recipe.source == "fisher"
+            else "XXᵀ/m of each layer's inputs: half the squared error of its output"
+        )
+        facts: dict[str, Any] = {
+            "network": type(self.model).__name__,
+            "tensors": tensor_table(self.names, self.shapes),
+            "source": recipe.source,
+            "hessian": hessian,
+            "samples": self.samples,
+            "batch": recipe.batch,
+            "writer": f"cbs-opt {__version__}",
+            **self.facts,
+        }
+        if recipe.relative_damping is not None:
+            facts["relative_damping"] = recipe.relative_damping
+        if recipe.nm is not None:
+            facts["nm"] = f"{recipe.nm[0]}:{recipe.nm[1]}"
+        return facts | self._extra
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The model on the device, and back where it was."""
+        before = next(self.model.parameters()).device
+        self.model.to(self.device)
+        try:
+            yield
+        finally:
+            self.model.to(before)
+
+
+def _check_names(names: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> None:
+    if not names:
+        raise UsageError("no parameter is named, and none of the model has two axes or more")
+    unknown = [name for name in names if name not in parameters]
+    if unknown:
+        known = ", ".join(list(parameters)[:12]) + (" …" if len(parameters) > 12 else "")
+        raise UsageError(f"the network has no parameter '{unknown[0]}'; it has {known}")
+    if len(set(names)) < len(names):
+        raise UsageError("a parameter is named twice")
+    for name in names:
+        if not parameters[name].is_floating_point() or not bool(torch.isfinite(parameters[name]).all()):
+            raise InstanceError(f"'{name}' must hold finite real numbers")

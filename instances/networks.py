@@ -1,0 +1,207 @@
+"""Networks by name, and a user's own: which of their tensors are pruned, and how images become their inputs.
+
+| name | data | normalisation (after scaling to [0, 1]) | pruned tensors |
+|---|---|---|---|
+| `mlpnet` | MNIST | mean 0.1307, std 0.3081 | fc1, fc2, fc3: 32,360 |
+| `cifarnet` | CIFAR-10 | mean .4914 .4822 .4465, std .2023 .1994 .2010 | three convolutions, fc1, fc2: 116,704 |
+| `resnet20` | CIFAR-10 | mean .5, std .5 | the 18 convolutions of layer1-3: 267,264 |
+| `mobilenetv1`, `mobilenetv1-0.75` | ImageNet | mean .5, std .5 | all convolutions, fc: 4,209,088 at width 1 |
+| `digits-mlp` | the digits of scikit-learn, 0 … 16 | none (pixels / 16) | three linear layers: 3,560 |
+
+Normalisation belongs to a checkpoint rather than to its architecture: `mean` and `std` override it. ResNet20's
+is that of the public checkpoint that we know (91.4 %); others were trained with CIFARNet's numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cbs_opt.errors import UsageError
+from cbs_opt.instances.architectures import CIFARNet, MLPNet, MobileNetV1, ResNet20
+from cbs_opt.instances.preparation import Preparation
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, what is pruned of it, and how its inputs are made.
+
+    Attributes
+    ----------
+    name : str
+        A name of `network_names()`, or `module:factory`.
+    model : torch.nn.Module
+        In evaluation mode.
+    prunable : tuple of str
+        Names of its parameters, in the order in which an instance lays them out.
+    prepare : callable or None
+        From images as read, uint8 (m, H, W[, C]) or the file's own floats, to inputs, float32 (m, …); None takes
+        inputs as they are.
+    classes : int or None
+        Number of classes; None where it is not known beforehand.
+    data, test_data : object
+        What the factory brought: (inputs, labels), a loader of such batches, or None.
+    image_shape : tuple of int or None
+        (H, W) or (H, W, C) of the images that `prepare` takes.
+    """
+
+    name: str
+    model: nn.Module
+    prunable: tuple[str, ...]
+    prepare: Callable[[Tensor], Tensor] | None
+    classes: int | None
+    data: Any = None
+    test_data: Any = None
+    image_shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    make: Callable[[], nn.Module]
+    preparation: Preparation
+    classes: int
+    prunes: Callable[[str], bool] = lambda name: True  # of the names of matrices and kernels
+
+
+_CIFAR_MEAN, _CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+_WIDTH = re.compile(r"mobilenetv1-(\d*\.?\d+)")
+
+
+def _digits_mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(64, 40, bias=False),
+        nn.ReLU(),
+        nn.Linear(40, 20, bias=False),
+        nn.ReLU(),
+        nn.Linear(20, 10, bias=False),
+    )
+
+
+_NETWORKS = {
+    "mlpnet": _Entry(MLPNet, Preparation((28, 28), (0.1307,), (0.3081,), flat=True), 10),
+    "cifarnet": _Entry(CIFARNet, Preparation((32, 32, 3), _CIFAR_MEAN, _CIFAR_STD), 10),
+    "resnet20": _Entry(
+        ResNet20,
+        Preparation((32, 32, 3), (0.5,), (0.5,)),
+        10,
+        lambda name: name.startswith("layer") and "downsample" not in name,
+    ),
+    "mobilenetv1": _Entry(MobileNetV1, Preparation((224, 224, 3), (0.5,), (0.5,)), 1000),
+    "mobilenetv1-0.75": _Entry(lambda: MobileNetV1(0.75), Preparation((224, 224, 3), (0.5,), (0.5,)), 1000),
+    "digits-mlp": _Entry(_digits_mlp, Preparation((8, 8), scale=16.0, flat=True), 10),
+}
+
+
+def network_names() -> list[str]:
+    """The networks that the package knows; `mobilenetv1-W` takes any width W beside those listed."""
+    return list(_NETWORKS)
+
+
+def is_factory(spec: str) -> bool:
+    """Whether `spec` is a user's `module:factory`: loading it runs code."""
+    return ":" in spec
+
+
+def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Network:
+    """Make a network by its name, or by calling a user's factory.
+
+    Parameters
+    ----------
+    spec : str
+        One of `network_names()`, or `module:factory`: a function without arguments in a module that Python
+        finds, the current directory included. It returns the model, or (model, data), or
+        (model, training data, test data), where data is (inputs, labels) or a loader of such batches. All its
+        parameters with two axes or more are pruned, except embeddings.
+    mean, std : sequence of float, optional
+        In place of the network's normalisation, one number or one per channel. Given for a factory, the images
+        of a file are scaled to [0, 1], normalised and laid out as (m, C, H, W); without them it takes inputs as
+        the file holds them.
+
+    Raises
+    ------
+    UsageError
+        For an unknown name, a factory that cannot be imported or fails, or numbers that do not fit.
+    """
+    if is_factory(spec):
+        return _from_factory(spec, mean, std)
+    entry = _NETWORKS.get(spec)
+    if entry is None and (match := _WIDTH.fullmatch(spec)) and 0.05 <= float(match[1]) <= 4:
+        width = float(match[1])
+        entry = _Entry(lambda: MobileNetV1(width), _NETWORKS["mobilenetv1"].preparation, 1000)
+    if entry is None:
+        raise UsageError(
+            f"'{spec}' is no network that we know: {', '.join(_NETWORKS)}; for your own, give module:factory"
+        )
+    model = entry.make().eval()
+    prunable = tuple(name for name in _matrices(model) if entry.prunes(name))
+    preparation = entry.preparation.normalised(mean, std)
+    return Network(spec, model, prunable, preparation, entry.classes, image_shape=preparation.image_shape)
+
+
+def _matrices(model: nn.Module) -> list[str]:
+    """Parameters with two axes or more, without embeddings: the weights of linear and convolutional layers."""
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for parameter in module.parameters()
+    }
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and parameter.is_floating_point() and id(parameter) not in embeddings
+    ]
+
+
+def _from_factory(spec: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Network:
+    made = _call(spec)
+    parts = made if isinstance(made, tuple | list) else (made,)
+    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
+        raise UsageError(
+            f"{spec}: must return a model, (model, data) or (model, training data, test data), got {_kind(made)}"
+        )
+    model = parts[0].eval()
+    prunable = tuple(_matrices(model))
+    if not prunable:
+        raise UsageError(f"{spec}: the model has no parameter with two axes or more, so nothing to prune")
+    preparation = None
+    if mean is not None or std is not None:
+        preparation = Preparation(None).normalised(mean, std)
+    data, test_data = [*parts[1:], None, None][:2]
+    return Network(spec, model, prunable, preparation, None, data, test_data)
+
+
+def _call(spec: str) -> Any:
+    """Import the module of `module:factory`, from the current directory too, and call the factory."""
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name.isidentifier():
+        raise UsageError(f"'{spec}' must be module:factory, 'mynet:make' say")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        factory = getattr(importlib.import_module(module_name), name, None)
+        if not callable(factory):
+            raise UsageError(f"{spec}: the module has no function '{name}'")
+        return factory()
+    except UsageError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{spec}: there is no module '{error.name}' here or among the installed ones") from error
+    except Exception as error:
+        raise UsageError(f"{spec}: fails with {type(error).__name__}: {error}") from error
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
+
+
+def _kind(made: Any) -> str:
+    if isinstance(made, tuple | list):
+        return f"({', '.join(type(part).__name__ for part in made[:4])}{', …' if len(made) > 4 else ''})"
+    return type(made).__name__

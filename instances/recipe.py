@@ -1,0 +1,283 @@
+"""What an export is to make of a network: the form of H, its blocks, its damping, and the budget."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbs_opt.budget import Budget
+from cbs_opt.errors import UsageError
+from cbs_opt.instances.curvature import Shape, block_sizes, cut, working_bytes
+from cbs_opt.typing import IntArray
+
+Source = Literal["fisher", "reconstruction"]
+Form = Literal["gradients", "hessian", "inverse-hessian"]
+
+DAMPING = 1e-5
+SPARSITY = 0.9
+
+_SUGGESTED_SIZES = (5000, 2000, 1000, 500, 200, 100, 50, 20)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of an export; it checks them, and fills in what is not given.
+
+    Parameters
+    ----------
+    source : {"fisher", "reconstruction"}
+        H = λI + GᵀG/m of the loss's gradients, or H = λI + XXᵀ/m of each layer's inputs; see
+        `cbs_opt.instances.reconstruction` for the latter's scale.
+    curvature : {"gradients", "hessian", "inverse-hessian"}, optional
+        What is stored. By default the gradients where H is one block, and inverse blocks otherwise.
+    blocks : {"full", "layer", "row"} or int, optional
+        See `curvature.block_sizes`. By default one full block for gradients, one per layer for dense blocks,
+        one per row for the reconstruction error.
+    batch : int
+        Samples whose mean gradient is a row of G.
+    damping : float, optional
+        λ; 1e-5 when `relative_damping` is not given either.
+    relative_damping : float, optional
+        λ as a multiple of the mean diagonal entry of H, of all weights for the Fisher matrix, of each layer for
+        the reconstruction error.
+    dtype : {"float32", "float64"}, optional
+        Of the stored entries; float32 for gradients, float64 for blocks, by default.
+    sparsity : float, optional
+        Fraction of the weights to prune, 0.9 by default.
+    per_layer : bool
+        The same fraction of every tensor, as groups.
+    nm : (int, int), optional
+        (N, M): of M weights in a row N stay and the others are pruned, as groups; see `nm_budget`.
+    first_order : bool
+        Also store the mean gradient, `linear`.
+    memory : int, optional
+        Bytes that the export may use; half of what is free by default.
+
+    Raises
+    ------
+    UsageError
+        For options that make no sense, alone or together.
+    """
+
+    source: Source = "fisher"
+    curvature: Form | None = None
+    blocks: str | int | None = None
+    batch: int = 1
+    damping: float | None = None
+    relative_damping: float | None = None
+    dtype: str | None = None
+    sparsity: float | None = None
+    per_layer: bool = False
+    nm: tuple[int, int] | None = None
+    first_order: bool = False
+    memory: int | None = None
+    form: Form = field(init=False)
+    block_rule: str | int = field(init=False)
+    entry: np.dtype[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        one_of("source", self.source, ("fisher", "reconstruction"))
+        if self.curvature is not None:
+            one_of("curvature", self.curvature, ("gradients", "hessian", "inverse-hessian"))
+        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+            raise UsageError(f"`batch` must be a whole number of at least 1, got {self.batch!r}")
+        if self.damping is not None and self.relative_damping is not None:
+            raise UsageError("`damping` and `relative_damping` exclude each other")
+        for name, value in (("damping", self.damping), ("relative_damping", self.relative_damping)):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"`{name}` must be a finite number ≥ 0, got {value}")
+        if self.sparsity is not None and not 0 <= self.sparsity <= 1:
+            raise UsageError(f"`sparsity` must be between 0 and 1, got {self.sparsity}")
+        if self.nm is not None:
+            N, M = self.nm
+            if not 0 <= N <= M or M < 1:
+                raise UsageError(f"N:M must have 0 ≤ N ≤ M and M ≥ 1, got {N}:{M}")
+            if self.sparsity is not None or self.per_layer:
+                raise UsageError(
+                    "N:M sets how many weights are pruned: it goes without `sparsity` and `per_layer`"
+                )
+        if self.dtype is not None:
+            one_of("dtype", self.dtype, ("float32", "float64"))
+        form, rule = self.curvature, self.blocks
+        if self.source == "reconstruction":
+            form, rule = form or "inverse-hessian", "row" if rule is None else rule
+            if form == "gradients":
+                raise UsageError(
+                    "the reconstruction error has no gradients: `curvature` hessian or inverse-hessian"
+                )
+            if rule in ("layer", "full"):
+                raise UsageError(
+                    f"the reconstruction error has a block for each output row: `blocks` row or a size, got {rule}"
+                )
+            if self.first_order:
+                raise UsageError(
+                    "the reconstruction error has no first-order term: the trained weights are its minimum"
+                )
+            if self.batch > 1:
+                raise UsageError("`batch` is for gradients, which the reconstruction error has not")
+        else:
+            form = form or ("gradients" if rule in (None, "full") else "inverse-hessian")
+            rule = rule if rule is not None else "full" if form == "gradients" else "layer"
+        block_sizes([(1,)], rule)
+        object.__setattr__(self, "form", form)
+        object.__setattr__(self, "block_rule", rule)
+        default = "float32" if form == "gradients" else "float64"
+        object.__setattr__(self, "entry", np.dtype(self.dtype or default))
+
+    def sizes(self, shapes: Sequence[Shape]) -> list[int]:
+        """The block sizes for tensors of these shapes."""
+        if self.source == "reconstruction" and isinstance(self.block_rule, int):
+            return cut(block_sizes(shapes, "row"), self.block_rule)
+        return block_sizes(shapes, self.block_rule)
+
+    def budget(self, shapes: Sequence[Shape]) -> Budget:
+        """How many weights to prune: over all of them, of each tensor, or N:M."""
+        if self.nm is not None:
+            return nm_budget(shapes, *self.nm)
+        sparsity = SPARSITY if self.sparsity is None else self.sparsity
+        numbers = [int(np.prod(shape)) for shape in shapes]
+        if not self.per_layer:
+            return Budget(_share(sparsity, sum(numbers)))
+        per_layer = np.array([_share(sparsity, number) for number in numbers], dtype=np.int64)
+        return Budget(int(per_layer.sum()), np.repeat(np.arange(len(numbers)), numbers), per_layer)
+
+    def memory_bytes(self) -> int:
+        """What the export may use."""
+        return available_memory() // 2 if self.memory is None else self.memory
+
+    def content_bytes(self, shapes: Sequence[Shape], samples: int) -> int:
+        """Size of the curvature as it is stored."""
+        if self.form == "gradients":
+            return self.entry.itemsize * (samples // self.batch) * sum(int(np.prod(shape)) for shape in shapes)
+        return self.entry.itemsize * sum(b * b for b in self.sizes(shapes))
+
+    def check_fits(self, shapes: Sequence[Shape], samples: int, folder: Path | None) -> None:
+        """Refuse what fits neither into memory nor, when it goes to a file in `folder`, onto the disk.
+
+        Raises
+        ------
+        UsageError
+            With the size needed, what is free, and options that would do.
+        """
+        needed = self.content_bytes(shapes, samples)
+        memory = available_memory() if self.memory is None else self.memory
+        room = self.memory_bytes() if folder is None else shutil.disk_usage(folder).free
+        where = "memory" if folder is None else "the disk"
+        if needed > room:
+            what = "gradients" if self.form == "gradients" else "blocks"
+            raise UsageError(
+                f"the {what} take {_gb(needed)}, of which {where} has {_gb(room)}: "
+                f"{self._what_would_do(shapes, samples, room, memory)}"
+            )
+        if self.form == "gradients":
+            return
+        largest = max(self.sizes(shapes))
+        working = self._working_bytes(largest, samples)
+        if working > memory:
+            raise UsageError(
+                f"a block of {largest} weights needs {_gb(working)} of memory, {_gb(memory)} are free: "
+                f"{self._what_would_do(shapes, samples, room, memory)}"
+            )
+
+    def _working_bytes(self, block: int, samples: int) -> int:
+        rows = samples // self.batch if self.source == "fisher" else block
+        return working_bytes(block, rows, inverse=self.form == "inverse-hessian")
+
+    def _what_would_do(self, shapes: Sequence[Shape], samples: int, room: int, memory: int) -> str:
+        n = sum(int(np.prod(shape)) for shape in shapes)
+        out = []
+        if self.form != "gradients":
+            longest = max(self.sizes(shapes))
+            for size in _SUGGESTED_SIZES:
+                total = self.entry.itemsize * sum(b * b for b in cut(self.sizes(shapes), size))
+                if size < longest and total <= room // 2 and self._working_bytes(size, samples) <= memory:
+                    out.append(f"--blocks {size} ({_gb(total)})")
+                    break
+        if self.source == "fisher":
+            rows = max(1, samples // self.batch)
+            if self.form != "gradients" and 4 * rows * n <= room:
+                out.append(f"--curvature gradients ({_gb(4 * rows * n)})")
+            elif 4 * n <= room:
+                out.append(f"at most {room // (4 * n)} samples or batches")
+        return f"{' or '.join(out)} would do" if out else "prune fewer tensors"
+
+
+def nm_budget(shapes: Sequence[Shape], keep: int, of: int) -> Budget:
+    """Groups of `of` consecutive inputs of the same output, of which `keep` stay.
+
+    Inputs are counted along the second axis of a tensor, as hardware for 2:4 sparsity does: the features of a
+    linear layer, the channels of a convolution at the same place of its kernel. What is left at the end of a row,
+    r < `of` weights, is a group of its own that loses ⌊r (of − keep)/of⌋.
+    """
+    groups, budgets, offset = [], [], 0
+    for shape in shapes:
+        inputs = shape[1] if len(shape) > 1 else shape[0]
+        index = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
+        lines = np.moveaxis(index, 1, -1).reshape(-1, inputs) if len(shape) > 1 else index.reshape(1, -1)
+        per_line = -(-inputs // of)
+        of_line = np.arange(inputs) // of
+        layer = np.empty(index.size, dtype=np.int64)
+        layer[lines] = offset + np.arange(len(lines))[:, None] * per_line + of_line[None, :]
+        groups.append(layer)
+        budgets.append(np.tile(np.bincount(of_line) * (of - keep) // of, len(lines)))
+        offset += per_line * len(lines)
+    per_group: IntArray = np.concatenate(budgets).astype(np.int64)
+    return Budget(int(per_group.sum()), np.concatenate(groups), per_group)
+
+
+def available_memory() -> int:
+    """Bytes of memory that are free for a new program, or 4 GB where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 4_000_000_000
+
+
+def scratch(shape: tuple[int, int], dtype: np.dtype[Any], memory: int, folder: Path | None) -> NDArray[Any]:
+    """An empty array, in memory up to `memory` bytes, otherwise in a file without a name that ends with it.
+
+    Raises
+    ------
+    UsageError
+        When the disk has no room for it either.
+    """
+    import tempfile
+
+    needed = dtype.itemsize * shape[0] * shape[1]
+    if needed <= memory:
+        return np.empty(shape, dtype)
+    folder = Path(tempfile.gettempdir()) if folder is None else folder
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UsageError(
+            f"the gradients take {_gb(needed)}, more than the memory of {_gb(memory)} allowed and than the "
+            f"{_gb(free)} free on the disk: fewer samples or tensors would do"
+        )
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def _share(sparsity: float, n: int) -> int:
+    # The product of a decimal fraction and n may lie a rounding error above a whole number.
+    return min(n, math.ceil(sparsity * n - 1e-9 * n))
+
+
+def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise `UsageError` unless an option has one of the values that it may have."""
+    if value not in known:
+        raise UsageError(f"`{name}` must be one of {', '.join(known)}, got {value!r}")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"

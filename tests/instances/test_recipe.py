@@ -1,0 +1,95 @@
+"""Options of an export: what they default to, what they refuse, the budgets they make."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from cbs_opt import UsageError
+from cbs_opt.instances.recipe import Recipe, nm_budget, scratch
+
+
+@pytest.mark.parametrize(
+    ("given", "form", "rule", "dtype"),
+    [
+        ({}, "gradients", "full", "float32"),
+        ({"blocks": "layer"}, "inverse-hessian", "layer", "float64"),
+        ({"blocks": "layer", "curvature": "gradients"}, "gradients", "layer", "float32"),
+        ({"curvature": "hessian"}, "hessian", "layer", "float64"),
+        ({"blocks": 500, "dtype": "float32"}, "inverse-hessian", 500, "float32"),
+        ({"source": "reconstruction"}, "inverse-hessian", "row", "float64"),
+    ],
+)
+def test_defaults(given, form, rule, dtype):
+    recipe = Recipe(**given)
+    assert (recipe.form, recipe.block_rule, recipe.entry) == (form, rule, np.dtype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"source": "loss"}, "`source` must be one of fisher, reconstruction, got 'loss'"),
+        ({"curvature": "inverse"}, "`curvature` must be one of"),
+        ({"blocks": 0}, "`blocks` must be"),
+        ({"blocks": "all"}, "`blocks` must be"),
+        ({"batch": 0}, "`batch` must be a whole number of at least 1, got 0"),
+        ({"damping": 1e-5, "relative_damping": 0.1}, "exclude each other"),
+        ({"damping": -1.0}, "`damping` must be a finite number ≥ 0"),
+        ({"relative_damping": float("nan")}, "`relative_damping` must be"),
+        ({"sparsity": 1.5}, "`sparsity` must be between 0 and 1, got 1.5"),
+        ({"nm": (5, 4)}, "N:M must have 0 ≤ N ≤ M"),
+        ({"nm": (2, 4), "sparsity": 0.5}, "goes without `sparsity`"),
+        ({"nm": (2, 4), "per_layer": True}, "goes without `sparsity`"),
+        ({"dtype": "float16"}, "`dtype` must be one of"),
+        ({"source": "reconstruction", "curvature": "gradients"}, "has no gradients"),
+        ({"source": "reconstruction", "blocks": "full"}, "a block for each output row"),
+        ({"source": "reconstruction", "first_order": True}, "no first-order term"),
+        ({"source": "reconstruction", "batch": 2}, "`batch` is for gradients"),
+    ],
+)
+def test_options_that_make_no_sense(wrong, message):
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+        Recipe(**wrong)
+
+
+def test_one_budget_and_one_for_every_layer():
+    shapes = [(3, 5), (2, 4)]
+    assert Recipe().budget(shapes).total == 21  # ⌈0.9 · 23⌉
+    assert Recipe(sparsity=0.29).budget([(100,)]).total == 29  # 0.29 · 100 is a little more than 29 in binary
+    budget = Recipe(sparsity=0.5, per_layer=True).budget(shapes)
+    assert budget.group_budgets.tolist() == [8, 4]
+    assert budget.groups.tolist() == [0] * 15 + [1] * 8
+
+
+def test_a_pattern_runs_along_the_inputs():
+    budget = nm_budget([(2, 6), (2, 4, 1, 2)], 1, 4)
+    linear, convolution = budget.groups[:12].reshape(2, 6), budget.groups[12:].reshape(2, 4, 1, 2)
+    assert linear.tolist() == [[0, 0, 0, 0, 1, 1], [2, 2, 2, 2, 3, 3]]
+    for row in range(2):
+        for place in range(2):
+            (group,) = set(convolution[row, :, 0, place].tolist())
+            assert np.count_nonzero(budget.groups == group) == 4
+    assert budget.group_budgets.tolist() == [3, 1, 3, 1, 3, 3, 3, 3]  # of two that are left one goes
+    assert budget.total == 20
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
+    shapes = [(300, 400), (50, 60)]
+    with pytest.raises(UsageError, match=r"the blocks take 115 GB, of which memory has 1 GB: --blocks 500 \(.*\)"):
+        Recipe(blocks="layer", memory=10**9).check_fits(shapes, 100, None)
+    with pytest.raises(UsageError, match=r"--curvature gradients \(49.2 MB\) would do"):
+        Recipe(blocks="layer", memory=10**9).check_fits(shapes, 100, None)
+    with pytest.raises(UsageError, match=r"a block of 3000 weights needs 0.368 GB of memory, 0.2 GB .*--blocks 2"):
+        Recipe(blocks=3000, memory=2 * 10**8).check_fits([(100, 400)], 1000, tmp_path)
+    Recipe(blocks=500, memory=10**9).check_fits(shapes, 100, None)
+    Recipe(memory=1).check_fits(shapes, 100, tmp_path)  # gradients go to the disk piece by piece
+
+
+def test_scratch_space_moves_to_the_disk(tmp_path):
+    small = scratch((3, 4), np.dtype(np.float32), 48, tmp_path)
+    large = scratch((3, 4), np.dtype(np.float32), 47, tmp_path)
+    assert not isinstance(small, np.memmap) and isinstance(large, np.memmap)
+    large[:] = 7.0
+    assert large.sum() == 84 and not list(tmp_path.iterdir())
+    with pytest.raises(UsageError, match="the gradients take"):
+        scratch((10**9, 10**9), np.dtype(np.float32), 47, tmp_path)
