@@ -104,7 +104,7 @@ class Search(Solver):
         """Search until told to stop, or until nothing improves any more."""
         monitor = context.monitor
         run = _Run(self._problem, self.parameters, context)
-        # A tree of more weights is longer at work before it meets its best leaf; tables bring selections themselves.
+        # A tree of more weights is longer at work before it meets its best leaf; tables bring their selections.
         before_proof = 8 if self._pieces == 1 and self._problem.n >= 160 else 2
         run.search(epochs=None if self._exact is None else before_proof)
         if self._exact is None or monitor.should_stop() or monitor.closed:
@@ -122,7 +122,7 @@ class Search(Solver):
         seconds = stop.time_limit
         sizes = [c.index.size for c in self._problem.presolved.components if c.coupling is Coupling.FULL]
         self._pieces = len(sizes)
-        largest = self.parameters.proof if seconds is not None else min(self.parameters.proof, _PROOF_WITHOUT_LIMIT)
+        largest = min(self.parameters.proof, _PROOF_WITHOUT_LIMIT) if seconds is None else self.parameters.proof
         if len(sizes) == 1:
             small = self._problem.n <= largest
         else:
