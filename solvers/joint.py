@@ -6,11 +6,12 @@ import logging
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
-from cbs_opt.errors import UsageError
+from cbs_opt.errors import CbsError, UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.losses import joint_loss
 from cbs_opt.registry import register
@@ -20,6 +21,7 @@ from cbs_opt.solvers import backward
 from cbs_opt.solvers.joint_bound import improve_bound
 from cbs_opt.solvers.joint_large import exchange_in_bulk
 from cbs_opt.solvers.joint_moves import KEPT_LIMIT, JointMoves
+from cbs_opt.solvers.proof import branch_and_bound, is_provable, prove
 from cbs_opt.solvers.tableau import Tableau
 from cbs_opt.solvers.warm_up import compiling
 from cbs_opt.typing import BoolArray
@@ -43,11 +45,13 @@ class JointParameters(Parameters):
     )
     restart: int = option(60, "moves without improvement after which the search goes back to the best, shaken")
     bound_steps: int = option(200, "steps of the ascent to a lower bound, once a local optimum is found")
+    proof: int = option(100, "weights of a block up to which branch and bound takes over; 0 for never")
     stage: float = option(0.1, "share of a large block's weights that backward elimination removes at once")
 
     def __post_init__(self) -> None:
-        if self.bound_steps < 0:
-            raise UsageError(f"`bound_steps` must not be negative, got {self.bound_steps}")
+        for name in ("bound_steps", "proof"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"`{name}` must not be negative, got {getattr(self, name)}")
         for name in ("tenure", "patience", "restart"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}")
@@ -77,6 +81,13 @@ class JointSearch(Solver):
         with compiling():
             backward.warm_up()
             warm_up()
+        sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
+        self._exact: Solver | None = None
+        if is_provable(sizes, groups, self.parameters.proof, context.monitor.stop):
+            exact = branch_and_bound()
+            with suppress(CbsError):  # the search says what is wrong, and keeps its incumbent
+                exact.prepare(instance, context)
+                self._exact = exact
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Start, descend, and search until told to stop."""
@@ -100,8 +111,10 @@ class JointSearch(Solver):
                 value = 2 * joint_loss(instance, pruned)
                 self._note_drift(moves, value, context)
                 whole = sum(index.size for index in moves.weights_of) == instance.n
-                if whole or not moves.tableaux or value > before - _GAIN * abs(before):
+                if self._exact is not None or whole or not moves.tableaux or value > before - _GAIN * abs(before):
                     break
+        if self._exact is not None and not monitor.should_stop() and not monitor.closed:
+            return prove(self._exact, instance, context)
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
     def _note_drift(self, moves: JointMoves, value: float, context: Context) -> None:
@@ -130,14 +143,17 @@ class JointSearch(Solver):
         """Best-swap descent, then tabu search; returns the best selection."""
         monitor, rng = context.monitor, context.rng()
         patience = self.parameters.patience
-        if patience is None and not monitor.stop.limits_work:
+        if patience is None and (self._exact is not None or not monitor.stop.limits_work):
             patience = 400
+        handover = monitor.stop.time_limit if self._exact is not None else None
         best, best_doubled = moves.pruned(), moves.doubled
         tabu: deque[tuple[int, int, int]] = deque()  # (free again at move, block, weight), in order
         count = idle = since = 0
         interval = _REFACTOR
         descending, at_best = True, True
         while not monitor.should_stop():
+            if handover is not None and monitor.elapsed > 0.5 * handover:
+                break
             move = moves.best_move()
             worth = move is not None and move.change < -_GAIN * abs(moves.doubled)
             if descending and not worth:

@@ -54,6 +54,7 @@ class JointMoves:
         self.instance = instance
         self.outside = pruned.copy()  # the selection of the weights without a tableau, or outside a core
         self.base = 0.0  # doubled loss of the blocks without a tableau
+        self.drift = 0.0  # largest relative error of the doubled loss that a refactoring has found
         self.weights_of: list[IntArray] = []
         self.tableaux: list[Tableau | SeparateWeights] = []
         self.skipped: list[int] = []
@@ -142,11 +143,6 @@ class JointMoves:
         """The doubled joint loss."""
         return self.base + sum(tableau.doubled for tableau in self.tableaux)
 
-    @property
-    def drift(self) -> float:
-        """Largest relative error that a refactoring has found."""
-        return max((tableau.drift for tableau in self.tableaux), default=0.0)
-
     def pruned(self) -> BoolArray:
         """The selection, bool (n,)."""
         out = self.outside.copy()
@@ -170,11 +166,13 @@ class JointMoves:
         self._changed.clear()
 
     def refactor(self) -> float:
-        """Compute every tableau anew from its set; returns the largest relative error that was found."""
+        """Compute every tableau anew from its set; returns the error found, relative to the whole loss."""
         error = 0.0
         for k, tableau in enumerate(self.tableaux):
-            error = max(error, tableau.refactor())
+            error += tableau.refactor()
             self.forget(k)
+        error /= max(abs(self.doubled), 1e-300)
+        self.drift = max(self.drift, error)
         return error
 
     def forbid(self, block: int, weight: int, forbidden: bool) -> None:

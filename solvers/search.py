@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
-from cbs_opt.monitor import Monitor
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.presolve import Coupling
+from cbs_opt.solvers.proof import WITHOUT_LIMIT, branch_and_bound, is_provable, prove
 from cbs_opt.solvers.reduced import ReducedProblem
 from cbs_opt.solvers.relaxation import Relaxation
 from cbs_opt.solvers.search_core import GAIN, CorePoint, Incumbent, candidate_swaps
 from cbs_opt.solvers.sweep_search import SweepSearch, is_large, is_split
 from cbs_opt.solvers.warm_up import warm_up_selection
 from cbs_opt.solvers.warm_up_sweeps import warm_up_sweeps
-from cbs_opt.stop import Stop
 from cbs_opt.typing import FloatArray, IntArray
 
 PATH = (0.1, 0.03, 0.01, 3e-3, 1e-3)
@@ -42,10 +40,6 @@ _NOISE_WHOLE = (0.5, 2.0)
 _TENURE = (4, 15)
 _BLOCKS_OF_A_CORE = 8
 _HARDENINGS = 3  # of a large problem by sweeps, with rounds of the relaxation between them
-_PROOF_WITHOUT_LIMIT = 100  # weights; every such block that we have is proven in a fraction of a second
-_TABLE_SPEED = 4e4  # squared weights of the pieces, summed, whose tables branch and bound makes in a second
-_TABLE_WORK = 4e5  # the same, as much as is taken on without a time limit
-_TABLE_NODES = 10**6  # nodes after which it ends without a time limit
 
 
 @dataclass(frozen=True)
@@ -109,50 +103,19 @@ class Search(Solver):
         run.search(epochs=None if self._exact is None else before_proof)
         if self._exact is None or monitor.should_stop() or monitor.closed:
             return Status.OPTIMAL if monitor.closed else Status.CONVERGED
-        if self._pieces == 1:
-            return self._exact.run(instance, replace(context, warm_start=monitor.pruned))
-        inner = _limited(monitor, _TABLE_NODES) if monitor.stop.time_limit is None else monitor
-        threads = context.threads or os.cpu_count()  # each piece by itself: threads do not change what is found
-        self._exact.run(instance, replace(context, warm_start=monitor.pruned, monitor=inner, threads=threads))
-        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+        return prove(self._exact, instance, context)
 
     def _branch_and_bound(self, context: Context) -> Solver | None:
         """The exact solver where it proves the optimum of such problems in seconds, None elsewhere."""
-        stop = context.monitor.stop
-        seconds = stop.time_limit
-        sizes = [c.index.size for c in self._problem.presolved.components if c.coupling is Coupling.FULL]
+        problem, stop, largest = self._problem, context.monitor.stop, self.parameters.proof
+        if stop.time_limit is None:
+            largest = min(largest, WITHOUT_LIMIT)
+        sizes = [c.index.size for c in problem.presolved.components if c.coupling is Coupling.FULL]
         self._pieces = len(sizes)
-        largest = min(self.parameters.proof, _PROOF_WITHOUT_LIMIT) if seconds is None else self.parameters.proof
         if len(sizes) == 1:
-            small = self._problem.n <= largest
-        else:
-            work = sum(size**2 for size in sizes)
-            small = (
-                len(sizes) > 1
-                and (seconds is not None or not stop.limits_work)  # tables are made whole, whatever their nodes
-                and max(sizes) <= largest
-                and int((self._problem.budget > 0).sum()) == 1
-                and work <= (_TABLE_WORK if seconds is None else 0.5 * seconds * _TABLE_SPEED)
-            )
-        if not small:
-            return None
-        from cbs_opt.solvers.exact.solver import Exact  # it looks for its first selections here
-
-        return Exact({"heuristic": 10**9})
-
-
-def _limited(outer: Monitor, nodes: int) -> Monitor:
-    """A monitor that passes everything on to `outer` and stops after some nodes."""
-    before = outer.iterations
-
-    def pass_on(inner: Monitor) -> None:
-        outer.advance(before + inner.iterations - outer.iterations)
-        if inner.objective is not None and inner.pruned is not None:
-            outer.report(inner.objective, inner.pruned)
-        if inner.bound is not None:
-            outer.report_bound(inner.bound)
-
-    return Monitor(Stop(max_iterations=nodes, should_stop=outer.should_stop), pass_on)
+            return branch_and_bound() if problem.n <= largest else None
+        groups = int((problem.budget > 0).sum())
+        return branch_and_bound() if is_provable(sizes, groups, largest, stop) else None
 
 
 class _Run:

@@ -45,8 +45,6 @@ class SeparateWeights:
     O(n) a move and in memory.
     """
 
-    drift = 0.0
-
     def __init__(
         self, values: FloatArray, constant: float, kept: BoolArray, group: IntArray, movable: BoolArray
     ) -> None:

@@ -71,7 +71,6 @@ class Tableau:
         self.pool, self.threads = pool, threads
         self.one_group = bool((group == group[0]).all()) if group.size else True
         self.tabu = np.zeros(b.size, dtype=bool)  # weights that may not move for now
-        self.drift = 0.0
         self._late: tuple[FloatArray, FloatArray, FloatArray, FloatArray] | None = None  # terms that U lacks
         self._floor = 1e-14 * np.maximum(H.diagonal(), 1e-300)
         self.reset(kept)
@@ -115,12 +114,10 @@ class Tableau:
         self.doubled = 2.0 * self.constant - float(self.b[self.S] @ self.x)
 
     def refactor(self) -> float:
-        """Start again from the same set; returns the relative error that was found, `drift` keeps the largest."""
+        """Start again from the same set; returns the error of `doubled` that was found."""
         before = self.doubled
         self.reset(self.kept)
-        error = abs(before - self.doubled) / max(abs(self.doubled), 1e-300)
-        self.drift = max(self.drift, error)
-        return error
+        return abs(before - self.doubled)
 
     def copy(self) -> Tableau:
         """An independent copy that shares H and b."""
@@ -130,9 +127,9 @@ class Tableau:
 
     def restore(self, saved: Tableau) -> None:
         """Go back to an earlier `copy`; what is tabu stays."""
-        drift, tabu = self.drift, self.tabu
+        tabu = self.tabu
         saved._copy_to(self)
-        self.drift, self.tabu = max(drift, saved.drift), tabu
+        self.tabu = tabu
 
     def _copy_to(self, other: Tableau) -> None:
         U = self.U.copy()

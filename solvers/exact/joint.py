@@ -186,6 +186,16 @@ class JointWorker:
         self._state[tree.LEVEL] = -1
         return out
 
+    def relaxed_point(self) -> FloatArray:
+        """The relaxed point of the last node, float64 (n,); the minimiser where it had none."""
+        level = int(self._state[joint_tree.POINT])
+        if self._root is None or level < 0:
+            return np.asarray(self.task.w)
+        columns = self._levels[2][level, : self._levels[1][level, -1]]
+        u = np.zeros(self.task.n)
+        u[self._root[0][columns]] = self._work[6][: columns.size]
+        return u
+
     def better_diagonal(self) -> FloatArray | None:
         """A diagonal for the subproblem; zero on the weights that it decides."""
         if self._root is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ class Exact(Solver):
         if monitor.should_stop():
             return Status.CONVERGED
         context.extras |= {"nodes": 0, "open": 1}
-        if self.parameters.effort and case.n >= self.parameters.heuristic and case.dense:
+        if self.parameters.effort and case.n >= self.parameters.heuristic:
             self._heuristic(instance, context, report)
         solve = self._dense if case.dense else self._blocks
         tolerance = TOLERANCE
@@ -134,7 +135,9 @@ class Exact(Solver):
         steps = self.parameters.effort * (10 if joint else 1)
         stop = Stop(max_iterations=steps, should_stop=context.monitor.should_stop)
         inner = Context(context.objective, context.seed, Monitor(stop), context.warm_start, threads=1)
-        solver: Solver = JointHeuristic({"bound_steps": 0}) if joint else SelectionHeuristic({"proof": 0})
+        solver: Solver = (
+            JointHeuristic({"bound_steps": 0, "proof": 0}) if joint else SelectionHeuristic({"proof": 0})
+        )
         solver.prepare(instance, inner)
         solver.run(instance, inner)
         if inner.monitor.pruned is not None:
@@ -193,7 +196,7 @@ class Exact(Solver):
         """Pieces under one budget."""
         case, monitor = report.case, context.monitor
         left = case.problem.budget if isinstance(case, SelectionCase) else case.left
-        search = BlockSearch(case.pieces(), int(left.sum()), tolerance, context.threads or 1)
+        search = BlockSearch(case.pieces(), int(left.sum()), tolerance, context.threads or os.cpu_count() or 1)
         self._search = search
         seen = [0]
 

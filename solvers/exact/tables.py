@@ -9,11 +9,12 @@ import numpy as np
 
 from cbs_opt.solvers.exact.best_first import BestFirst, Int8Array
 from cbs_opt.solvers.exact.joint import prepare_joint
+from cbs_opt.solvers.exact.outlines import Outline, joint_outline, outline_diagonal, selection_outline
 from cbs_opt.solvers.exact.selection import prepare_selection
 from cbs_opt.solvers.exact.subsets import MAX_WEIGHTS, all_subsets
 from cbs_opt.typing import FloatArray, IntArray
 
-_FIRST_NODES = 20
+_OUTLINES = 8  # intervals between the numbers of a piece whose relaxation is solved beforehand
 
 
 class Piece(Protocol):
@@ -27,8 +28,14 @@ class Piece(Protocol):
     def subsets(self) -> tuple[FloatArray, IntArray] | None:
         """Best values and codes by enumeration, where that is cheap."""
 
+    def outline(self, count: int, upper: float) -> Outline:
+        """Bounds for every number from the relaxation with `count` pruned, whose value may be `upper`."""
+
     def floor(self) -> FloatArray:
         """A cheap lower bound for every number, float64 (n+1,)."""
+
+    def tighten(self, lower: FloatArray) -> FloatArray:
+        """What bounds for some numbers tell of others, float64 (n+1,)."""
 
 
 class Search(Protocol):
@@ -65,9 +72,17 @@ class SelectionPiece:
         best, code = all_subsets(self.Q, self.c, False)
         return best, code
 
+    def outline(self, count: int, upper: float) -> Outline:
+        """From the box relaxation."""
+        return selection_outline(self.Q, self.c, count)
+
     def floor(self) -> FloatArray:
         """½ yᵀQy ≥ 0: the smallest entries of c."""
         return np.concatenate([[0.0], np.cumsum(np.sort(self.c))])
+
+    def tighten(self, lower: FloatArray) -> FloatArray:
+        """Nothing: to prune one more may lower the loss."""
+        return lower
 
 
 class JointPiece:
@@ -77,6 +92,7 @@ class JointPiece:
         self.A, self.H, self.w = np.ascontiguousarray(A), np.ascontiguousarray(H), np.ascontiguousarray(w)
         self.n = w.size
         self._group = np.zeros(self.n, np.int64)
+        self._diagonal: FloatArray | None = None
 
     def prepare(self, count: int, start: Int8Array | None, tolerance: float) -> Search:
         """Branch and bound."""
@@ -93,9 +109,19 @@ class JointPiece:
         best, code = all_subsets(self.A * s[:, None] * s, self.w * s, True)
         return best, code
 
+    def outline(self, count: int, upper: float) -> Outline:
+        """From the perspective relaxation."""
+        if self._diagonal is None:
+            self._diagonal = outline_diagonal(self.A)
+        return joint_outline(self.A, self.H, self.w, self._diagonal, count, upper)
+
     def floor(self) -> FloatArray:
         """The loss is never negative."""
         return np.zeros(self.n + 1)
+
+    def tighten(self, lower: FloatArray) -> FloatArray:
+        """To prune one more never lowers the loss after the best update."""
+        return np.maximum.accumulate(lower)
 
 
 class SeparablePiece:
@@ -132,10 +158,24 @@ class Table:
                 self.picks[k] = ((int(code[k]) >> np.arange(self.n)) & 1).astype(np.int8)
             return
         self.lower, self.upper = piece.floor(), np.full(self.n + 1, np.inf)
-        for k in range(self.n + 1):
+        self._outlined: set[int] = set()
+        for k in dict.fromkeys(np.linspace(0, self.n, _OUTLINES + 1).round().astype(int)[1:-1].tolist()):
+            self._outline(k)
             if should_stop():
                 break
-            self.work(k, 1e-6, _FIRST_NODES, should_stop)
+        for k in (0, self.n):  # a single selection
+            self.lower[k] = self.upper[k]
+
+    def _outline(self, k: int) -> None:
+        """Bounds for all numbers from the relaxation of one of them."""
+        assert not isinstance(self.piece, SeparablePiece)
+        self._outlined.add(k)
+        found = self.piece.outline(k, float(self.upper[k]))
+        for j in np.flatnonzero(found.upper < self.upper).tolist():
+            pick = np.zeros(self.n, np.int8)
+            pick[found.order[:j]] = 1
+            self.upper[j], self.picks[j] = found.upper[j], pick
+        self.lower = np.minimum(self.piece.tighten(np.maximum(self.lower, found.lower)), self.upper)
 
     def pick(self, k: int) -> Int8Array:
         """The selection of `upper[k]`, int8 (n,)."""
@@ -152,6 +192,8 @@ class Table:
         if kept is not None and kept[0] == tolerance:
             search = kept[1]
         else:
+            if k not in self._outlined and not should_stop():
+                self._outline(k)
             search = self.piece.prepare(k, self.picks.get(k), tolerance)
         queue = search.queue
         until = queue.nodes + nodes
@@ -162,6 +204,7 @@ class Table:
         if value < self.upper[k]:
             self.upper[k], self.picks[k] = value, search.selection()
         self.lower[k] = min(max(self.lower[k], search.bound()), self.upper[k])
+        self.lower = np.minimum(self.piece.tighten(self.lower), self.upper)
         if queue.finished():
             self._searches.pop(k, None)
         else:
