@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cbs_opt import Instance, Stop, read_instance, solve
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.errors import UsageError
-from cbs_opt.files.atomic import atomic_write
+from cbs_opt.files.atomic import atomic_write, check_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     from cbs_opt.instances.checkpoints import load_checkpoint
     from cbs_opt.instances.data import open_samples
-    from cbs_opt.instances.networks import load_network
+    from cbs_opt.instances.networks import is_factory, load_network
     from cbs_opt.instances.scores import evaluate
 
     parser = Parser(
@@ -193,7 +193,13 @@ def _main(arguments: list[str]) -> int:
     spec = options.network or instance.metadata.get("network")
     if not isinstance(spec, str):
         raise UsageError(f"{options.instance}: does not name its network: give it with `--network`")
-    network = load_network(spec, instance.metadata.get("mean"), instance.metadata.get("std"))
+    if options.network is None and is_factory(spec):
+        raise UsageError(f"'{spec}' is a factory, which is code: repeat it as `--network {spec}` to run it")
+    if options.output is not None:
+        check_writable(options.output)
+    noted = instance.metadata.get("normalisation")
+    noted = noted if isinstance(noted, dict) else {}
+    network = load_network(spec, noted.get("mean"), noted.get("std"))
     if options.checkpoint is not None:
         load_checkpoint(network.model, options.checkpoint)
     samples = open_samples(options.data, network, "test")

@@ -282,7 +282,9 @@ def _measure(problem: Problem) -> None:
         return
     best = problem.best = min(losses)
     scale = problem.scale = max(map(abs, losses))
-    holder = next(name for name, runs in problem.runs.items() if any(run.row.objective == best for run in runs))
+    holder = next(
+        name for name, runs in problem.runs.items() if any(run.valid and run.row.objective == best for run in runs)
+    )
     for run in problem.valid:
         row, bound = run.row, run.row.bound
         assert row.objective is not None

@@ -16,6 +16,7 @@ from typing import Any
 
 from cbs_opt import Instance, Stop, read_instance, solve
 from cbs_opt.cli.common import Parser, run_main, start_logging
+from cbs_opt.errors import SolverError
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.files.library_file import INDEX
 from cbs_opt.monitor import OPTIMAL_GAP
@@ -77,6 +78,11 @@ def improve(
         if result.bound is not None and (best["bound"] is None or result.bound > best["bound"]):
             best["bound"] = result.bound
         if best["bound"] is not None:
+            if best["bound"] - best["value"] > 10 * OPTIMAL_GAP * abs(best["value"]) + 1e-300:
+                raise SolverError(
+                    f"{objective} {best['budget']}: the bound {best['bound']} is above the value {best['value']}, "
+                    "so one of them is wrong"
+                )
             best["bound"] = min(best["bound"], best["value"])
             best["proven"] = best["value"] - best["bound"] <= OPTIMAL_GAP * max(abs(best["value"]), 1e-300)
         if best["proven"]:

@@ -98,8 +98,8 @@ class Comparison:
     versions: tuple[str, str] = ("", "")
 
     def exceeds(self, ratio: float) -> list[str]:
-        """Sentences for what is worse than `ratio` allows: mean ratios of time or loss, and rows that broke."""
-        found = []
+        """Sentences for what is worse than `ratio` allows: ratios of time or loss, rows that broke, no pair."""
+        found = [] if self.whole.keys else ["no row is ok in both stores: nothing was compared"]
         for line in (self.whole, *self.lines):
             for what, value in (("time", line.time_ratio), ("loss", line.loss_ratio)):
                 if value is not None and value > ratio:

@@ -115,6 +115,7 @@ def read_configuration(source: Path | str, time_limit: float | None = None) -> C
 
 
 _WHOLE = "a whole number"
+_MOST_SEED = 2**63  # what a store holds
 
 _Check = tuple[Callable[[Any], bool], str]
 
@@ -137,8 +138,8 @@ _SETTINGS: dict[str, _Check] = {
         'a list of numbers between 0 and 1, or of "file" for the budget of the file',
     ),
     "seeds": (
-        lambda v: _is_list(v, lambda s: _is_whole(s, 0)) and len(set(v)) == len(v),
-        "a list of different whole numbers ≥ 0",
+        lambda v: _is_list(v, lambda s: _is_whole(s, 0) and s < _MOST_SEED) and len(set(v)) == len(v),
+        "a list of different whole numbers ≥ 0 and below 2^63",
     ),
     "time_limit": (lambda v: _is_number(v, 1e-3, 1e9), "seconds, at least 0.001"),
     "objective": (lambda v: v in OBJECTIVES, "'selection' or 'joint'"),

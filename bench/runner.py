@@ -16,8 +16,9 @@ from typing import Protocol
 from cbs_opt.bench import store as kinds
 from cbs_opt.bench.configuration import Configuration, SolverEntry, unavailable
 from cbs_opt.bench.engines import Engine, Serial, never
+from cbs_opt.bench.metrics import slack
 from cbs_opt.bench.store import Key, Row, Store, StoredInstance
-from cbs_opt.bench.task import TOLERANCE, Made, Task, run_task
+from cbs_opt.bench.task import Made, Task, run_task
 from cbs_opt.errors import UsageError
 from cbs_opt.files import library_names, library_path, read_instance
 from cbs_opt.files.library_file import PREFIX
@@ -275,16 +276,18 @@ def run_plan(
 def refute(store: Store) -> int:
     """Turn rows `wrong` whose bound lies above the loss of another row of the same problem; returns how many."""
     best: dict[tuple[str, str, int], Row] = {}
+    scale: dict[tuple[str, str, int], float] = {}
     rows = [row for row in store.rows() if row.kind == kinds.OK and row.objective is not None]
     for row in rows:
         problem = row.instance_sha256, row.objective_kind, row.budget
         if problem not in best or _loss(row) < _loss(best[problem]):
             best[problem] = row
+        scale[problem] = max(scale.get(problem, 0.0), abs(_loss(row)))
     refuted = 0
     for row in rows:
-        other = best[row.instance_sha256, row.objective_kind, row.budget]
-        slack = TOLERANCE * max(abs(_loss(row)), abs(_loss(other)))
-        if row.bound is None or row.bound <= _loss(other) + slack:
+        problem = row.instance_sha256, row.objective_kind, row.budget
+        other = best[problem]
+        if row.bound is None or row.bound <= _loss(other) + slack(row.bound, _loss(other), scale[problem]):
             continue
         message = f"claims the bound {row.bound:.9g}, {other.label} has the loss {_loss(other):.9g}"
         logger.warning(f"{row.label}, budget {row.budget}, seed {row.seed}: {message}")

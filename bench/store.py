@@ -377,8 +377,11 @@ class Store:
 
 def _lock(path: Path) -> sqlite3.Connection:
     """Take the only writer's place: an exclusive lock of a file beside the store, which dies with the process."""
-    place = path.with_name(f".{path.name}.lock")
-    if not path.parent.is_dir():
+    if path.is_dir():
+        raise StoreError(f"{path}: is a directory, a store is a file")
+    target = path.resolve()  # a store has one lock, whatever links lead to it
+    place = target.with_name(f".{target.name}.lock")
+    if not target.parent.is_dir():
         raise StoreError(f"{path}: cannot be written: there is no directory {path.parent}")
     lock = sqlite3.connect(place, timeout=0, check_same_thread=False)
     try:

@@ -263,7 +263,9 @@ class TreeCheck:
             if any(value == 1 for _, value in fixings):
                 raise SolutionError("a node prunes a weight without a point that says why")
             leaps = self.part.leaps(forced_state)
-            self.bound = min(self.bound, *(float(leaps[i]) for i, _ in fixings if forced_state[i] < 0))
+            self.bound = min(self.bound, *(float(leaps[i]) for i, _ in fixings if forced_state[i] < 0), np.inf)
+            if any(forced_state[i] == 1 for i, _ in fixings):  # the budget prunes what the node keeps
+                self.bound = min(self.bound, self.part.value(forced_state))
         if closed:
             self.bound = min(self.bound, self.part.value(forced_state))
 

@@ -115,6 +115,10 @@ def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], like: Path
         nest = _nested(like, content)
         names = dict(zip(_plain_names(nest), nest, strict=True))
         fitted = _fitted(like, tensors, _plain_names(nest))
+        # Layers that share a parameter have it under each of their names: the last one loaded would win.
+        shared = {_place(nest[names[name]]): tensor for name, tensor in fitted.items()}
+        for key, old_tensor in list(nest.items()):
+            nest[key] = shared.get(_place(old_tensor), old_tensor)
         for name, tensor in fitted.items():
             nest[names[name]] = tensor
         buffer = io.BytesIO()  # torch would turn an error of the disk into one of its own
@@ -156,6 +160,8 @@ def container_of(path: Path | str) -> Container:
         return "safetensors"
     if head[:1] == b"\x80":
         return "torch"
+    if head[:4] == b"PK\x03\x04":
+        raise InstanceError(f"{path}: is damaged: its end is missing")
     raise InstanceError(
         f"{path}: is no checkpoint that we know: safetensors, .npz of tensors, or a file of torch.save"
     )
@@ -215,6 +221,11 @@ def _nested(path: Path, content: Any) -> dict[str, Tensor]:
     raise InstanceError(
         f"{path}: holds no dictionary of tensors, at its top or under {', '.join(f'`{key}`' for key in _NESTS)}"
     )
+
+
+def _place(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Where a tensor lies in memory: equal for two names of the same tensor."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
 def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

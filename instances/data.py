@@ -190,6 +190,13 @@ def _find(path: Path | str, network: Network, split: Split) -> Images:
             return read_cifar(batches)
     names = ("train",) if split == "train" else ("test", "val", "validation")
     divided = next((path / name for name in names if (path / name).is_dir()), path)
+    others = ("test", "val", "validation") if split == "train" else ("train",)
+    for other in others if divided == path else ():
+        # A division that lacks this split, rather than a class of that name: it has classes of its own.
+        if (path / other).is_dir() and any(sub.is_dir() for sub in (path / other).iterdir()):
+            raise InstanceError(
+                f"{path}: has a folder {other}, but none of the {split} split ({', '.join(names)})"
+            )
     images = read_image_folder(divided, network.image_shape)
     if images is None:
         raise InstanceError(
@@ -225,6 +232,8 @@ def _own_samples(network: Network, split: Split, limit: int | None, seed: int | 
     if data is None:
         raise UsageError(f"{network.name}: brings no data of its own: name some with `--data`")
     name = f"the data of {network.name}"
+    if split == "test" and network.test_data is None:
+        logger.warning(f"{name}: there are no test data: the training data stand in for them")
     batches = [data] if _is_pair(data) else data
     inputs: list[Tensor] = []
     labels: list[Tensor] = []

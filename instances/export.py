@@ -23,6 +23,7 @@ from cbs_opt.instances.curvature import fisher_blocks, reconstruction_blocks
 from cbs_opt.instances.dense import dense_scores
 from cbs_opt.instances.fisher import tensor_table
 from cbs_opt.instances.gradients import CHUNK_BYTES, Loss, Samples, gradient_rows
+from cbs_opt.instances.networks import matrices
 from cbs_opt.instances.recipe import DAMPING, Form, Recipe, Source, one_of, scratch
 from cbs_opt.instances.reconstruction import input_covariances, reconstruction_layers
 from cbs_opt.instances.scores import torch_device
@@ -73,7 +74,8 @@ def export(
     labels : (m, …)
         Targets of the loss: int64 (m,) class numbers for cross entropy.
     names : sequence of str, optional
-        Parameters to prune, by their names in `model.named_parameters()`; all with two axes or more by default.
+        Parameters to prune, by their names in `model.named_parameters()`; all with two axes or more,
+        except embeddings, by default.
     loss : callable
         Mean loss of a batch.
     source, curvature, blocks, batch, damping, relative_damping, dtype : optional
@@ -172,7 +174,7 @@ class Export:
         one_of("device", device, ("auto", "cpu", "cuda"))
         self.device = torch_device(device)
         parameters = dict(model.named_parameters())
-        self.names = [name for name, p in parameters.items() if p.dim() >= 2] if names is None else list(names)
+        self.names = matrices(model) if names is None else list(names)
         _check_names(self.names, parameters)
         if len(inputs) != len(labels):
             raise InstanceError(f"there are {len(inputs)} inputs but {len(labels)} labels")

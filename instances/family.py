@@ -218,7 +218,7 @@ def write_index(folder: Path) -> None:
                 "curvature": instance.curvature.kind,
                 "budget": instance.budget.total,
                 "groups": 0 if instance.budget.groups is None else instance.budget.number_of_groups,
-                "best_known": known.get(instance.sha256, []),
+                "best_known": known.get(instance.sha256 or "", []),
             }
         )
     items.sort(key=lambda item: (item["n"], item["name"]))

@@ -140,12 +140,12 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
             f"'{spec}' is no network that we know: {', '.join(_NETWORKS)}; for your own, give module:factory"
         )
     model = entry.make().eval()
-    prunable = tuple(name for name in _matrices(model) if entry.prunes(name))
+    prunable = tuple(name for name in matrices(model) if entry.prunes(name))
     preparation = entry.preparation.normalised(mean, std)
     return Network(spec, model, prunable, preparation, entry.classes, image_shape=preparation.image_shape)
 
 
-def _matrices(model: nn.Module) -> list[str]:
+def matrices(model: nn.Module) -> list[str]:
     """Parameters with two axes or more, without embeddings: the weights of linear and convolutional layers."""
     embeddings = {
         id(parameter)
@@ -168,7 +168,7 @@ def _from_factory(spec: str, mean: Sequence[float] | None, std: Sequence[float] 
             f"{spec}: must return a model, (model, data) or (model, training data, test data), got {_kind(made)}"
         )
     model = parts[0].eval()
-    prunable = tuple(_matrices(model))
+    prunable = tuple(matrices(model))
     if not prunable:
         raise UsageError(f"{spec}: the model has no parameter with two axes or more, so nothing to prune")
     preparation = None

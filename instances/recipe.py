@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbs_opt.budget import Budget
-from cbs_opt.errors import UsageError
+from cbs_opt.errors import OutputError, UsageError
 from cbs_opt.instances.curvature import Shape, block_sizes, cut, working_bytes
 from cbs_opt.typing import IntArray
 
@@ -251,6 +251,8 @@ def scratch(shape: tuple[int, int], dtype: np.dtype[Any], memory: int, folder: P
     ------
     UsageError
         When the disk has no room for it either.
+    OutputError
+        When the file cannot take its space, on a full disk say.
     """
     import tempfile
 
@@ -265,6 +267,11 @@ def scratch(shape: tuple[int, int], dtype: np.dtype[Any], memory: int, folder: P
             f"{_gb(free)} free on the disk: fewer samples or tensors would do"
         )
     with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up under a map would end the process
+            try:
+                os.posix_fallocate(file.fileno(), 0, needed)
+            except OSError as error:
+                raise OutputError(f"{folder}: no room for {_gb(needed)} of gradients: {error.strerror}") from error
         return np.memmap(file, dtype, "w+", shape=shape)
 
 

@@ -91,8 +91,8 @@ def _logits(model: nn.Module, name: str, inputs: torch.Tensor) -> torch.Tensor:
     try:
         with torch.no_grad():
             logits = model(inputs)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except Exception as error:  # whatever a user's network does with inputs that are not its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InstanceError(
             f"{name}: the network cannot take inputs of shape {tuple(inputs.shape[1:])}: {reason}"
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,8 +68,18 @@ def _parser() -> common.Parser:
     return parser
 
 
+class Interrupts(common.Interrupts):
+    """The first signal ends the scoring; the pruned checkpoint is still written."""
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.asked:
+            os._exit(common.EXIT_KILLED)
+        self.asked = True
+        os.write(2, b"interrupted: scoring ends, the output is written; once more to quit and write nothing\n")
+
+
 def _main(arguments: list[str]) -> int:
-    with common.Interrupts() as interrupts:
+    with Interrupts() as interrupts:
         options = _parser().parse_args(arguments)
         if options.quiet and options.verbose:
             raise UsageError("`-q` and `-v` exclude each other")
@@ -197,8 +208,11 @@ def _take(network: Network, changed: dict[str, Tensor]) -> None:
 def _normalisation(options: argparse.Namespace, instance: Instance) -> tuple[Any, Any]:
     """Mean and standard deviation as given, or as the exporter noted them."""
     given = (options.mean, options.std)
-    noted = (instance.metadata.get(key) for key in ("mean", "std"))
-    mean, std = (new if new is not None else old for new, old in zip(given, noted, strict=True))
+    noted = instance.metadata.get("normalisation")
+    noted = noted if isinstance(noted, dict) else {}
+    mean, std = (
+        new if new is not None else noted.get(key) for key, new in zip(("mean", "std"), given, strict=True)
+    )
     return mean, std
 
 

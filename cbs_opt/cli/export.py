@@ -141,7 +141,7 @@ def _main(arguments: list[str]) -> int:
     common.say(
         f"{options.output}: {job.weights.size} weights, {recipe.form.replace('-', ' ')} in {len(job.sizes)} "
         f"block{'s' if len(job.sizes) > 1 else ''}, {job.budget.total} to prune\n"
-        f"dense network on these {job.samples} samples: loss {facts['dense_loss']:.6f}{accuracy}\n"
+        f"dense network on {len(source)} samples: loss {facts['dense_loss']:.6f}{accuracy}\n"
         f"{options.output.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s\n"
     )
     return common.EXIT_OK

@@ -144,7 +144,10 @@ def best_known(instance: Instance, objective: str) -> BestKnown | None:
     if isinstance(curvature, GradientFactor) and curvature.damping != instance.metadata.get("damping"):
         return None
     entry = next((entry for entry in library_entries() if entry.sha256 == instance.sha256), None)
-    return None if entry is None else entry.best(objective, instance.budget.total)
+    groups = 0 if instance.budget.groups is None else instance.budget.number_of_groups
+    if entry is None or groups != entry.groups:  # the same number without the groups is another problem
+        return None
+    return entry.best(objective, instance.budget.total)
 
 
 def resolve(path: Path | str) -> Path:

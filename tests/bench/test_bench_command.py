@@ -53,7 +53,7 @@ def here(tmp_path, monkeypatch):
             "seeds = [0, 1]",
             "seeds = [0, 0]",
             3,
-            "`seeds` must be a list of different whole numbers ≥ 0, got '[0, 0]'",
+            "`seeds` must be a list of different whole numbers ≥ 0 and below 2^63, got '[0, 0]'",
         ),
         ("seeds = [0, 1]", "time_limit = 0", 3, "`time_limit` must be seconds, at least 0.001, got '0'"),
         ("seeds = [0, 1]", "sparsities = [1.5]", 3, "`sparsities` must be a list of numbers between 0 and 1"),

@@ -6,6 +6,7 @@ import pytest
 
 import cbs_opt
 from cbs_opt.bench import best_known
+from cbs_opt.errors import SolverError
 
 
 @pytest.fixture
@@ -35,6 +36,12 @@ def test_values_are_proven_and_merged(instance, objective):
         assert found["value"] == pytest.approx(optimum, rel=1e-6)
         assert found["bound"] <= found["value"]
     assert best_known.improve(found, instance, objective, 5.0) is found
+
+
+def test_a_bound_above_the_value_is_an_error(instance):
+    known = {"objective": "selection", "budget": 10, "value": 1e-12, "bound": None, "proven": False, "solver": "x"}
+    with pytest.raises(SolverError, match="one of them is wrong"):
+        best_known.improve(known, instance, "selection", 5.0)
 
 
 def test_the_command_writes_the_index(tmp_path, instance):

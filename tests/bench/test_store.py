@@ -111,6 +111,14 @@ def test_a_second_writer_is_refused_and_readers_are_not(path, process_environmen
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are of Unix")
+def test_a_link_to_a_store_has_the_same_writer(path, tmp_path):
+    link = tmp_path / "link.sqlite"
+    with Store(path, "w"):
+        link.symlink_to(path)
+        with pytest.raises(StoreError, match=r"link\.sqlite: another cbs-bench writes to it"):
+            Store(link, "w")
+
+
 def test_a_writer_that_dies_leaves_its_rows_and_its_place(path, process_environment):
     script = (
         "import os, sys\nfrom cbs_opt.bench.store import Row, Store\n"
@@ -160,6 +168,13 @@ def test_what_is_no_store_is_refused(tmp_path):
         with pytest.raises(StoreError, match=r"other.sqlite: is no store of cbs-bench"):
             Store(other, mode)
     assert text.read_text().startswith("not a database")
+
+
+def test_a_directory_is_no_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "/", str(tmp_path)):
+        with pytest.raises(StoreError, match="is a directory"):
+            Store(place, "w")
 
 
 def test_a_reader_cannot_write(path):

@@ -205,3 +205,21 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(InstanceError, match="No such file"):
         checkpoint_sha256(tmp_path / "absent.pt")
     assert len(checkpoint_sha256(good)) == 64
+
+
+def test_a_tensor_with_two_names_changes_under_both(tmp_path):
+    state = make_model().state_dict()
+    state["again.weight"] = state["0.weight"]
+    like = write("torch", tmp_path / "in.pt", state)
+    pruned = torch.zeros(4, 3)
+    write_checkpoint(tmp_path / "out.pt", {"0.weight": pruned}, like)
+    after = read_checkpoint(tmp_path / "out.pt")
+    assert torch.equal(after["0.weight"], pruned) and torch.equal(after["again.weight"], pruned)
+    assert torch.equal(after["2.weight"], state["2.weight"])
+
+
+def test_a_truncated_file_of_torch_save_is_called_damaged(tmp_path):
+    path = write("torch", tmp_path / "in.pt", make_model().state_dict())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InstanceError, match="is damaged"):
+        read_checkpoint(path)

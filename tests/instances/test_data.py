@@ -324,3 +324,22 @@ def test_inputs_come_in_the_type_of_the_users_weights(tmp_path):
     np.savez(tmp_path / "data.npz", x=np.zeros((3, 4), np.float32), y=np.zeros(3, np.int64))
     network = own_network(dtype=torch.float64)
     assert read_samples(tmp_path / "data.npz", network, "train").inputs.dtype == torch.float64
+
+
+def test_a_folder_of_the_other_split_is_not_taken_for_a_class(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / "val" / label).mkdir(parents=True)
+        Image.fromarray(GREY[0]).save(tmp_path / "val" / label / "0.png")
+    network = own_network()
+    with pytest.raises(InstanceError, match="has a folder val, but none of the train split"):
+        open_samples(tmp_path, network, "train")
+    assert open_samples(tmp_path, network, "test").labels.tolist() == [0, 1]
+
+
+def test_training_data_do_not_silently_pass_for_test_data(caplog):
+    data = torch.zeros(3, 4), torch.tensor([0, 1, 1])
+    with caplog.at_level("WARNING", "cbs_opt"):
+        open_samples(None, own_network(data, data), "test")
+        assert not caplog.records
+        open_samples(None, own_network(data), "test")
+    assert "no test data" in caplog.text

@@ -110,6 +110,18 @@ def test_samples_and_normalisation_are_as_asked(trained, tmp_path, capsys):
     assert len({score["loss"] for score in scores}) == 4
 
 
+def test_the_normalisation_of_the_export_is_used(trained, tmp_path, capsys):
+    path = tmp_path / "noted.instance"
+    said = {"network": "digits-mlp", "normalisation": {"mean": [0.5], "std": [0.25]}}
+    make_instance(path, trained / "model.pt", said)
+    noted = [path, path.with_suffix(".solution"), "--checkpoint", trained / "model.pt", "-o", tmp_path / "out.pt"]
+    losses = []
+    for more in ([], ["--mean", 0, "--std", 1], ["--mean", 0.5, "--std", 0.25]):
+        assert main([*map(str, [*noted, "--data", "digits", "--json", "-", "-q", *more])]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["before"]["loss"])
+    assert losses[0] == losses[2] != losses[1]
+
+
 def test_updated_weights_reach_the_file(trained, tmp_path):
     path = tmp_path / "model.instance"
     instance, result = make_instance(path, trained / "model.pt", {"network": "digits-mlp"})

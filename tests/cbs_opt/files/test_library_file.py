@@ -1,10 +1,12 @@
 """The instances that ship: found by name, listed with their origin, and with values that hold."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import cbs_opt
+from cbs_opt import Budget
 from cbs_opt.cli import info, solve
 from cbs_opt.files import library_file
 from cbs_opt.files.instance_file import file_sha256
@@ -96,3 +98,10 @@ def test_an_index_of_a_newer_version_is_refused(tmp_path, monkeypatch):
             cbs_opt.library_names()
     finally:
         library_file.library_entries.cache_clear()
+
+
+def test_a_problem_without_its_groups_is_another_problem():
+    grouped = cbs_opt.library("mlp-output-rows-2of4")
+    ungrouped = replace(grouped, budget=Budget(grouped.budget.total))
+    assert library_file.best_known(grouped, "selection") is not None
+    assert library_file.best_known(ungrouped, "selection") is None

@@ -18,7 +18,17 @@ from cbs_opt import Budget, GradientFactor, HessianBlocks, Instance, Status, Sto
 from cbs_opt import certificate as checking
 from cbs_opt.certificate import verify
 from cbs_opt.errors import SolutionError
-from cbs_opt.files.certificate_file import INHERIT, NOTHING, POINT, SINGLE, read_certificate, write_certificate
+from cbs_opt.files.certificate_file import (
+    INHERIT,
+    LEAF,
+    NOTHING,
+    POINT,
+    SINGLE,
+    VALUE,
+    Certificate,
+    read_certificate,
+    write_certificate,
+)
 from cbs_opt.solvers.exact import tables
 
 FAMILIES = ("hidden", "output", "low rank", "gaussian", "ill-scaled")
@@ -290,3 +300,23 @@ def test_fields_are_all_written(honest, tmp_path):
         one, other = getattr(certificate, field.name), getattr(again, field.name)
         assert np.array_equal(one, other), field.name
         assert getattr(one, "dtype", None) == getattr(other, "dtype", None), field.name
+
+
+def test_a_selection_that_the_budget_forces_cannot_be_left_out():
+    """Keep weight 2 and the budget prunes 0 and 1, the optimum: a node that keeps 0 there must answer for it."""
+    H = np.array([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.5, 0.5, 1.0]])
+    instance = Instance(np.array([1.0, 1.0, 9.0]), HessianBlocks.from_blocks([H]), Budget(2))
+    pruned = np.array([False, True, True])
+    loss = checking.selection_loss(instance, pruned)
+    forged = Certificate(
+        instance_sha256="", objective_kind="selection", budget=2, damping=None, pruned=pruned, objective=loss,
+        bound=loss, pieces=np.zeros(3, np.int32), tree_piece=np.zeros(1, np.int32),
+        tree_count=np.full(1, -1, np.int32), tree_nodes=np.full(1, 6, np.int64),
+        # 2 kept: weight 0 is kept too, which leaves nothing. 2 pruned: 0 kept, 1 kept.
+        branch=np.array([2, SINGLE, LEAF, 0, LEAF, LEAF], np.int32),
+        how=np.array([NOTHING, VALUE, NOTHING, NOTHING, VALUE, VALUE], np.uint8),
+        fixed_counts=np.array([0, 1, 0, 0, 0, 0], np.int32), fixings=np.zeros(1, np.int32),
+        diagonals=np.zeros(0), codes=np.zeros(0, np.uint8), numbers=np.zeros(0),
+    )  # fmt: skip
+    with pytest.raises(SolutionError, match="prove a bound"):
+        verify(instance, forged)
