@@ -1,5 +1,7 @@
-"""How we know: measurements, and the pictures and tables made of them.
+"""How we know: benchmark runs and their reports, measurements, and the pictures and tables made of them.
 
-This room imports all the others; importing it loads nothing. Every module is a command:
-`python -m cbs_opt.bench.trajectories`, `python -m cbs_opt.bench.startup`, `python -m cbs_opt.bench.scale`.
+This room imports all the others; importing it loads nothing. `runs` makes rows and keeps them, `reports` makes
+tables and pictures of them: the command `cbs-bench` is their front door. The other modules are commands of their
+own, each for one question: `python -m cbs_opt.bench.exact`, `accuracy`, `joint`, `quality`, `trajectories`,
+`startup`, `scale`, `losses`, `best_known`.
 """

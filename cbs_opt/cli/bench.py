@@ -82,11 +82,11 @@ def _talk(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     with _Interrupts() as interrupts:
         common.start_logging(options.quiet, options.verbose)
-        from cbs_opt.bench.configuration import read_configuration
-        from cbs_opt.bench.engines import make_engine
-        from cbs_opt.bench.runner import due, make_plan, run_plan, summary
-        from cbs_opt.bench.show import duration, progress
-        from cbs_opt.bench.store import OK, Store
+        from cbs_opt.bench.runs.configuration import read_configuration
+        from cbs_opt.bench.runs.engines import make_engine
+        from cbs_opt.bench.runs.runner import due, make_plan, run_plan, summary
+        from cbs_opt.bench.runs.show import duration, progress
+        from cbs_opt.bench.runs.store import OK, Store
 
         configuration = read_configuration(options.configuration, options.time_limit)
         name = options.engine or ("serial" if options.workers in (None, 1) else "processes")
@@ -129,7 +129,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     common.start_logging(options.quiet, options.verbose)
-    from cbs_opt.bench.report import profile_picture, write_report
+    from cbs_opt.bench.reports.report import profile_picture, write_report
 
     written = write_report(options.store, options.output, title=options.title)[:2]
     if options.profile is not None:
@@ -142,7 +142,7 @@ def _compare(options: argparse.Namespace) -> int:
     common.start_logging(options.quiet, options.verbose)
     import dataclasses
 
-    from cbs_opt.bench.compare import compare_stores, comparison_text
+    from cbs_opt.bench.runs.compare import compare_stores, comparison_text
     from cbs_opt.cli.report import write_json
 
     comparison = compare_stores(options.old, options.new)
@@ -161,7 +161,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     import tomllib
 
-    from cbs_opt.bench.configuration import shipped
+    from cbs_opt.bench.runs.configuration import shipped
 
     for name, path in shipped().items():
         content = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from cbs_opt.bench import store as kinds
-from cbs_opt.bench.configuration import Configuration, SolverEntry, unavailable
-from cbs_opt.bench.engines import Engine, Serial, never
-from cbs_opt.bench.metrics import slack
-from cbs_opt.bench.store import Key, Row, Store, StoredInstance
-from cbs_opt.bench.task import Made, Task, run_task
+from cbs_opt.bench.reports.metrics import slack
+from cbs_opt.bench.runs import store as kinds
+from cbs_opt.bench.runs.configuration import Configuration, SolverEntry, unavailable
+from cbs_opt.bench.runs.engines import Engine, Serial, never
+from cbs_opt.bench.runs.store import Key, Row, Store, StoredInstance
+from cbs_opt.bench.runs.task import Made, Task, run_task
 from cbs_opt.errors import UsageError
 from cbs_opt.files import library_names, library_path, read_instance
 from cbs_opt.files.library_file import PREFIX

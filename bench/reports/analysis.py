@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cbs_opt.bench.metrics import (
+from cbs_opt.bench.reports.metrics import (
     TOLERANCE,
     certified_gap,
     first_closed,
@@ -27,7 +27,18 @@ from cbs_opt.bench.metrics import (
     relative_gap,
     slack,
 )
-from cbs_opt.bench.store import ERROR, INFEASIBLE, KINDS, LOST, OK, UNSUPPORTED, WRONG, Row, Store, StoredInstance
+from cbs_opt.bench.runs.store import (
+    ERROR,
+    INFEASIBLE,
+    KINDS,
+    LOST,
+    OK,
+    UNSUPPORTED,
+    WRONG,
+    Row,
+    Store,
+    StoredInstance,
+)
 from cbs_opt.result import Status
 
 logger = logging.getLogger("cbs_opt")

@@ -6,9 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from cbs_opt.bench.analysis import FAILURES, Analysis, Section, reached
-from cbs_opt.bench.metrics import median
-from cbs_opt.bench.store import OK, UNSUPPORTED
+from cbs_opt.bench.reports.analysis import FAILURES, Analysis, Section, reached
+from cbs_opt.bench.reports.metrics import median
+from cbs_opt.bench.runs.store import OK, UNSUPPORTED
 from cbs_opt.result import Status
 
 FEW_SEEDS = 5

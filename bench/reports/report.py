@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbs_opt.bench import figures, tables
-from cbs_opt.bench.analysis import Analysis, Section, analyse
-from cbs_opt.bench.canvas import Style, as_svg, styles
-from cbs_opt.bench.document import Block, Document, Folded, Heading, Paragraph, Picture, Points
-from cbs_opt.bench.limitations import limitations
-from cbs_opt.bench.store import KINDS, OK, Store
+from cbs_opt.bench.reports import figures, tables
+from cbs_opt.bench.reports.analysis import Analysis, Section, analyse
+from cbs_opt.bench.reports.canvas import Style, as_svg, styles
+from cbs_opt.bench.reports.document import Block, Document, Folded, Heading, Paragraph, Picture, Points
+from cbs_opt.bench.reports.limitations import limitations
+from cbs_opt.bench.runs.store import KINDS, OK, Store
 from cbs_opt.errors import CbsError, OutputError, UsageError
 from cbs_opt.files.atomic import atomic_write, check_writable
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cbs_opt.bench.document import INK
-from cbs_opt.bench.metrics import TOLERANCE, Steps, thinned
+from cbs_opt.bench.reports.document import INK
+from cbs_opt.bench.reports.metrics import TOLERANCE, Steps, thinned
 from cbs_opt.bench.trajectories import few_ticks, short
 
 if TYPE_CHECKING:

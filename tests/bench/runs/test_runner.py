@@ -27,11 +27,11 @@ from cbs_opt import (
     solver_names,
     write_instance,
 )
-from cbs_opt.bench.configuration import read_configuration
-from cbs_opt.bench.engines import Processes, Serial
-from cbs_opt.bench.runner import due, make_plan, run_plan, summary
-from cbs_opt.bench.store import Store, StoreError
-from cbs_opt.bench.task import TRACE_STEP, run_task, thinned
+from cbs_opt.bench.runs.configuration import read_configuration
+from cbs_opt.bench.runs.engines import Processes, Serial
+from cbs_opt.bench.runs.runner import due, make_plan, run_plan, summary
+from cbs_opt.bench.runs.store import Store, StoreError
+from cbs_opt.bench.runs.task import TRACE_STEP, run_task, thinned
 from cbs_opt.solver import Capabilities
 
 
@@ -339,7 +339,7 @@ def test_a_file_that_changes_while_it_is_used_gives_no_wrong_row(plan, folder, p
 
 @pytest.mark.skipif(sys.platform == "win32", reason="workers are killed by signals of Unix")
 def test_processes_make_the_rows_that_serial_makes_though_one_is_killed(plan, folder, monkeypatch):
-    from cbs_opt.bench import runner
+    from cbs_opt.bench.runs import runner
 
     made = plan("seeds = [0, 1, 2]\n[[solvers]]\nname = 'random'\n[[solvers]]\nname = 'obs'\n", '["*.npz"]')
     with Store(folder / "serial.sqlite", "w") as store:
@@ -352,7 +352,7 @@ def test_processes_make_the_rows_that_serial_makes_though_one_is_killed(plan, fo
         import pathlib
         import signal
 
-        from cbs_opt.bench.task import run_task
+        from cbs_opt.bench.runs.task import run_task
 
         if task.seed == 1 and task.solver == "random" and not pathlib.Path(fatal).exists():
             pathlib.Path(fatal).touch()
@@ -369,7 +369,7 @@ def test_processes_make_the_rows_that_serial_makes_though_one_is_killed(plan, fo
 
 
 def test_a_row_that_kills_every_worker_is_lost_and_says_so(plan, folder, monkeypatch):
-    from cbs_opt.bench import runner
+    from cbs_opt.bench.runs import runner
 
     made = plan("seeds = [0, 1]\n[[solvers]]\nname = 'random'\n")
 

@@ -8,8 +8,8 @@ import time
 from types import TracebackType
 from typing import Any
 
-from cbs_opt.bench import store as kinds
-from cbs_opt.bench.store import Row
+from cbs_opt.bench.runs import store as kinds
+from cbs_opt.bench.runs.store import Row
 
 logger = logging.getLogger("cbs_opt")
 

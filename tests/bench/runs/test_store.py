@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from cbs_opt.bench.store import KINDS, Key, Row, Store, StoredInstance, StoreError
+from cbs_opt.bench.runs.store import KINDS, Key, Row, Store, StoredInstance, StoreError
 
 FULL = Row(
     instance_sha256="ab" * 32,
@@ -95,7 +95,7 @@ def test_a_second_writer_is_refused_and_readers_are_not(path, process_environmen
         with pytest.raises(StoreError, match="another cbs-bench writes to it at this moment"):
             Store(path, "w")
         script = (
-            "import sys\nfrom cbs_opt.bench.store import Store\nfrom cbs_opt import CbsError\n"
+            "import sys\nfrom cbs_opt.bench.runs.store import Store\nfrom cbs_opt import CbsError\n"
             f"print(len(Store({str(path)!r}).rows()))\n"
             f"try: Store({str(path)!r}, 'w')\nexcept CbsError as error: sys.exit(str(error))"
         )
@@ -121,7 +121,7 @@ def test_a_link_to_a_store_has_the_same_writer(path, tmp_path):
 
 def test_a_writer_that_dies_leaves_its_rows_and_its_place(path, process_environment):
     script = (
-        "import os, sys\nfrom cbs_opt.bench.store import Row, Store\n"
+        "import os, sys\nfrom cbs_opt.bench.runs.store import Row, Store\n"
         f"store = Store({str(path)!r}, 'w')\n"
         "for seed in range(5):\n"
         "    store.add(Row('ab', 'ls', '{}', 'selection', 5, seed, None, 'ls', 0.5, 'ok'))\n"

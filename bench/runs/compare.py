@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cbs_opt.bench.store import OK, Key, Row, Store
+from cbs_opt.bench.runs.store import OK, Key, Row, Store
 
 TIME_FLOOR = 1e-3
 """Seconds below which times count as equal: clocks and caches decide there."""

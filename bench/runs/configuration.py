@@ -80,7 +80,7 @@ class Configuration:
 
 def shipped() -> dict[str, Path]:
     """The configurations that come with the package, by name."""
-    folder = Path(str(resources.files("cbs_opt.bench"))) / "configs"
+    folder = Path(str(resources.files("cbs_opt.bench.runs"))) / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
@@ -285,7 +285,7 @@ class _Reader:
 
 def unavailable(entry: SolverEntry) -> str | None:
     """Why this solver cannot run here at all, or None: peers and outside solvers need not be installed."""
-    from cbs_opt.bench.warm_up import tiny_instance
+    from cbs_opt.bench.runs.warm_up import tiny_instance
     from cbs_opt.solver import Context
 
     if entry.name in PEERS:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from cbs_opt.bench import figures
-from cbs_opt.bench.analysis import Problem, Run, Section
-from cbs_opt.bench.canvas import as_svg, percent, styles
-from cbs_opt.bench.document import INK
-from cbs_opt.bench.store import Row, StoredInstance
+from cbs_opt.bench.reports import figures
+from cbs_opt.bench.reports.analysis import Problem, Run, Section
+from cbs_opt.bench.reports.canvas import as_svg, percent, styles
+from cbs_opt.bench.reports.document import INK
+from cbs_opt.bench.runs.store import Row, StoredInstance
 
 SOLVERS = ["fast", "slow", "never"]
 

@@ -9,10 +9,10 @@ import time
 import pytest
 
 from cbs_opt import UsageError
-from cbs_opt.bench.configuration import read_configuration, shipped
-from cbs_opt.bench.runner import make_plan
-from cbs_opt.bench.show import duration
-from cbs_opt.bench.store import Store
+from cbs_opt.bench.runs.configuration import read_configuration, shipped
+from cbs_opt.bench.runs.runner import make_plan
+from cbs_opt.bench.runs.show import duration
+from cbs_opt.bench.runs.store import Store
 from cbs_opt.cli.bench import main
 
 GOOD = """# a comment

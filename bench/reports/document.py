@@ -90,7 +90,7 @@ class Document:
 
     def page(self) -> str:
         """The document as one HTML page that needs no other file."""
-        style = resources.files("cbs_opt.bench").joinpath("report.css").read_text(encoding="utf-8")
+        style = resources.files("cbs_opt.bench.reports").joinpath("report.css").read_text(encoding="utf-8")
         headings = [block for block in self.blocks if isinstance(block, Heading) and block.level == 2]
         links = " ".join(f'<a href="#{_anchor(block.text)}">{_inline(block.text)}</a>' for block in headings)
         return (

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbs_opt.bench import metrics
+from cbs_opt.bench.reports import metrics
 
 times = st.one_of(st.floats(1e-4, 1e4), st.just(math.inf))
 tables = st.integers(1, 4).flatmap(

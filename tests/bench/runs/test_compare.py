@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from cbs_opt.bench.compare import TIME_FLOOR, compare_rows, compare_stores, comparison_text
-from cbs_opt.bench.store import Row, Store, StoredInstance
+from cbs_opt.bench.runs.compare import TIME_FLOOR, compare_rows, compare_stores, comparison_text
+from cbs_opt.bench.runs.store import Row, Store, StoredInstance
 
 
 def row(seed, seconds=1.0, loss=2.0, label="ls", **more):

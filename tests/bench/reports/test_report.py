@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 
 import cbs_opt
-from cbs_opt.bench.analysis import analyse
-from cbs_opt.bench.limitations import limitations
-from cbs_opt.bench.report import make_document, profile_picture, write_report
-from cbs_opt.bench.store import Row, Store, StoredInstance
-from cbs_opt.bench.tables import gap_text, quality, seconds_text, seeds_text, times
+from cbs_opt.bench.reports.analysis import analyse
+from cbs_opt.bench.reports.limitations import limitations
+from cbs_opt.bench.reports.report import make_document, profile_picture, write_report
+from cbs_opt.bench.reports.tables import gap_text, quality, seconds_text, seeds_text, times
+from cbs_opt.bench.runs.store import Row, Store, StoredInstance
 
 ODD = "_a<b>|*$x^_$"  # a label that would be markup
 MISSING = "the worker was killed by <signal> 9"

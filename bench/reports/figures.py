@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbs_opt.bench.analysis import Problem, Run, Section
-from cbs_opt.bench.canvas import (
+from cbs_opt.bench.reports.analysis import Problem, Run, Section
+from cbs_opt.bench.reports.canvas import (
     POINTS,
     Style,
     clock_text,
@@ -27,9 +27,9 @@ from cbs_opt.bench.canvas import (
     shown,
     ticks,
 )
-from cbs_opt.bench.document import INK
-from cbs_opt.bench.metrics import ROUNDING, TOLERANCE, median, on_grid, performance_profiles, shares
-from cbs_opt.bench.store import Trace
+from cbs_opt.bench.reports.document import INK
+from cbs_opt.bench.reports.metrics import ROUNDING, TOLERANCE, median, on_grid, performance_profiles, shares
+from cbs_opt.bench.runs.store import Trace
 from cbs_opt.bench.trajectories import short
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Reports of a store: metrics, tables, pictures, Markdown and HTML."""

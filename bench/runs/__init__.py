@@ -1,0 +1,1 @@
+"""Benchmark runs: configurations, engines, the store of rows, comparison of two stores."""
