@@ -14,8 +14,8 @@ from cbs_opt.stop import Stop
 WITHOUT_LIMIT = 100
 """Largest piece, in weights, without a time limit: most such blocks that we have are proven in a second."""
 
-_TABLE_SPEED = 4e5  # squared weights of the pieces, summed, whose tables branch and bound outlines in a second
-_TABLE_WORK = 2e6  # the same, as much as is taken on without a time limit
+_TABLE_SPEED = 1e5  # squared weights of the pieces, summed, of which branch and bound brings much home in a second
+_TABLE_WORK = 1e6  # the same, as much as is taken on without a time limit
 _NODES = 10**6  # after which it ends without a time limit
 
 
@@ -31,7 +31,7 @@ def is_provable(sizes: Sequence[int], groups: int, largest: int, stop: Stop) -> 
     largest : int
         Largest piece that is taken on.
     stop : Stop
-        Tables are outlined whole: their work must fit into half of the time. An iteration limit excludes them.
+        The work must fit into half of the time, which heuristics use better for more; no limit on iterations.
     """
     if not sizes or groups != 1 or max(sizes) > largest:
         return False
