@@ -58,11 +58,13 @@ def selection_outline(Q: FloatArray, c: FloatArray, count: int) -> Outline:
     return Outline(lower, np.concatenate([[0.0], np.cumsum(steps)]), order)
 
 
-def joint_outline(A: FloatArray, H: FloatArray, w: FloatArray, d: FloatArray, count: int, upper: float) -> Outline:
-    """The outline of ½ w_Pᵀ(A_PP)⁻¹w_P from the perspective relaxation with `count` pruned.
+def joint_bounds(
+    A: FloatArray, H: FloatArray, w: FloatArray, d: FloatArray, count: int, upper: float
+) -> FloatArray:
+    """Lower bounds on ½ w_Pᵀ(A_PP)⁻¹w_P, float64 (n+1,), from the perspective relaxation with `count` pruned.
 
     With R = H − diag(d) ⪰ 0, p = u − w at any u and s = Rp, ½ δᵀHδ ≥ sᵀδ − ½ pᵀRp + ½ δᵀDδ: a kept weight gives
-    −s²/2d, and to prune it (δ = −w) costs ½ d (w − s/d)² more. The selections are those of greedy elimination.
+    −s²/2d, and to prune it (δ = −w) costs ½ d (w − s/d)² more.
 
     Parameters
     ----------
@@ -86,9 +88,7 @@ def joint_outline(A: FloatArray, H: FloatArray, w: FloatArray, d: FloatArray, co
     price = np.sort(0.5 * d * (w - slope / d) ** 2)
     lost = float(np.abs(p) @ np.abs(R) @ np.abs(p) + half.sum() + price.sum())
     base = -0.5 * float(p @ slope) - float(half.sum()) - _ROUNDING * n * lost
-    values, order = eliminated(A, w)
-    values[n] = 0.5 * float(w @ H @ w)
-    return Outline(base + np.concatenate([[0.0], np.cumsum(price)]), values, order)
+    return np.asarray(base + np.concatenate([[0.0], np.cumsum(price)]))
 
 
 def outline_diagonal(A: FloatArray) -> FloatArray:
@@ -96,14 +96,18 @@ def outline_diagonal(A: FloatArray) -> FloatArray:
     return (1 - 1e-6) * safe_diagonal(A)
 
 
-def eliminated(A: FloatArray, w: FloatArray) -> tuple[FloatArray, IntArray]:
+def eliminated(A: FloatArray, H: FloatArray, w: FloatArray) -> tuple[FloatArray, IntArray]:
     """Values of pruning the first 0 … n weights, and their order by greedy elimination; O(n³)."""
     n = w.size
     order, losses = np.arange(n), np.empty(n)
+    values = np.concatenate([[0.0], np.full(n, np.inf)])
     taken = eliminate(
         A.copy(), np.empty((n, n)), 0, w.copy(), A.diagonal().copy(), np.ones(n, bool), -1, n, order, losses
     )
     if taken < n or not np.isfinite(losses).all() or (losses < 0).any():  # near singular
-        return np.concatenate([[0.0], np.full(n, np.inf)]), np.arange(n)
-    # Rounding gathers over the steps; the values are those of selections that are looked at again.
-    return np.concatenate([[0.0], 0.5 * np.cumsum(losses) * (1 + _SLACK)]), order
+        order = np.arange(n)
+    else:
+        # Rounding gathers over the steps; the values are those of selections that are looked at again.
+        values[1:] = 0.5 * np.cumsum(losses) * (1 + _SLACK)
+    values[n] = 0.5 * float(w @ H @ w)
+    return values, order

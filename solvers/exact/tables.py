@@ -9,7 +9,7 @@ import numpy as np
 
 from cbs_opt.solvers.exact.best_first import BestFirst, Int8Array
 from cbs_opt.solvers.exact.joint import prepare_joint
-from cbs_opt.solvers.exact.outlines import Outline, joint_outline, outline_diagonal, selection_outline
+from cbs_opt.solvers.exact.outlines import Outline, eliminated, joint_bounds, outline_diagonal, selection_outline
 from cbs_opt.solvers.exact.selection import prepare_selection
 from cbs_opt.solvers.exact.subsets import MAX_WEIGHTS, all_subsets
 from cbs_opt.typing import FloatArray, IntArray
@@ -92,7 +92,7 @@ class JointPiece:
         self.A, self.H, self.w = np.ascontiguousarray(A), np.ascontiguousarray(H), np.ascontiguousarray(w)
         self.n = w.size
         self._group = np.zeros(self.n, np.int64)
-        self._diagonal: FloatArray | None = None
+        self._shared: tuple[FloatArray, tuple[FloatArray, IntArray]] | None = None
 
     def prepare(self, count: int, start: Int8Array | None, tolerance: float) -> Search:
         """Branch and bound."""
@@ -110,10 +110,11 @@ class JointPiece:
         return best, code
 
     def outline(self, count: int, upper: float) -> Outline:
-        """From the perspective relaxation."""
-        if self._diagonal is None:
-            self._diagonal = outline_diagonal(self.A)
-        return joint_outline(self.A, self.H, self.w, self._diagonal, count, upper)
+        """From the perspective relaxation; the selections, which do not depend on it, from greedy elimination."""
+        if self._shared is None:  # what all numbers share
+            self._shared = outline_diagonal(self.A), eliminated(self.A, self.H, self.w)
+        diagonal, greedy = self._shared
+        return Outline(joint_bounds(self.A, self.H, self.w, diagonal, count, upper), *greedy)
 
     def floor(self) -> FloatArray:
         """The loss is never negative."""

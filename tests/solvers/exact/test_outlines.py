@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cbs_opt.solvers.exact.outlines import joint_outline, outline_diagonal, selection_outline
+from cbs_opt.solvers.exact.outlines import Outline, eliminated, joint_bounds, outline_diagonal, selection_outline
 
 FAMILIES = ("full", "low rank", "ill-scaled", "diagonal")
 
@@ -60,7 +60,7 @@ def test_joint(family):
         assert np.linalg.eigvalsh(H - np.diag(d))[0] >= -1e-9 * np.diag(H).max()
         for count in range(1, n):
             for upper in (np.inf, float(best[count])):
-                found = joint_outline(A, H, w, d, count, upper)
+                found = Outline(joint_bounds(A, H, w, d, count, upper), *eliminated(A, H, w))
                 assert (found.lower <= best * (1 + 1e-9) + 1e-12 * best[-1]).all()
                 assert (found.upper >= best * (1 - 1e-9)).all()
                 assert found.upper[-1] == pytest.approx(best[-1], rel=1e-6)
