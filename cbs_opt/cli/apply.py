@@ -17,7 +17,6 @@ from cbs_opt.cli.arguments import number_option, whole_option
 from cbs_opt.cli.report import write_json
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance, read_solution
-from cbs_opt.files.atomic import check_writable
 from cbs_opt.files.library_file import resolve
 from cbs_opt.instance import Instance
 
@@ -232,21 +231,11 @@ def _check_hash(instance: Instance, options: argparse.Namespace, sha256: str) ->
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    """Find out before the work whether its results can be written, and would not overwrite an input."""
-    inputs = {path.resolve() for path in (options.instance, options.solution, options.checkpoint)}
-    if options.data is not None:
-        inputs.add(Path(options.data).resolve())
-    seen: set[Path] = set()
-    for path in (options.output, options.picture, None if options.json in (None, "-") else Path(options.json)):
-        if path is None:
-            continue
-        resolved = path.resolve()
-        if resolved in inputs:
-            raise UsageError(f"{path}: is an input; the output would overwrite it")
-        if resolved in seen:
-            raise UsageError(f"{path}: is named for two outputs")
-        seen.add(resolved)
-        check_writable(path)
+    """Find out before the work whether its results can be written."""
+    common.check_outputs(
+        (options.instance, options.solution, options.checkpoint, options.data),
+        (options.output, options.picture, None if options.json == "-" else options.json),
+    )
     if options.picture is not None:
         from cbs_opt.instances.masks import check_picture
 

@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from cbs_opt.errors import CbsError, OutputError, UsageError
+from cbs_opt.files.atomic import check_writable
 from cbs_opt.version import __version__
 
 logger = logging.getLogger("cbs_opt")
@@ -98,6 +100,32 @@ def say(text: str) -> None:
 
 def _drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_outputs(inputs: Iterable[Path | str | None], outputs: Iterable[Path | str | None]) -> None:
+    """Find out before the work whether its results can be written, and would not overwrite an input.
+
+    None stands for what was not asked for.
+
+    Raises
+    ------
+    UsageError
+        For an output that is an input, or is named twice.
+    OutputError
+        For one that cannot be written.
+    """
+    taken = {Path(path).resolve() for path in inputs if path is not None}
+    seen: set[Path] = set()
+    for path in outputs:
+        if path is None:
+            continue
+        resolved = Path(path).resolve()
+        if resolved in taken:
+            raise UsageError(f"{path}: is an input; the output would overwrite it")
+        if resolved in seen:
+            raise UsageError(f"{path}: is named for two outputs")
+        seen.add(resolved)
+        check_writable(path)
 
 
 def start_logging(quiet: bool, verbose: bool) -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from cbs_opt.cli import common
 from cbs_opt.cli.arguments import number_option, whole_option
 from cbs_opt.errors import UsageError
-from cbs_opt.files.atomic import check_writable
 from cbs_opt.version import __version__
 
 if TYPE_CHECKING:
@@ -148,10 +147,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _check_output(options: argparse.Namespace) -> None:
-    inputs = [options.checkpoint, None if options.data is None else Path(options.data)]
-    if any(path is not None and path.resolve() == options.output.resolve() for path in inputs):
-        raise UsageError(f"{options.output}: is an input; the output would overwrite it")
-    check_writable(options.output)
+    common.check_outputs((options.checkpoint, options.data), (options.output,))
     if options.output.exists() and not options.output.is_file():
         raise UsageError(f"{options.output}: must be a file")
 

@@ -8,7 +8,6 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cbs_opt.cli import common
@@ -17,7 +16,6 @@ from cbs_opt.cli.progress import ProgressTable
 from cbs_opt.cli.report import result_json, result_text, write_history, write_json
 from cbs_opt.errors import OutputError, SolverError, UsageError
 from cbs_opt.files import read_instance, read_solution, write_solution
-from cbs_opt.files.atomic import check_writable
 from cbs_opt.files.library_file import best_known, resolve
 from cbs_opt.instance import Instance
 from cbs_opt.registry import get_solver, solver_names
@@ -42,7 +40,10 @@ def _main(arguments: list[str]) -> int:
         if options.list_solvers:
             _list_solvers()
             return common.EXIT_OK
-        _check_outputs(options)
+        common.check_outputs(
+            (resolve(options.instance), options.warm_start, options.config, options.check),
+            (options.solution, options.history, None if options.json == "-" else options.json),
+        )
         if options.check is None:
             # A wrong name or parameter should not wait for a large file to be read.
             chosen = get_solver(options.solver)
@@ -135,27 +136,6 @@ def _write(instance: Instance, result: Result, read_seconds: float, options: arg
     if failures:
         raise OutputError("; ".join(str(failure) for failure in failures))
     return common.EXIT_OK
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Find out before the work whether its result can be written, and would not overwrite its input."""
-    inputs = {
-        Path(path).resolve()
-        for path in (resolve(options.instance), options.warm_start, options.config, options.check)
-        if path is not None
-    }
-    outputs = [options.solution, options.history, None if options.json == "-" else options.json]
-    seen: set[Path] = set()
-    for path in outputs:
-        if path is None:
-            continue
-        resolved = Path(path).resolve()
-        if resolved in inputs:
-            raise UsageError(f"{path}: is an input; the output would overwrite it")
-        if resolved in seen:
-            raise UsageError(f"{path}: is named for two outputs")
-        seen.add(resolved)
-        check_writable(path)
 
 
 def _list_solvers() -> None:
