@@ -198,7 +198,7 @@ def columns_of(presolved: Presolved, threads: int = 1) -> Columns:
         blocks[k] = _block(presolved, components[k], squares, total)
 
     # Dense blocks are multiplied by BLAS, which has threads of its own.
-    large = squares > DENSE_BYTES and isinstance(instance.curvature, GradientFactor)
+    large = squares > DENSE_BYTES and instance.curvature.as_factor() is not None
     run_tasks(threads if large else 1, [partial(make, k) for k in range(len(components))], lambda: False)
     return Columns(blocks, threads)
 
@@ -212,13 +212,14 @@ def _block(presolved: Presolved, component: Component, squares: int, total: int)
         return DiagonalBlock(w**2 * curvature.diagonal()[component.index] / presolved.scale)
     part = curvature.block_slice(component.block)
     local = component.index - part.start
-    if not isinstance(curvature, GradientFactor):
+    gradients = curvature.as_factor()
+    if gradients is None:
         whole = local.size == part.stop - part.start
         H = curvature.block(component.block) if whole else curvature.submatrix(component.block, local, local)
         return DenseBlock(H * w[:, None] * (w / presolved.scale))
-    double = squares <= DENSE_BYTES or 8 * total * curvature.m <= DOUBLE_BYTES
-    rows = _rows(curvature, component.block, local, w / np.sqrt(curvature.m * presolved.scale), double)
-    factor = FactorBlock(rows, curvature.damping * w**2 / presolved.scale)
+    double = squares <= DENSE_BYTES or 8 * total * gradients.m <= DOUBLE_BYTES
+    rows = _rows(gradients, component.block, local, w / np.sqrt(gradients.m * presolved.scale), double)
+    factor = FactorBlock(rows, gradients.damping * w**2 / presolved.scale)
     if squares <= DENSE_BYTES:
         return DenseBlock(factor.submatrix(np.arange(w.size)))
     return factor
