@@ -7,13 +7,15 @@ import numpy as np
 from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks
 from cbs_opt.instance import Instance
 from cbs_opt.selection import SelectionProblem
-from cbs_opt.solvers.columns import columns_of
+from cbs_opt.solvers.columns import DENSE_BYTES, DOUBLE_BYTES, columns_of
 from cbs_opt.solvers.presolve import presolve
 from cbs_opt.solvers.tasks import number_of_threads
 from cbs_opt.solvers.threaded_factor import ThreadedFactor
 from cbs_opt.typing import BoolArray, FloatArray
 
-_THREADED_GRADIENTS = 1 << 25  # entries
+THREADED_GRADIENTS = 1 << 25
+"""Entries of a gradient factor beyond which losses and bounds are computed in threads."""
+
 _EIGEN_LIMIT = 2000  # of larger blocks the tolerance of their check is taken
 
 
@@ -25,6 +27,10 @@ class ReducedProblem:
     instance : Instance
     threads : int, optional
         All cores by default.
+    dense_bytes, double_bytes : int
+        Limits of storage, see `columns_of`.
+    threaded_gradients : int
+        Entries of a gradient factor beyond which losses and bounds are computed by `ThreadedFactor`.
 
     Attributes
     ----------
@@ -35,18 +41,25 @@ class ReducedProblem:
     budget : int64 (G,)
     """
 
-    def __init__(self, instance: Instance, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        threads: int | None = None,
+        dense_bytes: int = DENSE_BYTES,
+        double_bytes: int = DOUBLE_BYTES,
+        threaded_gradients: int = THREADED_GRADIENTS,
+    ) -> None:
         self.threads = number_of_threads(threads)
         self.original = SelectionProblem(instance)
         self.presolved = presolve(instance)
-        self.columns = columns_of(self.presolved, self.threads)
+        self.columns = columns_of(self.presolved, self.threads, dense_bytes, double_bytes)
         self.linear = self.presolved.linear
         self.group = self.presolved.group
         self.budget = self.presolved.budget
         # Ties are broken by the index of the weight in the instance, not by the order of the components.
         self._index = self.presolved.index
         curvature = instance.curvature
-        large = isinstance(curvature, GradientFactor) and curvature.gradients.size > _THREADED_GRADIENTS
+        large = isinstance(curvature, GradientFactor) and curvature.gradients.size > threaded_gradients
         self._factor = ThreadedFactor(self.original, self.threads) if large else None
         self._negative = negative_curvature(curvature)
         sizes = np.bincount(self.group, minlength=self.budget.size)
