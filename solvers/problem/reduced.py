@@ -7,12 +7,13 @@ import numpy as np
 from cbs_opt.instance import Instance
 from cbs_opt.selection import SelectionProblem
 from cbs_opt.solvers.kernels.threads import number_of_threads
-from cbs_opt.solvers.problem.columns import columns_of
+from cbs_opt.solvers.problem.columns import DENSE_BYTES, DOUBLE_BYTES, columns_of
 from cbs_opt.solvers.problem.presolve import presolve
 from cbs_opt.solvers.problem.threaded_factor import ThreadedFactor
 from cbs_opt.typing import BoolArray, FloatArray
 
-_THREADED_GRADIENTS = 1 << 25  # entries
+THREADED_GRADIENTS = 1 << 25
+"""Entries of a gradient factor beyond which losses and bounds are computed in threads."""
 
 
 class ReducedProblem:
@@ -23,6 +24,10 @@ class ReducedProblem:
     instance : Instance
     threads : int, optional
         All cores by default.
+    dense_bytes, double_bytes : int
+        Limits of storage, see `columns_of`.
+    threaded_gradients : int
+        Entries of a gradient factor beyond which losses and bounds are computed by `ThreadedFactor`.
 
     Attributes
     ----------
@@ -33,18 +38,25 @@ class ReducedProblem:
     budget : int64 (G,)
     """
 
-    def __init__(self, instance: Instance, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        threads: int | None = None,
+        dense_bytes: int = DENSE_BYTES,
+        double_bytes: int = DOUBLE_BYTES,
+        threaded_gradients: int = THREADED_GRADIENTS,
+    ) -> None:
         self.threads = number_of_threads(threads)
         self.original = SelectionProblem(instance)
         self.presolved = presolve(instance)
-        self.columns = columns_of(self.presolved, self.threads)
+        self.columns = columns_of(self.presolved, self.threads, dense_bytes, double_bytes)
         self.linear = self.presolved.linear
         self.group = self.presolved.group
         self.budget = self.presolved.budget
         # Ties are broken by the index of the weight in the instance, not by the order of the components.
         self._index = self.presolved.index
         factor = instance.curvature.as_factor()
-        large = factor is not None and factor.gradients.size > _THREADED_GRADIENTS
+        large = factor is not None and factor.gradients.size > threaded_gradients
         self._factor = ThreadedFactor(self.original, self.threads) if large else None
         self._negative = instance.curvature.indefiniteness()
         sizes = np.bincount(self.group, minlength=self.budget.size)
