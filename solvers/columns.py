@@ -215,8 +215,6 @@ def _block(presolved: Presolved, component: Component, expanded: bool, double: b
     w = instance.weights[component.index]
     if component.coupling is Coupling.FREE:
         return DiagonalBlock(np.zeros(w.size))
-    if component.coupling is Coupling.DIAGONAL:
-        return DiagonalBlock(w**2 * curvature.diagonal()[component.index] / presolved.scale)
     part = curvature.block_slice(component.block)
     local = component.index - part.start
     if not isinstance(curvature, GradientFactor):

@@ -12,14 +12,13 @@ from cbs_opt.instance import Instance
 from cbs_opt.selection import SelectionProblem
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
-_MOST_COMPONENTS = 64  # of one block of a gradient factor; the rest is left together
+_MOST_COMPONENTS = 1000  # coupled ones of one block of a gradient factor; the rest is left together
 
 
 class Coupling(Enum):
     """How the weights of a component enter the objective together."""
 
-    FREE = "free"  # no quadratic term at all: a zero gradient column, or a zero weight
-    DIAGONAL = "diagonal"  # each by itself
+    FREE = "free"  # no term with any other open weight; ½ Q_ii, if any, is part of the linear cost
     FULL = "full"
 
 
@@ -30,7 +29,7 @@ class Component:
     Attributes
     ----------
     block : int
-        Block of the curvature; −1 for free and diagonal weights, which are gathered from all blocks.
+        Block of the curvature; −1 for free weights, which are gathered from all blocks.
     index : int64 (c,)
         Weights among all n, increasing.
     coupling : Coupling
@@ -45,15 +44,17 @@ class Component:
 class Presolved:
     """min ½ yᵀQ'y + c'ᵀy over the weights that are still open, in units of `scale`.
 
+    Q' is Q with zeros for the free weights.
+
     Attributes
     ----------
     instance : Instance
     components : tuple of Component
-        Free weights first, then diagonal ones, then the coupled ones by block.
+        Free weights first, then the coupled ones by block.
     index : int64 (r,)
         The open weights, component by component.
     linear : float64 (r,)
-        (c + Q x_fixed) / scale on the open weights.
+        (c + Q x_fixed) / scale on the open weights, with ½ Q_ii / scale more for each free weight.
     group : int64 (r,)
     budget : int64 (G,)
         What is left to prune in each group.
@@ -81,12 +82,6 @@ class Presolved:
         pruned[self.index[y.astype(np.float64) > 0.5]] = True
         return pruned
 
-    def expand_fractional(self, x: FloatArray) -> FloatArray:
-        """The point of the relaxation over all weights, float64 (n,), of x (r,)."""
-        out = self.base.astype(np.float64)
-        out[self.index] = x
-        return out
-
     def restrict(self, pruned: BoolArray) -> FloatArray:
         """The open part of a selection that agrees with the fixed weights, float64 (r,)."""
         return pruned[self.index].astype(np.float64)
@@ -101,9 +96,10 @@ def presolve(instance: Instance) -> Presolved:
 
     - Weights that `fixed` or a used-up or forced group decides leave the problem; their terms go into the
       linear part and the offset.
-    - Weights without any quadratic term (Q_ii = 0, so their whole row of the semidefinite Q is 0) are set
-      apart as free: they cost no storage and no time. They are not simply pruned first, which would be wrong:
-      two weights that cancel each other can be better than one free weight and one of the two.
+    - Weights without a term with any other open weight are set apart as free. As y_i² = y_i, their ½ Q_ii is a
+      linear cost, so that they cost no storage and little time, and every convex bound is exact for them. They
+      are not simply sorted first: two weights that cancel each other can be better than one free weight and one
+      of the two.
     - A block falls apart into the connected components of its nonzero pattern; for inverse blocks the pattern
       of H⁻¹, which has the same components; for a gradient factor two weights are connected when some sample
       has a gradient for both.
@@ -134,6 +130,11 @@ def presolve(instance: Instance) -> Presolved:
     components = _components(instance, diagonal, fixed == 0)
     index = np.concatenate([component.index for component in components]) if components else np.zeros(0, np.int64)
     gradient = problem.gradient(base.astype(np.float64)) if base.any() else problem.c
+    free_weights = np.concatenate(
+        [c.index for c in components if c.coupling is Coupling.FREE] or [np.zeros(0, np.int64)]
+    )
+    gradient = gradient.copy()
+    gradient[free_weights] += 0.5 * diagonal[free_weights]
     largest = float(diagonal[index].max(initial=0.0))
     if largest == 0.0:
         largest = float(np.abs(gradient[index]).max(initial=0.0))
@@ -153,7 +154,7 @@ def presolve(instance: Instance) -> Presolved:
 
 def _components(instance: Instance, diagonal: FloatArray, is_open: BoolArray) -> list[Component]:
     curvature = instance.curvature
-    free, alone, coupled = [], [], []
+    free, coupled = [], []
     for k in range(curvature.number_of_blocks):
         part = curvature.block_slice(k)
         local = np.flatnonzero(is_open[part])
@@ -169,17 +170,13 @@ def _components(instance: Instance, diagonal: FloatArray, is_open: BoolArray) ->
         labels = _labels(curvature, k, local)
         sizes = np.bincount(labels)
         single = sizes[labels] == 1
-        alone.append(part.start + local[single])
+        free.append(part.start + local[single])
         coupled += [
             Component(k, part.start + local[labels == label], Coupling.FULL)
             for label in np.flatnonzero(sizes > 1).tolist()
         ]
-    gathered = [
-        Component(-1, np.concatenate(parts), coupling)
-        for parts, coupling in ((free, Coupling.FREE), (alone, Coupling.DIAGONAL))
-        if sum(part.size for part in parts)
-    ]
-    return gathered + coupled
+    gathered = np.sort(np.concatenate(free)) if free else np.zeros(0, np.int64)
+    return [Component(-1, gathered, Coupling.FREE), *coupled] if gathered.size else coupled
 
 
 def _labels(curvature: Curvature, k: int, local: IntArray) -> IntArray:
@@ -202,28 +199,25 @@ def _labels(curvature: Curvature, k: int, local: IntArray) -> IntArray:
 
 
 def _factor_labels(curvature: GradientFactor, k: int, local: IntArray) -> IntArray:
-    """Connected components of the graph of weights and samples, grown by one sample after the other."""
+    """Connected components of the graph of weights and samples: each sample joins the weights that it touches."""
     start = int(curvature.offsets[k])
     touches = curvature.gradients[:, start + local[0] : start + local[-1] + 1] != 0
     if local[-1] - local[0] + 1 != local.size:
         touches = np.compress(np.isin(np.arange(local[0], local[-1] + 1), local), touches, axis=1)
-    labels = np.full(local.size, -1, dtype=np.int64)
-    seen = np.zeros(curvature.m, dtype=bool)
-    untouched = ~touches.any(axis=0)  # only the damping acts on them
-    labels[untouched] = np.arange(int(untouched.sum()))
-    label = int(untouched.sum())
-    last = label + _MOST_COMPONENTS
-    while (labels < 0).any() and label < last:
-        inside = np.zeros(local.size, dtype=bool)
-        inside[int(np.argmax(labels < 0))] = True
-        grows = True
-        while grows and not (inside | (labels >= 0)).all():
-            grows = False
-            for s in np.flatnonzero(~seen):
-                if (touches[s] & inside).any():
-                    inside |= touches[s]
-                    seen[s] = grows = True
-        labels[inside] = label
-        label += 1
-    labels[labels < 0] = label
-    return labels
+    touched = touches.any(axis=0)  # on the others only the damping acts
+    labels = np.arange(local.size)
+    for sample in touches:
+        joined = np.unique(labels[sample])
+        if joined.size > 1:
+            name = np.arange(local.size)
+            name[joined] = joined[0]
+            labels = name[labels]
+            if (labels[touched] == joined[0]).all():
+                break
+    sizes = np.bincount(labels, minlength=local.size)
+    coupled = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes > 1)]
+    if coupled.size > _MOST_COMPONENTS:
+        name = np.arange(local.size)
+        name[coupled[_MOST_COMPONENTS:]] = coupled[-1]
+        labels = name[labels]
+    return np.unique(labels, return_inverse=True)[1].astype(np.int64)

@@ -8,7 +8,7 @@ from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks
 from cbs_opt.instance import Instance
 from cbs_opt.selection import SelectionProblem
 from cbs_opt.solvers.columns import DENSE_BYTES, DOUBLE_BYTES, columns_of
-from cbs_opt.solvers.presolve import presolve
+from cbs_opt.solvers.presolve import Coupling, presolve
 from cbs_opt.solvers.tasks import number_of_threads
 from cbs_opt.solvers.threaded_factor import ThreadedFactor
 from cbs_opt.typing import BoolArray, FloatArray
@@ -61,7 +61,14 @@ class ReducedProblem:
         curvature = instance.curvature
         large = isinstance(curvature, GradientFactor) and curvature.gradients.size > threaded_gradients
         self._factor = ThreadedFactor(self.original, self.threads) if large else None
-        self._negative = negative_curvature(curvature)
+        negative = negative_curvature(curvature)
+        self._nonnegative = instance.linear is None and not negative.any()
+        index, base = self.presolved.index, self.presolved.base.astype(np.float64)
+        self._free = np.zeros(index.size, dtype=bool)
+        self._free[: sum(c.index.size for c in self.presolved.components if c.coupling is Coupling.FREE)] = True
+        self._negative = np.where(self._free, 0.0, negative[index] * instance.weights[index] ** 2)
+        terms = np.abs(base * (self.original.gradient(base) - self.original.c)) if base.any() else base
+        self._fixed_terms = float(terms.sum() + np.abs(base * self.original.c).sum())
         sizes = np.bincount(self.group, minlength=self.budget.size)
         self._first = np.cumsum(sizes) - sizes
 
@@ -118,30 +125,35 @@ class ReducedProblem:
     def certified_bound(self, x: FloatArray) -> float:
         """A lower bound on the loss of every feasible selection, from any x in [0, 1]ʳ.
 
-        With the gradient d = Qx + c over all n weights, convexity gives ½yᵀQy + cᵀy ≥ −½xᵀQx + dᵀy, and the
-        right side is smallest where y takes the smallest d that the budget and `fixed` allow. Computed in
-        float64 from the instance itself, so that neither presolve nor single-precision rows enter, and reduced by
-        a bound on the rounding of the sums. Any real x would do; without a linear term its best multiple is taken,
-        so that the bound is never negative there. O(m n) for a gradient factor.
+        Convexity gives ½yᵀQy + cᵀy ≥ −½xᵀQx + (Qx + c)ᵀy over the open weights, and the right side is smallest
+        where y takes the smallest entries of Qx + c that the budget allows. Q is zero for the free weights, whose
+        cost c is exact. Computed in float64 from the instance itself, so that single-precision rows do not enter,
+        and reduced by a bound on the rounding of the sums. Any multiple of x would do: the better of x and of the
+        multiple that is best for its y is taken. O(m n) for a gradient factor.
         """
-        instance = self.original.instance
-        full = self.presolved.expand_fractional(x)
-        Qx = self.original.gradient(full) - self.original.c if self._factor is None else self._factor.product(full)
-        if instance.linear is None:
-            # Along the ray through x the bound is best at this length; at length 0 it is 0.
-            Qx_sum = float(Qx[instance.budget.cheapest(Qx, instance.fixed)].sum())
-            square = float(full @ Qx)
-            length = max(Qx_sum, 0.0) / square if square > 0 else 0.0
-            full, Qx = length * full, length * Qx
-        gradient = Qx + self.original.c
-        y = instance.budget.cheapest(gradient, instance.fixed)
-        bound = -0.5 * float(full @ Qx) + float(gradient[y].sum())
-        rounding = 1e-14 * float(np.abs(full * Qx).sum() + np.abs(gradient[y]).sum())
+        presolved = self.presolved
+        full = np.zeros(presolved.base.size)
+        full[presolved.index] = np.where(self._free, 0.0, x)
+        product = (
+            self.original.gradient(full) - self.original.c if self._factor is None else self._factor.product(full)
+        )
+        x, Qx, c = full[presolved.index], product[presolved.index], presolved.scale * presolved.linear
+        square = float(x @ Qx)
+        y = self.smallest(Qx + c) > 0
+        best = max(float(Qx[y].sum()), 0.0) / square if square > 0 else 0.0
+        bound = max(self._bound_along(length, x, Qx, c, square) for length in (1.0, best))
+        return max(bound, 0.0) if self._nonnegative else bound
+
+    def _bound_along(self, length: float, x: FloatArray, Qx: FloatArray, c: FloatArray, square: float) -> float:
+        """The bound of `certified_bound` from length · x; arrays float64 (r,), in the units of the instance."""
+        gradient = length * Qx + c
+        y = self.smallest(gradient) > 0
+        bound = self.presolved.offset - 0.5 * length**2 * square + float(gradient[y].sum())
+        rounding = length**2 * float(np.abs(x * Qx).sum()) + float(np.abs(gradient[y]).sum())
         # Blocks that came in single precision may be indefinite by their rounding: (y−x)ᵀQ(y−x) ≥ −Σ λ w²(y−x)².
-        farthest = np.maximum(np.abs(full), np.abs(1.0 - full))
-        indefinite = 0.5 * float(self._negative @ (instance.weights * farthest) ** 2)
-        bound -= rounding + indefinite
-        return max(bound, 0.0) if instance.linear is None and not self._negative.any() else bound
+        farthest = np.maximum(np.abs(length * x), np.abs(1.0 - length * x))
+        indefinite = 0.5 * float(self._negative @ farthest**2)
+        return bound - 1e-14 * (rounding + self._fixed_terms) - indefinite
 
 
 def negative_curvature(curvature: Curvature) -> FloatArray:

@@ -187,6 +187,8 @@ class _Run:
         if monitor.should_stop():
             return
         monitor.report_bound(relaxed.bound())
+        if monitor.closed:
+            return
         start = Incumbent(problem, problem.smallest(-relaxed.x))
         tight: Relaxation | None = None
         settled = bound_done = False

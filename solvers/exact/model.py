@@ -63,9 +63,7 @@ class ScaledSelection:
         for component in self.presolved.components:
             at = np.arange(start, start + component.index.size)
             start += component.index.size
-            if component.coupling is Coupling.DIAGONAL:
-                self.c[at] += 0.5 * self.original.diagonal[component.index] / self.presolved.scale
-            elif component.coupling is Coupling.FULL:
+            if component.coupling is Coupling.FULL:
                 w = instance.weights[component.index]
                 local = component.index - instance.curvature.block_slice(component.block).start
                 H = instance.curvature.submatrix(component.block, local, local)

@@ -63,7 +63,7 @@ class SelectionCase:
         return 0.5 * (Q + Q.T)
 
     def pieces(self) -> list[Piece | SeparablePiece]:
-        """One per component; free and diagonal weights cost each by itself."""
+        """One per component; free weights cost each by itself."""
         out: list[Piece | SeparablePiece] = []
         columns = self.problem.columns
         for component, block, start in zip(
@@ -74,7 +74,7 @@ class SelectionCase:
                 Q = block.submatrix(np.arange(block.size))
                 out.append(SelectionPiece(0.5 * (Q + Q.T), c))
             else:
-                out.append(SeparablePiece(0.5 * block.diagonal() + c))
+                out.append(SeparablePiece(c))
         return out
 
     def first(self) -> BoolArray:

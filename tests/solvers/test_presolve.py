@@ -130,9 +130,11 @@ def test_components_have_no_terms_with_each_other(kind):
 
 
 def test_dead_weights_are_set_apart_and_still_counted():
-    w, curvature = component_problem(1, "gradients", damping=0.0, zero_columns=3, zero_weights=2)
+    w, curvature = component_problem(1, "gradients", damping=0.0, zero_columns=3, zero_weights=2, components=1)
     presolved = presolve(Instance(w, curvature, Budget(4)))
     free = next(c for c in presolved.components if c.coupling is Coupling.FREE)
+    dead = (w == 0) | ~curvature.gradients.any(axis=0)
+    np.testing.assert_array_equal(free.index, np.flatnonzero(dead))
     assert 3 <= free.index.size <= 5
     assert presolved.index.size == 9
     assert presolved.budget.tolist() == [4]
