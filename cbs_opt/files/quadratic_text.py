@@ -1,7 +1,7 @@
 """Quadratic forms over binary variables as text: `.ubqp` (OR-Library, Biq Mac) and `.qubo` (qbsolv).
 
 Both formats hold an objective only. The cardinality, cardinalities of groups and fixed variables stand in
-comments, which `read_ubqp` and `read_qubo` understand and other programs skip. `docs/format.md` describes the lines.
+comments, which `read_ubqp` and `read_qubo` understand and other programs skip. Lines: `docs/format.md`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 
 from cbs_opt import InstanceError, UsageError, selection_loss, solve, write_instance
 from cbs_opt.files.quadratic_text import read_qubo, read_ubqp
-from cbs_opt.solvers.exact.export import export_instance
+from cbs_opt.solvers.mip.text_formats import export_instance
 
 KINDS = {
     "plain": {"kind": "gradients", "n": 9},
