@@ -92,6 +92,10 @@ class Exact(Solver):
         from cbs_opt.solvers.exact.certify import certify
 
         try:
+            if isinstance(self._case, SelectionCase) and self._case.sorted:
+                raise SolutionError(
+                    f"{self._case.n} uncoupled weights in groups are sorted, without a tree to record"
+                )
             found = certify(path, instance, self._case, context.monitor, self._search)
         except (OutputError, SolutionError) as error:
             logger.warning(f"no certificate: {error}")
@@ -106,6 +110,9 @@ class Exact(Solver):
             report.selection(context.warm_start)
         if case.n == 0:
             report.bound(monitor.objective if monitor.objective is not None else case.offset)
+            return self._status(monitor)
+        if isinstance(case, SelectionCase) and case.sorted:
+            report.bound(case.problem.certified_bound(np.zeros(case.n)))
             return self._status(monitor)
         if monitor.should_stop():
             return Status.CONVERGED

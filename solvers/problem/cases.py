@@ -34,6 +34,8 @@ class SelectionCase:
     ----------
     dense : bool
         One tree over all open weights; else `pieces`.
+    sorted : bool
+        No two open weights are coupled, and they are too many for one tree: the cheapest are optimal.
     index : int64 (r,)
         Open weights, piece after piece.
     """
@@ -45,7 +47,8 @@ class SelectionCase:
         full = [c for c in presolved.components if c.coupling is Coupling.FULL]
         groups = int((problem.budget > 0).sum()) > 1
         self.dense = groups or (len(full) <= 1 and self.n <= MAX_WEIGHTS)
-        if self.dense and self.n > MAX_WEIGHTS:
+        self.sorted = self.dense and self.n > MAX_WEIGHTS and not full
+        if self.dense and self.n > MAX_WEIGHTS and not self.sorted:
             raise too_large(self.n, "this instance, whose groups tie all its blocks together,")
         for component in full:
             if component.index.size > MAX_WEIGHTS:

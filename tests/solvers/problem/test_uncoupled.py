@@ -175,7 +175,7 @@ def test_certificates_of_partly_coupled_problems_are_valid(kind, shape, tmp_path
     assert verified.bound <= result.objective
 
 
-@pytest.mark.parametrize("solver", ["search", "relax"])
+@pytest.mark.parametrize("solver", ["search", "relax", "exact"])
 def test_many_uncoupled_weights_are_sorted(solver):
     rng = np.random.default_rng(1)
     n = 20_000
