@@ -7,8 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbs_opt import Budget, GradientFactor, HessianBlocks, Instance, InverseHessianBlocks, Status, Stop, solve
-from cbs_opt.certificate import verify
+from cbs_opt import (
+    Budget,
+    GradientFactor,
+    HessianBlocks,
+    Instance,
+    InverseHessianBlocks,
+    Status,
+    Stop,
+    selection_loss,
+    solve,
+)
+from cbs_opt.certificate import forced_state, selection_parts, verify
 from cbs_opt.files.certificate_file import read_certificate
 from cbs_opt.solvers.problem.presolve import Coupling, presolve
 from cbs_opt.solvers.problem.reduced import ReducedProblem
@@ -173,6 +183,25 @@ def test_certificates_of_partly_coupled_problems_are_valid(kind, shape, tmp_path
     verified = verify(instance, read_certificate(path))
     assert verified.bound == pytest.approx(result.objective, rel=2e-6)
     assert verified.bound <= result.objective
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, {"coupled": 0}], ids=str)
+def test_the_parts_of_the_checker_add_up_to_the_loss(shape):
+    """A cost that is moved twice, or not at all, would let a wrong proof pass."""
+    instance, _ = mixed(7, "hessian", **shape)
+    state, left = forced_state(instance)
+    pieces = np.where(state < 0, 0, -1)
+    group = instance.budget.group_of(instance.n)
+    (part,), constant = selection_parts(instance, state, pieces, 1, group, left)
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        chosen = rng.integers(2, size=part.index.size).astype(np.int8)
+        pruned = state == 1
+        pruned[part.index] = chosen == 1
+        loss = selection_loss(instance, pruned)
+        assert constant + part.value(chosen) == pytest.approx(loss, rel=1e-9, abs=1e-12)
+        base, price = part.frame(part.state, None, left).prices(rng.random((1, chosen.size)), part.state[None])
+        assert constant + base[0] + price[0] @ chosen <= loss + 1e-12
 
 
 @pytest.mark.parametrize("solver", ["search", "relax", "exact"])
