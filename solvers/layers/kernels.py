@@ -377,3 +377,69 @@ def search_row(
         for r in range(sizes[0]):
             mask[pruned[r]] = 1
     return loss, clock
+
+
+@inner_fast
+def _conditional_column(T, V, done, j, out):
+    b = out.size
+    for i in range(b):
+        out[i] = T[j, i]
+    for k in range(done):
+        factor = V[k, j]
+        row = V[k]
+        for i in range(b):
+            out[i] -= factor * row[i]
+
+
+@inner_fast
+def _apply_removal(column, j, x, t):
+    root = np.sqrt(max(column[j], 1e-300))
+    shift = x[j] / root
+    for i in range(column.size):
+        column[i] /= root
+        x[i] -= column[i] * shift
+        t[i] -= column[i] * column[i]
+
+
+@entry
+def eliminate(T, V, x, t, removable, group, quota, order, losses):
+    """Remove weights one by one, each time the one that costs least; ExactOBS with a quota for each group.
+
+    After s steps the conditional inverse is T − V[:s]ᵀ V[:s]; the caller multiplies V out. O(s b) a step.
+
+    Parameters
+    ----------
+    T : float64 (b, b)
+        Inverse of S on the weights that are left.
+    V : float64 (steps, b), out
+    x, t : float64 (b,), in place
+        Weights after the best update, and the diagonal of the conditional inverse.
+    removable : bool (b,), in place
+    group, quota : int64 (b,), (G,), in place
+        How many weights of each group may still go.
+    order, losses : int64 (steps,), float64 (steps,), out
+        The weight removed, and the rise of the doubled loss.
+
+    Returns
+    -------
+    int
+        Steps taken; fewer than asked for when nothing may go any more.
+    """
+    b = x.size
+    for s in range(V.shape[0]):
+        best, j = NEVER, -1
+        for i in range(b):
+            if removable[i] and quota[group[i]] > 0:
+                value = x[i] * x[i] / max(t[i], 1e-300)
+                if value < best:
+                    best, j = value, i
+        if j < 0:
+            return s
+        column = V[s]
+        _conditional_column(T, V, s, j, column)
+        _apply_removal(column, j, x, t)
+        removable[j] = False
+        quota[group[j]] -= 1
+        x[j], t[j] = 0.0, 1.0
+        order[s], losses[s] = j, best
+    return V.shape[0]

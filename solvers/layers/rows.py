@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cbs_opt.solvers.kernels.joint_numba import eliminate
-from cbs_opt.solvers.layers.kernels import search_row
+from cbs_opt.solvers.layers.kernels import eliminate, search_row
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _CHUNK = 48  # eliminations between two products that bring the conditional inverse up to date
@@ -19,35 +18,40 @@ def elimination_path(
     w: FloatArray,
     must_prune: BoolArray,
     must_stay: BoolArray,
+    group: IntArray,
+    quota: IntArray,
     dearest: float = np.inf,
 ) -> tuple[IntArray, FloatArray]:
     """Order in which optimal brain surgeon removes the weights of a row, and the rise of the doubled loss by each.
 
     The weights that must go are removed first. Ends when a chunk of removals costs more than `dearest` each, or
-    when nothing is left that may go. O(K³) with matrix products.
+    when nothing is left that may go. O(K³), most of it in matrix products.
 
-    inverse : S⁻¹ (K, K), w : (K,), must_prune, must_stay : bool (K,).
+    inverse : S⁻¹ (K, K), w : (K,), must_prune, must_stay : bool (K,), group, quota : int64 (K,), (G,), how many
+    weights of each group may go.
     """
     alive = np.arange(w.size)
     T, x, t = inverse, w.copy(), inverse.diagonal().copy()
+    quota = np.array(quota, dtype=np.int64)
     order: list[IntArray] = []
     costs: list[FloatArray] = []
-    first = int(must_prune.sum())
-    removed = 0
-    while alive.size:
-        removable = must_prune[alive] if removed < first else ~must_stay[alive]
-        steps = min(_CHUNK, int(removable.sum()), first - removed if removed < first else w.size)
+    first, removed = int(must_prune.sum()), 0
+    while alive.size and quota.any():
+        forced = removed < first
+        removable = must_prune[alive] if forced else ~must_stay[alive]
+        limit = first - removed if forced else int(quota.sum())
+        steps = min(_CHUNK, int(removable.sum()), limit)
         if steps == 0:
             break
         V, taken, losses = np.empty((steps, alive.size)), np.empty(steps, dtype=np.int64), np.empty(steps)
-        done = eliminate(T, V, 0, x, t, removable.copy(), -1, steps, taken, losses)
+        done = eliminate(T, V, x, t, removable.copy(), group[alive], quota, taken, losses)
         order.append(alive[taken[:done]])
         costs.append(losses[:done])
         removed += done
-        stays = np.ones(alive.size, dtype=bool)
-        stays[taken[:done]] = False
         if done < steps or (removed > first and losses[:done].min() > dearest):
             break
+        stays = np.ones(alive.size, dtype=bool)
+        stays[taken[:done]] = False
         V = V[:, stays]
         T = T[np.ix_(stays, stays)]
         T -= V.T @ V
