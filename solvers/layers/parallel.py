@@ -34,6 +34,7 @@ class RowPool:
         self.local = threading.local()
 
     def __enter__(self) -> RowPool:
+        self._limits = threadpool_limits(1)
         return self
 
     def __exit__(
@@ -41,6 +42,7 @@ class RowPool:
     ) -> None:
         self.flag[0] = 1
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._limits.restore_original_limits()
 
     def stopped(self) -> bool:
         """Whether to stop, asked now."""
@@ -62,15 +64,14 @@ class RowPool:
                 task(row)
 
         parts = np.array_split(np.asarray(rows), min(len(rows), 8 * self.threads)) if len(rows) else []
-        with threadpool_limits(1):
-            futures = [self._pool.submit(guarded, [int(row) for row in part]) for part in parts]
-            try:
-                for future in futures:
-                    while not wait((future,), _POLL).done:
-                        self.stopped()
-                    future.result()
-            except BaseException:
-                self.flag[0] = 1
-                wait(futures)
-                raise
+        futures = [self._pool.submit(guarded, [int(row) for row in part]) for part in parts]
+        try:
+            for future in futures:
+                while not wait((future,), _POLL).done:
+                    self.stopped()
+                future.result()
+        except BaseException:
+            self.flag[0] = 1
+            wait(futures)
+            raise
         return not skipped[0]
