@@ -68,19 +68,19 @@ class JointSearch:
 
     # Start ---------------------------------------------------------------------------------------------------
 
-    def start_from(self, pruned: list[BoolArray]) -> float:
-        """Tables around given masks, with exact values; returns the objective."""
-        counts = np.concatenate([mask.sum(1) for mask in pruned])
-        self._make_tables(counts)
-        return self.offer_masks(pruned)
+    def start_from(self, pruned: list[BoolArray]) -> None:
+        """Centre the tables on given masks and write them there, with exact values."""
+        self._make_tables(np.concatenate([mask.sum(1) for mask in pruned]))
+        self.objective_of(pruned)
 
-    def offer_masks(self, pruned: list[BoolArray]) -> float:
-        """Write masks with their exact values into the tables; the objective of all of them together."""
+    def objective_of(self, pruned: list[BoolArray]) -> float:
+        """The joint loss of masks, which are also offered to the tables."""
         total = 0.0
         for r in range(self.n_rows):
             mask = pruned[self.layer_of[r]][self.row_of[r]]
             value = self._exact_value(r, mask)
-            self.tables[r].offer(mask, value)
+            if self.tables:
+                self.tables[r].offer(mask, value)
             total += 0.5 * self.scale[r] * value
         return total
 
@@ -213,6 +213,29 @@ class JointSearch:
         return self._exact[r][1]
 
     # Search --------------------------------------------------------------------------------------------------
+
+    def estimate_price(self) -> None:
+        """The price of a weight, from the cheapest removal and the best return of some rows of the present masks."""
+        if self.budget.total is None:
+            return
+        prices = []
+        rows = np.random.default_rng(self.seed).permutation(self.n_rows)[:_PROBES]
+        for r in rows.tolist():
+            k, i = int(self.layer_of[r]), int(self.row_of[r])
+            state, table = self._state(k), self.tables[r]
+            mask = table.masks[int(self.counts[r]) - table.lowest] != 0
+            if self.pool.stopped() or mask.all() or not mask.any():
+                continue
+            try:
+                state.build(self.layers[k].hessian, self.b[k][i], self.layers[k].weights[i], mask)
+            except np.linalg.LinAlgError:
+                continue
+            p, q = int(state.sizes[0]), int(state.sizes[1])
+            removal = float((state.x[:q] ** 2 / state.t[:q]).min())
+            gain = float((state.d[:p] ** 2 / state.a[:p]).max())
+            prices.append(0.5 * self.scale[r] * np.sqrt(removal * gain))
+        if prices:
+            self.price = float(np.median(prices))
 
     def search(self, steps: int, tenure: int, round_number: int = 0) -> bool:
         """Visit every row once with a search of `steps` moves; False if stopped."""

@@ -1,1 +1,247 @@
-def solve_layers(): ...
+"""The front door of the room: one call for layers, budget and objective."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from cbs_opt.errors import InstanceError
+from cbs_opt.solvers.layers.incumbent import Incumbent, Report
+from cbs_opt.solvers.layers.joint import JointSearch
+from cbs_opt.solvers.layers.large import improve_in_bulk
+from cbs_opt.solvers.layers.parallel import RowPool
+from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution, layer_losses
+from cbs_opt.solvers.layers.refit import refit_by_gradients, refit_row
+from cbs_opt.solvers.layers.starts import admm, priced_sweep
+from cbs_opt.typing import BoolArray, FloatArray
+
+logger = logging.getLogger("cbs_opt")
+
+TABLEAU_COLUMNS = 1100
+"""Rows up to this long are searched on their own tableau; longer ones are exchanged in bulk."""
+
+_ADMM_COLUMNS = 400  # from here on ADMM is cheaper than the elimination of every row
+_GOOD = 0.93  # of the loss of the priced sweep, or of magnitude: ADMM has then found what elimination would find
+_FIRST_MOVES = 50
+_TENURES = (5, 8, 4, 10)
+_SETTLED = 2e-4  # relative gain of a round that ends a run without limits
+
+
+def solve_layers(
+    layers: list[Layer],
+    budget: LayerBudget,
+    *,
+    objective: str = "joint",
+    warm_start: list[BoolArray] | None = None,
+    report: Report | None = None,
+    report_bound: Callable[[float], object] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    time_limit: float | None = None,
+    threads: int = 1,
+    seed: int = 0,
+    bound_share: float = 0.0,
+    max_rounds: int | None = None,
+    refit: bool = True,
+) -> LayerSolution:
+    """Prune layers whose rows share Hessians.
+
+    Parameters
+    ----------
+    layers : list of Layer
+    budget : LayerBudget
+    objective : {"joint", "selection"}
+    warm_start : list of bool (rows, K), optional
+        Feasible masks; the answer is never worse.
+    report : callable, optional
+        Given (objective, masks) for every better solution, in the calling thread.
+    report_bound : callable, optional
+        Given every better lower bound.
+    should_stop : callable, optional
+        Asked every 20-50 ms; True ends the run, the incumbent is kept.
+    time_limit : float, optional
+        Seconds.
+    threads : int
+    seed : int
+    bound_share : float
+        Share of the time limit that goes to lower bounds, 0 for none; without a limit bounds run until they settle.
+    max_rounds : int, optional
+        Rounds of search over all rows; without any limit the search ends when a round gains little.
+    refit : bool
+        Whether to compute the weights of the answer (after the clock); without, they are the masked weights.
+
+    Returns
+    -------
+    LayerSolution
+
+    Raises
+    ------
+    InstanceError
+        For data, budgets or warm starts that do not fit.
+    """
+    if objective not in ("joint", "selection"):
+        raise InstanceError(f"the objective must be joint or selection, got {objective!r}")
+    budget.check(layers)
+    if warm_start is not None and not (
+        len(warm_start) == len(layers)
+        and all(m.shape == la.weights.shape for m, la in zip(warm_start, layers, strict=True))
+        and budget.satisfied(warm_start)
+    ):
+        raise InstanceError("the warm start does not fit the layers and their budget")
+    ends = np.inf if time_limit is None else time.perf_counter() + time_limit
+    asked = should_stop or (lambda: False)
+
+    def stop() -> bool:
+        return time.perf_counter() >= ends or asked()
+
+    run = _Run(layers, budget, Incumbent(layers, report, report_bound), stop, ends, threads, seed)
+    run.bound_share, run.max_rounds = bound_share, max_rounds
+    if objective == "selection":
+        run.selection(warm_start)
+    else:
+        run.joint(warm_start)
+    return run.solution(objective, refit)
+
+
+class _Run:
+    def __init__(
+        self,
+        layers: list[Layer],
+        budget: LayerBudget,
+        incumbent: Incumbent,
+        stop: Callable[[], bool],
+        ends: float,
+        threads: int,
+        seed: int,
+    ) -> None:
+        self.layers, self.budget, self.incumbent = layers, budget, incumbent
+        self.stop, self.ends, self.threads, self.seed = stop, ends, threads, seed
+        self.started = time.perf_counter()
+        self.bound_share = 0.0
+        self.max_rounds: int | None = None
+        self.columns = max(layer.columns for layer in layers)
+
+    # Joint ---------------------------------------------------------------------------------------------------
+
+    def joint(self, warm_start: list[BoolArray] | None) -> None:
+        """Magnitude first, then better and better; see `solve_layers`."""
+        magnitude = self.budget.cheapest(self.layers, [np.abs(layer.weights) for layer in self.layers])
+        self.incumbent.offer(self._zeroed_loss(magnitude), magnitude)
+        pending = [magnitude] if warm_start is None else [magnitude, warm_start]
+        if self.columns > TABLEAU_COLUMNS:
+            with threadpool_limits(self.threads):
+                self._joint_large(pending)
+            return
+        with RowPool(self.threads, self.stop) as pool:
+            self._joint_small(pending, pool)
+
+    def _zeroed_loss(self, masks: list[BoolArray]) -> float:
+        zeroed = [np.where(mask, 0.0, layer.weights) for layer, mask in zip(self.layers, masks, strict=True)]
+        return layer_losses(self.layers, zeroed)
+
+    def _joint_small(self, pending: list[list[BoolArray]], pool: RowPool) -> None:
+        search = JointSearch(self.layers, self.budget, self.incumbent, pool, self.seed)
+        first, best = np.inf, None
+        try:
+            for quick in (admm, priced_sweep) if self.columns >= _ADMM_COLUMNS else (priced_sweep,):
+                masks = quick(self.layers, self.budget, should_stop=pool.stopped)
+                if masks is None:
+                    continue
+                value = self._offer(search, masks)
+                if value < first:
+                    first, best = value, quick
+        except np.linalg.LinAlgError:
+            logger.warning("a stored Hessian is not positive definite: starting from magnitude")
+        for masks in pending:  # also when stopped: never worse than these
+            self._offer(search, masks)
+        if pool.stopped():
+            return
+        if best is not admm:
+            search.eliminate()
+        search.start_from(self.incumbent.pruned)
+        self._rounds(search, pool)
+
+    def _offer(self, search: JointSearch, masks: list[BoolArray]) -> float:
+        value = search.objective_of(masks)
+        self.incumbent.offer(value, masks)
+        return value
+
+    def _rounds(self, search: JointSearch, pool: RowPool) -> None:
+        if search.price == 0.0:
+            search.estimate_price()
+        steps, number = 0, 0
+        before = self.incumbent.objective
+        while not pool.stopped() and (self.max_rounds is None or number < self.max_rounds):
+            if not search.search(steps or 10_000, _TENURES[number % len(_TENURES)] if steps else 0, number):
+                return
+            number += 1
+            steps = 2 * steps or _FIRST_MOVES
+            gained = (before - self.incumbent.objective) / max(before, 1e-300)
+            before = self.incumbent.objective
+            unlimited = self.max_rounds is None and not np.isfinite(self.ends)
+            if unlimited and number > 3 and gained < _SETTLED:
+                return
+
+    def _joint_large(self, pending: list[list[BoolArray]]) -> None:
+        best = None
+        value = np.inf
+        try:
+            for quick in (priced_sweep, admm):
+                masks = quick(self.layers, self.budget, should_stop=self.stop)
+                if masks is not None:
+                    loss = self._gradient_loss(masks)
+                    self.incumbent.offer(loss, masks)
+                    if loss < value:
+                        best, value = masks, loss
+        except np.linalg.LinAlgError:
+            logger.warning("a stored Hessian is not positive definite: starting from magnitude")
+        for masks in pending:
+            loss = self._gradient_loss(masks, polite=False)
+            self.incumbent.offer(loss, masks)
+            if loss < value:
+                best, value = masks, loss
+        if best is not None and not self.stop():
+            improve_in_bulk(self.layers, self.budget, best, self.incumbent, self.stop)
+
+    def _gradient_loss(self, masks: list[BoolArray], polite: bool = True) -> float:
+        total = 0.0
+        for layer, mask in zip(self.layers, masks, strict=True):
+            kind = np.float32 if layer.columns > 1500 else np.float64
+            S, W = layer.hessian.astype(kind), layer.weights.astype(kind)
+            X = refit_by_gradients(
+                S, W, mask, None, 40, 1e-6, self.stop if polite else lambda: False
+            )
+            change = X - W
+            total += 0.5 * float(layer.scale @ np.einsum("rk,rk->r", change @ S, change, dtype=np.float64))
+        return total
+
+    # Selection -----------------------------------------------------------------------------------------------
+
+    def selection(self, warm_start: list[BoolArray] | None) -> None:
+        """Fixed weights."""
+        raise NotImplementedError
+
+    # Answer --------------------------------------------------------------------------------------------------
+
+    def solution(self, objective: str, refit: bool) -> LayerSolution:
+        """The incumbent with its weights and recomputed objective."""
+        pruned = self.incumbent.pruned
+        weights: list[FloatArray] = []
+        for layer, mask in zip(self.layers, pruned, strict=True):
+            if objective == "selection" or not refit:
+                weights.append(np.where(mask, 0.0, layer.weights))
+            elif layer.columns > TABLEAU_COLUMNS:
+                with threadpool_limits(self.threads):
+                    weights.append(refit_by_gradients(layer.hessian, layer.weights, mask, None, 100, 1e-14))
+            else:
+                b = layer.weights @ layer.hessian
+                weights.append(
+                    np.array(
+                        [refit_row(layer.hessian, b[r], layer.weights[r], mask[r])[0] for r in range(layer.rows)]
+                    )
+                )
+        value = layer_losses(self.layers, weights) if refit else self.incumbent.objective
+        return LayerSolution(pruned, weights, value, self.incumbent.bound, tuple(self.incumbent.history))
