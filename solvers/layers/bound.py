@@ -1,0 +1,253 @@
+"""Lower bounds for layers: one block-diagonal matrix below the stored Hessian serves all its rows.
+
+With S = R + B, R positive semidefinite and B block-diagonal with small blocks, the doubled loss of a row is
+(v − w)ᵀR(v − w) + (v − w)ᵀB(v − w). The first term is at least its tangent at any u, which leaves a problem for each
+block that is solved over all kept sets κ of the block. With h = Bw − R(u − w) and a price λ for each kept weight,
+
+    loss ≥ −(u − w)ᵀR(u − w) − 2 wᵀR(u − w) + wᵀBw − Σ_blocks max_κ (h_κᵀB_κκ⁻¹h_κ − λ|κ|) − λ · (number kept).
+
+Blocks of one column give the perspective bound for a diagonal D = B; larger blocks convexify the correlations inside
+of them exactly. The best u is found by block-coordinate Frank-Wolfe steps (`bound_kernels`); B by block-coordinate
+ascent in Σ ⟨Ω_k, B_k⟩ + μ log det(S − B), where Ω, the derivative of the bound in B, is the covariance of the
+mixture of kept sets, summed over the rows: the semidefinite program of the best B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbs_opt.solvers.layers import bound_kernels as kernels
+from cbs_opt.solvers.layers.incumbent import Incumbent
+from cbs_opt.solvers.layers.parallel import RowPool
+from cbs_opt.solvers.layers.problem import Layer, LayerBudget
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
+
+BLOCK = 9  # columns of a block
+_CHUNK = 16  # rows that go through a sweep together
+
+
+def correlated_blocks(S: FloatArray, size: int) -> tuple[IntArray, IntArray]:
+    """Columns grouped greedily by the size of their correlations: an order (K,), and where blocks start in it."""
+    K = S.shape[0]
+    root = 1 / np.sqrt(np.maximum(np.diag(S), 1e-300))
+    strength = np.abs(S * root[:, None] * root)
+    rows, columns = np.triu_indices(K, 1)
+    strong = strength[rows, columns]
+    number = min(strong.size, 40 * K)
+    order = np.argpartition(-strong, number - 1)[:number] if number < strong.size else np.arange(strong.size)
+    order = order[np.argsort(-strong[order], kind="stable")]
+    member = np.arange(K)
+    groups: dict[int, list[int]] = {i: [i] for i in range(K)}
+    for pair in order:
+        a, b = int(member[rows[pair]]), int(member[columns[pair]])
+        if a != b and len(groups[a]) + len(groups[b]) <= size:
+            member[groups[b]] = a
+            groups[a] += groups.pop(b)
+    blocks = sorted(groups.values(), key=min)
+    # Small left-overs are put together: an empty correlation costs nothing.
+    merged: list[list[int]] = []
+    for block in sorted(blocks, key=len, reverse=True):
+        home = next((m for m in merged if len(m) + len(block) <= size), None) if len(block) < size else None
+        if home is None:
+            merged.append(list(block))
+        else:
+            home += block
+    return np.concatenate([np.sort(b) for b in merged]), np.cumsum([0] + [len(b) for b in merged])
+
+
+@dataclass
+class _Factors:
+    inverse_pivot: FloatArray
+    coefficient: FloatArray
+
+
+class LayerRelaxation:
+    """The relaxation of one layer for one B, with a mixture for each row.
+
+    Parameters
+    ----------
+    layer : Layer
+    budget : LayerBudget
+        Only whether it is a pattern matters here; then the blocks are made of whole cells.
+    displacement : float64 (rows, K)
+        Weights of an incumbent, the start of u.
+    size : int
+        Columns of a block at most.
+    """
+
+    def __init__(self, layer: Layer, budget: LayerBudget, displacement: FloatArray, size: int = BLOCK) -> None:
+        self.layer = layer
+        if budget.pattern is None:
+            self.order, self.starts = correlated_blocks(layer.hessian, size)
+        else:
+            m = budget.pattern[1]
+            width = m * max(1, size // m)
+            self.order = np.arange(layer.columns)
+            self.starts = np.append(np.arange(0, layer.columns, width), layer.columns)
+        self.S = np.ascontiguousarray(layer.hessian[np.ix_(self.order, self.order)])
+        self.w = np.ascontiguousarray(layer.weights[:, self.order])
+        self.scale = layer.scale
+        self.m = int(np.diff(self.starts).max())
+        self.blocks = self.starts.size - 1
+        self.bits = np.array([int(s).bit_count() for s in range(1 << self.m)], dtype=np.int64)
+        self.allowed = self._allowed(budget)
+        self.B = self._first()
+        self.u = np.ascontiguousarray(displacement[:, self.order])
+        rows = self.w.shape[0]
+        self.M = np.zeros((rows, self.w.shape[1], self.m))
+        self.kept = np.zeros((rows, self.blocks))
+        for k in range(self.blocks):
+            a, b = self.starts[k], self.starts[k + 1]
+            self.M[:, a:b, : b - a] = self.u[:, a:b, None] * self.u[:, None, a:b]
+            self.kept[:, k] = (self.u[:, a:b] != 0).sum(1)
+        self._inverse: FloatArray | None = None
+        self.refactor()
+
+    def _allowed(self, budget: LayerBudget) -> BoolArray:
+        allowed = np.zeros((self.blocks, 1 << self.m), dtype=bool)
+        for k, m in enumerate(np.diff(self.starts)):
+            allowed[k, : 1 << m] = True
+        if budget.pattern is not None:
+            n, m = budget.pattern
+            subsets = np.arange(1 << self.m)
+            for k, width in enumerate(np.diff(self.starts)):
+                for cell in range(width // m):
+                    allowed[k] &= self.bits[subsets >> (cell * m) & ((1 << m) - 1)] == m - n
+        return allowed
+
+    def _first(self) -> FloatArray:
+        """θ times the diagonal blocks of S, θ the largest that keeps S − B positive semidefinite."""
+        B, inverse_root = np.zeros_like(self.S), np.zeros_like(self.S)
+        for a, b in zip(self.starts[:-1], self.starts[1:], strict=True):
+            part = slice(a, b)
+            B[part, part] = self.S[part, part]
+            values, vectors = np.linalg.eigh(self.S[part, part])
+            values = np.maximum(values, 1e-300)
+            inverse_root[part, part] = vectors / np.sqrt(values) @ vectors.T
+        theta = float(np.linalg.eigvalsh(inverse_root @ self.S @ inverse_root)[0])
+        return np.asarray(B * max(theta * (1 - 1e-6), 1e-12))
+
+    def is_valid(self, B: FloatArray) -> bool:
+        """Whether S − B is positive definite by more than the rounding of its Cholesky factorisation."""
+        margin = 1e-15 * self.S.shape[0] * float(np.diag(self.S).max())
+        try:
+            np.linalg.cholesky(self.S - B - margin * np.eye(self.S.shape[0]))
+            for a, b in zip(self.starts[:-1], self.starts[1:], strict=True):
+                np.linalg.cholesky(B[a:b, a:b])
+        except np.linalg.LinAlgError:
+            return False
+        return True
+
+    def refactor(self) -> None:
+        """What depends on B: R, the factors of all subsets, Bw, and y from scratch."""
+        self.R = self.S - self.B
+        self.inverse_pivot = np.zeros((self.blocks, 1 << self.m))
+        self.coefficient = np.zeros((self.blocks, 1 << self.m, self.m))
+        kernels.subset_factors(self.B, self.starts, self.inverse_pivot, self.coefficient)
+        self.hw = self.w @ self.B
+        self.y = (self.u - self.w) @ self.R
+
+    def sweep(self, price: FloatArray, sweeps: int, pool: RowPool) -> None:
+        """Frank-Wolfe cycles on all rows; price : (rows,) of a kept weight, doubled, without the row's scale."""
+        chunks = [slice(i, i + _CHUNK) for i in range(0, self.w.shape[0], _CHUNK)]
+
+        def task(i: int) -> None:
+            rows = chunks[i]
+            kernels.sweep_rows(
+                self.R, self.B, self.starts, self.inverse_pivot, self.coefficient, self.allowed, self.bits,
+                self.hw[rows], self.y[rows], self.u[rows], self.M[rows], self.kept[rows], price[rows], sweeps,
+                pool.flag,
+            )  # fmt: skip
+
+        pool.map(task, range(len(chunks)))
+
+    def tables(self) -> tuple[FloatArray, FloatArray, float]:
+        """Constants of the rows (rows,), best block values by number kept (rows, blocks, m + 1), rounding error."""
+        self.y = (self.u - self.w) @ self.R
+        h = self.hw - self.y
+        out = np.empty((self.w.shape[0], self.blocks, self.m + 1))
+        kernels.best_by_count(self.starts, self.inverse_pivot, self.coefficient, self.allowed, self.bits, h, out)
+        terms = (self.u + self.w) * self.y, self.w * self.hw
+        constant = terms[1].sum(1) - terms[0].sum(1)
+        sizes = self.scale @ (np.abs(terms[0]).sum(1) + np.abs(terms[1]).sum(1) + np.abs(h * self.w).sum(1))
+        return constant, out, 1e-13 * float(sizes)
+
+    # The best B ----------------------------------------------------------------------------------------------
+
+    def covariance(self) -> FloatArray:
+        """Ω, (K, m): for each block the covariance of the mixtures, summed over the rows with their scales."""
+        out = np.einsum("r,rkj->kj", self.scale, self.M)
+        for a, b in zip(self.starts[:-1], self.starts[1:], strict=True):
+            part = self.u[:, a:b]
+            out[a:b, : b - a] -= (part * self.scale[:, None]).T @ part
+        return np.asarray(out)
+
+    def improve_blocks(self, omega: FloatArray, barrier: float) -> None:
+        """One cycle of block steps towards W_kk = Ω_k / μ, W = (S − B)⁻¹; the caller checks and refactors."""
+        B = self.B.copy()
+        W = np.linalg.inv(self.S - B)
+        for a, b in zip(self.starts[:-1], self.starts[1:], strict=True):
+            m = b - a
+            target = 0.5 * (omega[a:b, :m] + omega[a:b, :m].T)
+            values, vectors = np.linalg.eigh(target)
+            floor = max(1e-3 * values[-1], 1e-300)
+            inverse_target = vectors / np.maximum(values, floor) @ vectors.T
+            here = W[a:b, a:b]
+            inverse_here = np.linalg.inv(here)
+            step = inverse_here - barrier * inverse_target
+            step = 0.5 * (step + step.T)
+            low = 0.02 * B[a:b, a:b]
+            length = 1.0
+            for _ in range(12):
+                ahead = B[a:b, a:b] + length * step - low
+                if np.linalg.eigvalsh(ahead)[0] > 0 and np.linalg.eigvalsh(
+                    inverse_here - length * step - 0.1 * inverse_here
+                )[0] > 0:
+                    break
+                length *= 0.6
+            else:
+                continue
+            step *= length
+            B[a:b, a:b] += step
+            columns = W[:, a:b].copy()
+            W += columns @ np.linalg.solve(np.eye(m) - step @ here, step) @ columns.T
+        self.B = B
+
+
+def lagrangian_bound(
+    tables: list[tuple[FloatArray, FloatArray, float]],
+    scales: list[FloatArray],
+    kept: int,
+) -> tuple[float, float]:
+    """The bound on the objective at the best price over all layers, and that price (doubled, with the scale).
+
+    kept : how many weights stay. The price minimises a convex piecewise linear function, by bisection of its slope.
+    """
+    values = [scale[:, None, None] * best for (_, best, _), scale in zip(tables, scales, strict=True)]
+
+    def at(price: float) -> tuple[float, int]:
+        total, number = price * kept, 0
+        for value in values:
+            shifted = value - price * np.arange(value.shape[2])
+            choice = shifted.argmax(2)
+            total += float(np.take_along_axis(shifted, choice[:, :, None], 2).sum())
+            number += int(choice.sum())
+        return total, number
+
+    low, high = 0.0, max(float(v.max()) for v in values) + 1e-300
+    for _ in range(45):
+        middle = 0.5 * (low + high)
+        _, number = at(middle)
+        if number > kept:
+            low = middle
+        else:
+            high = middle
+        if number == kept:
+            break
+    price = min((low, middle, high), key=lambda p: at(p)[0])
+    constant = sum(float(scale @ c) for (c, _, _), scale in zip(tables, scales, strict=True))
+    total, _ = at(price)
+    rounding = sum(t[2] for t in tables) + 1e-13 * abs(total)
+    return 0.5 * (constant - total - rounding), price
