@@ -25,6 +25,7 @@ from cbs_opt.solvers.layers.problem import Layer, LayerBudget
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 BLOCK = 9  # columns of a block
+_LIFT = 0.02  # of [S⁻¹]_kk in Ω
 _CHUNK = 16  # rows that go through a sweep together
 
 
@@ -102,7 +103,10 @@ class LayerRelaxation:
             a, b = self.starts[k], self.starts[k + 1]
             self.M[:, a:b, : b - a] = self.u[:, a:b, None] * self.u[:, None, a:b]
             self.kept[:, k] = (self.u[:, a:b] != 0).sum(1)
-        self._inverse: FloatArray | None = None
+        inverse = np.linalg.inv(self.S)
+        self.lift = np.zeros((self.S.shape[0], self.m))
+        for a, b in zip(self.starts[:-1], self.starts[1:], strict=True):
+            self.lift[a:b, : b - a] = inverse[a:b, a:b]
         self.refactor()
 
     def _allowed(self, budget: LayerBudget) -> BoolArray:
@@ -184,36 +188,57 @@ class LayerRelaxation:
             out[a:b, : b - a] -= (part * self.scale[:, None]).T @ part
         return np.asarray(out)
 
-    def improve_blocks(self, omega: FloatArray, barrier: float) -> None:
-        """One cycle of block steps towards W_kk = Ω_k / μ, W = (S − B)⁻¹; the caller checks and refactors."""
-        B = self.B.copy()
+    def improve_blocks(self, omega: FloatArray | None, barrier: float) -> None:
+        """One cycle of block steps towards W_kk = Ω_k / μ, W = (S − B)⁻¹.
+
+        Ω is lifted by a small multiple of [S⁻¹]_kk, so that B stays away from zero where the mixtures have no
+        variance; that alone is taken without Ω. A step that rounding has spoilt is shortened until S − B is
+        positive definite. The caller calls `refactor` before the next sweep.
+
+        omega : (K, m), in units in which the sum of its products with B is about K; barrier : μ.
+        """
+        old = self.B
+        B = old.copy()
         W = np.linalg.inv(self.S - B)
-        for a, b in zip(self.starts[:-1], self.starts[1:], strict=True):
+        parts = list(zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True))
+        for a, b in parts:
             m = b - a
-            target = 0.5 * (omega[a:b, :m] + omega[a:b, :m].T)
-            values, vectors = np.linalg.eigh(target)
-            floor = max(1e-3 * values[-1], 1e-300)
-            inverse_target = vectors / np.maximum(values, floor) @ vectors.T
-            here = W[a:b, a:b]
-            inverse_here = np.linalg.inv(here)
-            step = inverse_here - barrier * inverse_target
-            step = 0.5 * (step + step.T)
-            low = 0.02 * B[a:b, a:b]
-            length = 1.0
-            for _ in range(12):
-                ahead = B[a:b, a:b] + length * step - low
-                if np.linalg.eigvalsh(ahead)[0] > 0 and np.linalg.eigvalsh(
-                    inverse_here - length * step - 0.1 * inverse_here
-                )[0] > 0:
-                    break
-                length *= 0.6
-            else:
+            target = self.lift[a:b, :m] if omega is None else _LIFT * self.lift[a:b, :m] + omega[a:b, :m]
+            target = 0.5 * (target + target.T)
+            here = 0.5 * (W[a:b, a:b] + W[a:b, a:b].T)
+            try:
+                root = np.linalg.cholesky(here)
+                low = np.linalg.cholesky(0.9 * B[a:b, a:b])
+            except np.linalg.LinAlgError:
                 continue
-            step *= length
+        # In the metric of `here` the step is diagonal: 1 − μ/ω for each eigenvalue ω of the target.
+            try:
+                root = np.linalg.cholesky(here)
+                low = np.linalg.cholesky(0.95 * B[a:b, a:b])
+            except np.linalg.LinAlgError:
+                continue
+            inverse_root = np.linalg.inv(root)
+            values, vectors = np.linalg.eigh(inverse_root @ target @ inverse_root.T)
+            growth = np.clip(1 - barrier / np.maximum(values, 1e-300), -4.0, 0.8)
+            lift = inverse_root.T @ vectors
+            step = lift * growth @ lift.T
+            inverse_low = np.linalg.inv(low)
+            smallest = float(np.linalg.eigvalsh(inverse_low @ step @ inverse_low.T)[0])
+            step *= min(1.0, -1.0 / smallest) if smallest < 0 else 1.0
             B[a:b, a:b] += step
             columns = W[:, a:b].copy()
             W += columns @ np.linalg.solve(np.eye(m) - step @ here, step) @ columns.T
-        self.B = B
+        for length in (1.0, 0.9, 0.6, 0.3, 0.1, 0.01):
+            self.B = old + length * (B - old)
+            if self.is_valid(self.B):
+                return
+        self.B = old
+
+    def first_blocks(self) -> None:
+        """A first B, for Ω = [S⁻¹]_kk."""
+        for barrier in (1.0, 0.7, 0.5, 0.4, 0.3, 0.2):
+            self.improve_blocks(None, barrier)
+        self.refactor()
 
 
 def lagrangian_bound(
