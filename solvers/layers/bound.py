@@ -276,3 +276,125 @@ def lagrangian_bound(
     total, _ = at(price)
     rounding = sum(t[2] for t in tables) + 1e-13 * abs(total)
     return 0.5 * (constant - total - rounding), price
+
+
+class BoundSearch:
+    """Bounds for all layers under their budget: Frank-Wolfe sweeps, steps of B and of the prices in turn.
+
+    Parameters
+    ----------
+    layers : list of Layer
+    budget : LayerBudget
+    incumbent : Incumbent
+        Its masks are the start; it is told of the bounds.
+    weights : list of float64 (rows, K)
+        The refitted weights of the incumbent.
+    pool : RowPool
+    size : int
+        Columns of a block at most.
+    """
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        budget: LayerBudget,
+        incumbent: Incumbent,
+        weights: list[FloatArray],
+        pool: RowPool,
+        size: int = BLOCK,
+    ) -> None:
+        self.budget, self.incumbent, self.pool = budget, incumbent, pool
+        self.parts: list[LayerRelaxation] = []
+        self.layers = layers
+        self._displacements, self._size = weights, size
+        self.prices: list[FloatArray] = []
+        self.barrier = 0.3
+        self.omega: list[FloatArray | None] = [None] * len(layers)
+        self.kept_rows = self._kept_rows()
+
+    def _kept_rows(self) -> list[FloatArray] | None:
+        """How many weights of each row stay, where the budget says so."""
+        if self.budget.per_row is None:
+            return None
+        counts = zip(self.budget.per_row, self.layers, strict=True)
+        return [(layer.columns - np.asarray(c)).astype(np.float64) for c, layer in counts]
+
+    def prepare(self) -> bool:
+        """Relaxations and a first B for each layer; False if stopped."""
+        for layer, displacement in zip(self.layers, self._displacements, strict=True):
+            part = LayerRelaxation(layer, self.budget, displacement, self._size)
+            if self.pool.stopped():
+                return False
+            part.first_blocks()
+            self.parts.append(part)
+            if self.pool.stopped():
+                return False
+        self.bound()
+        return True
+
+    def bound(self) -> float:
+        """The bound at the present mixtures, reported."""
+        tables = [part.tables() for part in self.parts]
+        scales = [layer.scale for layer in self.layers]
+        if self.budget.total is not None:
+            kept = sum(layer.weights.size for layer in self.layers) - self.budget.total
+            value, price = lagrangian_bound(tables, scales, kept)
+            if not self.prices:
+                self.prices = [price / scale for scale in scales]
+        elif self.kept_rows is not None:
+            value, prices = 0.0, []
+            for table, scale, kept_row in zip(tables, scales, self.kept_rows, strict=True):
+                constant, best, rounding = table
+                rows = [
+                    lagrangian_bound([(constant[r : r + 1], best[r : r + 1], 0.0)], [scale[r : r + 1]], int(k))
+                    for r, k in enumerate(kept_row)
+                ]
+                value += sum(row[0] for row in rows) - 0.5 * rounding
+                prices.append(np.array([row[1] for row in rows]) / scale)
+            if not self.prices:
+                self.prices = prices
+        else:
+            value = 0.0
+            for (constant, best, rounding), scale in zip(tables, scales, strict=True):
+                value += 0.5 * (float(scale @ (constant - best.max(2).sum(1))) - rounding)
+            if not self.prices:
+                self.prices = [np.zeros(scale.size) for scale in scales]
+        self.incumbent.offer_bound(value)
+        return value
+
+    def step(self, sweeps: int) -> bool:
+        """Sweeps at the present B and prices, the bound, then a step of both; False if stopped."""
+        for part, price in zip(self.parts, self.prices, strict=True):
+            part.sweep(price, sweeps, self.pool)
+        self.bound()
+        if self.pool.stopped():
+            return False
+        self._step_prices()
+        energy = sum(
+            float(part.layer.scale @ np.maximum(np.einsum("rk,rk->r", part.u - part.w, part.y), 0.0))
+            for part in self.parts
+        )
+        unit = max(2 * self.incumbent.objective, 1e-6 * energy, 1e-300)
+        columns = sum(part.S.shape[0] for part in self.parts)
+        for k, part in enumerate(self.parts):
+            new, old = part.covariance() * (columns / unit), self.omega[k]
+            self.omega[k] = new if old is None else 0.4 * old + 0.6 * new
+            part.improve_blocks(self.omega[k], self.barrier)
+            part.refactor()
+            if self.pool.stopped():
+                return False
+        self.barrier = max(0.8 * self.barrier, 3e-3)
+        return True
+
+    def _step_prices(self) -> None:
+        """Prices follow the numbers of kept weights of the mixtures, which are the slope of the bound in them."""
+        if self.budget.total is not None:
+            kept = sum(layer.weights.size for layer in self.layers) - self.budget.total
+            ratio = sum(float(part.kept.sum()) for part in self.parts) / max(kept, 1e-9)
+            factor = float(np.clip(ratio, 0.6, 1.6))
+            self.prices = [np.maximum(price, 1e-300) * factor for price in self.prices]
+        elif self.kept_rows is not None:
+            self.prices = [
+                np.maximum(price, 1e-300) * np.clip(part.kept.sum(1) / np.maximum(kept, 1e-9), 0.6, 1.6)
+                for price, part, kept in zip(self.prices, self.parts, self.kept_rows, strict=True)
+            ]

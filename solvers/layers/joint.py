@@ -237,8 +237,8 @@ class JointSearch:
         if prices:
             self.price = float(np.median(prices))
 
-    def search(self, steps: int, tenure: int, round_number: int = 0) -> bool:
-        """Visit every row once with a search of `steps` moves; False if stopped."""
+    def search(self, steps: int, tenure: int, round_number: int = 0, until: float = np.inf) -> bool:
+        """Visit every row once with a search of `steps` moves; False if stopped or past `until` (perf_counter)."""
 
         def visit(r: int) -> None:
             self._visit(r, steps, tenure, round_number)
@@ -250,7 +250,7 @@ class JointSearch:
             done = self.pool.map(visit, rows[at : at + size])
             at += size
             self.allocate()
-            if not done:
+            if not done or time.perf_counter() > until:
                 return False
             spent = time.perf_counter() - began
             size = int(np.clip(size * _PAUSE / max(spent, 1e-3), 2 * self.pool.threads, 8 * size))

@@ -10,12 +10,13 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from cbs_opt.errors import InstanceError
+from cbs_opt.solvers.layers.bound import BoundSearch
 from cbs_opt.solvers.layers.incumbent import Incumbent, Report
 from cbs_opt.solvers.layers.joint import JointSearch
 from cbs_opt.solvers.layers.large import improve_in_bulk
 from cbs_opt.solvers.layers.parallel import RowPool
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution, layer_losses
-from cbs_opt.solvers.layers.refit import refit_by_gradients, refit_row
+from cbs_opt.solvers.layers.refit import refit_by_gradients, refit_layer
 from cbs_opt.solvers.layers.starts import admm, priced_sweep
 from cbs_opt.typing import BoolArray, FloatArray
 
@@ -122,6 +123,7 @@ class _Run:
         self.started = time.perf_counter()
         self.bound_share = 0.0
         self.max_rounds: int | None = None
+        self.round = 0
         self.columns = max(layer.columns for layer in layers)
 
     # Joint ---------------------------------------------------------------------------------------------------
@@ -162,27 +164,51 @@ class _Run:
         if best is not admm:
             search.eliminate()
         search.start_from(self.incumbent.pruned)
-        self._rounds(search, pool)
+        if self.bound_share <= 0:
+            self._rounds(search, pool, self.ends)
+            return
+        limit = self.ends - self.started
+        self._rounds(search, pool, self.started + 0.6 * (1 - self.bound_share) * limit)
+        self._bounds(pool, self.started + (0.6 * (1 - self.bound_share) + self.bound_share) * limit)
+        if np.isfinite(limit):
+            self._rounds(search, pool, self.ends)
+
+    def _bounds(self, pool: RowPool, until: float) -> None:
+        if pool.stopped():
+            return
+        weights = [
+            refit_layer(layer, mask) for layer, mask in zip(self.layers, self.incumbent.pruned, strict=True)
+        ]
+        search = BoundSearch(self.layers, self.budget, self.incumbent, weights, pool)
+        if not search.prepare():
+            return
+        before, idle = -np.inf, 0
+        while time.perf_counter() < until and idle < 3:
+            if not search.step(10):
+                return
+            bound = self.incumbent.bound or 0.0
+            idle = idle + 1 if bound - before < 1e-3 * self.incumbent.objective else 0
+            before = bound
 
     def _offer(self, search: JointSearch, masks: list[BoolArray]) -> float:
         value = search.objective_of(masks)
         self.incumbent.offer(value, masks)
         return value
 
-    def _rounds(self, search: JointSearch, pool: RowPool) -> None:
+    def _rounds(self, search: JointSearch, pool: RowPool, until: float) -> None:
         if search.price == 0.0:
             search.estimate_price()
-        steps, number = 0, 0
         before = self.incumbent.objective
-        while not pool.stopped() and (self.max_rounds is None or number < self.max_rounds):
-            if not search.search(steps or 10_000, _TENURES[number % len(_TENURES)] if steps else 0, number):
+        while not pool.stopped() and (self.max_rounds is None or self.round < self.max_rounds):
+            number = self.round
+            steps = _FIRST_MOVES << min(number - 1, 20) if number else 10_000
+            if not search.search(steps, _TENURES[number % len(_TENURES)] if number else 0, number, until):
                 return
-            number += 1
-            steps = 2 * steps or _FIRST_MOVES
+            self.round += 1
             gained = (before - self.incumbent.objective) / max(before, 1e-300)
             before = self.incumbent.objective
             unlimited = self.max_rounds is None and not np.isfinite(self.ends)
-            if unlimited and number > 3 and gained < _SETTLED:
+            if time.perf_counter() >= until or (unlimited and number > 3 and gained < _SETTLED):
                 return
 
     def _joint_large(self, pending: list[list[BoolArray]]) -> None:
@@ -237,11 +263,6 @@ class _Run:
                 with threadpool_limits(self.threads):
                     weights.append(refit_by_gradients(layer.hessian, layer.weights, mask, None, 100, 1e-14))
             else:
-                b = layer.weights @ layer.hessian
-                weights.append(
-                    np.array(
-                        [refit_row(layer.hessian, b[r], layer.weights[r], mask[r])[0] for r in range(layer.rows)]
-                    )
-                )
+                weights.append(refit_layer(layer, mask))
         value = layer_losses(self.layers, weights) if refit else self.incumbent.objective
         return LayerSolution(pruned, weights, value, self.incumbent.bound, tuple(self.incumbent.history))
