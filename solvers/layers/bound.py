@@ -6,6 +6,7 @@ block that is solved over all kept sets κ of the block. With h = Bw − R(u −
 
     loss ≥ −(u − w)ᵀR(u − w) − 2 wᵀR(u − w) + wᵀBw − Σ_blocks max_κ (h_κᵀB_κκ⁻¹h_κ − λ|κ|) − λ · (number kept).
 
+With fixed weights (selection) the value of a kept set is 2 h_κᵀw_κ − w_κᵀB_κκ w_κ instead of its maximum over v.
 Blocks of one column give the perspective bound for a diagonal D = B; larger blocks convexify the correlations inside
 of them exactly. The best u is found by block-coordinate Frank-Wolfe steps (`bound_kernels`); B by block-coordinate
 ascent in Σ ⟨Ω_k, B_k⟩ + μ log det(S − B), where Ω, the derivative of the bound in B, is the covariance of the
@@ -76,10 +77,14 @@ class LayerRelaxation:
         Weights of an incumbent, the start of u.
     size : int
         Columns of a block at most.
+    fixed : bool
+        Whether kept weights are not updated: the bound is then one on the selection loss.
     """
 
-    def __init__(self, layer: Layer, budget: LayerBudget, displacement: FloatArray, size: int = BLOCK) -> None:
-        self.layer = layer
+    def __init__(
+        self, layer: Layer, budget: LayerBudget, displacement: FloatArray, size: int = BLOCK, fixed: bool = False
+    ) -> None:
+        self.layer, self.fixed = layer, fixed
         if budget.pattern is None:
             self.order, self.starts = correlated_blocks(layer.hessian, size)
         else:
@@ -161,7 +166,7 @@ class LayerRelaxation:
             rows = chunks[i]
             kernels.sweep_rows(
                 self.R, self.B, self.starts, self.inverse_pivot, self.coefficient, self.allowed, self.bits,
-                self.hw[rows], self.y[rows], self.u[rows], self.M[rows], self.kept[rows], price[rows], sweeps,
+                self.w[rows], self.fixed, self.hw[rows], self.y[rows], self.u[rows], self.M[rows], self.kept[rows], price[rows], sweeps,
                 pool.flag,
             )  # fmt: skip
 
@@ -172,7 +177,10 @@ class LayerRelaxation:
         self.y = (self.u - self.w) @ self.R
         h = self.hw - self.y
         out = np.empty((self.w.shape[0], self.blocks, self.m + 1))
-        kernels.best_by_count(self.starts, self.inverse_pivot, self.coefficient, self.allowed, self.bits, h, out)
+        kernels.best_by_count(
+            self.B, self.starts, self.inverse_pivot, self.coefficient, self.allowed, self.bits, self.w, self.fixed,
+            h, out,
+        )  # fmt: skip
         terms = (self.u + self.w) * self.y, self.w * self.hw
         constant = terms[1].sum(1) - terms[0].sum(1)
         sizes = self.scale @ (np.abs(terms[0]).sum(1) + np.abs(terms[1]).sum(1) + np.abs(h * self.w).sum(1))
@@ -302,8 +310,10 @@ class BoundSearch:
         weights: list[FloatArray],
         pool: RowPool,
         size: int = BLOCK,
+        fixed: bool = False,
     ) -> None:
         self.budget, self.incumbent, self.pool = budget, incumbent, pool
+        self._fixed = fixed
         self.parts: list[LayerRelaxation] = []
         self.layers = layers
         self._displacements, self._size = weights, size
@@ -322,7 +332,7 @@ class BoundSearch:
     def prepare(self) -> bool:
         """Relaxations and a first B for each layer; False if stopped."""
         for layer, displacement in zip(self.layers, self._displacements, strict=True):
-            part = LayerRelaxation(layer, self.budget, displacement, self._size)
+            part = LayerRelaxation(layer, self.budget, displacement, self._size, self._fixed)
             if self.pool.stopped():
                 return False
             part.first_blocks()
@@ -359,7 +369,7 @@ class BoundSearch:
                 value += 0.5 * (float(scale @ (constant - best.max(2).sum(1))) - rounding)
             if not self.prices:
                 self.prices = [np.zeros(scale.size) for scale in scales]
-        self.incumbent.offer_bound(value)
+        self.incumbent.offer_bound(max(value, 0.0))  # S is positive semidefinite: 0 is a bound
         return value
 
     def step(self, sweeps: int) -> bool:

@@ -59,6 +59,23 @@ def _subset_values(h, m, inverse_pivot, coefficient, residual, value):
 
 
 @inner_fast
+def _fixed_values(h, w, B, first, m, residual, value):
+    """2 h_κᵀw_κ − w_κᵀB_κκ w_κ of every subset κ of a block: the kept weights are not updated."""
+    value[0] = 0.0
+    for j in range(m):
+        residual[0, j] = h[j]
+    for high in range(m):
+        bit = 1 << high
+        wi = w[high]
+        own = B[first + high, first + high] * wi
+        for parent in range(bit):
+            subset = parent + bit
+            value[subset] = value[parent] + wi * (2.0 * residual[parent, high] - own)
+            for j in range(high + 1, m):
+                residual[subset, j] = residual[parent, j] - B[first + j, first + high] * wi
+
+
+@inner_fast
 def _minimiser(B, first, m, subset, h, v, A, index):
     """v with B_κκ v_κ = h_κ and zeros elsewhere."""
     k = 0
@@ -86,7 +103,7 @@ def _minimiser(B, first, m, subset, h, v, A, index):
 
 
 @entry_fast
-def sweep_rows(R, B, starts, inverse_pivot, coefficient, allowed, bits, hw, y, u, M, kept, price, sweeps, stop):
+def sweep_rows(R, B, starts, inverse_pivot, coefficient, allowed, bits, w, fixed, hw, y, u, M, kept, price, sweeps, stop):
     """`sweeps` cycles over the blocks of some rows, in place on y, u, M and kept; returns the sum of the gaps.
 
     Parameters
@@ -98,6 +115,9 @@ def sweep_rows(R, B, starts, inverse_pivot, coefficient, allowed, bits, hw, y, u
         Kept sets that the budget allows.
     bits : int64 (2^m,)
         Size of each set.
+    w : float64 (rows, K)
+    fixed : bool
+        Whether kept weights stay at w (selection) or are updated (joint).
     hw : float64 (rows, K)
         B w.
     y : float64 (rows, K)
@@ -127,7 +147,10 @@ def sweep_rows(R, B, starts, inverse_pivot, coefficient, allowed, bits, hw, y, u
             for r in range(u.shape[0]):
                 for i in range(m):
                     h[i] = hw[r, first + i] - y[r, first + i]
-                _subset_values(h, m, inverse_pivot[k], coefficient[k], residual, value)
+                if fixed:
+                    _fixed_values(h, w[r, first:], B, first, m, residual, value)
+                else:
+                    _subset_values(h, m, inverse_pivot[k], coefficient[k], residual, value)
                 best, chosen = -1e300, 0
                 lam = price[r]
                 for subset in range(1 << m):
@@ -135,7 +158,11 @@ def sweep_rows(R, B, starts, inverse_pivot, coefficient, allowed, bits, hw, y, u
                         now = value[subset] - lam * bits[subset]
                         if now > best:
                             best, chosen = now, subset
-                _minimiser(B, first, m, chosen, h, v, A, index)
+                if fixed:
+                    for i in range(m):
+                        v[i] = w[r, first + i] if chosen >> i & 1 else 0.0
+                else:
+                    _minimiser(B, first, m, chosen, h, v, A, index)
                 gap = best + lam * kept[r, k]
                 curve = 0.0
                 for i in range(m):
@@ -165,14 +192,17 @@ def sweep_rows(R, B, starts, inverse_pivot, coefficient, allowed, bits, hw, y, u
 
 
 @entry_fast
-def best_by_count(starts, inverse_pivot, coefficient, allowed, bits, h, out):
-    """out (rows, blocks, m + 1): largest h_κᵀB_κκ⁻¹h_κ among the allowed sets of each size, −1e300 without."""
+def best_by_count(B, starts, inverse_pivot, coefficient, allowed, bits, w, fixed, h, out):
+    """out (rows, blocks, m + 1): the largest value among the allowed sets of each size, −1e300 without."""
     size, m_most = bits.size, out.shape[2] - 1
     residual, value = np.zeros((size, m_most)), np.zeros(size)
     for k in range(starts.size - 1):
         first, m = starts[k], starts[k + 1] - starts[k]
         for r in range(h.shape[0]):
-            _subset_values(h[r, first:], m, inverse_pivot[k], coefficient[k], residual, value)
+            if fixed:
+                _fixed_values(h[r, first:], w[r, first:], B, first, m, residual, value)
+            else:
+                _subset_values(h[r, first:], m, inverse_pivot[k], coefficient[k], residual, value)
             line = out[r, k]
             line[:] = -1e300
             for subset in range(1 << m):

@@ -17,6 +17,7 @@ from cbs_opt.solvers.layers.large import improve_in_bulk
 from cbs_opt.solvers.layers.parallel import RowPool
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution, layer_losses
 from cbs_opt.solvers.layers.refit import refit_by_gradients, refit_layer
+from cbs_opt.solvers.layers.selection import SelectionSearch
 from cbs_opt.solvers.layers.starts import admm, priced_sweep
 from cbs_opt.typing import BoolArray, FloatArray
 
@@ -29,6 +30,7 @@ _ADMM_COLUMNS = 400  # from here on ADMM is cheaper than the elimination of ever
 _GOOD = 0.93  # of the loss of the priced sweep, or of magnitude: ADMM has then found what elimination would find
 _FIRST_MOVES = 50
 _TENURES = (5, 8, 4, 10)
+_SWEEPS = 10  # of Frank-Wolfe between two steps of the blocks and prices
 _SETTLED = 2e-4  # relative gain of a round that ends a run without limits
 
 
@@ -164,27 +166,39 @@ class _Run:
         if best is not admm:
             search.eliminate()
         search.start_from(self.incumbent.pruned)
-        if self.bound_share <= 0:
-            self._rounds(search, pool, self.ends)
-            return
-        limit = self.ends - self.started
-        self._rounds(search, pool, self.started + 0.6 * (1 - self.bound_share) * limit)
-        self._bounds(pool, self.started + (0.6 * (1 - self.bound_share) + self.bound_share) * limit)
-        if np.isfinite(limit):
-            self._rounds(search, pool, self.ends)
+        self._search_and_bound(search, pool)
 
-    def _bounds(self, pool: RowPool, until: float) -> None:
+    def _search_and_bound(self, search: JointSearch, pool: RowPool, fixed_weights: bool = False) -> None:
+        """Search, bounds, and search again, by shares of the time limit."""
+        limit = self.ends - self.started
+        if self.bound_share <= 0 or not np.isfinite(limit):
+            self._rounds(search, pool, self.ends)
+            if self.bound_share > 0:
+                self._bounds(pool, np.inf, fixed_weights)
+            return
+        first = 0.6 * (1 - self.bound_share) * limit
+        self._rounds(search, pool, self.started + first)
+        self._bounds(pool, self.started + first + self.bound_share * limit, fixed_weights)
+        self._rounds(search, pool, self.ends)
+
+    def _bounds(self, pool: RowPool, until: float, fixed_weights: bool) -> None:
         if pool.stopped():
             return
-        weights = [
-            refit_layer(layer, mask) for layer, mask in zip(self.layers, self.incumbent.pruned, strict=True)
-        ]
-        search = BoundSearch(self.layers, self.budget, self.incumbent, weights, pool)
-        if not search.prepare():
+        pairs = zip(self.layers, self.incumbent.pruned, strict=True)
+        if fixed_weights:
+            weights = [np.where(mask, 0.0, layer.weights) for layer, mask in pairs]
+        else:
+            weights = [refit_layer(layer, mask) for layer, mask in pairs]
+        search = BoundSearch(self.layers, self.budget, self.incumbent, weights, pool, fixed=fixed_weights)
+        try:
+            if not search.prepare():
+                return
+        except np.linalg.LinAlgError:
+            logger.warning("no bound: a stored Hessian is not positive definite")
             return
         before, idle = -np.inf, 0
         while time.perf_counter() < until and idle < 3:
-            if not search.step(10):
+            if not search.step(_SWEEPS):
                 return
             bound = self.incumbent.bound or 0.0
             idle = idle + 1 if bound - before < 1e-3 * self.incumbent.objective else 0
@@ -247,8 +261,20 @@ class _Run:
     # Selection -----------------------------------------------------------------------------------------------
 
     def selection(self, warm_start: list[BoolArray] | None) -> None:
-        """Fixed weights."""
-        raise NotImplementedError
+        """Wanda's order and the warm start, then greedy paths and exchanges; see `solve_layers`."""
+        diagonal = [layer.weights**2 * np.diag(layer.hessian) for layer in self.layers]
+        scores = [layer.scale[:, None] * d for layer, d in zip(self.layers, diagonal, strict=True)]
+        starts = [self.budget.cheapest(self.layers, scores)]
+        starts += [] if warm_start is None else [warm_start]
+        starts.append(self.budget.cheapest(self.layers, [np.abs(layer.weights) for layer in self.layers]))
+        for masks in starts:
+            self.incumbent.offer(self._zeroed_loss(masks), masks)
+        with RowPool(self.threads, self.stop) as pool:
+            search = SelectionSearch(self.layers, self.budget, self.incumbent, pool, self.seed)
+            if not search.eliminate():
+                return
+            search.start_from(self.incumbent.pruned)
+            self._search_and_bound(search, pool, fixed_weights=True)
 
     # Answer --------------------------------------------------------------------------------------------------
 
