@@ -7,7 +7,9 @@ import numpy as np
 from cbs_opt.typing import FloatArray, IntArray
 
 
-def merge_paths(costs: list[FloatArray], scales: FloatArray, first: IntArray, total: int) -> tuple[IntArray, float]:
+def merge_paths(
+    costs: list[FloatArray], scales: FloatArray, first: IntArray, total: int
+) -> tuple[IntArray, float]:
     """How far to follow each elimination path so that `total` weights go, and the price of the last one.
 
     A path's costs are replaced by their running maximum, so that a dear removal brings the cheaper ones behind it

@@ -219,7 +219,7 @@ class LayerRelaxation:
                 low = np.linalg.cholesky(0.9 * B[a:b, a:b])
             except np.linalg.LinAlgError:
                 continue
-        # In the metric of `here` the step is diagonal: 1 − μ/ω for each eigenvalue ω of the target.
+            # In the metric of `here` the step is diagonal: 1 − μ/ω for each eigenvalue ω of the target.
             try:
                 root = np.linalg.cholesky(here)
                 low = np.linalg.cholesky(0.95 * B[a:b, a:b])

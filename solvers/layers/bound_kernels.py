@@ -77,7 +77,7 @@ def _fixed_values(h, w, B, first, m, residual, value):
 
 @inner_fast
 def _minimiser(B, first, m, subset, h, v, A, index):
-    """v with B_κκ v_κ = h_κ and zeros elsewhere."""
+    """V with B_κκ v_κ = h_κ and zeros elsewhere."""
     k = 0
     for i in range(m):
         v[i] = 0.0
@@ -103,7 +103,9 @@ def _minimiser(B, first, m, subset, h, v, A, index):
 
 
 @entry_fast
-def sweep_rows(R, B, starts, inverse_pivot, coefficient, allowed, bits, w, fixed, hw, y, u, M, kept, price, sweeps, stop):
+def sweep_rows(
+    R, B, starts, inverse_pivot, coefficient, allowed, bits, w, fixed, hw, y, u, M, kept, price, sweeps, stop
+):
     """`sweeps` cycles over the blocks of some rows, in place on y, u, M and kept; returns the sum of the gaps.
 
     Parameters
@@ -193,7 +195,7 @@ def sweep_rows(R, B, starts, inverse_pivot, coefficient, allowed, bits, w, fixed
 
 @entry_fast
 def best_by_count(B, starts, inverse_pivot, coefficient, allowed, bits, w, fixed, h, out):
-    """out (rows, blocks, m + 1): the largest value among the allowed sets of each size, −1e300 without."""
+    """Out (rows, blocks, m + 1): the largest value among the allowed sets of each size, −1e300 without."""
     size, m_most = bits.size, out.shape[2] - 1
     residual, value = np.zeros((size, m_most)), np.zeros(size)
     for k in range(starts.size - 1):

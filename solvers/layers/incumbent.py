@@ -21,6 +21,7 @@ class Incumbent:
     ----------
     layers : list of Layer
     report, report_bound : callable, optional
+    clock : callable
     """
 
     def __init__(
@@ -28,14 +29,16 @@ class Incumbent:
         layers: list[Layer],
         report: Report | None = None,
         report_bound: Callable[[float], object] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._clock = clock
         self.layers = layers
         self.objective = np.inf
         self.bound: float | None = None
         self.pruned: list[BoolArray] = []
         self.history: list[tuple[float, float | None, float | None]] = []
         self._report, self._report_bound = report, report_bound
-        self._started = time.perf_counter()
+        self._started = clock()
 
     def offer(self, objective: float, pruned: list[BoolArray]) -> bool:
         """Keep the masks if they are better; returns whether they are."""
@@ -59,4 +62,4 @@ class Incumbent:
 
     def _record(self) -> None:
         objective = self.objective if np.isfinite(self.objective) else None
-        self.history.append((time.perf_counter() - self._started, objective, self.bound))
+        self.history.append((self._clock() - self._started, objective, self.bound))

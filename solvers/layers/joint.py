@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -35,11 +36,19 @@ class JointSearch:
         Told of every better solution.
     pool : RowPool
     seed : int
+    clock : callable
     """
 
     def __init__(
-        self, layers: list[Layer], budget: LayerBudget, incumbent: Incumbent, pool: RowPool, seed: int = 0
+        self,
+        layers: list[Layer],
+        budget: LayerBudget,
+        incumbent: Incumbent,
+        pool: RowPool,
+        seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self.clock = clock
         self.layers, self.budget, self.incumbent, self.pool = layers, budget, incumbent, pool
         self.seed = seed
         self.layer_of = np.repeat(np.arange(len(layers)), [layer.rows for layer in layers])
@@ -50,9 +59,7 @@ class JointSearch:
         must, stay = [layer.must_prune() for layer in layers], [layer.must_stay() for layer in layers]
         self.must_prune, self.must_stay = must, stay
         self.low = np.concatenate([m.sum(1) for m in must])
-        self.high = np.concatenate(
-            [layer.columns - s.sum(1) for layer, s in zip(layers, stay, strict=True)]
-        )
+        self.high = np.concatenate([layer.columns - s.sum(1) for layer, s in zip(layers, stay, strict=True)])
         if budget.per_row is not None:
             self.low = self.high = np.concatenate([np.asarray(c, dtype=np.int64) for c in budget.per_row])
         self.groups: list[IntArray | None] = [None] * len(layers)
@@ -219,7 +226,7 @@ class JointSearch:
         if self.budget.total is None:
             return
         prices = []
-        rows = np.random.default_rng(self.seed).permutation(self.n_rows)[:_PROBES]
+        rows = np.random.default_rng(self.seed).permutation(self.n_rows)[: max(4, len(self.layers))]
         for r in rows.tolist():
             k, i = int(self.layer_of[r]), int(self.row_of[r])
             state, table = self._state(k), self.tables[r]
@@ -238,7 +245,7 @@ class JointSearch:
             self.price = float(np.median(prices))
 
     def search(self, steps: int, tenure: int, round_number: int = 0, until: float = np.inf) -> bool:
-        """Visit every row once with a search of `steps` moves; False if stopped or past `until` (perf_counter)."""
+        """Visit every row once with a search of `steps` moves; False if stopped or past `until` by the clock."""
 
         def visit(r: int) -> None:
             self._visit(r, steps, tenure, round_number)
@@ -246,13 +253,13 @@ class JointSearch:
         rows = np.random.default_rng((self.seed, round_number)).permutation(self.n_rows).tolist()
         at, size = 0, 2 * self.pool.threads
         while at < len(rows):
-            began = time.perf_counter()
+            began = self.clock()
             done = self.pool.map(visit, rows[at : at + size])
             at += size
             self.allocate()
-            if not done or time.perf_counter() > until:
+            if not done or self.clock() > until:
                 return False
-            spent = time.perf_counter() - began
+            spent = self.clock() - began
             size = int(np.clip(size * _PAUSE / max(spent, 1e-3), 2 * self.pool.threads, 8 * size))
         return True
 

@@ -69,7 +69,9 @@ class SelectionSearch(JointSearch):
         y = table.masks[at].copy()
         h = Q @ y
         loss = float(y @ h)
-        locked = np.zeros(y.size, dtype=np.uint8) if layer.locked is None else (layer.locked[i] != 0).view(np.uint8)
+        locked = (
+            np.zeros(y.size, dtype=np.uint8) if layer.locked is None else (layer.locked[i] != 0).view(np.uint8)
+        )
         group = self.groups[k]
         groups = np.zeros(y.size, dtype=np.int64) if group is None else group
         search_selection_row(

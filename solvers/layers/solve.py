@@ -16,7 +16,7 @@ from cbs_opt.solvers.layers.joint import JointSearch
 from cbs_opt.solvers.layers.large import improve_in_bulk
 from cbs_opt.solvers.layers.parallel import RowPool
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution, layer_losses
-from cbs_opt.solvers.layers.refit import refit_by_gradients, refit_layer
+from cbs_opt.solvers.layers.refit import quick_loss, refit_by_gradients, refit_layer
 from cbs_opt.solvers.layers.selection import SelectionSearch
 from cbs_opt.solvers.layers.starts import admm, priced_sweep
 from cbs_opt.typing import BoolArray, FloatArray
@@ -49,6 +49,7 @@ def solve_layers(
     bound_share: float = 0.0,
     max_rounds: int | None = None,
     refit: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> LayerSolution:
     """Prune layers whose rows share Hessians.
 
@@ -75,6 +76,8 @@ def solve_layers(
         Rounds of search over all rows; without any limit the search ends when a round gains little.
     refit : bool
         Whether to compute the weights of the answer (after the clock); without, they are the masked weights.
+    clock : callable
+        Seconds, monotonic, for the limit and the history; `time.process_time` measures processor seconds.
 
     Returns
     -------
@@ -94,13 +97,15 @@ def solve_layers(
         and budget.satisfied(warm_start)
     ):
         raise InstanceError("the warm start does not fit the layers and their budget")
-    ends = np.inf if time_limit is None else time.perf_counter() + time_limit
+    started = clock()
+    ends = np.inf if time_limit is None else started + time_limit
     asked = should_stop or (lambda: False)
 
     def stop() -> bool:
-        return time.perf_counter() >= ends or asked()
+        return clock() >= ends or asked()
 
-    run = _Run(layers, budget, Incumbent(layers, report, report_bound), stop, ends, threads, seed)
+    run = _Run(layers, budget, Incumbent(layers, report, report_bound, clock), stop, ends, threads, seed, clock)
+    run.started = started
     run.bound_share, run.max_rounds = bound_share, max_rounds
     if objective == "selection":
         run.selection(warm_start)
@@ -119,10 +124,12 @@ class _Run:
         ends: float,
         threads: int,
         seed: int,
+        clock: Callable[[], float],
     ) -> None:
+        self.clock = clock
         self.layers, self.budget, self.incumbent = layers, budget, incumbent
         self.stop, self.ends, self.threads, self.seed = stop, ends, threads, seed
-        self.started = time.perf_counter()
+        self.started = clock()
         self.bound_share = 0.0
         self.max_rounds: int | None = None
         self.round = 0
@@ -147,20 +154,24 @@ class _Run:
         return layer_losses(self.layers, zeroed)
 
     def _joint_small(self, pending: list[list[BoolArray]], pool: RowPool) -> None:
-        search = JointSearch(self.layers, self.budget, self.incumbent, pool, self.seed)
+        search = JointSearch(self.layers, self.budget, self.incumbent, pool, self.seed, self.clock)
         first, best = np.inf, None
         try:
             for quick in (admm, priced_sweep) if self.columns >= _ADMM_COLUMNS else (priced_sweep,):
                 masks = quick(self.layers, self.budget, should_stop=pool.stopped)
                 if masks is None:
                     continue
-                value = self._offer(search, masks)
+                value = sum(
+                    quick_loss(layer, mask, should_stop=pool.stopped)
+                    for layer, mask in zip(self.layers, masks, strict=True)
+                )
+                self.incumbent.offer(value, masks)
                 if value < first:
                     first, best = value, quick
         except np.linalg.LinAlgError:
             logger.warning("a stored Hessian is not positive definite: starting from magnitude")
         for masks in pending:  # also when stopped: never worse than these
-            self._offer(search, masks)
+            self.incumbent.offer(search.objective_of(masks), masks)
         if pool.stopped():
             return
         if best is not admm:
@@ -197,17 +208,12 @@ class _Run:
             logger.warning("no bound: a stored Hessian is not positive definite")
             return
         before, idle = -np.inf, 0
-        while time.perf_counter() < until and idle < 3:
+        while self.clock() < until and idle < 3:
             if not search.step(_SWEEPS):
                 return
             bound = self.incumbent.bound or 0.0
             idle = idle + 1 if bound - before < 1e-3 * self.incumbent.objective else 0
             before = bound
-
-    def _offer(self, search: JointSearch, masks: list[BoolArray]) -> float:
-        value = search.objective_of(masks)
-        self.incumbent.offer(value, masks)
-        return value
 
     def _rounds(self, search: JointSearch, pool: RowPool, until: float) -> None:
         if search.price == 0.0:
@@ -222,7 +228,7 @@ class _Run:
             gained = (before - self.incumbent.objective) / max(before, 1e-300)
             before = self.incumbent.objective
             unlimited = self.max_rounds is None and not np.isfinite(self.ends)
-            if time.perf_counter() >= until or (unlimited and number > 3 and gained < _SETTLED):
+            if self.clock() >= until or (unlimited and number > 3 and gained < _SETTLED):
                 return
 
     def _joint_large(self, pending: list[list[BoolArray]]) -> None:
@@ -251,9 +257,7 @@ class _Run:
         for layer, mask in zip(self.layers, masks, strict=True):
             kind = np.float32 if layer.columns > 1500 else np.float64
             S, W = layer.hessian.astype(kind), layer.weights.astype(kind)
-            X = refit_by_gradients(
-                S, W, mask, None, 40, 1e-6, self.stop if polite else lambda: False
-            )
+            X = refit_by_gradients(S, W, mask, None, 40, 1e-6, self.stop if polite else lambda: False)
             change = X - W
             total += 0.5 * float(layer.scale @ np.einsum("rk,rk->r", change @ S, change, dtype=np.float64))
         return total
@@ -270,7 +274,7 @@ class _Run:
         for masks in starts:
             self.incumbent.offer(self._zeroed_loss(masks), masks)
         with RowPool(self.threads, self.stop) as pool:
-            search = SelectionSearch(self.layers, self.budget, self.incumbent, pool, self.seed)
+            search = SelectionSearch(self.layers, self.budget, self.incumbent, pool, self.seed, self.clock)
             if not search.eliminate():
                 return
             search.start_from(self.incumbent.pruned)

@@ -9,8 +9,7 @@ from scipy.linalg import lapack
 
 from cbs_opt.linalg import inverse_pd
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget
-from cbs_opt.solvers.layers.refit import refit_by_gradients
-from cbs_opt.typing import BoolArray, FloatArray, RealArray
+from cbs_opt.typing import BoolArray, FloatArray
 
 _BLOCK = 64  # columns between two matrix products of a sweep
 _SAMPLE = 64  # rows of a layer on which the price is found
@@ -106,7 +105,9 @@ def priced_sweep(
     )
     price = np.inf if share >= 1 else -np.inf
     if 0 < share < 1:
-        first = [s.scale[p] * s.W[:, p] ** 2 / np.diag(s.U)[:, None] ** 2 for s, p in zip(sweeps, samples, strict=True)]
+        first = [
+            s.scale[p] * s.W[:, p] ** 2 / np.diag(s.U)[:, None] ** 2 for s, p in zip(sweeps, samples, strict=True)
+        ]
         price = _quantile(np.concatenate([c.ravel() for c in first]), weight, share)
         for _ in range(6):
             costs = np.concatenate([s.costs(price, p).ravel() for s, p in zip(sweeps, samples, strict=True)])
@@ -180,10 +181,3 @@ def admm(
             if step + 1 >= _WARM and changed <= 1e-4 * total:
                 break
     return masks
-
-
-def refit_loss(layer: Layer, pruned: BoolArray, weights: RealArray | None = None, **options: int) -> FloatArray:
-    """Doubled losses of the rows without their scales after a refit by conjugate gradients, float64 (rows,)."""
-    X = refit_by_gradients(layer.hessian, layer.weights, pruned, weights, **options)
-    change = X - layer.weights
-    return np.asarray(np.einsum("rk,rk->r", change @ layer.hessian, change))
