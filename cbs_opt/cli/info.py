@@ -55,7 +55,7 @@ def _main(arguments: list[str]) -> int:
         instance = read_instance(options.file)
         content = _instance(instance)
         if options.export is not None:
-            from cbs_opt.solvers.exact.export import export_instance
+            from cbs_opt.solvers.mip.text_formats import export_instance
 
             export_instance(options.export, instance)
             content["exported"] = str(options.export)
