@@ -380,19 +380,54 @@ def test_entries_of_the_joined_table(kind, forging, two_pieces):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_root_says_of_other_numbers(kind, forging, two_pieces):
-    """A point without a diagonal holds for every number; one whose diagonal needs exact sums for its own only."""
+def test_what_a_tree_says_of_other_numbers(kind, forging, two_pieces):
+    """Diagonals that need exact sums, and frames below decisions, hold for the tree's own number only.
+
+    The optimum prunes nothing of piece 0, which costs nothing: a bound above zero for that number is false.
+    """
     instance, pieces, trees = two_pieces
+    instance = replace(instance, weights=np.array([30.0, -40.0, 50.0, 1.0, -1.0, 0.5]))
     every, _ = forging.ranked(instance, kind)
+    assert not every[0][:3].any()
     claimed = every[1]
-    for count in (1, 2):
-        big = 1e3
-        diagonal = [-big, big / 4, big / 4] if kind == "selection" else [1e-3] * 3
-        for point in ([0.5] * 3, [1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0] * 3, [1.0] * 3):
-            root = forging.Node(POINT, SINGLE, [], point, diagonal)
-            rest = [tree for tree in trees(kind, ENTRIES) if tree[0] == 1]
-            tree = (0, count, [root, *forging.exhaustive(kind, [0, 1, 2], [count])])
-            refused(instance, forging.forge(instance, kind, claimed, [tree, *rest], pieces=pieces))
+    Node = forging.Node
+    honest = [entry for entry in ENTRIES if entry != (0, 0)]
+    found = verify(instance, forging.forge(instance, kind, every[0], trees(kind, ENTRIES), pieces=pieces))
+    assert found.optimal
+    if kind == "selection":
+        off_sums = [1e4, -2.5e4, -2.5e4]
+        root = Node(POINT, SINGLE, [], [1.0, 0.0, 0.0], off_sums)
+        forged = {1: [root, *forging.exhaustive(kind, range(3), [1])]}
+    else:
+        forged = {
+            1: [Node(NOTHING, 0), *forging.exhaustive(kind, [1, 2], [1]), Node(POINT, LEAF, [], [], [])],
+            3: [Node(POINT, LEAF, [], [], [])],
+        }
+    for count, tree in forged.items():
+        rest = [entry for entry in honest if entry != (0, count)]
+        for first in (True, False):
+            all_of = [(0, count, tree), *trees(kind, rest)] if first else [*trees(kind, rest), (0, count, tree)]
+            refused(instance, forging.forge(instance, kind, claimed, all_of, pieces=pieces))
+
+
+def test_what_is_kept_by_its_price_answers_for_itself(forging, bad):
+    """Joint: a weight is kept because pruning it too would cost too much; that has to be so."""
+    instance, _, _ = bad("joint")
+    every, _ = forging.ranked(instance, "joint")
+    for i in np.flatnonzero(every[0]):
+        claimed = next(pruned for pruned in every if not pruned[i])
+        rest = [k for k in range(4) if k != i]
+        tree = [forging.Node(VALUE, SINGLE, [(int(i), 0)]), *forging.exhaustive("joint", rest, [2])]
+        refused(instance, forging.forge(instance, "joint", claimed, [(0, -1, tree)]))
+
+
+def test_what_the_budget_prunes_cannot_be_kept(forging):
+    """Keep weight 2 and the budget prunes 0 and 1, the optimum: a node that keeps 0 there must answer for it."""
+    H = np.array([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.5, 0.5, 1.0]])
+    instance = Instance(np.array([1.0, 1.0, 9.0]), HessianBlocks.from_blocks([H]), Budget(2))
+    Node = forging.Node
+    tree = [Node(NOTHING, 2), Node(VALUE, SINGLE, [(0, 0)]), Node(NOTHING), Node(NOTHING, 0), Node(VALUE), Node(VALUE)]
+    refused(instance, forging.forge(instance, "selection", np.array([False, True, True]), [(0, -1, tree)]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -262,3 +262,33 @@ def test_join(seed):
             assert exact - Fraction(1e-13) < Fraction(found) <= exact
     if np.isfinite(tables[-1][0]):
         assert join(tables, sum(table.size - 1 for table in tables) + 1) == np.inf
+
+
+OFF_SUMS = np.array([1.0, -2.5, -2.5])  # negative semidefinite on zero sums, far from it off them
+
+
+@pytest.mark.parametrize("big", [1.0, 1e3, 1e6])
+def test_a_diagonal_below_decisions(big, rational):
+    """The sums that a diagonal needs are those of the open weights: what is pruned above counts."""
+    part = selection_part(4, m=4)
+    state = np.array([1, -1, -1, -1], np.int8)
+    frame = part.frame(state, big * OFF_SUMS, np.array([2]))
+    for x in ([1.0, 0.5, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.5, 0.5]):
+        for i in (1, 2, 3):
+            y = np.array([1, 0, 0, 0], np.int8)
+            y[i] = 1
+            base, price = frame.prices(np.array([x]), y[None])
+            bound = total(base, price, y, part, np.array([2]))
+            assert Fraction(bound) <= rational.quadratic(part.Q, part.c, y)
+
+
+def test_the_whole_way_to_a_selection_counts(rational):
+    """Curvature that is missing is paid for by the distance of y from x, not by the size of x."""
+    Q = np.array([[1.0, 1.0009], [1.0009, 1.0]])
+    part = SelectionPart(np.arange(2), Q, np.zeros(2), np.zeros(2, int), np.array([1]))
+    frame = part.frame(part.state, None, part.left)
+    y = np.array([1, 0], np.int8)
+    for states in (y, part.state):
+        for x in ([0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [-1.0, 2.0]):
+            base, price = frame.prices(np.array([x]), states[None])
+            assert Fraction(float(base[0] + price[0] @ y)) <= rational.quadratic(Q, np.zeros(2), y)
