@@ -426,7 +426,14 @@ def test_what_the_budget_prunes_cannot_be_kept(forging):
     H = np.array([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.5, 0.5, 1.0]])
     instance = Instance(np.array([1.0, 1.0, 9.0]), HessianBlocks.from_blocks([H]), Budget(2))
     Node = forging.Node
-    tree = [Node(NOTHING, 2), Node(VALUE, SINGLE, [(0, 0)]), Node(NOTHING), Node(NOTHING, 0), Node(VALUE), Node(VALUE)]
+    tree = [
+        Node(NOTHING, 2),
+        Node(VALUE, SINGLE, [(0, 0)]),
+        Node(NOTHING),
+        Node(NOTHING, 0),
+        Node(VALUE),
+        Node(VALUE),
+    ]
     refused(instance, forging.forge(instance, "selection", np.array([False, True, True]), [(0, -1, tree)]))
 
 
