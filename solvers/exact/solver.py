@@ -17,7 +17,6 @@ from cbs_opt.monitor import Monitor
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Parameters, Solver, option
-from cbs_opt.solvers.joint.backward import check_regular
 from cbs_opt.solvers.joint.swap_search import JointSearch as JointHeuristic
 from cbs_opt.solvers.problem.cases import JointCase, SelectionCase
 from cbs_opt.solvers.selection.search import Search as SelectionHeuristic
@@ -71,7 +70,7 @@ class Exact(Solver):
         """Refuse a singular Hessian where the joint problem needs its inverse."""
         super().check_supports(instance, context)
         if context.objective == "joint":
-            check_regular(instance)
+            instance.curvature.check_regular()
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve, check sizes."""

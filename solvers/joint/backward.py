@@ -11,8 +11,7 @@ from itertools import count
 
 import numpy as np
 
-from cbs_opt.curvature import GradientFactor
-from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.losses import joint_loss
 from cbs_opt.registry import register
@@ -26,7 +25,6 @@ from cbs_opt.solvers.joint.elimination import (
     SeparateElimination,
 )
 from cbs_opt.solvers.joint.thinning import staged
-from cbs_opt.solvers.joint.uncoupled import coupled_weights
 from cbs_opt.solvers.kernels import joint_numba as kernels
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
@@ -64,7 +62,7 @@ class BackwardElimination(Solver):
     def check_supports(self, instance: Instance, context: Context) -> None:
         """Refuse a singular Hessian."""
         super().check_supports(instance, context)
-        check_regular(instance)
+        instance.curvature.check_regular()
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile."""
@@ -76,19 +74,6 @@ class BackwardElimination(Solver):
         context.monitor.advance(instance.budget.total)
         context.monitor.report(joint_loss(instance, pruned), pruned)
         return Status.CONVERGED
-
-
-def check_regular(instance: Instance) -> None:
-    """Raise `InstanceError` where the joint problem is singular: no damping, and fewer gradients than weights."""
-    curvature = instance.curvature
-    if isinstance(curvature, GradientFactor) and curvature.damping == 0:
-        largest = int(curvature.block_sizes.max())
-        if curvature.m < largest:
-            mean = float(curvature.diagonal().mean())
-            raise InstanceError(
-                f"the joint problem is singular: {curvature.m} gradients, a block of {largest} weights and no "
-                f"damping; a damping of {1e-3 * mean:.1g} (a thousandth of the mean diagonal of H) would do"
-            )
 
 
 def eliminate(
@@ -123,7 +108,7 @@ def eliminate(
     curvature = instance.curvature
     blocks = range(curvature.number_of_blocks)
     shared = open_budget.copy()
-    coupled = [coupled_weights(curvature, k) for k in blocks]
+    coupled = [curvature.coupled(k) for k in blocks]
     prices = np.full(instance.n, np.inf)
     for k in blocks:
         _thin_out(instance, k, coupled[k], stage, pruned, open_budget, shared, prices, should_stop)

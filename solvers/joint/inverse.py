@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cbs_opt.curvature import Curvature, GradientFactor
+from cbs_opt.curvature import Curvature
 from cbs_opt.linalg import inverse_pd
 from cbs_opt.typing import FloatArray, IntArray
 
@@ -26,16 +26,17 @@ def conditional_inverse(curvature: Curvature, k: int, index: IntArray) -> FloatA
     By Woodbury where a factor has fewer gradients than I has weights: (I − ĜᵀĜ)/λ with Ĝ = L⁻¹G_I and
     LLᵀ = mλI + G_I G_Iᵀ, O(m² i + m i²) and one matrix product; O(i³) otherwise.
     """
-    if isinstance(curvature, GradientFactor) and curvature.m < index.size and curvature.damping > 0:
+    factor = curvature.as_factor()
+    if factor is not None and factor.m < index.size and factor.damping > 0:
         from scipy.linalg import cholesky, solve_triangular
 
-        G = curvature.factor(k, index)
+        G = factor.factor(k, index)
         M = G @ G.T
-        M[np.diag_indices_from(M)] += curvature.m * curvature.damping
+        M[np.diag_indices_from(M)] += factor.m * factor.damping
         half = solve_triangular(cholesky(M, lower=True), G, lower=True, check_finite=False)
         inverse = half.T @ half
-        inverse *= -1.0 / curvature.damping
-        inverse[np.diag_indices_from(inverse)] += 1.0 / curvature.damping
+        inverse *= -1.0 / factor.damping
+        inverse[np.diag_indices_from(inverse)] += 1.0 / factor.damping
         return np.asarray(inverse)
     if index.size == curvature.block_sizes[k]:
         return np.array(curvature.inverse_block(k))

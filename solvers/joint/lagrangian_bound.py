@@ -2,46 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from cbs_opt.curvature import Curvature, GradientFactor
 from cbs_opt.instance import Instance
 from cbs_opt.monitor import Monitor
 from cbs_opt.typing import FloatArray
-
-_EIGEN_LIMIT = 2000  # blocks up to this size get their diagonal from an eigenvalue of the scaled Hessian
-
-
-def split_diagonal(curvature: Curvature, should_stop: Callable[[], bool] = lambda: False) -> FloatArray | None:
-    """A diagonal D > 0 with H − D positive semidefinite, float64 (n,), or None where there is none at hand.
-
-    λI for a gradient factor. For a dense block the larger, by its trace, of σ I and θ diag(H), where σ and θ are
-    the smallest eigenvalues of H and of H scaled to a unit diagonal, a little reduced for rounding.
-    """
-    if isinstance(curvature, GradientFactor):
-        return np.full(curvature.n, curvature.damping) if curvature.damping > 0 else None
-    out = np.empty(curvature.n)
-    for k in range(curvature.number_of_blocks):
-        part = curvature.block_slice(k)
-        if part.stop - part.start > _EIGEN_LIMIT or should_stop():
-            return None
-        H = curvature.block(k)
-        diagonal = H.diagonal()
-        if (diagonal <= 0).any():
-            return None
-        scale = 1.0 / np.sqrt(diagonal)
-        slack = 1e-12 * H.shape[0]
-        theta = float(np.linalg.eigvalsh(H * scale[:, None] * scale)[0]) - slack
-        sigma = float(np.linalg.eigvalsh(H)[0]) - slack * float(diagonal.max())
-        choice = (
-            theta * diagonal if theta * diagonal.sum() > sigma * diagonal.size else np.full(diagonal.size, sigma)
-        )
-        if choice.min() <= 0:
-            return None
-        out[part] = choice
-    return out
 
 
 def dual_bound(instance: Instance, D: FloatArray, u: FloatArray) -> tuple[float, FloatArray]:
@@ -56,7 +21,7 @@ def dual_bound(instance: Instance, D: FloatArray, u: FloatArray) -> tuple[float,
     ----------
     instance : Instance
     D : float64 (n,)
-        From `split_diagonal`.
+        From `Curvature.diagonal_split`.
     u : float64 (n,)
         A displacement; that of a good selection is a good start.
 
@@ -97,7 +62,7 @@ def improve_bound(
     if steps == 0:
         return
     until = monitor.elapsed + seconds
-    D = split_diagonal(instance.curvature, lambda: monitor.should_stop() or monitor.elapsed > until)
+    D = instance.curvature.diagonal_split(lambda: monitor.should_stop() or monitor.elapsed > until)
     if D is None:
         return
     nothing = np.zeros_like(start)  # its bound is never negative without a linear term

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cbs_opt.instance import Instance
 from cbs_opt.solvers.joint.tableau import NEVER, Tableau
-from cbs_opt.solvers.joint.uncoupled import SeparateWeights, coupled_weights
+from cbs_opt.solvers.joint.uncoupled import SeparateWeights
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 CORE_LIMIT = 5000
@@ -97,7 +97,7 @@ class JointMoves:
             self.base += curvature.block_quadratic(k, delta) + (0.0 if g is None else 2.0 * float(g @ delta))
             return
         open_ = ~(local & (fixed[part] == 1))
-        coupled = coupled_weights(curvature, k)
+        coupled = curvature.coupled(k)
         apart = np.flatnonzero(open_ & ~coupled)
         inside = np.flatnonzero(open_ & coupled)
         separate = 0.0  # doubled constant of the weights apart

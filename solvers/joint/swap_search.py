@@ -74,7 +74,7 @@ class JointSearch(Solver):
     def check_supports(self, instance: Instance, context: Context) -> None:
         """Refuse a singular Hessian."""
         super().check_supports(instance, context)
-        backward.check_regular(instance)
+        instance.curvature.check_regular()
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile."""

@@ -26,12 +26,12 @@ class Stage(Protocol):
 def staged(instance: Instance, k: int, kept: IntArray, coupled: BoolArray) -> Stage:
     """The way to price removals that suits the curvature of block k and the number of kept weights.
 
-    `coupled`, bool (b_k,): the weights with a term with another one, from `coupled_weights`.
+    `coupled`, bool (b_k,): the weights with a term with another one, from `Curvature.coupled`.
     """
-    curvature = instance.curvature
-    if isinstance(curvature, GradientFactor) and curvature.m < kept.size:
-        return FactorStage(instance, curvature, k, kept, coupled)
-    return DenseStage(instance, curvature, k)
+    factor = instance.curvature.as_factor()
+    if factor is not None and factor.m < kept.size:
+        return FactorStage(instance, factor, k, kept, coupled)
+    return DenseStage(instance, instance.curvature, k)
 
 
 class DenseStage:

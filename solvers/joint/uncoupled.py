@@ -6,23 +6,9 @@ import copy
 
 import numpy as np
 
-from cbs_opt.curvature import Curvature, GradientFactor, InverseHessianBlocks
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _NEVER = 1e300
-
-
-def coupled_weights(curvature: Curvature, k: int) -> BoolArray:
-    """Which weights of block k have a second-order term with another one, bool (b_k,).
-
-    Those of a gradient factor have a gradient other than zero; in a dense block, whose inverse has the same
-    pattern in this respect, an entry beside the diagonal. O(m b_k) or O(b_k²).
-    """
-    if isinstance(curvature, GradientFactor):
-        return np.asarray(curvature.gradients[:, curvature.block_slice(k)].any(axis=0))
-    inverse = isinstance(curvature, InverseHessianBlocks)
-    matrix = curvature.inverse_block(k) if inverse else curvature.block(k)
-    return np.asarray(np.count_nonzero(matrix, axis=0) > (matrix.diagonal() != 0))
 
 
 class SeparateWeights:

@@ -11,7 +11,6 @@ from cbs_opt.errors import SolverError
 from cbs_opt.instance import Instance
 from cbs_opt.monitor import Monitor
 from cbs_opt.solver import Context
-from cbs_opt.solvers.joint.backward import check_regular
 from cbs_opt.solvers.joint.swap_search import JointSearch
 from cbs_opt.solvers.kernels.warm_up import compiling, warm_up_selection
 from cbs_opt.solvers.mip.joint_model import ScaledJoint, start_joint
@@ -63,7 +62,7 @@ def check_objective(instance: Instance, context: Context, formulation: str) -> N
     if formulation == wrong:
         raise SolverError(f"`formulation` '{wrong}' does not apply to the objective '{context.objective}'")
     if context.objective == "joint":
-        check_regular(instance)
+        instance.curvature.check_regular()
 
 
 class Start:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbs_opt.curvature import GradientFactor
 from cbs_opt.errors import SolverError
 from cbs_opt.instance import Instance
 from cbs_opt.selection import SelectionProblem
@@ -60,18 +59,18 @@ class BatchEvaluator:
     def values(self, selections: BoolArray) -> FloatArray:
         """Objectives, float64 (R,), of selections, bool (R, n)."""
         torch = self._torch
-        curvature = self.problem.curvature
+        curvature, factor = self.problem.curvature, self.problem.curvature.as_factor()
         x = torch.from_numpy(selections).to(self.device).to(torch.float64)
         values = x @ self._c
         moved = x * self._w
         for k in range(curvature.number_of_blocks):
             part = curvature.block_slice(k)
-            if isinstance(curvature, GradientFactor):
-                projected = torch.zeros(len(selections), curvature.m, dtype=torch.float64, device=self.device)
-                for columns, piece in curvature.pieces(part.start, part.stop, _PIECE_BYTES):
+            if factor is not None:
+                projected = torch.zeros(len(selections), factor.m, dtype=torch.float64, device=self.device)
+                for columns, piece in factor.pieces(part.start, part.stop, _PIECE_BYTES):
                     projected += moved[:, columns] @ self._tensor(piece).T
-                values += 0.5 * (projected**2).sum(1) / curvature.m
-                values += 0.5 * curvature.damping * (moved[:, part] ** 2).sum(1)
+                values += 0.5 * (projected**2).sum(1) / factor.m
+                values += 0.5 * factor.damping * (moved[:, part] ** 2).sum(1)
             else:
                 mine = moved[:, part]
                 values += 0.5 * ((mine @ self._tensor(curvature.block(k))) * mine).sum(1)

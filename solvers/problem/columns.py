@@ -19,7 +19,8 @@ from cbs_opt.typing import FloatArray, IntArray, RealArray
 DENSE_BYTES = 1 << 28
 """All blocks of a gradient factor together are expanded when their squares fit into this."""
 
-_PARALLEL_PRODUCT = 50_000  # variables
+PARALLEL_PRODUCT = 50_000
+"""Variables beyond which a product from scratch is computed in threads."""
 
 DOUBLE_BYTES = 1 << 30
 """Rows of a gradient factor are kept in float64 up to this size in all, in float32 beyond."""
@@ -139,8 +140,8 @@ class Columns:
     block_of : int64 (r,)
     """
 
-    def __init__(self, blocks: list[Block], threads: int = 1) -> None:
-        self.blocks, self.threads = blocks, threads
+    def __init__(self, blocks: list[Block], threads: int = 1, parallel_product: int = PARALLEL_PRODUCT) -> None:
+        self.blocks, self.threads, self.parallel_product = blocks, threads, parallel_product
         sizes = np.array([block.size for block in blocks], dtype=np.int64)
         self.starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
         self.diagonal = np.concatenate([np.zeros(0), *(block.diagonal() for block in blocks)])
@@ -171,20 +172,22 @@ class Columns:
             self.add_product(index, x[index], out)
 
         # Nearly equal parts, cut at the blocks; the sums do not depend on where the cuts are.
-        parts = 4 * self.threads if self.n > _PARALLEL_PRODUCT else 1
+        parts = 4 * self.threads if self.n > self.parallel_product else 1
         cuts = np.unique(self.starts[np.searchsorted(self.starts, np.linspace(0, self.n, parts + 1))])
         tasks = [partial(add, slice(int(a), int(b))) for a, b in pairwise(cuts.tolist())]
         run_tasks(self.threads if len(tasks) > 1 else 1, tasks, lambda: False)
         return out
 
 
-def columns_of(presolved: Presolved, threads: int = 1) -> Columns:
+def columns_of(
+    presolved: Presolved, threads: int = 1, dense_bytes: int = DENSE_BYTES, double_bytes: int = DOUBLE_BYTES
+) -> Columns:
     """Build the blocks of a presolved problem, in its units.
 
     Notes
     -----
-    Memory: Σ b² for dense curvature and for gradient factors with Σ 8b² ≤ `DENSE_BYTES`; O(m r) otherwise, in
-    float32 where float64 would take more than `DOUBLE_BYTES`.
+    Memory: Σ b² for dense curvature and for gradient factors with Σ 8b² ≤ `dense_bytes`; O(m r) otherwise, in
+    float32 where float64 would take more than `double_bytes`.
     """
     instance = presolved.instance
     components = presolved.components
@@ -192,18 +195,21 @@ def columns_of(presolved: Presolved, threads: int = 1) -> Columns:
         return Columns([], threads)
     squares = sum(8 * c.index.size**2 for c in components if c.coupling is Coupling.FULL)
     total = sum(c.index.size for c in components if c.coupling is Coupling.FULL)
+    expanded = squares <= dense_bytes
+    factor = instance.curvature.as_factor()
+    double = expanded or (factor is not None and 8 * total * factor.m <= double_bytes)
     blocks: list[Block] = [DiagonalBlock(np.zeros(0))] * len(components)
 
     def make(k: int, halted: Callable[[], bool]) -> None:
-        blocks[k] = _block(presolved, components[k], squares, total)
+        blocks[k] = _block(presolved, components[k], expanded, double)
 
     # Dense blocks are multiplied by BLAS, which has threads of its own.
-    large = squares > DENSE_BYTES and isinstance(instance.curvature, GradientFactor)
+    large = not expanded and factor is not None
     run_tasks(threads if large else 1, [partial(make, k) for k in range(len(components))], lambda: False)
     return Columns(blocks, threads)
 
 
-def _block(presolved: Presolved, component: Component, squares: int, total: int) -> Block:
+def _block(presolved: Presolved, component: Component, expanded: bool, double: bool) -> Block:
     instance, curvature = presolved.instance, presolved.instance.curvature
     w = instance.weights[component.index]
     if component.coupling is Coupling.FREE:
@@ -212,14 +218,14 @@ def _block(presolved: Presolved, component: Component, squares: int, total: int)
         return DiagonalBlock(w**2 * curvature.diagonal()[component.index] / presolved.scale)
     part = curvature.block_slice(component.block)
     local = component.index - part.start
-    if not isinstance(curvature, GradientFactor):
+    gradients = curvature.as_factor()
+    if gradients is None:
         whole = local.size == part.stop - part.start
         H = curvature.block(component.block) if whole else curvature.submatrix(component.block, local, local)
         return DenseBlock(H * w[:, None] * (w / presolved.scale))
-    double = squares <= DENSE_BYTES or 8 * total * curvature.m <= DOUBLE_BYTES
-    rows = _rows(curvature, component.block, local, w / np.sqrt(curvature.m * presolved.scale), double)
-    factor = FactorBlock(rows, curvature.damping * w**2 / presolved.scale)
-    if squares <= DENSE_BYTES:
+    rows = _rows(gradients, component.block, local, w / np.sqrt(gradients.m * presolved.scale), double)
+    factor = FactorBlock(rows, gradients.damping * w**2 / presolved.scale)
+    if expanded:
         return DenseBlock(factor.submatrix(np.arange(w.size)))
     return factor
 

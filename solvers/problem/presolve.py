@@ -7,12 +7,9 @@ from enum import Enum
 
 import numpy as np
 
-from cbs_opt.curvature import Curvature, GradientFactor, InverseHessianBlocks
 from cbs_opt.instance import Instance
 from cbs_opt.selection import SelectionProblem
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
-
-_MOST_COMPONENTS = 64  # of one block of a gradient factor; the rest is left together
 
 
 class Coupling(Enum):
@@ -158,15 +155,14 @@ def _components(instance: Instance, diagonal: FloatArray, is_open: BoolArray) ->
         part = curvature.block_slice(k)
         local = np.flatnonzero(is_open[part])
         nothing = diagonal[part][local] == 0
-        if nothing.any() and not isinstance(curvature, GradientFactor):
-            # Dense blocks are semidefinite up to rounding only: look at the whole rows.
+        if nothing.any():
             rows = local[nothing]
-            nothing[nothing] = (instance.weights[part][rows] == 0) | ~(curvature.columns(k, rows) != 0).any(axis=0)
+            nothing[nothing] = (instance.weights[part][rows] == 0) | curvature.empty_columns(k, rows)
         free.append(part.start + local[nothing])
         local = local[~nothing]
         if local.size == 0:
             continue
-        labels = _labels(curvature, k, local)
+        labels = curvature.connected_components(k, local)
         sizes = np.bincount(labels)
         single = sizes[labels] == 1
         alone.append(part.start + local[single])
@@ -180,50 +176,3 @@ def _components(instance: Instance, diagonal: FloatArray, is_open: BoolArray) ->
         if sum(part.size for part in parts)
     ]
     return gathered + coupled
-
-
-def _labels(curvature: Curvature, k: int, local: IntArray) -> IntArray:
-    """Component of each of the weights `local` of block k, int64 (len(local),)."""
-    if isinstance(curvature, GradientFactor):
-        return _factor_labels(curvature, k, local)
-    from scipy.sparse import csr_array
-    from scipy.sparse.csgraph import connected_components
-
-    # Fixed weights stay in the pattern of H⁻¹: its components are those of the whole block.
-    inverse = isinstance(curvature, InverseHessianBlocks)
-    rows = np.arange(int(curvature.block_sizes[k])) if inverse else local
-    matrix = curvature.inverse_block(k) if inverse else curvature.submatrix(k, local, local)
-    pattern = matrix != 0
-    if pattern[0].all():
-        return np.zeros(local.size, dtype=np.int64)
-    _, labels = connected_components(csr_array(pattern), directed=False)
-    labels = labels[np.searchsorted(rows, local)]
-    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
-
-
-def _factor_labels(curvature: GradientFactor, k: int, local: IntArray) -> IntArray:
-    """Connected components of the graph of weights and samples, grown by one sample after the other."""
-    start = int(curvature.offsets[k])
-    touches = curvature.gradients[:, start + local[0] : start + local[-1] + 1] != 0
-    if local[-1] - local[0] + 1 != local.size:
-        touches = np.compress(np.isin(np.arange(local[0], local[-1] + 1), local), touches, axis=1)
-    labels = np.full(local.size, -1, dtype=np.int64)
-    seen = np.zeros(curvature.m, dtype=bool)
-    untouched = ~touches.any(axis=0)  # only the damping acts on them
-    labels[untouched] = np.arange(int(untouched.sum()))
-    label = int(untouched.sum())
-    last = label + _MOST_COMPONENTS
-    while (labels < 0).any() and label < last:
-        inside = np.zeros(local.size, dtype=bool)
-        inside[int(np.argmax(labels < 0))] = True
-        grows = True
-        while grows and not (inside | (labels >= 0)).all():
-            grows = False
-            for s in np.flatnonzero(~seen):
-                if (touches[s] & inside).any():
-                    inside |= touches[s]
-                    seen[s] = grows = True
-        labels[inside] = label
-        label += 1
-    labels[labels < 0] = label
-    return labels

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks
 from cbs_opt.instance import Instance
 from cbs_opt.selection import SelectionProblem
 from cbs_opt.solvers.kernels.threads import number_of_threads
-from cbs_opt.solvers.problem.columns import columns_of
+from cbs_opt.solvers.problem.columns import DENSE_BYTES, DOUBLE_BYTES, columns_of
 from cbs_opt.solvers.problem.presolve import presolve
 from cbs_opt.solvers.problem.threaded_factor import ThreadedFactor
 from cbs_opt.typing import BoolArray, FloatArray
 
-_THREADED_GRADIENTS = 1 << 25  # entries
-_EIGEN_LIMIT = 2000  # of larger blocks the tolerance of their check is taken
+THREADED_GRADIENTS = 1 << 25
+"""Entries of a gradient factor beyond which losses and bounds are computed in threads."""
 
 
 class ReducedProblem:
@@ -25,6 +24,10 @@ class ReducedProblem:
     instance : Instance
     threads : int, optional
         All cores by default.
+    dense_bytes, double_bytes : int
+        Limits of storage, see `columns_of`.
+    threaded_gradients : int
+        Entries of a gradient factor beyond which losses and bounds are computed by `ThreadedFactor`.
 
     Attributes
     ----------
@@ -35,20 +38,27 @@ class ReducedProblem:
     budget : int64 (G,)
     """
 
-    def __init__(self, instance: Instance, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        threads: int | None = None,
+        dense_bytes: int = DENSE_BYTES,
+        double_bytes: int = DOUBLE_BYTES,
+        threaded_gradients: int = THREADED_GRADIENTS,
+    ) -> None:
         self.threads = number_of_threads(threads)
         self.original = SelectionProblem(instance)
         self.presolved = presolve(instance)
-        self.columns = columns_of(self.presolved, self.threads)
+        self.columns = columns_of(self.presolved, self.threads, dense_bytes, double_bytes)
         self.linear = self.presolved.linear
         self.group = self.presolved.group
         self.budget = self.presolved.budget
         # Ties are broken by the index of the weight in the instance, not by the order of the components.
         self._index = self.presolved.index
-        curvature = instance.curvature
-        large = isinstance(curvature, GradientFactor) and curvature.gradients.size > _THREADED_GRADIENTS
+        factor = instance.curvature.as_factor()
+        large = factor is not None and factor.gradients.size > threaded_gradients
         self._factor = ThreadedFactor(self.original, self.threads) if large else None
-        self._negative = negative_curvature(curvature)
+        self._negative = instance.curvature.indefiniteness()
         sizes = np.bincount(self.group, minlength=self.budget.size)
         self._first = np.cumsum(sizes) - sizes
 
@@ -129,20 +139,3 @@ class ReducedProblem:
         indefinite = 0.5 * float(self._negative @ (instance.weights * farthest) ** 2)
         bound -= rounding + indefinite
         return max(bound, 0.0) if instance.linear is None and not self._negative.any() else bound
-
-
-def negative_curvature(curvature: Curvature) -> FloatArray:
-    """How far below zero the smallest eigenvalue of the block of each weight may lie, float64 (n,).
-
-    Zero but for `HessianBlocks` of float32 entries, which are accepted with eigenvalues down to their rounding.
-    """
-    out = np.zeros(curvature.n)
-    if isinstance(curvature, HessianBlocks) and curvature.flat.dtype == np.float32:
-        for k in range(curvature.number_of_blocks):
-            H = curvature.block(k)
-            if H.shape[0] <= _EIGEN_LIMIT:
-                smallest = float(np.linalg.eigvalsh(H)[0])
-            else:
-                smallest = -10.0 * H.shape[0] * float(np.finfo(np.float32).eps) * float(H.diagonal().max())
-            out[curvature.block_slice(k)] = max(-smallest, 0.0)
-    return out

@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 
-from cbs_opt.curvature import GradientFactor
 from cbs_opt.selection import SelectionProblem
 from cbs_opt.solvers.kernels import sweeps_numba as kernels
 from cbs_opt.solvers.kernels.threads import run_tasks
@@ -25,8 +24,8 @@ class ThreadedFactor:
     """
 
     def __init__(self, problem: SelectionProblem, threads: int) -> None:
-        curvature = problem.curvature
-        assert isinstance(curvature, GradientFactor)
+        curvature = problem.curvature.as_factor()
+        assert curvature is not None
         self.problem, self.curvature, self.threads = problem, curvature, threads
 
     def _over_blocks(self, what: Callable[[int, FloatArray], None], delta: FloatArray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -36,6 +37,31 @@ def meet_budgets(point: Incumbent) -> None:
             point.move(flips, np.full(flips.size, 1.0 - value))
 
 
+def _best_pair(
+    adds: list[int], drops: list[int], cost: FloatArray, block_of: IntArray, used: set[int]
+) -> tuple[int, int] | None:
+    """The cheapest addition and drop in two blocks that are not `used`, from lists with one of each block.
+
+    Both lists are sorted by cost, the cheapest last; what is used there is removed from them.
+    """
+    for order in (adds, drops):
+        while order and int(block_of[order[-1]]) in used:
+            order.pop()
+    if not adds or not drops:
+        return None
+    if block_of[adds[-1]] != block_of[drops[-1]]:
+        return adds[-1], drops[-1]
+    # Both cheapest lie in one block: the best pair has one of them, and the next of the other list.
+    pairs = [(a, drops[-1]) for a in _second(adds, block_of, used)]
+    pairs += [(adds[-1], d) for d in _second(drops, block_of, used)]
+    return min(pairs, key=lambda pair: float(cost[pair[0]] + cost[pair[1]]), default=None)
+
+
+def _second(order: list[int], block_of: IntArray, used: set[int]) -> list[int]:
+    """The last but one of an unused block, as a list; empty without one."""
+    return next(([i] for i in itertools.islice(reversed(order), 1, None) if int(block_of[i]) not in used), [])
+
+
 def trade(point: Incumbent, should_stop: Callable[[], bool], rounds: int = 20) -> int:
     """Prune more of one block and less of another where that gains, many pairs of blocks at a time.
 
@@ -50,22 +76,16 @@ def trade(point: Incumbent, should_stop: Callable[[], bool], rounds: int = 20) -
         for g in range(problem.budget.size):
             group = problem.group == g
             cost = _costs(point)
-            adds = _cheapest_of_blocks(point, cost, np.flatnonzero(group & (point.y == 0))).tolist()
-            drops = _cheapest_of_blocks(point, cost, np.flatnonzero(group & (point.y == 1))).tolist()
-            used: set[int] = set()
+            # Costly first, as what is done with is taken off the end.
+            adds = _cheapest_of_blocks(point, cost, np.flatnonzero(group & (point.y == 0)))[::-1].tolist()
+            drops = _cheapest_of_blocks(point, cost, np.flatnonzero(group & (point.y == 1)))[::-1].tolist()
             flips: list[int] = []
-            i = j = 0
-            while i < len(adds) and j < len(drops):
-                a, d = adds[i], drops[j]
-                if block_of[a] in used:
-                    i += 1
-                elif block_of[d] in used or block_of[a] == block_of[d]:
-                    j += 1
-                elif cost[a] + cost[d] < -GAIN * abs(point.f):
-                    used |= {int(block_of[a]), int(block_of[d])}
-                    flips += [a, d]
-                else:
+            used: set[int] = set()
+            while pair := _best_pair(adds, drops, cost, block_of, used):
+                if cost[pair[0]] + cost[pair[1]] >= -GAIN * abs(point.f):
                     break
+                used |= {int(block_of[i]) for i in pair}
+                flips += pair
             index = np.sort(np.array(flips, dtype=np.int64))
             point.move(index, 1.0 - point.y[index])
             made += len(flips) // 2

@@ -13,11 +13,12 @@ from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.kernels.warm_up import warm_up_selection
 from cbs_opt.solvers.kernels.warm_up_sweeps import warm_up_sweeps
+from cbs_opt.solvers.problem.columns import DENSE_BYTES, DOUBLE_BYTES
 from cbs_opt.solvers.problem.presolve import Coupling
-from cbs_opt.solvers.problem.reduced import ReducedProblem
+from cbs_opt.solvers.problem.reduced import THREADED_GRADIENTS, ReducedProblem
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent, candidate_swaps
 from cbs_opt.solvers.selection.relaxation import Relaxation
-from cbs_opt.solvers.selection.sweep_search import SweepSearch, is_large, is_split
+from cbs_opt.solvers.selection.sweep_search import LARGE, MANY_BLOCKS, SMALL_BLOCK, SweepSearch, is_large, is_split
 from cbs_opt.solvers.trees.handover import WITHOUT_LIMIT, branch_and_bound, is_provable, prove
 from cbs_opt.typing import FloatArray, IntArray
 
@@ -55,11 +56,24 @@ class SearchParameters(Parameters):
     patience: int | None = option(
         None, "cycles without improvement after which the search ends; 150 without a limit on time or iterations"
     )
+    large: int = option(LARGE, "coupled weights beyond which the search starts with sweeps over all of them")
+    many_blocks: int = option(
+        MANY_BLOCKS, "coupled blocks beyond which a large problem is searched block by block"
+    )
+    small_block: int = option(SMALL_BLOCK, "weights of a coupled block, on average, up to which it is not")
+    dense_bytes: int = option(DENSE_BYTES, "bytes up to which the blocks of a gradient matrix are expanded")
+    double_bytes: int = option(DOUBLE_BYTES, "bytes up to which gradients not expanded are copied in float64")
+    threaded_gradients: int = option(
+        THREADED_GRADIENTS, "gradient entries beyond which losses and bounds are computed in threads"
+    )
 
     def __post_init__(self) -> None:
         for name, smallest in (("core", 2), ("working_set", 2), ("cycles", 1), ("stall", 1), ("proof", 0)):
             if getattr(self, name) < smallest:
                 raise UsageError(f"`{name}` must be at least {smallest}, got {getattr(self, name)}")
+        for name in ("large", "many_blocks", "small_block", "dense_bytes", "double_bytes", "threaded_gradients"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"`{name}` must be at least 0, got {getattr(self, name)}")
         if self.ratio <= 1:
             raise UsageError(f"`ratio` must be more than 1, got {self.ratio}")
         if self.patience is not None and self.patience < 1:
@@ -87,8 +101,11 @@ class Search(Solver):
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve, build columns."""
         warm_up_selection()
-        self._problem = ReducedProblem(instance, context.threads)
-        if self._problem.threaded or is_large(self._problem):  # loading them takes most of a second
+        given = self.parameters
+        self._problem = ReducedProblem(
+            instance, context.threads, given.dense_bytes, given.double_bytes, given.threaded_gradients
+        )
+        if self._problem.threaded or is_large(self._problem, given.large):  # loading them takes most of a second
             warm_up_sweeps()
         self._exact = self._branch_and_bound(context)
         if self._exact is not None:
@@ -123,6 +140,7 @@ class _Run:
 
     def __init__(self, problem: ReducedProblem, parameters: SearchParameters, context: Context) -> None:
         self.problem, self.parameters = problem, parameters
+        self.split = is_split(problem, parameters.large, parameters.many_blocks, parameters.small_block)
         self.monitor = context.monitor
         self.rng = context.rng()
         self.state = np.uint64(self.rng.integers(1, 2**62))
@@ -160,10 +178,10 @@ class _Run:
             return
         if monitor.should_stop():
             return
-        if is_split(problem):
+        if self.split:
             self._search_blocks()
             return
-        large = is_large(problem)
+        large = is_large(problem, self.parameters.large)
         deepen = _DEEPEN_ROUNDS_LARGE if large else _DEEPEN_ROUNDS
         relaxed = self._sweep() if large else self._path()
         if monitor.should_stop():
@@ -200,7 +218,8 @@ class _Run:
                 return
 
     def _sweeps(self) -> SweepSearch:
-        return SweepSearch(self.problem, self.monitor, self._offer, seed=int(self.rng.integers(2**62)))
+        seed = int(self.rng.integers(2**62))
+        return SweepSearch(self.problem, self.monitor, self._offer, seed, finely=self.split)
 
     def _sweep(self) -> Relaxation:
         """The path by sweeps over all variables; working sets with Newton steps only at its end."""

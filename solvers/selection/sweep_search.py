@@ -20,9 +20,15 @@ from cbs_opt.typing import FloatArray, IntArray
 if TYPE_CHECKING:
     from cbs_opt.solvers.selection.search import SearchParameters
 
-_LARGE = 10_000  # variables of coupled blocks
-_MANY = 8  # coupled blocks, of _SMALL variables on average
-_SMALL = 200
+LARGE = 10_000
+"""Variables of coupled blocks beyond which sweeps are the start of the search."""
+
+MANY_BLOCKS = 8
+"""Coupled blocks beyond which those of a large problem are searched one by one."""
+
+SMALL_BLOCK = 200
+"""Variables of a coupled block, on average, up to which they are not."""
+
 _MOST_GROUPS = 16
 _SWEEPS = 12  # at each weight of the path
 _TOLERANCE = 1e-4
@@ -41,17 +47,20 @@ _STALL = 500
 _TENURE = (4, 15)
 
 
-def is_large(problem: ReducedProblem) -> bool:
-    """Whether sweeps beat working sets as the start of the search."""
-    sizes = _coupled(problem)
-    return problem.budget.size <= _MOST_GROUPS and (int(sizes.sum()) > _LARGE or is_split(problem))
+def is_large(problem: ReducedProblem, large: int = LARGE) -> bool:
+    """Whether sweeps beat working sets as the start of the search: more than `large` coupled variables."""
+    return problem.budget.size <= _MOST_GROUPS and int(_coupled(problem).sum()) > large
 
 
-def is_split(problem: ReducedProblem) -> bool:
-    """Whether so many blocks are large that they are searched one by one."""
+def is_split(
+    problem: ReducedProblem, large: int = LARGE, many: int = MANY_BLOCKS, small: int = SMALL_BLOCK
+) -> bool:
+    """Whether a large problem has more than `many` blocks of more than `small` variables on average.
+
+    They are then searched one by one.
+    """
     sizes = _coupled(problem)
-    many = sizes.size > _MANY and int(sizes.sum()) > _SMALL * sizes.size and int(sizes.sum()) > _LARGE
-    return problem.budget.size <= _MOST_GROUPS and many
+    return is_large(problem, large) and sizes.size > many and int(sizes.sum()) > small * sizes.size
 
 
 def _coupled(problem: ReducedProblem) -> IntArray:
@@ -69,10 +78,17 @@ class SweepSearch:
     offer : callable
         Takes an `Incumbent`.
     seed : int
+    finely : bool
+        Whether points harden in small steps, as where no search over all blocks follows.
     """
 
     def __init__(
-        self, problem: ReducedProblem, monitor: Monitor, offer: Callable[[Incumbent], None], seed: int
+        self,
+        problem: ReducedProblem,
+        monitor: Monitor,
+        offer: Callable[[Incumbent], None],
+        seed: int,
+        finely: bool = False,
     ) -> None:
         self.problem, self.monitor, self.offer, self.seed = problem, monitor, offer, seed
         start = problem.smallest(0.5 * problem.columns.diagonal + problem.linear)
@@ -82,7 +98,7 @@ class SweepSearch:
         self.tight: Sweeps | None = None
         self.settled, self.idle = False, 0
         self.visits = 0
-        self._slow = _HARDEN_FINELY if is_split(problem) else _HARDEN
+        self._slow = _HARDEN_FINELY if finely else _HARDEN
         coupled = [k for k, c in enumerate(problem.presolved.components) if c.block >= 0]
         self.coupled = np.array(coupled, dtype=np.int64)
 

@@ -22,7 +22,7 @@ from cbs_opt import (
 )
 from cbs_opt.solvers.joint import backward, elimination
 from cbs_opt.solvers.joint.bulk_exchange import exchange_in_bulk
-from cbs_opt.solvers.joint.lagrangian_bound import dual_bound, improve_bound, split_diagonal
+from cbs_opt.solvers.joint.lagrangian_bound import dual_bound, improve_bound
 from cbs_opt.solvers.joint.tableau import Tableau
 from cbs_opt.solvers.joint.thinning import DenseStage, FactorStage
 from cbs_opt.solvers.kernels import joint_numba, joint_numpy
@@ -229,7 +229,7 @@ def test_bound_lies_below_every_selection(seed, damping, linear):
     rng = np.random.default_rng(seed)
     instance = factor_instance(rng, 5, 9, damping, 5, linear)
     optimum = solve(instance, "brute", objective="joint").objective
-    D = split_diagonal(instance.curvature)
+    D = instance.curvature.diagonal_split()
     for u in (np.zeros(9), rng.standard_normal(9)):
         assert dual_bound(instance, D, u)[0] <= optimum + 1e-9 * abs(optimum)
     best = evaluate(instance, solve(instance, "brute", objective="joint").pruned)

@@ -23,7 +23,7 @@ from cbs_opt.solvers.joint import inverse as inverses
 from cbs_opt.solvers.joint.elimination import CoupledElimination, SeparateElimination
 from cbs_opt.solvers.joint.inverse import LazyInverse, conditional_inverse
 from cbs_opt.solvers.joint.moves import JointMoves
-from cbs_opt.solvers.joint.uncoupled import SeparateWeights, coupled_weights
+from cbs_opt.solvers.joint.uncoupled import SeparateWeights
 
 
 def positive_definite(rng, n, damping=1e-2):
@@ -156,7 +156,7 @@ def test_coupled_weights_of_every_curvature():
         ),
         GradientFactor(G, 0.5),
     ):
-        np.testing.assert_array_equal(coupled_weights(curvature, 0), expected)
+        np.testing.assert_array_equal(curvature.coupled(0), expected)
 
 
 @pytest.mark.parametrize("seed", range(5))
