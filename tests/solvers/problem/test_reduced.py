@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cbs_opt import Budget, HessianBlocks, Instance
-from cbs_opt.solvers.problem.reduced import ReducedProblem, negative_curvature
+from cbs_opt.solvers.problem.reduced import ReducedProblem
 
 
 def exact_loss(instance, pruned):
@@ -50,13 +50,12 @@ def test_single_precision_that_is_indefinite_is_paid_for():
     instance = Instance(np.ones(2), HessianBlocks.from_blocks([H]), Budget(1))
     smallest = float(np.linalg.eigvalsh(H.astype(float))[0])
     assert smallest < -1e-7
-    assert negative_curvature(instance.curvature) == pytest.approx([-smallest] * 2, rel=1e-6)
+    assert instance.curvature.indefiniteness() == pytest.approx([-smallest] * 2, rel=1e-6)
     reduced = ReducedProblem(instance, 1)
     assert reduced.n == 2
     bound = reduced.certified_bound(np.full(2, 0.5))
     assert 0.5 - 1e-6 < bound <= 0.5
-    double = HessianBlocks.from_blocks([np.eye(2)])
-    assert not negative_curvature(double).any()
+    assert not HessianBlocks.from_blocks([np.eye(2)]).indefiniteness().any()
 
 
 @pytest.mark.parametrize("grouped", [False, True])
