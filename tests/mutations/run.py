@@ -3,8 +3,8 @@
     python tests/mutations/run.py [--all] [--workers N] [--list] [NAME …]
 
 Each patch replaces a piece of text that must occur exactly once, so that a patch which no longer fits the code is
-an error and not a success. Its tests must pass without it and fail with it. Patches marked `slow` compile kernels;
-they run with `--all` or by name. Exit code 0 if every patch fails a test, 1 otherwise.
+an error and not a success. Its tests must pass without it and fail with it. Patches marked `extra` are left out
+without `--all` or their names, but must fit the code too. Exit code 0 if every patch fails a test, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Patch:
     old, new : str
     tests : tuple of str
         Arguments of pytest: files, or nodes as `file::name`.
-    slow : bool
+    extra : bool
     """
 
     name: str
@@ -52,7 +52,7 @@ class Patch:
     old: str
     new: str
     tests: tuple[str, ...]
-    slow: bool = False
+    extra: bool = False
 
 
 def read_patches(path: Path) -> list[Patch]:
@@ -60,12 +60,12 @@ def read_patches(path: Path) -> list[Patch]:
     table = tomllib.loads(path.read_text())
     patches = []
     for entry in table["patch"]:
-        unknown = entry.keys() - {"name", "file", "old", "new", "tests", "slow"}
+        unknown = entry.keys() - {"name", "file", "old", "new", "tests", "extra"}
         if unknown:
             raise PatchError(f"{path.name}: {entry.get('name')}: unknown keys {sorted(unknown)}")
         tests = tuple(test for name in entry["tests"] for test in table["tests"][name])
         where = table["files"][entry["file"]]
-        patches.append(Patch(entry["name"], where, entry["old"], entry["new"], tests, entry.get("slow", False)))
+        patches.append(Patch(entry["name"], where, entry["old"], entry["new"], tests, entry.get("extra", False)))
     names = [patch.name for patch in patches]
     if len(set(names)) != len(names):
         raise PatchError(f"{path.name}: a name occurs twice")
@@ -88,6 +88,17 @@ def patched(patch: Patch, root: Path) -> str:
     return text.replace(patch.old, patch.new)
 
 
+def misfits(patches: list[Patch], root: Path) -> list[str]:
+    """A sentence for each patch that does not fit the code."""
+    problems = []
+    for patch in patches:
+        try:
+            patched(patch, root)
+        except PatchError as error:
+            problems.append(f"{patch.name}: {error}")
+    return problems
+
+
 def copy_of_the_package(folder: Path) -> Path:
     """The package and its tests in a folder of their own."""
     for name in COPIED:
@@ -104,7 +115,7 @@ def copy_of_the_package(folder: Path) -> Path:
 def run_tests(tests: tuple[str, ...], root: Path) -> tuple[int, str]:
     """Exit code of pytest on a copy, and what it printed."""
     paths = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "--tb=no", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "--tb=line", *tests]
     try:
         done = subprocess.run(
             command, cwd=root, env=paths, capture_output=True, text=True, timeout=TIMEOUT, check=False
@@ -146,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the patches; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="only patches whose name contains this")
-    parser.add_argument("--all", action="store_true", help="the slow ones too")
+    parser.add_argument("--all", action="store_true", help="those marked `extra` too")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="list the patches and check that they fit the code")
     parser.add_argument("--patches", type=Path, default=Path(__file__).with_name("patches.toml"))
@@ -156,22 +167,19 @@ def main(arguments: list[str] | None = None) -> int:
     except PatchError as error:
         print(f"mutations: {error}", file=sys.stderr)
         return 1
+    problems = misfits(patches, ROOT)
     if options.names:
         patches = [patch for patch in patches if any(name in patch.name for name in options.names)]
     elif not options.all:
-        patches = [patch for patch in patches if not patch.slow]
+        patches = [patch for patch in patches if not patch.extra]
     if not patches:
         print("mutations: no patch has such a name", file=sys.stderr)
         return 1
-    problems = []
-    for patch in patches:
-        try:
-            patched(patch, ROOT)
-        except PatchError as error:
-            problems.append(f"{patch.name}: {error}")
     if options.list or problems:
-        print("\n".join([f"{patch.path:45} {patch.name}" for patch in patches] if options.list else []))
-        print("\n".join(problems), file=sys.stderr)
+        for patch in patches if options.list else []:
+            print(f"{patch.path:45} {patch.name}")
+        for problem in problems:
+            print(f"mutations: {problem}", file=sys.stderr)
         return 1 if problems else 0
     return run_all(patches, options.workers)
 
@@ -179,7 +187,6 @@ def main(arguments: list[str] | None = None) -> int:
 def run_all(patches: list[Patch], workers: int) -> int:
     """Check the patches, several at a time, each in a copy that one worker owns."""
     started = time.perf_counter()
-    problems: list[str] = []
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copies: Queue[Path] = Queue()
         for k in range(workers):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cbs_opt import Budget, HessianBlocks, Instance, Monitor, evaluate, solve
-from cbs_opt.solvers.joint.lagrangian_bound import dual_bound, improve_bound, split_diagonal
+from cbs_opt.solvers.joint.lagrangian_bound import dual_bound, improve_bound
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -40,7 +40,7 @@ def connected(request):
 
 
 def test_the_direction_ascends(connected):
-    D = split_diagonal(connected.curvature)
+    D = connected.curvature.diagonal_split()
     rng = np.random.default_rng(0)
     for _ in range(20):
         u = -connected.weights * rng.random(20)
@@ -52,7 +52,7 @@ def test_the_direction_ascends(connected):
 def test_the_ascent_closes_much_of_the_gap(connected):
     """From the incumbent; no ascent, or one downwards, stays at what start and rest give."""
     best = solve(connected, "brute", objective="joint")
-    D = split_diagonal(connected.curvature)
+    D = connected.curvature.diagonal_split()
     start = evaluate(connected, best.pruned).weights - connected.weights
     at_rest = max(dual_bound(connected, D, u)[0] for u in (start, np.zeros(20)))
     monitor = Monitor()
