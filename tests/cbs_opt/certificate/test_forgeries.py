@@ -282,6 +282,8 @@ def test_what_fixed_and_budgets_leave_open(forging):
         found = verify(instance, forging.forge(instance, kind, every[0], [(0, -1, tree)], pieces=pieces))
         assert found.optimal
         assert found.bound == pytest.approx(values[0], rel=1e-12)
+        worst = forging.forge(instance, kind, every[-1], [(0, -1, tree)], pieces=pieces, bound=0.0)
+        assert verify(instance, worst).bound == pytest.approx(values[0], rel=1e-12)
         refused(instance, forging.forge(instance, kind, every[1], [(0, -1, tree)], pieces=pieces))
         for wrong in ([0, 0, 0, -1, 0], [-1, -1, 0, -1, 0], [-1, 0, 0, 0, 0]):
             forged = forging.forge(instance, kind, every[1], [(0, -1, tree)], pieces=np.array(wrong, np.int32))
