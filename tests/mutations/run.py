@@ -116,6 +116,7 @@ def run_tests(tests: tuple[str, ...], root: Path) -> tuple[int, str]:
     """Exit code of pytest on a copy, and what it printed."""
     paths = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "--tb=line", *tests]
+    command.append("--hypothesis-profile=mutations")
     try:
         done = subprocess.run(
             command, cwd=root, env=paths, capture_output=True, text=True, timeout=TIMEOUT, check=False

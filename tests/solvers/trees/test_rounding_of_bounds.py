@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from cbs_opt import Monitor
-from cbs_opt.solvers.exact.solver import _Report
 from cbs_opt.solvers.trees.best_first import BestFirst, Subproblem
 from cbs_opt.solvers.trees.block_search import BlockSearch, combine, multiplier
+from cbs_opt.solvers.trees.prove import Report
 
 
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.0, 0.3])
@@ -28,9 +28,9 @@ def test_the_threshold_lies_below_the_incumbent(value):
 
 
 def test_reported_bounds_are_lowered_by_rounding():
-    case = SimpleNamespace(value=lambda pruned: 10.0, rounding=lambda pruned: 0.25, nonnegative=True)
+    problem = SimpleNamespace(loss=lambda pruned: 10.0, rounding=lambda pruned: 0.25, nonnegative=True)
     monitor = Monitor()
-    report = _Report(case, monitor)
+    report = Report(problem, monitor)
     report.bound(-3.0)
     assert monitor.bound == 0.0
     report.selection(np.array([True, False]))
@@ -38,9 +38,9 @@ def test_reported_bounds_are_lowered_by_rounding():
     assert monitor.bound == 3.75
     report.bound(10.5)
     assert monitor.bound == 10.0
-    case.nonnegative = False
+    problem.nonnegative = False
     monitor = Monitor()
-    report = _Report(case, monitor)
+    report = Report(problem, monitor)
     report.selection(np.array([True, False]))
     report.bound(-3.0)
     assert monitor.bound == -3.25

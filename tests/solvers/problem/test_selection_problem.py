@@ -1,4 +1,4 @@
-"""The reduced selection problem: its certified bound in rational arithmetic, and ties."""
+"""The selection problem: its certified bound in rational arithmetic, and ties."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cbs_opt import Budget, HessianBlocks, Instance
-from cbs_opt.solvers.problem.reduced import ReducedProblem
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 
 
 def exact_loss(instance, pruned):
@@ -37,8 +37,8 @@ def test_a_tight_bound_is_below_the_exact_loss(seed, linear):
     # A first-order term that makes `pruned` the cheapest at itself; without one all weights are pruned.
     g = np.where(pruned, 1, -1) * 50.0 * np.sign(w) + rng.normal(size=n) if linear else None
     instance = Instance(w, HessianBlocks.from_blocks([G.T @ G / 12]), Budget(int(pruned.sum())), linear=g)
-    reduced = ReducedProblem(instance, 1)
-    bound = reduced.certified_bound(pruned[reduced.presolved.index].astype(float))
+    problem = SelectionProblem(instance, 1)
+    bound = problem.certified_bound(pruned[problem.index].astype(float))
     exact = exact_loss(instance, pruned)
     assert exact - Fraction(1e-11) * (abs(exact) + 100) < Fraction(bound) <= exact
 
@@ -51,9 +51,9 @@ def test_single_precision_that_is_indefinite_is_paid_for():
     smallest = float(np.linalg.eigvalsh(H.astype(float))[0])
     assert smallest < -1e-7
     assert instance.curvature.indefiniteness() == pytest.approx([-smallest] * 2, rel=1e-6)
-    reduced = ReducedProblem(instance, 1)
-    assert reduced.n == 2
-    bound = reduced.certified_bound(np.full(2, 0.5))
+    problem = SelectionProblem(instance, 1)
+    assert problem.n == 2
+    bound = problem.certified_bound(np.full(2, 0.5))
     assert 0.5 - 1e-6 < bound <= 0.5
     assert not HessianBlocks.from_blocks([np.eye(2)]).indefiniteness().any()
 
@@ -68,18 +68,18 @@ def test_ties_go_to_the_lower_index_of_the_instance(grouped):
         H[i, j] = H[j, i] = 0.5
     groups = np.arange(n) % 2
     budget = Budget(6, groups, np.array([2, 4])) if grouped else Budget(5)
-    reduced = ReducedProblem(Instance(np.ones(n), HessianBlocks.from_blocks([H]), budget), 1)
-    index = reduced.presolved.index
+    problem = SelectionProblem(Instance(np.ones(n), HessianBlocks.from_blocks([H]), budget), 1)
+    index = problem.index
     assert (np.diff(index) < 0).any()
     for _ in range(50):
         value = rng.integers(0, 3, n).astype(float)
         chosen = np.zeros(n)
-        for group, count in enumerate(reduced.budget):
-            members = np.flatnonzero(reduced.group == group)
+        for group, count in enumerate(problem.budget):
+            members = np.flatnonzero(problem.group == group)
             order = sorted(members, key=lambda k: (value[k], index[k]))
             chosen[order[: int(count)]] = 1.0
-        assert reduced.smallest(value).tolist() == chosen.tolist()
-        for group, count in enumerate(reduced.budget):
-            members = np.flatnonzero(reduced.group == group)
+        assert problem.smallest(value).tolist() == chosen.tolist()
+        for group, count in enumerate(problem.budget):
+            members = np.flatnonzero(problem.group == group)
             limit = np.sort(value[members])[int(count) - 1]
-            assert (reduced.threshold(value)[members] == limit).all()
+            assert (problem.threshold(value)[members] == limit).all()
