@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from cbs_opt import Budget, HessianBlocks, Instance
+from cbs_opt.certificate import verify
+from cbs_opt.errors import SolutionError
 from cbs_opt.files.certificate_file import FRAME, LEAF, NOTHING, VALUE, Certificate
 from cbs_opt.losses import joint_loss, selection_loss
 
@@ -87,6 +89,13 @@ def exhaustive(kind, weights, left, groups=None, without=None):
     return below({})
 
 
+def refused(instance, certificate, sentence="prove a bound"):
+    """The check refuses a certificate, in one sentence that matches."""
+    with pytest.raises(SolutionError, match=sentence) as refusal:
+        verify(instance, certificate)
+    assert "\n" not in str(refusal.value)
+
+
 def dense_instance(seed=0, n=4, budget=2, linear=False, groups=None, fixed=None):
     """One dense block, well conditioned."""
     rng = np.random.default_rng(seed)
@@ -156,7 +165,9 @@ def exact_solve(A, b):
 @pytest.fixture(scope="session")
 def forging():
     """What writes forged certificates."""
-    return SimpleNamespace(Node=Node, forge=forge, exhaustive=exhaustive, instance=dense_instance, ranked=ranked)
+    return SimpleNamespace(
+        Node=Node, refused=refused, forge=forge, exhaustive=exhaustive, instance=dense_instance, ranked=ranked
+    )
 
 
 @pytest.fixture(scope="session")
