@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 from cbs_opt import Budget, GradientFactor, Instance
-from cbs_opt.solvers import joint
-from cbs_opt.solvers.columns import Columns, DenseBlock
-from cbs_opt.solvers.core import Core
+from cbs_opt.solvers.joint import swap_search as joint
+from cbs_opt.solvers.joint.tableau import Tableau
 from cbs_opt.solvers.kernels import selection_numba as kernels
-from cbs_opt.solvers.reduced import ReducedProblem
-from cbs_opt.solvers.relaxation import Relaxation
-from cbs_opt.solvers.tableau import Tableau
-from cbs_opt.solvers.warm_up import warm_up_selection
+from cbs_opt.solvers.kernels.warm_up import warm_up_selection
+from cbs_opt.solvers.problem.columns import Columns, DenseBlock
+from cbs_opt.solvers.problem.reduced import ReducedProblem
+from cbs_opt.solvers.selection.core import Core
+from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.typing import FloatArray
 
 pytest.importorskip("pytest_benchmark")

@@ -19,7 +19,14 @@ if (_root / "pyproject.toml").is_file() and (_root / "solvers" / "__init__.py").
 
 from cbs_opt.budget import Budget  # noqa: E402
 from cbs_opt.certificate import verify as verify_certificate  # noqa: E402
-from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks, InverseHessianBlocks  # noqa: E402
+from cbs_opt.curvature import (  # noqa: E402
+    Curvature,
+    GradientFactor,
+    HessianBlocks,
+    InverseHessianBlocks,
+    SharedBlocks,
+    register_curvature,
+)
 from cbs_opt.errors import (  # noqa: E402
     CbsError,
     InstanceError,
@@ -80,6 +87,7 @@ __all__ = [
     "Parameters",
     "RequirementError",
     "Result",
+    "SharedBlocks",
     "Solution",
     "SolutionError",
     "Solver",
@@ -103,6 +111,7 @@ __all__ = [
     "read_instance",
     "read_solution",
     "register",
+    "register_curvature",
     "selection_loss",
     "solve",
     "solver_names",

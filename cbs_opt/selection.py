@@ -48,8 +48,4 @@ class SelectionProblem:
     def value(self, pruned: BoolArray) -> float:
         """½ xᵀQx + cᵀx at a selection, bool (n,)."""
         delta = np.where(pruned, self.w, 0.0)
-        quadratic = sum(
-            self.curvature.block_quadratic(k, delta[self.curvature.block_slice(k)])
-            for k in range(self.curvature.number_of_blocks)
-        )
-        return 0.5 * quadratic + float(self.c[pruned].sum())
+        return 0.5 * self.curvature.quadratic(delta) + float(self.c[pruned].sum())

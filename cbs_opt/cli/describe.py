@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from cbs_opt.curvature import GradientFactor
 from cbs_opt.errors import InstanceError
 from cbs_opt.files import instance_file, solution_file
 from cbs_opt.files.certificate_file import FORMAT as CERTIFICATE
@@ -36,8 +35,11 @@ def describe_instance(instance: Instance) -> dict[str, Any]:
         "blocks": sizes.size,
         "block_sizes": _few(sizes.tolist()),
     }
-    if isinstance(curvature, GradientFactor):
-        content |= {"gradients": curvature.m, "damping": curvature.damping}
+    factor = curvature.as_factor()
+    if factor is not None:
+        content |= {"gradients": factor.m, "damping": factor.damping}
+    elif curvature.damping is not None:
+        content["damping"] = curvature.damping
     if instance.budget.groups is not None:
         content |= {
             "groups": instance.budget.number_of_groups,

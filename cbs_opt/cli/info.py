@@ -91,7 +91,7 @@ def _instance(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         _draw(options.picture, instance, pruned)
         content["picture"] = str(options.picture)
     if options.export is not None:
-        from cbs_opt.solvers.exact.export import export_instance
+        from cbs_opt.solvers.mip.text_formats import export_instance
 
         export_instance(options.export, instance)
         content["exported"] = str(options.export)

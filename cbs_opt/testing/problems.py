@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from cbs_opt.budget import Budget
-from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks, InverseHessianBlocks
+from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks, InverseHessianBlocks, SharedBlocks
 from cbs_opt.instance import Instance
 from cbs_opt.typing import BoolArray, FloatArray
 
@@ -27,6 +27,17 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "layers": {"kind": "hessian", "blocks": 2, "groups": "layers", "n": 10},
     "rows": {"kind": "gradients", "groups": "rows", "n": 10},
     "2:4": {"kind": "inverse_hessian", "groups": "2:4", "n": 12},
+    "shared hessian": {"kind": "hessian", "shared": (0, 0, 0), "n": 9},
+    "shared inverse hessians": {"kind": "inverse_hessian", "shared": (1, 0, 1, 0), "n": 12},
+    "shared gradients": {"kind": "gradients", "shared": (0, 0), "n": 10, "m": 3},
+    "shared, everything": {
+        "kind": "hessian",
+        "shared": (0, 1, 0),
+        "n": 9,
+        "groups": "layers",
+        "linear": True,
+        "fixed": True,
+    },
     "linear": {"kind": "gradients", "linear": True},
     "linear, blocks": {"kind": "inverse_hessian", "linear": True, "blocks": 3},
     "fixed": {"kind": "hessian", "fixed": True},
@@ -134,6 +145,7 @@ def make_problem(
     weights: ArrayLike | None = None,
     zero_columns: Any = (),
     dtype: DTypeLike = np.float64,
+    shared: Sequence[int] | None = None,
 ) -> Problem:
     """Make a random problem.
 
@@ -159,7 +171,13 @@ def make_problem(
         Weights without any gradient.
     dtype : float32 or float64
         Of the gradients.
+    shared : sequence of int, optional
+        As many equal blocks; block k is a multiple of stored block shared[k].
     """
+    if shared is not None:
+        curvature, H = _shared_blocks(seed, n // len(shared), kind, shared, m, damping)
+        rng = np.random.default_rng([seed, 2])
+        return _problem(rng, curvature, H, budget, groups, linear, fixed, weights)
     rng = np.random.default_rng(seed)
     cuts = np.sort(rng.choice(np.arange(1, n), size=blocks - 1, replace=False)).tolist() if blocks > 1 else []
     sizes = np.diff([0, *cuts, n]).astype(np.int64)
@@ -180,6 +198,20 @@ def make_problem(
         curvature = HessianBlocks.from_blocks(parts)
     else:
         curvature = InverseHessianBlocks.from_blocks([(A + A.T) / 2 for A in map(np.linalg.inv, parts)])
+    return _problem(rng, curvature, H, budget, groups, linear, fixed, weights)
+
+
+def _problem(
+    rng: np.random.Generator,
+    curvature: Curvature,
+    H: FloatArray,
+    budget: int | None,
+    groups: str | None,
+    linear: bool,
+    fixed: bool,
+    weights: ArrayLike | None,
+) -> Problem:
+    n = curvature.n
     w = rng.standard_normal(n) if weights is None else np.asarray(weights, dtype=np.float64)
     g = 0.3 * rng.standard_normal(n) if linear else None
     instance = Instance(
@@ -190,6 +222,26 @@ def make_problem(
         fixed=_fixed(n) if fixed else None,
     )
     return Problem(instance, H, np.zeros(n) if g is None else g)
+
+
+def _shared_blocks(
+    seed: int, b: int, kind: str, shared: Sequence[int], m: int | None, damping: float
+) -> tuple[Curvature, FloatArray]:
+    """Blocks H_k = scale_k · S of a few stored S, beside the dense H that they stand for."""
+    sizes = np.full(max(shared) + 1, b)
+    factor = make_problem(seed, n=int(sizes.sum()), m=m or b + 2, damping=damping).instance.curvature
+    assert isinstance(factor, GradientFactor)
+    stored: Curvature = GradientFactor(factor.gradients, damping, sizes)
+    parts = [stored.block(s) for s in range(sizes.size)]
+    if kind == "hessian":
+        stored = HessianBlocks.from_blocks(parts)
+    elif kind == "inverse_hessian":
+        stored = InverseHessianBlocks.from_blocks([(A + A.T) / 2 for A in map(np.linalg.inv, parts)])
+    scale = np.random.default_rng([seed, 1]).uniform(0.25, 4.0, len(shared))
+    H = np.zeros((b * len(shared), b * len(shared)))
+    for k, s in enumerate(shared):
+        H[k * b : (k + 1) * b, k * b : (k + 1) * b] = scale[k] * parts[s]
+    return SharedBlocks(stored, shared, scale), H
 
 
 def _budget(groups: str | None, n: int, total: int) -> Budget:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from cbs_opt.curvature.base import Curvature
-from cbs_opt.curvature.gradient_factor import GradientFactor
 from cbs_opt.typing import FloatArray
 
 DENSE = 1500
@@ -24,13 +23,14 @@ def block_spectrum(curvature: Curvature, k: int) -> tuple[FloatArray, bool]:
     b = int(curvature.block_sizes[k])
     if b <= DENSE:
         return np.asarray(np.linalg.eigvalsh(curvature.block(k))[::-1], dtype=np.float64), True
-    if isinstance(curvature, GradientFactor) and curvature.m <= DENSE:
-        gram = np.zeros((curvature.m, curvature.m))
-        part = curvature.block_slice(k)
-        for _, piece in curvature.pieces(part.start, part.stop):
+    factor = curvature.as_factor()
+    if factor is not None and factor.m <= DENSE:
+        gram = np.zeros((factor.m, factor.m))
+        part = factor.block_slice(k)
+        for _, piece in factor.pieces(part.start, part.stop):
             gram += piece @ piece.T
-        values = np.linalg.eigvalsh(gram / curvature.m)[::-1]
-        return np.maximum(values, 0.0) + curvature.damping, False
+        values = np.linalg.eigvalsh(gram / factor.m)[::-1]
+        return np.maximum(values, 0.0) + factor.damping, False
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     operator = LinearOperator((b, b), matvec=lambda x: curvature.block_matmul(k, np.ravel(x)), dtype=np.float64)

@@ -17,15 +17,14 @@ from cbs_opt.monitor import Monitor
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Parameters, Solver, option
-from cbs_opt.solvers.backward import check_regular
-from cbs_opt.solvers.exact.best_first import Int8Array
-from cbs_opt.solvers.exact.blocks import BlockSearch
-from cbs_opt.solvers.exact.joint import JointSearch, prepare_joint
-from cbs_opt.solvers.exact.problems import JointCase, SelectionCase
-from cbs_opt.solvers.exact.selection import TOLERANCE, SelectionSearch, prepare_selection
-from cbs_opt.solvers.exact.tables import JointPiece, SelectionPiece
-from cbs_opt.solvers.joint import JointSearch as JointHeuristic
-from cbs_opt.solvers.search import Search as SelectionHeuristic
+from cbs_opt.solvers.joint.swap_search import JointSearch as JointHeuristic
+from cbs_opt.solvers.problem.cases import JointCase, SelectionCase
+from cbs_opt.solvers.selection.search import Search as SelectionHeuristic
+from cbs_opt.solvers.trees.best_first import Int8Array
+from cbs_opt.solvers.trees.block_search import BlockSearch
+from cbs_opt.solvers.trees.joint_worker import JointSearch, prepare_joint
+from cbs_opt.solvers.trees.selection_worker import TOLERANCE, SelectionSearch, prepare_selection
+from cbs_opt.solvers.trees.tables import JointPiece, SelectionPiece
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray
 
@@ -71,7 +70,7 @@ class Exact(Solver):
         """Refuse a singular Hessian where the joint problem needs its inverse."""
         super().check_supports(instance, context)
         if context.objective == "joint":
-            check_regular(instance)
+            instance.curvature.check_regular()
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve, check sizes."""
@@ -90,7 +89,7 @@ class Exact(Solver):
 
     def _certify(self, path: Path, instance: Instance, context: Context) -> None:
         """Write the certificate; the solution stands without it too."""
-        from cbs_opt.solvers.exact.certificate import certify
+        from cbs_opt.solvers.exact.certify import certify
 
         try:
             found = certify(path, instance, self._case, context.monitor, self._search)

@@ -7,7 +7,11 @@ import pytest
 from cbs_opt import SolverError, solver_names
 from cbs_opt.testing import solver_checks
 
-VARIANTS: dict[str, tuple[str, dict[str, object]]] = {}
+_SWEPT = {"large": 0, "proof": 0, "patience": 20, "dense_bytes": 0, "threaded_gradients": 0}
+VARIANTS = {
+    "search, swept": ("search", _SWEPT),
+    "search, block by block": ("search", _SWEPT | {"many_blocks": 0, "small_block": 0, "double_bytes": 0}),
+}
 """Solvers with parameters that send small problems the way of large ones, by a name for the tests."""
 
 

@@ -21,11 +21,12 @@ from cbs_opt import (
     get_solver,
     solve,
 )
-from cbs_opt.solvers.exact import blocks, subsets
-from cbs_opt.solvers.exact.blocks import BlockSearch, combine, multiplier
-from cbs_opt.solvers.exact.joint import prepare_joint
-from cbs_opt.solvers.exact.selection import prepare_selection
-from cbs_opt.solvers.exact.tables import JointPiece, SelectionPiece, SeparablePiece
+from cbs_opt.solvers.trees import block_search as blocks
+from cbs_opt.solvers.trees import subsets
+from cbs_opt.solvers.trees.block_search import BlockSearch, combine, multiplier
+from cbs_opt.solvers.trees.joint_worker import prepare_joint
+from cbs_opt.solvers.trees.selection_worker import prepare_selection
+from cbs_opt.solvers.trees.tables import JointPiece, SelectionPiece, SeparablePiece
 
 FAMILIES = ("hidden", "output", "low rank", "gaussian", "ill-scaled", "ties", "dead", "collinear")
 
@@ -117,7 +118,7 @@ def test_against_enumeration(objective, chunk, monkeypatch):
     """Half of the runs start from an arbitrary selection; half forbid the enumeration of small blocks."""
     for seed in range(chunk * 16, chunk * 16 + 16):
         instance, _, values, pick = random_case(seed, objective)
-        monkeypatch.setattr("cbs_opt.solvers.exact.tables.MAX_WEIGHTS", 18 if seed % 2 else 2)
+        monkeypatch.setattr("cbs_opt.solvers.trees.tables.MAX_WEIGHTS", 18 if seed % 2 else 2)
         start = pick if seed % 4 < 2 else None
         result = solve(instance, "exact", objective=objective, warm_start=start)
         optimum = values.min()
@@ -182,7 +183,7 @@ def test_one_thread_gives_the_same_nodes(objective):
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("enumerated", [True, False])
 def test_blocks_against_tables_of_their_own(joint, enumerated, monkeypatch):
-    monkeypatch.setattr("cbs_opt.solvers.exact.tables.MAX_WEIGHTS", 18 if enumerated else 1)
+    monkeypatch.setattr("cbs_opt.solvers.trees.tables.MAX_WEIGHTS", 18 if enumerated else 1)
     for seed in range(30):
         rng = np.random.default_rng(seed)
         pieces, tables = [], []
