@@ -7,8 +7,11 @@ from types import ModuleType
 
 from cbs_opt.errors import RequirementError
 
+_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "dwave": "dwave-samplers"}
+"""Names under which packages are installed, where they are imported under others."""
 
-def require(module: str, purpose: str, distribution: str | None = None) -> ModuleType:
+
+def require(module: str, purpose: str) -> ModuleType:
     """Import a module that only `purpose` needs.
 
     Parameters
@@ -17,8 +20,6 @@ def require(module: str, purpose: str, distribution: str | None = None) -> Modul
         Its dotted name.
     purpose : str
         What needs it, as the subject of the sentence: "a picture".
-    distribution : str, optional
-        What to install, where its name is not that of the top-level package.
 
     Raises
     ------
@@ -28,8 +29,11 @@ def require(module: str, purpose: str, distribution: str | None = None) -> Modul
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = error.name or module
-        name = distribution or missing.partition(".")[0]
-        raise RequirementError(
-            f"{purpose} needs the package '{name}', which is not installed: pip install {name}"
-        ) from error
+        raise RequirementError(f"{purpose} {missing(error)}") from error
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """The end of a sentence about what could not be imported: "needs the package …, which is not installed …"."""
+    name = (error.name or "").partition(".")[0] or "that it imports"
+    name = _DISTRIBUTIONS.get(name, name)
+    return f"needs the package '{name}', which is not installed: pip install {name}"

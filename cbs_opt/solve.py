@@ -18,6 +18,7 @@ from cbs_opt.errors import CbsError, InstanceError, SolverError
 from cbs_opt.instance import Instance
 from cbs_opt.losses import evaluate
 from cbs_opt.monitor import Callback, Monitor
+from cbs_opt.optional import missing
 from cbs_opt.result import Result, Solution, Status
 from cbs_opt.solver import OBJECTIVES, Context, Solver
 from cbs_opt.stop import Stop
@@ -125,6 +126,8 @@ def solve(
                     raise SolverError(f"solver '{solver}' cannot take the instance: {error}") from error
                 raise
             logger.exception("solver '%s' failed; its incumbent is kept", solver)
+        except ModuleNotFoundError as error:
+            raise SolverError(f"solver '{solver}' {missing(error)}") from error
         except Exception as error:
             if monitor.pruned is None:
                 raise SolverError(f"solver '{solver}' failed: {type(error).__name__}: {error}") from error

@@ -54,6 +54,9 @@ def _instance_page(content: Mapping[str, Any], instance: Instance) -> str:
         ("curvature", _CURVATURES.get(content["curvature"], content["curvature"].replace("_", " "))),
         ("blocks", _blocks(instance)),
     ]
+    rows += [
+        (name, value) for name, value in instance.curvature.facts()[2:] if name not in ("gradients", "damping")
+    ]
     if "gradients" in content:
         rows.append(("gradients", f"m = {content['gradients']:,}, of {content['weights']:,} entries each"))
     if isinstance(damping, int | float):

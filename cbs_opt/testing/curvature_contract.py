@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from cbs_opt.budget import Budget
 from cbs_opt.curvature.base import Curvature
 from cbs_opt.curvature.hessian_blocks import HessianBlocks
 from cbs_opt.errors import CbsError, InstanceError, UnboundedError, UsageError
+from cbs_opt.files import read_instance, write_instance
 from cbs_opt.instance import Instance
 from cbs_opt.losses import evaluate
 from cbs_opt.solve import solve
@@ -59,7 +62,10 @@ def curvature_checks(curvature: Curvature, *, seed: int = 0) -> list[Check]:
         Check("inverse", contract.inverse),
         Check("conditional inverse", contract.conditional_inverse),
         Check("best update", contract.best_update),
+        Check("structure", contract.structure),
+        Check("diagonal split", contract.diagonal_split),
         Check("damping", contract.damping),
+        Check("file", contract.file),
         Check("arguments and state", contract.leaves_arguments_alone),
         Check("losses", contract.losses),
         Check("solvers", contract.solvers),
@@ -153,6 +159,8 @@ class _Contract:
             quadratic = c.block_quadratic(k, x[part, 0])
             require(quadratic >= 0, f"`block_quadratic` of block {k} must not be negative")
             require_close(quadratic, value, f"`block_quadratic` of block {k}", rel=1e-8)
+        total = float(x[:, 0] @ expected[:, 0])
+        require_close(c.quadratic(x[:, 0]), total, "`quadratic`", rel=1e-8)
         require_close(c.matmul(x), expected, "`matmul`", rel=1e-8)
         require_close(c.matmul(x[:, 1]), expected[:, 1], "`matmul` of a vector", rel=1e-8)
 
@@ -214,6 +222,61 @@ class _Contract:
                     zero = np.zeros(b - count)
                     what = f"the gradient of block {k} on the kept weights at δ"
                     require_close(gradient[~pruned], zero, what, rel=1e-6, scale=scale)
+
+    def structure(self) -> None:
+        """Coupled weights, connected components, empty columns, and how indefinite a block may be."""
+        c = self.curvature
+        margin = c.indefiniteness()
+        require(margin.shape == (c.n,), f"`indefiniteness` must have shape ({c.n},), got {margin.shape}")
+        for k, H in self.dense():
+            b = H.shape[0]
+            off_diagonal = (H != 0) & ~np.eye(b, dtype=bool)
+            missed = off_diagonal.any(axis=0) & ~c.coupled(k)
+            require(not missed.any(), f"`coupled` misses weights of block {k} that have a second-order term")
+            index = np.sort(self.rng().permutation(b)[: (b + 1) // 2])
+            label = c.connected_components(k, index)
+            joined = off_diagonal[np.ix_(index, index)] & (label[:, None] != label)
+            require(not joined.any(), f"`connected_components` of block {k} separates weights that are coupled")
+            flat = np.flatnonzero(H.diagonal() == 0)
+            if flat.size:
+                empty = ~(H[:, flat] != 0).any(axis=0)
+                claimed = c.empty_columns(k, flat)
+                require(np.array_equal(claimed, empty), f"`empty_columns` of block {k} is wrong")
+            least = float(np.linalg.eigvalsh(H)[0])
+            rounding = 1e-12 * b * float(np.abs(H).max(initial=0.0))
+            allowed = float(margin[c.block_slice(k)].min()) + rounding
+            require(least >= -allowed, f"`indefiniteness` of block {k} is smaller than its eigenvalue {least:.3g}")
+
+    def diagonal_split(self) -> None:
+        """A diagonal below H: positive, and what is left of H is semidefinite."""
+        c = self.curvature
+        below = c.diagonal_split()
+        if below is None:
+            return
+        require(bool((below > 0).all()), "`diagonal_split` must be positive, or None")
+        for k, H in self.dense():
+            values = np.linalg.eigvalsh(H - np.diag(below[c.block_slice(k)]))
+            require(
+                bool(values[0] >= -1e-9 * float(np.abs(H).max(initial=0.0))),
+                f"H minus `diagonal_split` must be semidefinite, block {k} has the eigenvalue {values[0]:.3g}",
+            )
+
+    def file(self) -> None:
+        """An instance file gives the same matrices back, or writing it is refused in words."""
+        ours, _ = self._instances()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "instance.npz"
+            try:
+                write_instance(path, ours)
+            except InstanceError as refusal:
+                require("cannot be written" in str(refusal), f"a refusal must say so, got: {refusal}")
+                require(not path.exists(), "nothing must be written where writing is refused")
+                return
+            again = read_instance(path).curvature
+            require(np.array_equal(again.offsets, self.curvature.offsets), "a file must keep `block_sizes`")
+            for k, H in self.dense():
+                require_close(again.block(k), H, f"block {k} from a file", rel=1e-6)
+            require(type(again) is type(self.curvature), f"a file gives {type(again).__name__} back")
 
     def damping(self) -> None:
         """Another damping gives another curvature of the same sizes, or is refused in words."""

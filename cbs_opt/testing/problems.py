@@ -175,9 +175,8 @@ def make_problem(
         As many equal blocks; block k is a multiple of stored block shared[k].
     """
     if shared is not None:
-        curvature, H = _shared_blocks(seed, n // len(shared), kind, shared, m, damping)
-        rng = np.random.default_rng([seed, 2])
-        return _problem(rng, curvature, H, budget, groups, linear, fixed, weights)
+        shared_parts = _shared_blocks(seed, n // len(shared), kind, shared, m, damping)
+        return _problem(np.random.default_rng([seed, 2]), *shared_parts, budget, groups, linear, fixed, weights)
     rng = np.random.default_rng(seed)
     cuts = np.sort(rng.choice(np.arange(1, n), size=blocks - 1, replace=False)).tolist() if blocks > 1 else []
     sizes = np.diff([0, *cuts, n]).astype(np.int64)

@@ -12,6 +12,7 @@ import numpy as np
 from cbs_opt.errors import OutputError, SolverError, UsageError
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.instance import Instance
+from cbs_opt.optional import missing
 from cbs_opt.selection import SelectionProblem
 from cbs_opt.typing import FloatArray
 
@@ -55,9 +56,7 @@ def _write_linear(path: Path | str, instance: Instance, suffix: str) -> None:
         from cbs_opt.solvers.mip.highs import highs_lp
         from cbs_opt.solvers.mip.selection_model import ScaledSelection, rlt_model
     except ModuleNotFoundError as error:
-        raise SolverError(
-            f"the export to {suffix} needs the package '{error.name}', which is not installed"
-        ) from error
+        raise SolverError(f"the export to {suffix} {missing(error)}") from error
     try:
         problem = ScaledSelection(instance)
     except SolverError as error:

@@ -25,6 +25,11 @@ def test_forms_of_the_package(kind, blocks, m, damping):
     check_curvature(given.instance.curvature)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_blocks(kind):
+    check_curvature(make_problem(4, n=12, kind=kind, shared=(0, 1, 0)).instance.curvature)
+
+
 def wrong(name, lie):
     """Dense blocks, one method of which is wrong."""
 
@@ -54,6 +59,12 @@ def wrong(name, lie):
         ("block", lambda H, k: np.triu(H), "against its transpose"),
         ("block", lambda H, k: H - 10 * np.eye(len(H)), "positive semidefinite"),
         ("block", lambda H, k: H.astype(np.float32), "must be float64"),
+        ("coupled", lambda c, k: ~c, "`coupled` misses"),
+        ("connected_components", lambda c, k, index: np.arange(index.size), "separates weights"),
+        ("diagonal_split", lambda d, stop=None: 1.5 * d, "must be semidefinite"),
+        ("diagonal_split", lambda d, stop=None: -d, "must be positive, or None"),
+        ("quadratic", lambda y, x: y + 1, "`quadratic`"),
+        ("arrays", lambda a: {"hessian": 2 * a["hessian"]}, "from a file"),
         ("facts", lambda rows: rows[::-1], "`facts` must begin"),
     ],
 )
