@@ -89,7 +89,7 @@ class Result:
     >>> import cbs_opt
     >>> result = cbs_opt.solve("library:mlp-output-12", "brute")
     >>> result
-    <Result of brute: optimal, selection loss 5.194684e-03, 10 of 12 weights pruned, gap 0.00 %>
+    <Result of brute: optimal, selection loss 5.194717e-03, 10 of 12 weights pruned, gap 0.00 %>
     >>> result.to_dict()["pruned_count"]
     10
     """

@@ -40,9 +40,13 @@ def command(name, *arguments):
     return f"from cbs_opt.cli.{name} import main\nsys.exit(main({[str(a) for a in arguments]!r}))"
 
 
-@pytest.mark.parametrize(("solver", "objective"), [("search", "selection"), ("joint", "joint"), ("exact", "joint")])
+@pytest.mark.parametrize(
+    ("solver", "objective"), [("search", "selection"), ("joint", "joint"), ("exact", "joint")]
+)
 def test_main_job_needs_few_packages(without, solver, objective):
-    done = without(LATE, command("solve", "library:mlp-output-20", "--solver", solver, "--objective", objective, "-q"))
+    done = without(
+        LATE, command("solve", "library:mlp-output-20", "--solver", solver, "--objective", objective, "-q")
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "optimal" in done.stdout
 
@@ -75,7 +79,11 @@ def test_nothing_imports_them_before_they_are_needed(without):
         ("highspy", command("info", "library:mlp-output-12", "--export", "x.mps"), "the export to .mps"),
         ("matplotlib", command("info", "library:mlp-output-12", "--picture", "x.png"), "a picture"),
         ("networkx", command("info", "library:mlp-output-12", "--picture", "x.png"), "a picture of an instance"),
-        ("torch", command("export", "digits-mlp", "--data", "digits", "--checkpoint", "x.pt", "-o", "x.npz"), "this"),
+        (
+            "torch",
+            command("export", "digits-mlp", "--data", "digits", "--checkpoint", "x.pt", "-o", "x.npz"),
+            "this",
+        ),
     ],
 )
 def test_missing_package_is_one_sentence(without, package, code, subject, tmp_path):

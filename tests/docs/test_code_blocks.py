@@ -15,7 +15,7 @@ import cbs_opt
 from cbs_opt import register, registry
 from cbs_opt.curvature import registry as curvature_registry
 
-EXECUTED = {"README.md", "docs/format.md", "docs/guide.md", "docs/extending.md"}
+EXECUTED = {"README.md", "docs/format.md", "docs/guide.md", "docs/extending.md", "docs/index.md"}
 """Pages with Python blocks; each has a test below."""
 
 
@@ -75,6 +75,10 @@ def test_readme(repository, markdown, here):
     names = markdown.run(repository / "README.md", blocks=[usage.__class__("python", None, quick, usage.line)])
     assert names["keep"].sum() == names["instance"].n - names["instance"].budget.total
     assert (names["weights"][~names["keep"]] == 0).all()
+
+
+def test_index_page(repository, markdown, here):
+    assert markdown.run(repository / "docs" / "index.md")["result"].status == "optimal"
 
 
 def test_format_page_writes_an_instance(repository, markdown, here):
