@@ -14,7 +14,7 @@ import numpy as np
 from cbs_opt.errors import UsageError
 from cbs_opt.optional import require
 from cbs_opt.scalars import is_finite, is_integer
-from cbs_opt.selection import SelectionProblem
+from cbs_opt.selection import SelectionObjective
 from cbs_opt.tensor_table import TensorEntry, tensor_table
 from cbs_opt.typing import FloatArray, IntArray
 
@@ -89,7 +89,7 @@ def strongest_couplings(
     for name, limit in (("max_pairs", max_pairs), ("max_weights", max_weights)):
         if not is_integer(limit) or limit < 1:
             raise UsageError(f"`{name}` must be a whole number ≥ 1, got {limit!r}")
-    problem = SelectionProblem(instance)
+    problem = SelectionObjective(instance)
     found = _Strongest(float(threshold), int(max_pairs))
     diagonal = np.sqrt(np.maximum(problem.diagonal, 0.0))
     offsets = instance.curvature.offsets
@@ -223,7 +223,7 @@ def interaction_graph(
     in_pairs = np.unique(np.concatenate([pairs.first, pairs.second]))
     nodes = np.arange(instance.n) if isolated else in_pairs
     tensors = tensor_table(instance)
-    problem = SelectionProblem(instance)
+    problem = SelectionObjective(instance)
     cost = 0.5 * problem.diagonal[nodes] + problem.c[nodes]
     block = np.searchsorted(instance.curvature.offsets, nodes, side="right") - 1
     for i, price, k in zip(nodes.tolist(), cost.tolist(), block.tolist(), strict=True):

@@ -10,7 +10,7 @@ from cbs_opt.instance import Instance
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 
-class SelectionProblem:
+class SelectionObjective:
     """CBS-S (eqs 7-9) of an instance, with c = −g∘w where there is a first-order term.
 
     Solvers work on this view; it forms nothing that the curvature does not.

@@ -9,7 +9,7 @@ import numpy as np
 
 from cbs_opt.interactions import interaction_graph
 from cbs_opt.optional import require
-from cbs_opt.selection import SelectionProblem
+from cbs_opt.selection import SelectionObjective
 from cbs_opt.tensor_table import TensorEntry, tensor_table
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 from cbs_opt.view.spectra import block_spectrum
@@ -145,7 +145,7 @@ def _draw_couplings(
 ) -> None:
     from matplotlib.colors import SymLogNorm
 
-    problem = SelectionProblem(instance)
+    problem = SelectionObjective(instance)
     strongest = np.argsort(-problem.diagonal, kind="stable")[:_MAP]
     shown = np.sort(strongest)
     Q = _couplings(instance, shown)

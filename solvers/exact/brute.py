@@ -12,7 +12,7 @@ from cbs_opt.instance import Instance
 from cbs_opt.losses import evaluate
 from cbs_opt.registry import register
 from cbs_opt.result import Status
-from cbs_opt.selection import SelectionProblem
+from cbs_opt.selection import SelectionObjective
 from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Solver
 from cbs_opt.typing import BoolArray, FloatArray
 
@@ -77,7 +77,7 @@ def _feasible_selections(instance: Instance) -> itertools.chain[BoolArray]:
 
 class _SelectionLosses:
     def __init__(self, instance: Instance) -> None:
-        self.problem = SelectionProblem(instance)
+        self.problem = SelectionObjective(instance)
         self.Q = [self.problem.block(k) for k in range(instance.curvature.number_of_blocks)]
 
     def __call__(self, selections: BoolArray) -> FloatArray:

@@ -18,14 +18,15 @@ from cbs_opt.certificate_tree import root_table
 from cbs_opt.files.certificate_file import Certificate, write_certificate
 from cbs_opt.instance import Instance
 from cbs_opt.monitor import OPTIMAL_GAP, Monitor
-from cbs_opt.solvers.problem.cases import JointCase, SelectionCase
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.trees.best_first import Int8Array
 from cbs_opt.solvers.trees.block_search import BlockSearch, multiplier
 from cbs_opt.solvers.trees.joint_worker import JointWorker, prepare_joint
+from cbs_opt.solvers.trees.prove import Provable
 from cbs_opt.solvers.trees.recorded_nodes import flatten
 from cbs_opt.solvers.trees.recorder import JointRecorder, Recorder, SelectionRecorder
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE, SelectionWorker, prepare_selection
-from cbs_opt.solvers.trees.tables import JointPiece, SelectionPiece
+from cbs_opt.solvers.trees.tables import JointTable, SelectionTable
 from cbs_opt.typing import FloatArray, IntArray
 
 logger = logging.getLogger("cbs_opt")
@@ -60,7 +61,7 @@ class Certifier:
     Parameters
     ----------
     instance : Instance
-    case : SelectionCase or JointCase
+    problem : SelectionProblem or JointProblem
     monitor : Monitor
         With the incumbent and the bound to certify.
     search : BlockSearch, optional
@@ -70,13 +71,13 @@ class Certifier:
     def __init__(
         self,
         instance: Instance,
-        case: SelectionCase | JointCase,
+        problem: Provable,
         monitor: Monitor,
         search: BlockSearch | None,
     ) -> None:
         assert monitor.objective is not None and monitor.pruned is not None
-        self.instance, self.case, self.monitor, self.search = instance, case, monitor, search
-        self.kind = "selection" if isinstance(case, SelectionCase) else "joint"
+        self.instance, self.problem, self.monitor, self.search = instance, problem, monitor, search
+        self.kind = "selection" if isinstance(problem, SelectionProblem) else "joint"
         self.objective = monitor.objective
         # An optimum needs no more than the tolerance of its tree; else what the run has proved.
         self.target = self.objective - TOLERANCE * abs(self.objective)
@@ -98,10 +99,10 @@ class Certifier:
         """Record the trees and check them; the bound is what the check finds."""
         if self._should_stop():
             self._most = 1
-        if np.isfinite(self.target) and self.case.n:
+        if np.isfinite(self.target) and self.problem.n:
             if self.search is None:
                 self._dense()
-            elif self.search.tables:
+            elif self.search.built:
                 self._blocks(self.search)
         found = self._assembled(np.float32)
         wanted = self.objective - OPTIMAL_GAP * abs(self.objective)
@@ -110,13 +111,13 @@ class Certifier:
         return found
 
     def _pieces(self) -> IntArray:
-        case = self.case
+        problem = self.problem
         pieces = np.full(self.instance.n, -1, np.int32)
         if self.search is None:
-            pieces[case.index] = 0
+            pieces[problem.index] = 0
         else:
-            sizes = [piece.n for piece in self.search.pieces]
-            pieces[case.index] = np.repeat(np.arange(len(sizes)), sizes)
+            sizes = [table.n for table in self.search.tables]
+            pieces[problem.index] = np.repeat(np.arange(len(sizes)), sizes)
         return pieces
 
     def _note(self, recorder: Recorder, piece: int, count: int) -> None:
@@ -137,70 +138,69 @@ class Certifier:
         return ask
 
     def _dense(self) -> None:
-        case, pruned = self.case, self.monitor.pruned
+        problem, pruned = self.problem, self.monitor.pruned
         assert pruned is not None
-        start: Int8Array = pruned[case.index].astype(np.int8)
-        inner = (self.target - case.offset) / case.scale
-        if case.nonnegative and self.target <= 0:
+        start: Int8Array = pruned[problem.index].astype(np.int8)
+        inner = (self.target - problem.offset) / problem.scale
+        if problem.nonnegative and self.target <= 0:
             return
         part, left = self.proof.parts[0], self.proof.left
-        if isinstance(case, SelectionCase):
-            problem = case.problem
+        if isinstance(problem, SelectionProblem):
             recorder = _selection(
-                part, left, inner, case.scale, case.index, case.matrix(), problem.linear, problem.group,
+                part, left, inner, problem.scale, problem.index, problem.matrix, problem.linear, problem.group,
                 problem.budget, start,
             )  # fmt: skip
         else:
-            A, H, w = case.matrices()
-            recorder = _joint(part, left, inner, case.index, A, H, w, case.group, case.keep, start)
+            A, H, w = problem.matrices()
+            recorder = _joint(part, left, inner, problem.index, A, H, w, problem.group, problem.keep, start)
         self._note(recorder, 0, -1)
 
     def _blocks(self, search: BlockSearch) -> None:
         """A tree for every number of a piece on which the joined bound rests."""
-        case = self.case
+        problem = self.problem
         lower = [table.lower for table in search.tables]
         mu, lagrange = multiplier(lower, search.budget)
         # Beyond this an entry matters no more: any sum with it is above the bound.
         slack = max(search.bound - lagrange, 0.0) + 1e-9 * abs(search.bound)
-        starts = np.concatenate([[0], np.cumsum([piece.n for piece in search.pieces])])
+        starts = np.concatenate([[0], np.cumsum([table.n for table in search.tables])])
         path = np.zeros(len(lower), np.int64) if search.path is None else search.path
-        for k, piece in enumerate(search.pieces):
+        for k, table in enumerate(search.tables):
             part, F = self.proof.parts[k], lower[k]
             numbers = np.arange(F.size)
             if small_table(part, checking.SMALL) is not None:
                 continue
-            assert isinstance(piece, SelectionPiece | JointPiece)
+            assert isinstance(table, SelectionTable | JointTable)
             reduced = F - mu * numbers
             wanted = np.minimum(F, reduced.min() + slack + mu * numbers)
-            index = case.index[starts[k] : starts[k + 1]]
+            index = problem.index[starts[k] : starts[k + 1]]
             base = part.value(part.state) if self.kind == "joint" else 0.0
             known = root_table(None, part)
             for j in sorted(numbers.tolist(), key=lambda j, near=int(path[k]): (abs(j - near), j)):
-                need = base + case.scale * wanted[j]
+                need = base + problem.scale * wanted[j]
                 if j != path[k] and known[j] >= need - 1e-12 * abs(need):
                     continue
-                start = search.tables[k].picks.get(j)
+                start = table.picks.get(j)
                 if start is None:
                     continue
                 left = np.array([j])
                 recorder: Recorder
-                if isinstance(piece, SelectionPiece):
-                    group = np.zeros(piece.n, np.int64)
+                if isinstance(table, SelectionTable):
+                    group = np.zeros(table.n, np.int64)
                     recorder = _selection(
-                        part, left, wanted[j], case.scale, index, piece.Q, piece.c, group, left, start
+                        part, left, wanted[j], problem.scale, index, table.Q, table.c, group, left, start
                     )
                 else:
-                    group = np.zeros(piece.n, np.int64)
+                    group = np.zeros(table.n, np.int64)
                     recorder = _joint(
                         part,
                         left,
                         wanted[j],
                         index,
-                        piece.A,
-                        piece.H,
-                        piece.w,
+                        table.A,
+                        table.H,
+                        table.w,
                         group,
-                        piece.n - left,
+                        table.n - left,
                         start,
                     )
                 self._note(recorder, k, j)
@@ -227,7 +227,7 @@ class Certifier:
         )
         found = verify(self.instance, certificate).bound
         bound = found - 1e-10 * abs(found) if np.isfinite(found) else -1e300
-        if self.case.nonnegative:
+        if self.problem.nonnegative:
             bound = max(bound, 0.0)
         return replace(certificate, bound=bound)
 
@@ -278,7 +278,7 @@ def _joint(
 def certify(
     path: Path,
     instance: Instance,
-    case: SelectionCase | JointCase,
+    problem: Provable,
     monitor: Monitor,
     search: BlockSearch | None,
 ) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def certify(
     OutputError
         When the file cannot be written.
     """
-    certifier = Certifier(instance, case, monitor, search)
+    certifier = Certifier(instance, problem, monitor, search)
     certificate = certifier.build()
     write_certificate(path, certificate)
     optimal = certifier.objective - certificate.bound <= OPTIMAL_GAP * abs(certifier.objective)

@@ -70,7 +70,7 @@ class BackwardElimination(Solver):
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Eliminate; when stopped early, the cheapest of the remaining weights complete the selection."""
-        pruned = eliminate(instance, self.parameters.stage, context.monitor.should_stop, context.threads)
+        pruned = eliminate(instance, self.parameters.stage, context.monitor.should_stop, context.workers)
         context.monitor.advance(instance.budget.total)
         context.monitor.report(joint_loss(instance, pruned), pruned)
         return Status.CONVERGED
@@ -80,7 +80,7 @@ def eliminate(
     instance: Instance,
     stage: float = 0.1,
     should_stop: Callable[[], bool] = lambda: False,
-    threads: int | None = None,
+    threads: int = 1,
 ) -> BoolArray:
     """Backward elimination over all blocks; returns the pruned weights, bool (n,), within the budget.
 
@@ -92,7 +92,7 @@ def eliminate(
         For blocks of more than `DENSE_LIMIT` weights: share of them removed at once before the next solve.
     should_stop : callable
         Asked every `_LAZY_STEPS` removals.
-    threads : int, optional
+    threads : int
         Blocks are worked on in parallel where there are several and no groups.
 
     Notes
@@ -151,7 +151,7 @@ def _merge_blocks(
     pruned: BoolArray,
     open_budget: IntArray,
     should_stop: Callable[[], bool],
-    threads: int | None,
+    threads: int,
 ) -> None:
     """Eliminate every block by itself, in parallel, and take the removals in the order of their losses.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,7 +22,8 @@ from cbs_opt.solvers.joint.lagrangian_bound import improve_bound
 from cbs_opt.solvers.joint.moves import KEPT_LIMIT, JointMoves
 from cbs_opt.solvers.joint.tableau import Tableau
 from cbs_opt.solvers.kernels.warm_up import compiling
-from cbs_opt.solvers.trees.handover import branch_and_bound, is_provable, prove
+from cbs_opt.solvers.problem.joint_problem import JointProblem
+from cbs_opt.solvers.trees import prove
 from cbs_opt.typing import BoolArray
 from cbs_opt.update import best_update
 
@@ -82,25 +82,26 @@ class JointSearch(Solver):
             backward.warm_up()
             warm_up()
         sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
-        self._exact: Solver | None = None
-        if is_provable(sizes, groups, self.parameters.proof, context.monitor.stop):
-            exact = branch_and_bound()
-            with suppress(CbsError):  # the search says what is wrong, and keeps its incumbent
-                exact.prepare(instance, context)
-                self._exact = exact
+        self._proof: prove.Proof | None = None
+        if prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop):
+            with suppress(
+                CbsError, np.linalg.LinAlgError
+            ):  # the search says what is wrong, and keeps its incumbent
+                prove.warm_up("joint")
+                self._proof = prove.Proof(JointProblem(instance))
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Start, descend, and search until told to stop."""
         monitor = context.monitor
         pruned = context.warm_start
         if pruned is None:
-            pruned = backward.eliminate(instance, self.parameters.stage, monitor.should_stop, context.threads)
+            pruned = backward.eliminate(instance, self.parameters.stage, monitor.should_stop, context.workers)
         monitor.report(joint_loss(instance, pruned), pruned)
         if monitor.should_stop():
             return Status.CONVERGED
         # After backward elimination single swaps do better, and sooner, wherever there is a tableau.
         pruned = exchange_in_bulk(instance, pruned, monitor, KEPT_LIMIT if context.warm_start is None else 0)
-        threads = context.threads or os.cpu_count() or 1
+        threads = context.workers
         with ThreadPoolExecutor(threads) as pool:
             while not monitor.should_stop():
                 # The core of a large block is chosen anew as long as that helps.
@@ -111,10 +112,10 @@ class JointSearch(Solver):
                 value = 2 * joint_loss(instance, pruned)
                 self._note_drift(moves, value, context)
                 whole = sum(index.size for index in moves.weights_of) == instance.n
-                if self._exact is not None or whole or not moves.tableaux or value > before - _GAIN * abs(before):
+                if self._proof is not None or whole or not moves.tableaux or value > before - _GAIN * abs(before):
                     break
-        if self._exact is not None and not monitor.should_stop() and not monitor.closed:
-            return prove(self._exact, instance, context)
+        if self._proof is not None and not monitor.should_stop() and not monitor.closed:
+            return prove.prove_within(self._proof, context)
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
     def _note_drift(self, moves: JointMoves, value: float, context: Context) -> None:
@@ -143,9 +144,9 @@ class JointSearch(Solver):
         """Best-swap descent, then tabu search; returns the best selection."""
         monitor, rng = context.monitor, context.rng()
         patience = self.parameters.patience
-        if patience is None and (self._exact is not None or not monitor.stop.limits_work):
+        if patience is None and (self._proof is not None or not monitor.stop.limits_work):
             patience = 400
-        handover = monitor.stop.time_limit if self._exact is not None else None
+        handover = monitor.stop.time_limit if self._proof is not None else None
         best, best_doubled = moves.pruned(), moves.doubled
         tabu: deque[tuple[int, int, int]] = deque()  # (free again at move, block, weight), in order
         count = idle = since = 0

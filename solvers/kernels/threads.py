@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 _POLL = 0.03  # seconds between two questions whether to stop
-
-
-def number_of_threads(threads: int | None) -> int:
-    """Threads to use when the caller asks for `threads`, or for none in particular."""
-    if threads is not None:
-        return threads
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_tasks(

@@ -17,8 +17,9 @@ from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.mip.joint_model import ScaledJoint, joint_shell
-from cbs_opt.solvers.mip.selection_model import UNITS, LinearModel, ScaledSelection, rlt_model
+from cbs_opt.solvers.mip.selection_model import UNITS, LinearModel, rlt_model
 from cbs_opt.solvers.mip.start import Outer, Scaled, Start, check_objective
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.typing import FloatArray
 
 logger = logging.getLogger("cbs_opt")
@@ -180,7 +181,7 @@ def _solve(highs: highspy.Highs, problem: Scaled, context: Context, point: Float
         y = np.round(v[: problem.n])
         pruned = problem.selection(y)
         if pruned is not None:
-            monitor.report(problem.evaluate(pruned), pruned)
+            monitor.report(problem.loss(pruned), pruned)
             found.append(y)
     bound = info.mip_dual_bound / UNITS
     if status == solved and not np.isfinite(bound):
@@ -188,7 +189,7 @@ def _solve(highs: highspy.Highs, problem: Scaled, context: Context, point: Float
         bound = highs.getInfo().objective_function_value / UNITS * (1.0 - _GAP)
     if np.isfinite(bound) and abs(bound) < 1e20:
         assert monitor.objective is not None
-        monitor.report_bound(min(problem.loss(bound - _MARGIN), monitor.objective))
+        monitor.report_bound(min(problem.from_units(bound - _MARGIN), monitor.objective))
     return found
 
 
@@ -287,19 +288,19 @@ def pass_quadratic(highs: highspy.Highs, Q: FloatArray) -> highspy.HighsStatus:
     return highs.passHessian(hessian)
 
 
-def quadratic_shell(problem: ScaledSelection) -> LinearModel:
+def quadratic_shell(problem: SelectionProblem) -> LinearModel:
     """The MIQP without its quadratic term."""
     from scipy.sparse import csr_array
 
     rows = np.zeros((problem.budget.size, problem.n))
     rows[problem.group, np.arange(problem.n)] = 1.0
     sides = problem.budget.astype(np.float64)
-    names = [f"y{i}" for i in problem.presolved.index.tolist()]
+    names = [f"y{i}" for i in problem.index.tolist()]
     ones = np.ones(problem.n)
-    return LinearModel(problem.c * UNITS, 0 * ones, ones, ones > 0, csr_array(rows), sides, sides, names)
+    return LinearModel(problem.linear * UNITS, 0 * ones, ones, ones > 0, csr_array(rows), sides, sides, names)
 
 
-def _products(model: LinearModel, problem: ScaledSelection) -> list[tuple[int, ...]]:
+def _products(model: LinearModel, problem: SelectionProblem) -> list[tuple[int, ...]]:
     """The open weights whose product each column of `rlt_model` is."""
     out: list[tuple[int, ...]] = [(i,) for i in range(problem.n)]
     for at, _ in problem.parts:

@@ -11,7 +11,7 @@ from cbs_opt.monitor import Monitor
 from cbs_opt.solver import Context
 from cbs_opt.solvers.joint.swap_search import JointSearch as JointHeuristic
 from cbs_opt.solvers.mip.selection_model import LinearModel, RowBuilder, add_budgets
-from cbs_opt.solvers.problem.cases import JointCase
+from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.trees.joint_diagonal import Relaxation, best_diagonal
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
@@ -34,7 +34,7 @@ class ScaledJoint:
 
     Parameters
     ----------
-    case : JointCase
+    problem : JointProblem
     best : bool (n₀,)
         A selection: whatever is worse is cut off.
 
@@ -62,9 +62,9 @@ class ScaledJoint:
         Loss = offset + scale · objective.
     """
 
-    def __init__(self, case: JointCase, best: BoolArray) -> None:
-        self.case, self.n = case, case.n
-        self.group, self.budget, self.offset = case.group, case.left, case.offset
+    def __init__(self, problem: JointProblem, best: BoolArray) -> None:
+        self.problem, self.n = problem, problem.n
+        self.group, self.budget, self.offset = problem.group, problem.budget, problem.offset
         self.decided = np.full(self.n, -1, np.int8)
         self.parts: list[IntArray] = []
         self.bound = 0.0
@@ -72,10 +72,10 @@ class ScaledJoint:
             self.scale = 1.0
             return
         start = 0
-        for block in case.blocks:
+        for block in problem.blocks:
             self.parts.append(np.arange(start, start + block.w.size))
             start += block.w.size
-        A, H, w = case.matrices()
+        A, H, w = problem.matrices()
         s = 1 / np.sqrt(np.diag(A))
         self.A, M = A * s[:, None] * s, H / s[:, None] / s
         self.M = 0.5 * (M + M.T)
@@ -136,31 +136,31 @@ class ScaledJoint:
 
     def value(self, y: FloatArray) -> float:
         """The objective of a binary y, by the evaluator, in scaled units."""
-        return self.scaled(self.case.value(self._expand(y)))
+        return self.to_units(self.problem.loss(self._expand(y)))
 
-    def loss(self, value: float) -> float:
-        """A scaled value in the units of the instance."""
+    def from_units(self, value: float) -> float:
+        """A scaled value as a loss of the instance."""
         return self.offset + self.scale * value
 
-    def scaled(self, loss: float) -> float:
-        """The inverse of `loss`."""
+    def to_units(self, loss: float) -> float:
+        """The inverse of `from_units`."""
         return (loss - self.offset) / self.scale
 
-    def evaluate(self, pruned: BoolArray) -> float:
-        """The loss of a selection, in units of the instance."""
-        return self.case.value(pruned)
+    def loss(self, pruned: BoolArray) -> float:
+        """The loss of a selection, bool (n₀,), in units of the instance."""
+        return self.problem.loss(pruned)
 
     def _expand(self, y: FloatArray) -> BoolArray:
-        return self.case.expand(np.round(y).astype(np.int64))
+        return self.problem.expand(np.round(y).astype(np.int64))
 
     def selection(self, y: FloatArray) -> BoolArray | None:
         """The selection, bool (n₀,), of a nearly binary y, or None when its rounding misses the budget."""
         pruned = self._expand(y)
-        return pruned if self.case.instance.admits(pruned) else None
+        return pruned if self.problem.instance.admits(pruned) else None
 
     def restrict(self, pruned: BoolArray) -> FloatArray:
         """The open part of a selection, float64 (n,)."""
-        return pruned[self.case.index].astype(np.float64)
+        return pruned[self.problem.index].astype(np.float64)
 
     def members(self) -> list[IntArray]:
         """Open weights of each group."""
@@ -168,7 +168,7 @@ class ScaledJoint:
 
     def names(self) -> list[str]:
         """Of the columns y."""
-        return [f"y{i}" for i in self.case.index.tolist()]
+        return [f"y{i}" for i in self.problem.index.tolist()]
 
     def best_point(self, y: FloatArray) -> FloatArray:
         """The minimiser x for a binary y, float64 (n,)."""
@@ -214,20 +214,20 @@ def _decide(price: FloatArray, keep: int, slack: float) -> IntArray:
     return decided
 
 
-def start_joint(context: Context, case: JointCase, heuristic: JointHeuristic | None) -> None:
+def start_joint(context: Context, problem: JointProblem, heuristic: JointHeuristic | None) -> None:
     """Report a first selection, from the heuristic if given, and the bound that the offset is."""
     monitor = context.monitor
-    first = case.first()
-    monitor.report(case.value(first), first)
+    first = problem.first()
+    monitor.report(problem.loss(first), first)
     if context.warm_start is not None:
-        monitor.report(case.value(context.warm_start), context.warm_start)
-    rounding = case.rounding(first)
-    monitor.report_bound(0.0 if case.nonnegative else case.offset - rounding)
+        monitor.report(problem.loss(context.warm_start), context.warm_start)
+    rounding = problem.rounding(first)
+    monitor.report_bound(0.0 if problem.nonnegative else problem.offset - rounding)
     if heuristic is not None and not monitor.should_stop():
         inner = Monitor(Stop(max_iterations=_MOVES, time_limit=_SECONDS, should_stop=monitor.should_stop))
-        heuristic.run(case.instance, Context("joint", context.seed, inner, context.warm_start, threads=1))
+        heuristic.run(problem.instance, Context("joint", context.seed, inner, context.warm_start, threads=1))
         if inner.pruned is not None:
-            monitor.report(case.value(inner.pruned), inner.pruned)  # its own figure may have drifted
+            monitor.report(problem.loss(inner.pruned), inner.pruned)  # its own figure may have drifted
 
 
 def joint_shell(problem: ScaledJoint, units: float) -> LinearModel:
@@ -247,7 +247,7 @@ def joint_shell(problem: ScaledJoint, units: float) -> LinearModel:
         csr_array(matrix),
         row_lower,
         row_upper,
-        problem.names() + [f"t{i}" for i in problem.case.index.tolist()],
+        problem.names() + [f"t{i}" for i in problem.problem.index.tolist()],
     ).in_units(units)
 
 

@@ -126,7 +126,7 @@ class JointOuterModel:
         )  # r ≥ 2cx − c²(1 − y)
         y_low, y_high = problem.y_bounds()
         x_low, x_high = np.minimum(problem.lower, 0.0), np.maximum(problem.upper, 0.0)
-        index = problem.case.index.tolist()
+        index = problem.problem.index.tolist()
         names = problem.names() + [f"x{j}" for j in index] + [f"q{j}" for j in range(k)]
         names += [f"s{j}" for j in range(k)] + [f"r{j}" for j in index]
         return LinearModel(

@@ -202,7 +202,9 @@ class PyomoSolver(Solver):
         if isinstance(bound, int | float) and np.isfinite(bound) and condition not in ("infeasible", "error"):
             assert monitor.objective is not None
             value = float(bound) / UNITS
-            monitor.report_bound(min(problem.loss(value - _MARGIN * max(1.0, abs(value))), monitor.objective))
+            monitor.report_bound(
+                min(problem.from_units(value - _MARGIN * max(1.0, abs(value))), monitor.objective)
+            )
         if len(results.solution) == 0:
             return None
         with _silent():  # it warns of solutions that a limit has left
@@ -214,7 +216,7 @@ class PyomoSolver(Solver):
         pruned = problem.selection(y)
         if pruned is None:
             return None
-        monitor.report(problem.evaluate(pruned), pruned)
+        monitor.report(problem.loss(pruned), pruned)
         return y
 
     def _family(self) -> str:

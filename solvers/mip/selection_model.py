@@ -1,18 +1,15 @@
-"""The pruning problem as other solvers take it: reduced and scaled arrays, linear models, Pyomo models."""
+"""The selection problem as models of other solvers: linear models, Pyomo models."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from cbs_opt.errors import SolverError
-from cbs_opt.instance import Instance
-from cbs_opt.selection import SelectionProblem
-from cbs_opt.solvers.problem.presolve import Coupling, presolve
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 LARGEST = 1000
@@ -22,117 +19,10 @@ UNITS = 1000.0
 """Objectives near 1 are multiplied by this: the absolute tolerances of the solvers are then small against them."""
 
 
-class ScaledSelection:
-    """min ½ yᵀQy + cᵀy over binary y with given group sums, after presolve, divided by a scale of choice.
-
-    Parameters
-    ----------
-    instance : Instance
-    best : bool (n,), optional
-        A selection, from whose loss the scale is taken: objectives are then near 1, which solvers with absolute
-        tolerances need. Without it the largest entry of the presolved Q is near 1.
-
-    Attributes
-    ----------
-    n : int
-        Open weights.
-    parts : list of (int64 (c,), float64 (c, c))
-        The coupled components: their open weights and Q.
-    c : float64 (n,)
-        Linear terms, the diagonal ½ Q_ii of uncoupled weights included (y_i² = y_i).
-    group : int64 (n,)
-    budget : int64 (G,)
-    limit : float
-        Scaled value of `best`, infinity without it.
-    scale : float
-        Loss = offset + scale · (½ yᵀQy + cᵀy).
-    """
-
-    def __init__(self, instance: Instance, best: BoolArray | None = None) -> None:
-        self.instance = instance
-        self.original = SelectionProblem(instance)
-        self.presolved = presolve(instance)
-        self.group, self.budget = self.presolved.group, self.presolved.budget
-        self.offset = self.presolved.offset
-        self.n = self.presolved.index.size
-        if self.n > LARGEST:
-            raise SolverError(f"a dense model takes at most {LARGEST} open weights, the instance has {self.n}")
-        self.c = self.presolved.linear.copy()
-        self.parts: list[tuple[IntArray, FloatArray]] = []
-        start = 0
-        for component in self.presolved.components:
-            at = np.arange(start, start + component.index.size)
-            start += component.index.size
-            if component.coupling is Coupling.DIAGONAL:
-                self.c[at] += 0.5 * self.original.diagonal[component.index] / self.presolved.scale
-            elif component.coupling is Coupling.FULL:
-                w = instance.weights[component.index]
-                local = component.index - instance.curvature.block_slice(component.block).start
-                H = instance.curvature.submatrix(component.block, local, local)
-                Q = H * w[:, None] * w / self.presolved.scale
-                self.parts.append((at, 0.5 * (Q + Q.T)))
-        self.scale = self.presolved.scale
-        self.limit = np.inf
-        if best is not None and self.n:
-            value = abs(self.value(self.presolved.restrict(best)))
-            # Below 1e-6 of the largest entries the tolerances of the solvers would be felt.
-            factor = max(value, 1e-6 * self.largest) or 1.0
-            self.scale *= factor
-            self.c /= factor
-            self.parts = [(at, Q / factor) for at, Q in self.parts]
-            self.limit = self.value(self.presolved.restrict(best))
-
-    @property
-    def largest(self) -> float:
-        """Largest absolute entry of Q and c."""
-        entries = [float(np.abs(Q).max()) for _, Q in self.parts]
-        return max([float(np.abs(self.c).max(initial=0.0)), *entries])
-
-    @cached_property
-    def matrix(self) -> FloatArray:
-        """All components together, float64 (n, n)."""
-        Q = np.zeros((self.n, self.n))
-        for at, part in self.parts:
-            Q[np.ix_(at, at)] = part
-        return Q
-
-    def value(self, y: FloatArray) -> float:
-        """½ yᵀQy + cᵀy in scaled units."""
-        return float(sum(0.5 * y[at] @ Q @ y[at] for at, Q in self.parts) + self.c @ y)
-
-    def loss(self, value: float) -> float:
-        """A scaled value in the units of the instance."""
-        return self.offset + self.scale * value
-
-    def scaled(self, loss: float) -> float:
-        """The inverse of `loss`."""
-        return (loss - self.offset) / self.scale
-
-    def evaluate(self, pruned: BoolArray) -> float:
-        """The loss of a selection, in units of the instance."""
-        return self.original.value(pruned)
-
-    def selection(self, y: FloatArray) -> BoolArray | None:
-        """The selection, bool (n,), of a nearly binary y, or None when its rounding misses the budget."""
-        pruned = self.presolved.expand(np.round(y))
-        return pruned if self.instance.admits(pruned) else None
-
-    def restrict(self, pruned: BoolArray) -> FloatArray:
-        """The open part of a selection, float64 (n,)."""
-        return self.presolved.restrict(pruned)
-
-    def members(self) -> list[IntArray]:
-        """Open weights of each group."""
-        order = np.argsort(self.group, kind="stable")
-        return np.split(order, np.cumsum(np.bincount(self.group, minlength=self.budget.size))[:-1])
-
-    def minima(self, rows: FloatArray) -> FloatArray:
-        """Smallest value of each row of `rows`, (k, n), over all y that meet the budgets; float64 (k,)."""
-        total = np.zeros(rows.shape[0])
-        for members, p in zip(self.members(), self.budget.tolist(), strict=True):
-            if p:
-                total += np.sort(rows[:, members], axis=1)[:, :p].sum(axis=1)
-        return total
+def check_open_weights(number: int) -> None:
+    """Raise `SolverError` where a problem has too many open weights for a dense model."""
+    if number > LARGEST:
+        raise SolverError(f"a dense model takes at most {LARGEST} open weights, the instance has {number}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +81,7 @@ class RowBuilder:
         return matrix, np.array(self._lower), np.array(self._upper)
 
 
-def rlt_model(problem: ScaledSelection) -> LinearModel:
+def rlt_model(problem: SelectionProblem) -> LinearModel:
     """The linearisation with z_ij = y_i y_j, exact at binary y.
 
     Each budget Σ_{j∈g} y_j = p, times y_i, becomes Σ_{j∈g, j≠i} z_ij = (p − [i∈g]) y_i wherever the products of i
@@ -199,7 +89,7 @@ def rlt_model(problem: ScaledSelection) -> LinearModel:
     the sum is at most that, and Σ_j (y_j − z_ij) ≤ p (1 − y_i). The McCormick inequalities z_ij ≤ y_i, z_ij ≤ y_j
     and z_ij ≥ y_i + y_j − 1 are added where those equations do not imply them at binary y.
     """
-    n, c = problem.n, problem.c.copy()
+    n, c = problem.n, problem.linear.copy()
     pairs, cost = [], []
     number = {}
     for at, Q in problem.parts:
@@ -245,7 +135,7 @@ def rlt_model(problem: ScaledSelection) -> LinearModel:
     matrix, low, high = rows.build()
     integer = np.zeros(columns, dtype=bool)
     integer[:n] = True
-    names = [f"y{i}" for i in problem.presolved.index.tolist()]
+    names = [f"y{i}" for i in problem.index.tolist()]
     names += [f"z{names[i][1:]}_{names[j][1:]}" for i, j in pairs]
     return LinearModel(
         np.concatenate([c, cost]), np.zeros(columns), np.ones(columns), integer, matrix, low, high, names
@@ -278,13 +168,13 @@ def pyomo_linear(model: LinearModel) -> Any:
     return out
 
 
-def pyomo_selection(problem: ScaledSelection, units: float = 1.0) -> Any:
+def pyomo_selection(problem: SelectionProblem, units: float = 1.0) -> Any:
     """The selection problem as a Pyomo MIQP: binary `v[i]`, convex quadratic objective, one sum per group."""
     import pyomo.environ as pyo
 
     out = pyo.ConcreteModel()
     out.v = pyo.Var(range(problem.n), domain=pyo.Binary)
-    terms = [float(c) * out.v[i] for i, c in enumerate(problem.c)]
+    terms = [float(c) * out.v[i] for i, c in enumerate(problem.linear)]
     for at, Q in problem.parts:
         for a, i in enumerate(at.tolist()):
             terms.append(0.5 * float(Q[a, a]) * out.v[i] * out.v[i])

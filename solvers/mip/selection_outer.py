@@ -8,7 +8,8 @@ import numpy as np
 from scipy.linalg import cho_solve, null_space
 from scipy.sparse import csr_array
 
-from cbs_opt.solvers.mip.selection_model import LinearModel, RowBuilder, ScaledSelection
+from cbs_opt.solvers.mip.selection_model import LinearModel, RowBuilder
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _LARGEST_SHIFT = 400  # weights of a component up to which its diagonal is shifted: Newton steps cost O(c³)
@@ -27,7 +28,7 @@ class Separated:
 
     Parameters
     ----------
-    problem : ScaledSelection
+    problem : SelectionProblem
     value : float
         Objective of a known selection, in scaled units: nothing worse need be represented.
     multipliers : float64 (G,)
@@ -51,22 +52,22 @@ class Separated:
 
     def __init__(
         self,
-        problem: ScaledSelection,
+        problem: SelectionProblem,
         value: float,
         multipliers: FloatArray,
         shift: bool,
         should_stop: Callable[[], bool],
     ) -> None:
         n = problem.n
-        self.linear, self.constant = problem.c.copy(), 0.0
+        self.linear, self.constant = problem.linear.copy(), 0.0
         rows, center, middle, reach = [np.zeros((0, n))], [np.zeros(0)], [np.zeros(0)], [np.zeros(0)]
         weight = [np.zeros(0)]
-        slack = value + 1e-6 * max(abs(value), 1.0) - float(problem.minima(problem.c[None])[0])
+        slack = value + 1e-6 * max(abs(value), 1.0) - float(problem.minima(problem.linear[None])[0])
         for at, Q in problem.parts:
             x, B = affine_hull(problem, at)
             d = np.zeros(at.size)
             if shift and at.size <= _LARGEST_SHIFT and not should_stop():
-                c = problem.c[at] - multipliers[problem.group[at]]
+                c = problem.linear[at] - multipliers[problem.group[at]]
                 d = best_shift(Q, c, x, B, should_stop)
             P = Q - np.diag(d)
             self.linear[at] += 0.5 * d + P @ x
@@ -99,7 +100,7 @@ class Separated:
         return np.asarray(self.rows @ y - self.center)
 
 
-def affine_hull(problem: ScaledSelection, at: IntArray) -> tuple[FloatArray, FloatArray]:
+def affine_hull(problem: SelectionProblem, at: IntArray) -> tuple[FloatArray, FloatArray]:
     """A point x̄ and an orthonormal basis B of the budgets that lie inside a component.
 
     Returns
@@ -209,13 +210,13 @@ class OuterModel:
 
     Parameters
     ----------
-    problem : ScaledSelection
+    problem : SelectionProblem
     separated : Separated
     units : float
         The objective is multiplied by this, so that absolute tolerances of the solver are small against it.
     """
 
-    def __init__(self, problem: ScaledSelection, separated: Separated, units: float) -> None:
+    def __init__(self, problem: SelectionProblem, separated: Separated, units: float) -> None:
         self.problem, self.separated, self.units = problem, separated, units
         self.n, self.k = problem.n, separated.center.size
         self._k: list[int] = []
@@ -282,7 +283,7 @@ class OuterModel:
         cost = np.concatenate([separated.linear, np.zeros(k), separated.weight]) * self.units
         integer: BoolArray = np.zeros(n + 2 * k, dtype=bool)
         integer[:n] = not relaxed
-        names = [f"y{i}" for i in problem.presolved.index.tolist()]
+        names = [f"y{i}" for i in problem.index.tolist()]
         names += [f"u{j}" for j in range(k)] + [f"s{j}" for j in range(k)]
         return LinearModel(
             cost,

@@ -15,20 +15,21 @@ from cbs_opt.solvers.joint.swap_search import JointSearch
 from cbs_opt.solvers.kernels.warm_up import compiling, warm_up_selection
 from cbs_opt.solvers.mip.joint_model import ScaledJoint, start_joint
 from cbs_opt.solvers.mip.joint_outer import JointOuterModel
-from cbs_opt.solvers.mip.selection_model import LARGEST, LinearModel, ScaledSelection
+from cbs_opt.solvers.mip.selection_model import LinearModel, check_open_weights
 from cbs_opt.solvers.mip.selection_outer import OuterModel, Separated
-from cbs_opt.solvers.problem.cases import JointCase
-from cbs_opt.solvers.problem.reduced import ReducedProblem
+from cbs_opt.solvers.problem.joint_problem import JointProblem
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.solvers.selection.search import Search
 from cbs_opt.solvers.trees.joint_diagonal import best_diagonal
+from cbs_opt.solvers.trees.prove import check_size
 from cbs_opt.stop import Stop
 from cbs_opt.typing import FloatArray
 
 _SEARCH_CYCLES = 60
 _SEARCH_SECONDS = 10.0  # far above what the cycles take
 
-Scaled = ScaledSelection | ScaledJoint
+Scaled = SelectionProblem | ScaledJoint
 
 
 class Outer(Protocol):
@@ -80,19 +81,18 @@ class Start:
         self.instance, self.joint = instance, context.objective == "joint"
         self._heuristic: JointSearch | Search | None = None
         if self.joint:
-            open_ = instance.n if instance.fixed is None else int((instance.fixed == 0).sum())
-            if open_ > LARGEST:
-                raise SolverError(f"a dense model takes at most {LARGEST} open weights, the instance has {open_}")
+            check_open_weights(instance.n if instance.fixed is None else int((instance.fixed == 0).sum()))
+            check_size(instance, "joint")
             with compiling():
                 one = np.eye(2)
                 best_diagonal(one, one, np.ones(2), np.array([0, 2]), np.array([1]), 1.0, passes=1)
-            self._case = JointCase(instance)
+            self._joint = JointProblem(instance)
             if heuristic:
                 self._heuristic = JointSearch({"bound_steps": 0})
         else:
             warm_up_selection()
-            self._reduced = ReducedProblem(instance)
-            ScaledSelection(instance)  # refuses what is too large
+            self._selection = SelectionProblem(instance)
+            check_open_weights(self._selection.n)
             if heuristic:
                 self._heuristic = Search()
         if self._heuristic is not None:
@@ -103,61 +103,61 @@ class Start:
         monitor = context.monitor
         if self.joint:
             assert not isinstance(self._heuristic, Search)
-            start_joint(context, self._case, self._heuristic)
+            start_joint(context, self._joint, self._heuristic)
             assert monitor.pruned is not None
-            joint = ScaledJoint(self._case, monitor.pruned)
+            joint = ScaledJoint(self._joint, monitor.pruned)
             if not joint.n:
                 assert monitor.objective is not None
                 monitor.report_bound(monitor.objective)
                 return None
-            monitor.report_bound(min(joint.loss(joint.bound - 1e-9), self._case.value(monitor.pruned)))
+            monitor.report_bound(min(joint.from_units(joint.bound - 1e-9), self._joint.loss(monitor.pruned)))
             return joint
         assert not isinstance(self._heuristic, JointSearch)
-        self._multipliers = start_selection(self.instance, context, self._reduced, self._heuristic)
-        problem = ScaledSelection(self.instance, monitor.pruned)
-        if not problem.parts:
+        self._multipliers = start_selection(context, self._selection, self._heuristic)
+        if not self._selection.parts:
             assert monitor.objective is not None
             monitor.report_bound(monitor.objective)  # a sum of separate terms: the start is its sorted minimum
             return None
+        assert monitor.pruned is not None
+        problem = self._selection.in_units_of(monitor.pruned)
+        self._limit = problem.value(problem.restrict(monitor.pruned))
         return problem
 
     def outer_model(self, problem: Scaled, units: float, shift: bool, should_stop: Callable[[], bool]) -> Outer:
         """The model with tangents of a problem that `run` has given."""
         if isinstance(problem, ScaledJoint):
             return JointOuterModel(problem, units)
-        multipliers = self._multipliers * problem.presolved.scale / problem.scale
-        return OuterModel(problem, Separated(problem, problem.limit, multipliers, shift, should_stop), units)
+        multipliers = self._multipliers * self._selection.scale / problem.scale
+        return OuterModel(problem, Separated(problem, self._limit, multipliers, shift, should_stop), units)
 
 
-def start_selection(
-    instance: Instance, context: Context, reduced: ReducedProblem, search: Search | None
-) -> FloatArray:
+def start_selection(context: Context, problem: SelectionProblem, search: Search | None) -> FloatArray:
     """Report a first selection and bound; returns the multipliers of the groups in the relaxation, float64 (G,).
 
     With `search` its incumbent after a fixed number of cycles, else the selection that is best by its diagonal.
     The bound is that of the convex relaxation.
     """
     monitor = context.monitor
-    first = reduced.smallest(0.5 * reduced.columns.diagonal + reduced.linear)
-    monitor.report(reduced.objective(first), reduced.expand(first))
+    first = problem.cheapest()
+    monitor.report(problem.objective(first), problem.expand(first))
     if context.warm_start is not None:
-        given = reduced.presolved.restrict(context.warm_start)
-        monitor.report(reduced.objective(given), context.warm_start)
-    if instance.linear is None:
+        given = problem.restrict(context.warm_start)
+        monitor.report(problem.objective(given), context.warm_start)
+    if problem.nonnegative:
         monitor.report_bound(0.0)
     if search is not None and not monitor.should_stop():
         inner = Monitor(
             Stop(max_iterations=_SEARCH_CYCLES, time_limit=_SEARCH_SECONDS, should_stop=monitor.should_stop)
         )
-        search.run(instance, Context("selection", context.seed, inner, monitor.pruned))
+        search.run(problem.instance, Context("selection", context.seed, inner, monitor.pruned))
         if inner.objective is not None and inner.pruned is not None:
             monitor.report(inner.objective, inner.pruned)
-    relaxed = Relaxation(reduced)
-    if reduced.n and not monitor.should_stop():
+    relaxed = Relaxation(problem)
+    if problem.n and not monitor.should_stop():
         relaxed.solve(size=256, tolerance=1e-7, rounds=50, should_stop=monitor.should_stop)
         monitor.report_bound(relaxed.bound())
     slope = relaxed.slope(0.0)
-    threshold = reduced.threshold(slope)
-    multipliers = np.zeros(reduced.budget.size)
-    multipliers[reduced.group] = np.where(np.isfinite(threshold), threshold, 0.0)
+    threshold = problem.threshold(slope)
+    multipliers = np.zeros(problem.budget.size)
+    multipliers[problem.group] = np.where(np.isfinite(threshold), threshold, 0.0)
     return multipliers

@@ -13,7 +13,8 @@ from cbs_opt.errors import OutputError, SolverError, UsageError
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.instance import Instance
 from cbs_opt.optional import missing
-from cbs_opt.selection import SelectionProblem
+from cbs_opt.selection import SelectionObjective
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.typing import FloatArray
 
 LARGEST = 5000
@@ -54,11 +55,12 @@ def _write_linear(path: Path | str, instance: Instance, suffix: str) -> None:
         import highspy
 
         from cbs_opt.solvers.mip.highs import highs_lp
-        from cbs_opt.solvers.mip.selection_model import ScaledSelection, rlt_model
+        from cbs_opt.solvers.mip.selection_model import check_open_weights, rlt_model
     except ModuleNotFoundError as error:
         raise SolverError(f"the export to {suffix} {missing(error)}") from error
     try:
-        problem = ScaledSelection(instance)
+        problem = SelectionProblem(instance)
+        check_open_weights(problem.n)
     except SolverError as error:
         raise UsageError(str(error)) from None
     model = rlt_model(problem)
@@ -74,7 +76,7 @@ def _write_linear(path: Path | str, instance: Instance, suffix: str) -> None:
         if highs.writeModel(str(text)) == highspy.HighsStatus.kError:
             raise OutputError(f"{path}: HiGHS could not write the model")
         comment = "\\" if suffix == ".lp" else "*"
-        kept = np.flatnonzero(problem.presolved.base).tolist()
+        kept = np.flatnonzero(problem.base).tolist()
         with atomic_write(path) as file, text.open("rb") as source:
             for line in (
                 *_description(instance),
@@ -90,7 +92,7 @@ def write_qplib(path: Path | str, instance: Instance) -> None:
 
     minimise ½ xᵀQx + cᵀx over binary x, one equation per group and one per fixed weight.
     """
-    problem = SelectionProblem(instance)
+    problem = SelectionObjective(instance)
     rows = _equations(instance)
     with atomic_write(path) as file:
 
@@ -133,7 +135,7 @@ def write_ubqp(path: Path | str, instance: Instance) -> None:
     is Σ a_i y_i + Σ b_ij y_i y_j. The format has no constraints: a reader must take `c cardinality`, `c group`
     and `c fixed` into account, by a penalty for instance.
     """
-    problem = SelectionProblem(instance)
+    problem = SelectionObjective(instance)
     with atomic_write(path) as file:
 
         def put(*lines: str) -> None:
@@ -159,7 +161,7 @@ def write_ubqp(path: Path | str, instance: Instance) -> None:
                 put(f"{j} {i} {value!r}")
 
 
-def _quadratic(problem: SelectionProblem) -> Iterator[tuple[int, int, float]]:
+def _quadratic(problem: SelectionObjective) -> Iterator[tuple[int, int, float]]:
     """Nonzeros of the lower triangle of Q: row, column, value."""
     for k in range(problem.curvature.number_of_blocks):
         first = problem.curvature.block_slice(k).start

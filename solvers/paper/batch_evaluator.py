@@ -8,7 +8,7 @@ import numpy as np
 
 from cbs_opt.errors import SolverError
 from cbs_opt.instance import Instance
-from cbs_opt.selection import SelectionProblem
+from cbs_opt.selection import SelectionObjective
 from cbs_opt.solver import Context
 from cbs_opt.typing import BoolArray, FloatArray
 
@@ -48,7 +48,7 @@ class BatchEvaluator:
 
         self._torch = torch
         self.device = torch_device(context)
-        self.problem = SelectionProblem(instance)
+        self.problem = SelectionObjective(instance)
         self._w = self._tensor(instance.weights)
         self._c = self._tensor(self.problem.c)
 

@@ -10,7 +10,7 @@ from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
-from cbs_opt.selection import SelectionProblem
+from cbs_opt.selection import SelectionObjective
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
@@ -95,7 +95,7 @@ class LocalSearch:
     """
 
     def __init__(self, instance: Instance, parameters: LocalSearchParameters) -> None:
-        self.problem = SelectionProblem(instance)
+        self.problem = SelectionObjective(instance)
         self.parameters = parameters
         free = np.ones(instance.n, dtype=bool) if instance.fixed is None else instance.fixed == 0
         self.groups = [members[free[members]] for members in instance.budget.members(instance.n)]
@@ -173,7 +173,7 @@ class LocalSearch:
 class ColumnCache:
     """Columns of Q by weight, made when first asked for and kept up to a number of bytes."""
 
-    def __init__(self, problem: SelectionProblem, limit: int = 1 << 29) -> None:
+    def __init__(self, problem: SelectionObjective, limit: int = 1 << 29) -> None:
         curvature = problem.curvature
         self.problem = problem
         self._limit = limit

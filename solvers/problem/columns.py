@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Protocol
@@ -10,10 +10,11 @@ from typing import Protocol
 import numpy as np
 
 from cbs_opt.curvature import GradientFactor
+from cbs_opt.instance import Instance
 from cbs_opt.solvers.kernels import selection_numba as kernels
 from cbs_opt.solvers.kernels import sweeps_numba as sweep_kernels
 from cbs_opt.solvers.kernels.threads import run_tasks
-from cbs_opt.solvers.problem.presolve import Component, Coupling, Presolved
+from cbs_opt.solvers.problem.presolve import Component
 from cbs_opt.typing import FloatArray, IntArray, RealArray
 
 DENSE_BYTES = 1 << 28
@@ -45,7 +46,7 @@ class Block(Protocol):
 
 
 class DiagonalBlock:
-    """Weights without a term with any other: Q = diag(values); zeros for free weights."""
+    """Q = diag(values); zeros for the uncoupled weights of a presolved problem, whose cost is linear."""
 
     def __init__(self, values: FloatArray) -> None:
         self.values = values
@@ -180,54 +181,49 @@ class Columns:
 
 
 def columns_of(
-    presolved: Presolved, threads: int = 1, dense_bytes: int = DENSE_BYTES, double_bytes: int = DOUBLE_BYTES
+    instance: Instance,
+    components: Sequence[Component],
+    scale: float,
+    threads: int = 1,
+    dense_bytes: int = DENSE_BYTES,
+    double_bytes: int = DOUBLE_BYTES,
 ) -> Columns:
-    """Build the blocks of a presolved problem, in its units.
+    """Build the blocks of presolved components, in units of `scale`.
 
     Notes
     -----
     Memory: Σ b² for dense curvature and for gradient factors with Σ 8b² ≤ `dense_bytes`; O(m r) otherwise, in
     float32 where float64 would take more than `double_bytes`.
     """
-    instance = presolved.instance
-    components = presolved.components
-    if not instance.n:
-        return Columns([], threads)
-    squares = sum(8 * c.index.size**2 for c in components if c.coupling is Coupling.FULL)
-    total = sum(c.index.size for c in components if c.coupling is Coupling.FULL)
-    expanded = squares <= dense_bytes
     factor = instance.curvature.as_factor()
-    double = expanded or (factor is not None and 8 * total * factor.m <= double_bytes)
+    sizes = [component.index.size for component in components if component.coupled]
+    expanded = factor is None or sum(8 * size**2 for size in sizes) <= dense_bytes
+    double = expanded or (factor is not None and 8 * sum(sizes) * factor.m <= double_bytes)
     blocks: list[Block] = [DiagonalBlock(np.zeros(0))] * len(components)
 
     def make(k: int, halted: Callable[[], bool]) -> None:
-        blocks[k] = _block(presolved, components[k], expanded, double)
+        blocks[k] = _block(instance, components[k], scale, expanded, double)
 
     # Dense blocks are multiplied by BLAS, which has threads of its own.
-    large = not expanded and factor is not None
-    run_tasks(threads if large else 1, [partial(make, k) for k in range(len(components))], lambda: False)
+    run_tasks(1 if expanded else threads, [partial(make, k) for k in range(len(components))], lambda: False)
     return Columns(blocks, threads)
 
 
-def _block(presolved: Presolved, component: Component, expanded: bool, double: bool) -> Block:
-    instance, curvature = presolved.instance, presolved.instance.curvature
+def _block(instance: Instance, component: Component, scale: float, expanded: bool, double: bool) -> Block:
+    curvature = instance.curvature
+    if not component.coupled:
+        return DiagonalBlock(np.zeros(component.index.size))
     w = instance.weights[component.index]
-    if component.coupling is Coupling.FREE:
-        return DiagonalBlock(np.zeros(w.size))
-    if component.coupling is Coupling.DIAGONAL:
-        return DiagonalBlock(w**2 * curvature.diagonal()[component.index] / presolved.scale)
     part = curvature.block_slice(component.block)
     local = component.index - part.start
     gradients = curvature.as_factor()
     if gradients is None:
         whole = local.size == part.stop - part.start
         H = curvature.block(component.block) if whole else curvature.submatrix(component.block, local, local)
-        return DenseBlock(H * w[:, None] * (w / presolved.scale))
-    rows = _rows(gradients, component.block, local, w / np.sqrt(gradients.m * presolved.scale), double)
-    factor = FactorBlock(rows, gradients.damping * w**2 / presolved.scale)
-    if expanded:
-        return DenseBlock(factor.submatrix(np.arange(w.size)))
-    return factor
+        return DenseBlock(H * w[:, None] * (w / scale))
+    rows = _rows(gradients, component.block, local, w / np.sqrt(gradients.m * scale), double)
+    factor = FactorBlock(rows, gradients.damping * w**2 / scale)
+    return DenseBlock(factor.submatrix(np.arange(w.size))) if expanded else factor
 
 
 def _rows(curvature: GradientFactor, k: int, local: IntArray, factor: FloatArray, double: bool) -> RealArray:

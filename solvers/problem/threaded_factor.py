@@ -7,23 +7,23 @@ from functools import partial
 
 import numpy as np
 
-from cbs_opt.selection import SelectionProblem
+from cbs_opt.selection import SelectionObjective
 from cbs_opt.solvers.kernels import sweeps_numba as kernels
 from cbs_opt.solvers.kernels.threads import run_tasks
 from cbs_opt.typing import BoolArray, FloatArray
 
 
 class ThreadedFactor:
-    """What `SelectionProblem` computes for a gradient factor, in float64, without copies of the gradients.
+    """What `SelectionObjective` computes for a gradient factor, in float64, without copies of the gradients.
 
     Parameters
     ----------
-    problem : SelectionProblem
+    problem : SelectionObjective
         Of an instance with a `GradientFactor`.
     threads : int
     """
 
-    def __init__(self, problem: SelectionProblem, threads: int) -> None:
+    def __init__(self, problem: SelectionObjective, threads: int) -> None:
         curvature = problem.curvature.as_factor()
         assert curvature is not None
         self.problem, self.curvature, self.threads = problem, curvature, threads

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cbs_opt.solvers.kernels import selection_numba as kernels
-from cbs_opt.solvers.problem.reduced import ReducedProblem
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.core import Core
 from cbs_opt.typing import FloatArray, IntArray
 
@@ -31,10 +31,16 @@ class Incumbent:
         ½ yᵀQy + cᵀy, in the units of presolve.
     """
 
-    def __init__(self, problem: ReducedProblem, y: FloatArray) -> None:
+    def __init__(self, problem: SelectionProblem, y: FloatArray) -> None:
         self.problem = problem
         self.y = y.astype(np.float64)
         self.refresh()
+
+    def copy(self) -> Incumbent:
+        """An independent copy, gradient included."""
+        other = object.__new__(Incumbent)
+        other.problem, other.y, other.g, other.f = self.problem, self.y.copy(), self.g.copy(), self.f
+        return other
 
     def refresh(self) -> None:
         """Compute gradient and objective from scratch."""

@@ -10,7 +10,7 @@ from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.kernels.warm_up import warm_up_selection
-from cbs_opt.solvers.problem.reduced import ReducedProblem
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.incumbent import Incumbent, candidate_swaps
 from cbs_opt.solvers.selection.relaxation import Relaxation
 
@@ -47,7 +47,7 @@ class Relax(Solver):
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve, build columns."""
         warm_up_selection()
-        self._problem = ReducedProblem(instance, context.threads)
+        self._problem = SelectionProblem(instance, context.threads)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Solve, and report bound and rounding every few rounds."""
@@ -73,6 +73,6 @@ class Relax(Solver):
         candidate_swaps(rounded, monitor.should_stop)
         monitor.report(problem.objective(rounded.y), problem.expand(rounded.y))
         context.extras["fractional"] = relaxed.fractional
-        context.extras["relaxed_objective"] = problem.presolved.objective(relaxed.value())
+        context.extras["relaxed_objective"] = problem.from_units(relaxed.value())
         context.extras["steps"] = relaxed.steps
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED

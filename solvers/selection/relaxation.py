@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cbs_opt.solvers.problem.reduced import ReducedProblem
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.core import Core
 from cbs_opt.typing import FloatArray, IntArray
 
@@ -24,7 +24,7 @@ class Relaxation:
 
     Parameters
     ----------
-    problem : ReducedProblem
+    problem : SelectionProblem
     x : float64 (r,), optional
         Start; by default the weights that cost least by themselves.
 
@@ -36,9 +36,9 @@ class Relaxation:
         Pairwise steps so far.
     """
 
-    def __init__(self, problem: ReducedProblem, x: FloatArray | None = None) -> None:
+    def __init__(self, problem: SelectionProblem, x: FloatArray | None = None) -> None:
         self.problem = problem
-        self.x = problem.smallest(0.5 * problem.columns.diagonal + problem.linear) if x is None else x.copy()
+        self.x = problem.cheapest() if x is None else x.copy()
         self.g = problem.columns.product(self.x)
         self.scale = self._size()
         self.steps = 0

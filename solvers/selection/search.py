@@ -14,12 +14,11 @@ from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.kernels.warm_up import warm_up_selection
 from cbs_opt.solvers.kernels.warm_up_sweeps import warm_up_sweeps
 from cbs_opt.solvers.problem.columns import DENSE_BYTES, DOUBLE_BYTES
-from cbs_opt.solvers.problem.presolve import Coupling
-from cbs_opt.solvers.problem.reduced import THREADED_GRADIENTS, ReducedProblem
+from cbs_opt.solvers.problem.selection_problem import THREADED_GRADIENTS, SelectionProblem, Storage
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent, candidate_swaps
 from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.solvers.selection.sweep_search import LARGE, MANY_BLOCKS, SMALL_BLOCK, SweepSearch, is_large, is_split
-from cbs_opt.solvers.trees.handover import WITHOUT_LIMIT, branch_and_bound, is_provable, prove
+from cbs_opt.solvers.trees import prove
 from cbs_opt.typing import FloatArray, IntArray
 
 PATH = (0.1, 0.03, 0.01, 3e-3, 1e-3)
@@ -102,56 +101,55 @@ class Search(Solver):
         """Compile, presolve, build columns."""
         warm_up_selection()
         given = self.parameters
-        self._problem = ReducedProblem(
-            instance, context.threads, given.dense_bytes, given.double_bytes, given.threaded_gradients
-        )
+        storage = Storage(given.dense_bytes, given.double_bytes, given.threaded_gradients)
+        self._problem = SelectionProblem(instance, context.threads, storage)
         if self._problem.threaded or is_large(self._problem, given.large):  # loading them takes most of a second
             warm_up_sweeps()
-        self._exact = self._branch_and_bound(context)
-        if self._exact is not None:
-            self._exact.prepare(instance, context)
+        self._proof: prove.Proof | None = None
+        if self._is_provable(context):
+            prove.warm_up("selection")
+            self._proof = prove.Proof(self._problem)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Search until told to stop, or until nothing improves any more."""
-        monitor = context.monitor
-        run = _Run(self._problem, self.parameters, context)
+        monitor, problem = context.monitor, self._problem
+        run = _Run(problem, self.parameters, context)
         # A tree of more weights is longer at work before it meets its best leaf; tables bring their selections.
-        before_proof = 8 if self._pieces == 1 and self._problem.n >= 160 else 2
-        run.search(epochs=None if self._exact is None else before_proof)
-        if self._exact is None or monitor.should_stop() or monitor.closed:
+        before_proof = 8 if len(problem.component_sizes) == 1 and problem.n >= 160 else 2
+        run.search(epochs=None if self._proof is None else before_proof)
+        if self._proof is None or monitor.should_stop() or monitor.closed:
             return Status.OPTIMAL if monitor.closed else Status.CONVERGED
-        return prove(self._exact, instance, context)
+        return prove.prove_within(self._proof, context)
 
-    def _branch_and_bound(self, context: Context) -> Solver | None:
-        """The exact solver where it proves the optimum of such problems in seconds, None elsewhere."""
+    def _is_provable(self, context: Context) -> bool:
+        """Whether branch and bound proves the optimum of such problems in seconds."""
         problem, stop, largest = self._problem, context.monitor.stop, self.parameters.proof
         if stop.time_limit is None:
-            largest = min(largest, WITHOUT_LIMIT)
-        sizes = [c.index.size for c in problem.presolved.components if c.coupling is Coupling.FULL]
-        self._pieces = len(sizes)
+            largest = min(largest, prove.WITHOUT_LIMIT)
+        sizes = problem.component_sizes
         if len(sizes) == 1:
-            return branch_and_bound() if problem.n <= largest else None
+            return problem.n <= largest
         groups = int((problem.budget > 0).sum())
-        return branch_and_bound() if is_provable(sizes, groups, largest, stop) else None
+        return prove.is_provable(sizes, groups, largest, stop)
 
 
 class _Run:
     """The state of one search."""
 
-    def __init__(self, problem: ReducedProblem, parameters: SearchParameters, context: Context) -> None:
+    def __init__(self, problem: SelectionProblem, parameters: SearchParameters, context: Context) -> None:
         self.problem, self.parameters = problem, parameters
         self.split = is_split(problem, parameters.large, parameters.many_blocks, parameters.small_block)
         self.monitor = context.monitor
         self.rng = context.rng()
         self.state = np.uint64(self.rng.integers(1, 2**62))
-        cheapest = problem.smallest(0.5 * problem.columns.diagonal + problem.linear)
+        cheapest = problem.cheapest()
         self.point = Incumbent(problem, cheapest)
         self._report()
-        instance = problem.presolved.instance
+        instance = problem.instance
         magnitude = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
-        self._offer(Incumbent(problem, problem.presolved.restrict(magnitude)))
+        self._offer(Incumbent(problem, problem.restrict(magnitude)))
         if context.warm_start is not None:
-            self._offer(Incumbent(problem, problem.presolved.restrict(context.warm_start)))
+            self._offer(Incumbent(problem, problem.restrict(context.warm_start)))
         self.patience = parameters.patience
         if self.patience is None and not self.monitor.stop.limits_work:
             self.patience = 150
@@ -167,7 +165,7 @@ class _Run:
 
     def _improved(self, before: float | None) -> bool:
         """Whether the incumbent got better by more than rounding."""
-        now, rounding = self.monitor.objective, 1e-15 * self.problem.presolved.scale
+        now, rounding = self.monitor.objective, 1e-15 * self.problem.scale
         return before is None or (now is not None and now < before - GAIN * abs(before) - rounding)
 
     def search(self, epochs: int | None = None) -> None:

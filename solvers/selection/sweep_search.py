@@ -10,7 +10,7 @@ import numpy as np
 
 from cbs_opt.monitor import Monitor
 from cbs_opt.solvers.kernels.threads import run_tasks
-from cbs_opt.solvers.problem.reduced import ReducedProblem
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent
 from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.solvers.selection.repair import meet_budgets, trade
@@ -47,13 +47,13 @@ _STALL = 500
 _TENURE = (4, 15)
 
 
-def is_large(problem: ReducedProblem, large: int = LARGE) -> bool:
+def is_large(problem: SelectionProblem, large: int = LARGE) -> bool:
     """Whether sweeps beat working sets as the start of the search: more than `large` coupled variables."""
     return problem.budget.size <= _MOST_GROUPS and int(_coupled(problem).sum()) > large
 
 
 def is_split(
-    problem: ReducedProblem, large: int = LARGE, many: int = MANY_BLOCKS, small: int = SMALL_BLOCK
+    problem: SelectionProblem, large: int = LARGE, many: int = MANY_BLOCKS, small: int = SMALL_BLOCK
 ) -> bool:
     """Whether a large problem has more than `many` blocks of more than `small` variables on average.
 
@@ -63,9 +63,8 @@ def is_split(
     return is_large(problem, large) and sizes.size > many and int(sizes.sum()) > small * sizes.size
 
 
-def _coupled(problem: ReducedProblem) -> IntArray:
-    sizes = np.array([c.index.size for c in problem.presolved.components if c.block >= 0], dtype=np.int64)
-    return sizes
+def _coupled(problem: SelectionProblem) -> IntArray:
+    return np.array(problem.component_sizes, dtype=np.int64)
 
 
 class SweepSearch:
@@ -73,7 +72,7 @@ class SweepSearch:
 
     Parameters
     ----------
-    problem : ReducedProblem
+    problem : SelectionProblem
     monitor : Monitor
     offer : callable
         Takes an `Incumbent`.
@@ -84,14 +83,14 @@ class SweepSearch:
 
     def __init__(
         self,
-        problem: ReducedProblem,
+        problem: SelectionProblem,
         monitor: Monitor,
         offer: Callable[[Incumbent], None],
         seed: int,
         finely: bool = False,
     ) -> None:
         self.problem, self.monitor, self.offer, self.seed = problem, monitor, offer, seed
-        start = problem.smallest(0.5 * problem.columns.diagonal + problem.linear)
+        start = problem.cheapest()
         self.relaxed = Sweeps(
             problem.columns, problem.linear, problem.group, problem.budget, start, problem.threads
         )
@@ -99,7 +98,7 @@ class SweepSearch:
         self.settled, self.idle = False, 0
         self.visits = 0
         self._slow = _HARDEN_FINELY if finely else _HARDEN
-        coupled = [k for k, c in enumerate(problem.presolved.components) if c.block >= 0]
+        coupled = [k for k, component in enumerate(problem.components) if component.coupled]
         self.coupled = np.array(coupled, dtype=np.int64)
 
     @property
@@ -184,8 +183,7 @@ class SweepSearch:
             found.clear()
             run_tasks(problem.threads, [partial(visit, b) for b in chunk], monitor.should_stop)
             stopped = monitor.should_stop()
-            better = Incumbent.__new__(Incumbent)
-            better.problem, better.y, better.g, better.f = problem, point.y.copy(), point.g.copy(), point.f
+            better = point.copy()
             for b in sorted(found):
                 better.move(*found[b])
             point = better

@@ -109,6 +109,14 @@ class BestFirst:
         self.nodes = self.diagonals = 0
         self._push(root)
 
+    def new_worker(self, shared: FloatArray | None = None) -> Worker:
+        """A worker that compares with the value in `shared`, float64 (1,); by default with the incumbent's."""
+        return self._make_worker(self.tolerance, self.rounding, self._shared if shared is None else shared)
+
+    def best_open(self) -> Subproblem | None:
+        """The waiting subproblem of least bound."""
+        return self._heap[0][2] if self._heap else None
+
     def _push(self, sub: Subproblem) -> None:
         heapq.heappush(self._heap, (sub.bound, next(self._tick), sub))
 
@@ -170,7 +178,7 @@ class BestFirst:
         progress()
 
     def _work(self, pause: Callable[[], bool]) -> None:
-        worker = self._make_worker(self.tolerance, self.rounding, self._shared)
+        worker = self.new_worker()
         me = id(worker)
         while not pause():
             with self._lock:

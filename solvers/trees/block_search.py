@@ -1,21 +1,21 @@
-"""Many pieces under one budget: tables of bounds joined by dynamic programming and a Lagrangian bound."""
+"""Many components under one budget: tables of bounds joined by dynamic programming and a Lagrangian bound."""
 
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-untyped-calls=False
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from cbs_opt.solvers.kernels.dense_numba import entry
 from cbs_opt.solvers.trees.best_first import Int8Array
-from cbs_opt.solvers.trees.tables import Piece, SeparablePiece, Table
+from cbs_opt.solvers.trees.tables import Table
 from cbs_opt.typing import FloatArray, IntArray
 
 _FIRST_NODES = 400
-_PATIENCE = 5  # rounds after which the nodes of a piece grow
+_PATIENCE = 5  # rounds after which the nodes of a table's tree grow
 
 
 @entry
@@ -106,22 +106,21 @@ def combine(tables: list[FloatArray], budget: int, mu: float, slack: float) -> t
 
 
 class BlockSearch:
-    """Exact optimum over several pieces under one budget; the bound is valid whatever was closed.
+    """Exact optimum over several components under one budget; the bound is valid whatever was closed.
 
     Parameters
     ----------
-    pieces : list
+    tables : list of Table
+        One a component, not yet built.
     budget : int
     tolerance : float
     threads : int
-        Pieces are worked on in parallel.
+        Tables are worked on in parallel.
     """
 
-    def __init__(
-        self, pieces: list[Piece | SeparablePiece], budget: int, tolerance: float, threads: int = 1
-    ) -> None:
-        self.pieces, self.budget, self.tolerance, self.threads = pieces, budget, tolerance, threads
-        self.tables: list[Table] = []
+    def __init__(self, tables: Sequence[Table], budget: int, tolerance: float, threads: int = 1) -> None:
+        self.tables, self.budget, self.tolerance, self.threads = list(tables), budget, tolerance, threads
+        self.built = False
         self.value, self.bound = np.inf, -np.inf
         self.path: IntArray | None = None
         self.rounds = self._nodes = 0
@@ -134,10 +133,12 @@ class BlockSearch:
     @property
     def open(self) -> int:
         """Table entries that are not closed."""
+        if not self.built:
+            return 1
         return sum(int((t.lower < t.upper * (1 - 1e-6)).sum()) for t in self.tables)
 
     def selection(self) -> Int8Array:
-        """The incumbent over all pieces, int8 (Σ n,)."""
+        """The incumbent over all components, int8 (Σ n,)."""
         assert self.path is not None
         parts = [table.pick(int(k)) for table, k in zip(self.tables, self.path, strict=True)]
         return np.concatenate(parts)
@@ -149,13 +150,15 @@ class BlockSearch:
         """
         with ThreadPoolExecutor(self.threads) as pool:
 
-            def build(piece: Piece | SeparablePiece) -> Table | None:
-                return None if should_stop() else Table(piece, should_stop)
+            def build(table: Table) -> bool:
+                if should_stop():
+                    return False
+                table.build(should_stop)
+                return True
 
-            built = list(pool.map(build, self.pieces))
-            if any(table is None for table in built):
+            self.built = all(list(pool.map(build, self.tables)))
+            if not self.built:
                 return
-            self.tables = [table for table in built if table is not None]
             nodes, inner = _FIRST_NODES, 0.1 * self.tolerance
             while True:
                 self.rounds += 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cbs_opt.solvers.problem.joint_problem import condition
 from cbs_opt.solvers.trees import joint_tree
 from cbs_opt.solvers.trees import selection_tree as tree
 from cbs_opt.solvers.trees.best_first import BestFirst, Int8Array, Subproblem
@@ -41,22 +42,6 @@ class JointTask:
     def n(self) -> int:
         """Number of weights."""
         return self.w.size
-
-
-def condition(A: FloatArray, w: FloatArray, fixings: Int8Array) -> tuple[IntArray, FloatArray, FloatArray, float]:
-    """The problem after fixings, int8 (n,): 0 pruned, 1 kept, −1 open.
-
-    Returns the open weights, their inverse Hessian and minimiser given that the pruned ones are zero, and what the
-    pruned ones have cost. Kept weights need no place: A's rows of the others already hold their best reaction.
-    """
-    open_, pruned = np.flatnonzero(fixings < 0), np.flatnonzero(fixings == 0)
-    if not pruned.size:
-        return open_, A[np.ix_(open_, open_)].copy(), w[open_].copy(), 0.0
-    s = 1 / np.sqrt(np.diag(A)[pruned])
-    L = np.linalg.cholesky(A[np.ix_(pruned, pruned)] * s[:, None] * s)
-    X = np.linalg.solve(L, A[np.ix_(pruned, open_)] * s[:, None])
-    z = np.linalg.solve(L, w[pruned] * s)
-    return open_, A[np.ix_(open_, open_)] - X.T @ X, w[open_] - X.T @ z, 0.5 * float(z @ z)
 
 
 class JointWorker:
@@ -208,7 +193,7 @@ class JointWorker:
 
 
 @dataclass
-class JointSearch:
+class JointTree:
     """A prepared branch and bound over one dense piece, in the order and units of the caller."""
 
     order: IntArray
@@ -249,7 +234,7 @@ def prepare_joint(
     starts: list[Int8Array],
     evaluate: Callable[[BoolArray], float] | None = None,
     tolerance: float = TOLERANCE,
-) -> JointSearch:
+) -> JointTree:
     """Find a first selection, scale the problem by its value, and put the root into a queue.
 
     Parameters
@@ -304,4 +289,4 @@ def prepare_joint(
         tolerance,
         1e-12,
     )
-    return JointSearch(order, task, scale, queue, evaluate or by_kept_side)
+    return JointTree(order, task, scale, queue, evaluate or by_kept_side)

@@ -188,7 +188,7 @@ def _meet_budgets(x: FloatArray, starts: IntArray, budget: IntArray) -> None:
 
 
 @dataclass
-class SelectionSearch:
+class SelectionTree:
     """A prepared branch and bound over one dense piece, in the order and units of the caller.
 
     Attributes
@@ -233,7 +233,7 @@ def prepare_selection(
     tolerance: float = TOLERANCE,
     roundings: int = _ROUNDINGS,
     should_stop: Callable[[], bool] = lambda: False,
-) -> SelectionSearch:
+) -> SelectionTree:
     """Find a first selection, scale the problem by its value, and put the root into a queue.
 
     Parameters
@@ -283,7 +283,7 @@ def prepare_selection(
         tolerance,
         1e-15 * terms / scale,
     )
-    return SelectionSearch(task, scale * guess, 1e-14 * terms * guess, queue, nonnegative)
+    return SelectionTree(task, scale * guess, 1e-14 * terms * guess, queue, nonnegative)
 
 
 def _improve_from_root(task: SelectionTask, root: Subproblem, best: Int8Array, roundings: int) -> Int8Array:

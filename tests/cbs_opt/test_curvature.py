@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cbs_opt import GradientFactor, HessianBlocks, InstanceError, InverseHessianBlocks, UsageError
-from cbs_opt.selection import SelectionProblem
+from cbs_opt.selection import SelectionObjective
 
 KINDS = ("hessian", "inverse_hessian", "gradients")
 
@@ -54,7 +54,7 @@ def test_matrix_of_every_route(given):
 def test_selection_problem_is_q_and_c(problem):
     for kind in KINDS:
         given = problem(5, n=9, kind=kind, blocks=2, linear=True)
-        view = SelectionProblem(given.instance)
+        view = SelectionObjective(given.instance)
         Q, c = given.w[:, None] * given.H * given.w, -given.g * given.w
         x = np.random.default_rng(1).random(9)
         assert view.c == pytest.approx(c)

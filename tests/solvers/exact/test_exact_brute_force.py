@@ -41,8 +41,9 @@ def without_heuristics(patch, start):
     patch.setattr("cbs_opt.solvers.trees.selection_worker.take_smallest", largest)
     patch.setattr("cbs_opt.solvers.trees.selection_worker.improve", improve)
     patch.setattr("cbs_opt.solvers.trees.joint_worker.eliminate", eliminate)
-    for case in ("SelectionCase", "JointCase"):
-        patch.setattr(f"cbs_opt.solvers.problem.cases.{case}.first", lambda self: start.copy())
+    for kind in ("selection", "joint"):
+        place = f"cbs_opt.solvers.problem.{kind}_problem.{kind.capitalize()}Problem.first"
+        patch.setattr(place, lambda self: start.copy())
 
 
 def compare(cases, seed, family, kind, objective, monkeypatch):

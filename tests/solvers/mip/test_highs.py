@@ -11,8 +11,9 @@ import pytest
 
 from cbs_opt import SolverError, Status, Stop, UsageError, read_instance, solve
 from cbs_opt.solvers.mip.highs import highs_lp, takes_miqp
-from cbs_opt.solvers.mip.selection_model import ScaledSelection, rlt_model
+from cbs_opt.solvers.mip.selection_model import rlt_model
 from cbs_opt.solvers.mip.selection_outer import OuterModel, Separated, affine_hull, best_shift
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 
 KINDS = {
     "hessian": {"kind": "hessian"},
@@ -58,7 +59,7 @@ def test_equals_enumeration(kind, seed, parameters, problem):
 @pytest.mark.parametrize("shift", [True, False])
 def test_separated_objective_is_exact_at_binary_points(kind, shift, problem):
     given = problem(4, **KINDS[kind])
-    scaled = ScaledSelection(given.instance)
+    scaled = SelectionProblem(given.instance)
     selections = [scaled.restrict(pruned) for pruned in given.selections()]
     values = np.array([scaled.value(y) for y in selections])
     worst = float(values.max())
@@ -79,10 +80,10 @@ def test_separated_objective_is_exact_at_binary_points(kind, shift, problem):
 
 def test_shift_raises_the_root_bound(problem):
     given = problem(2, n=12, kind="hessian")
-    scaled = ScaledSelection(given.instance)
+    scaled = SelectionProblem(given.instance)
     (at, Q), *_ = scaled.parts
     x, B = affine_hull(scaled, at)
-    d = best_shift(Q, scaled.c[at], x, B, lambda: False)
+    d = best_shift(Q, scaled.linear[at], x, B, lambda: False)
     assert np.linalg.eigvalsh(B.T @ (Q - np.diag(d)) @ B)[0] > 0
 
     def bound(d):
@@ -98,7 +99,7 @@ def test_shift_raises_the_root_bound(problem):
 def test_rlt_is_exact_at_every_binary_point(kind, problem):
     """With y given, the linear program in z has the objective of y."""
     given = problem(7, **KINDS[kind])
-    scaled = ScaledSelection(given.instance)
+    scaled = SelectionProblem(given.instance)
     model = rlt_model(scaled)
     for pruned in list(given.selections())[::7]:
         y = scaled.restrict(pruned)

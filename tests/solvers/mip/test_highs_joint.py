@@ -22,7 +22,7 @@ from cbs_opt.solvers.mip.highs import highs_lp
 from cbs_opt.solvers.mip.joint_model import ScaledJoint, joint_shell
 from cbs_opt.solvers.mip.joint_outer import JointOuterModel
 from cbs_opt.solvers.mip.start import Start
-from cbs_opt.solvers.problem.cases import JointCase
+from cbs_opt.solvers.problem.joint_problem import JointProblem
 
 KINDS = {
     "hessian": {"kind": "hessian"},
@@ -59,7 +59,7 @@ def test_equals_enumeration(kind, seed, heuristic, problem):
 
 
 def scaled_from(given, pruned):
-    return ScaledJoint(JointCase(given.instance), pruned)
+    return ScaledJoint(JointProblem(given.instance), pruned)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,7 +72,7 @@ def test_ranges_and_fixings_hold_for_every_selection_within_the_limit(kind, prob
     limit = given.joint_loss(start)
     within = [pruned for pruned, loss in zip(selections, losses, strict=True) if loss <= limit]
     assert within
-    assert scaled.loss(scaled.bound) <= losses.min() + 1e-8 * given.scale()
+    assert scaled.from_units(scaled.bound) <= losses.min() + 1e-8 * given.scale()
     for pruned in within:
         y = scaled.restrict(pruned)
         x = scaled.best_point(y)

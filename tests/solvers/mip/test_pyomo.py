@@ -7,8 +7,9 @@ import pytest
 from cbs_opt import Context, Monitor, SolverError, Status, Stop, UsageError, get_solver, solve
 from cbs_opt.solvers.mip.joint_model import ScaledJoint, pyomo_joint
 from cbs_opt.solvers.mip.pyomo_solver import PyomoSolver
-from cbs_opt.solvers.mip.selection_model import ScaledSelection, pyomo_selection
-from cbs_opt.solvers.problem.cases import JointCase
+from cbs_opt.solvers.mip.selection_model import pyomo_selection
+from cbs_opt.solvers.problem.joint_problem import JointProblem
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 
 KINDS = {
     "hessian": {"kind": "hessian"},
@@ -76,7 +77,7 @@ def test_joint_model_has_the_objective_of_the_instance(kind, perspective, proble
 
     given = problem(5, **KINDS[kind])
     selections = list(given.selections())
-    scaled = ScaledJoint(JointCase(given.instance), max(selections, key=given.joint_loss))
+    scaled = ScaledJoint(JointProblem(given.instance), max(selections, key=given.joint_loss))
     model = pyomo_joint(scaled, perspective=perspective)
     for pruned in selections[::5]:
         y = scaled.restrict(pruned)
@@ -92,7 +93,7 @@ def test_joint_model_has_the_objective_of_the_instance(kind, perspective, proble
             body = pyo.value(row.body)
             assert row.lower is None or body >= pyo.value(row.lower) - 1e-9
             assert row.upper is None or body <= pyo.value(row.upper) + 1e-9
-        loss = scaled.loss(pyo.value(model.objective))
+        loss = scaled.from_units(pyo.value(model.objective))
         assert loss == pytest.approx(given.joint_loss(pruned), rel=1e-7, abs=1e-9 * given.scale())
 
 
@@ -127,14 +128,14 @@ def test_model_has_the_objective_of_the_instance(kind, problem):
     import pyomo.environ as pyo
 
     given = problem(5, **KINDS[kind])
-    scaled = ScaledSelection(given.instance)
+    scaled = SelectionProblem(given.instance)
     model = pyomo_selection(scaled)
     for pruned in list(given.selections())[::5]:
         y = scaled.restrict(pruned)
         for i, value in enumerate(y.tolist()):
             model.v[i].set_value(value)
         assert all(pyo.value(row.body) == row.upper() for row in model.budget.values())
-        loss = scaled.loss(pyo.value(model.objective))
+        loss = scaled.from_units(pyo.value(model.objective))
         assert loss == pytest.approx(given.selection_loss(pruned), rel=1e-9, abs=1e-12)
 
 

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbs_opt import Budget, GradientFactor, HessianBlocks, Instance, InverseHessianBlocks, selection_loss, solve
-from cbs_opt.solvers.problem.presolve import Coupling, presolve
-from cbs_opt.solvers.problem.reduced import ReducedProblem
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 
 KINDS = ("hessian", "inverse_hessian", "gradients")
 
@@ -93,16 +92,15 @@ def test_the_optimum_is_the_same(
         linear=0.3 * rng.standard_normal(n) * 10.0**exponent if linear else None,
         fixed=fix if fixed else None,
     )
-    problem = ReducedProblem(instance)
-    presolved = problem.presolved
-    rounding = 1e-10 * abs(0.5 * presolved.scale) * n**2 + 1e-10 * np.abs(problem.original.c).sum()
+    problem = SelectionProblem(instance)
+    rounding = 1e-10 * abs(0.5 * problem.scale) * n**2 + 1e-10 * np.abs(problem.original.c).sum()
     optimum, seen = np.inf, set()
     for y, value in reduced_points(problem):
-        pruned = presolved.expand(y)
+        pruned = problem.expand(y)
         assert instance.admits(pruned)
-        mapped = presolved.objective(value)
+        mapped = problem.from_units(value)
         assert mapped == pytest.approx(selection_loss(instance, pruned), rel=1e-8, abs=rounding)
-        np.testing.assert_array_equal(presolved.restrict(pruned), y)
+        np.testing.assert_array_equal(problem.restrict(pruned), y)
         seen.add(pruned.tobytes())
         optimum = min(optimum, mapped)
     oracle = solve(instance, "brute", objective="selection")
@@ -113,29 +111,29 @@ def test_the_optimum_is_the_same(
 @pytest.mark.parametrize("kind", KINDS)
 def test_components_have_no_terms_with_each_other(kind):
     w, curvature = component_problem(4, kind, n=20, components=4, blocks=2)
-    presolved = presolve(Instance(w, curvature, Budget(9)))
+    reduced = SelectionProblem(Instance(w, curvature, Budget(9)))
     H = np.zeros((20, 20))
     for k in range(2):
         part = curvature.block_slice(k)
         H[part, part] = curvature.block(k)
-    np.testing.assert_array_equal(np.sort(presolved.index), np.arange(20))
+    np.testing.assert_array_equal(np.sort(reduced.index), np.arange(20))
     label = np.empty(20, int)
-    for c, component in enumerate(presolved.components):
+    for c, component in enumerate(reduced.components):
         label[component.index] = c
-        if component.coupling is not Coupling.FULL:
+        if not component.coupled:
             label[component.index] = 100 + component.index
     across = label[:, None] != label[None, :]
     np.testing.assert_allclose(H[across], 0.0, atol=1e-12 * np.abs(H).max())
-    assert sum(component.coupling is Coupling.FULL for component in presolved.components) >= 4
+    assert len(reduced.component_sizes) >= 4
 
 
 def test_dead_weights_are_set_apart_and_still_counted():
     w, curvature = component_problem(1, "gradients", damping=0.0, zero_columns=3, zero_weights=2)
-    presolved = presolve(Instance(w, curvature, Budget(4)))
-    free = next(c for c in presolved.components if c.coupling is Coupling.FREE)
-    assert 3 <= free.index.size <= 5
-    assert presolved.index.size == 9
-    assert presolved.budget.tolist() == [4]
+    reduced = SelectionProblem(Instance(w, curvature, Budget(4)))
+    assert {*np.flatnonzero((w == 0) | ~curvature.gradients.any(axis=0))} <= {*reduced.index[reduced.uncoupled]}
+    assert reduced.uncoupled.size >= 3
+    assert reduced.index.size == 9
+    assert reduced.budget.tolist() == [4]
 
 
 def test_a_free_weight_is_not_always_pruned():
@@ -151,25 +149,25 @@ def test_groups_that_are_used_up_or_forced_leave_the_problem(forced, problem):
     base = problem(2, n=6, kind="hessian", linear=True).instance
     groups = np.array([0, 1, 0, 1, 0, 1])
     instance = Instance(base.weights, base.curvature, Budget(sum(forced), groups, forced), linear=base.linear)
-    reduced = ReducedProblem(instance)
+    reduced = SelectionProblem(instance)
     assert reduced.n == 0
     assert not reduced.budget.any()
     nothing = np.zeros(0)
-    assert reduced.presolved.objective(0.0) == pytest.approx(selection_loss(instance, reduced.expand(nothing)))
+    assert reduced.from_units(0.0) == pytest.approx(selection_loss(instance, reduced.expand(nothing)))
 
 
 @pytest.mark.parametrize("exponent", [-30, -8, 0, 8, 30])
 def test_rescaling_is_by_a_power_of_two(exponent, problem):
     base = problem(3, kind="gradients").instance
-    presolved = presolve(Instance(base.weights * 10.0**exponent, base.curvature, 4))
-    mantissa, _ = np.frexp(presolved.scale)
+    reduced = SelectionProblem(Instance(base.weights * 10.0**exponent, base.curvature, 4))
+    mantissa, _ = np.frexp(reduced.scale)
     assert mantissa == 0.5
-    largest = max(block.diagonal().max() for block in ReducedProblem(presolved.instance).columns.blocks)
+    largest = max(block.diagonal().max() for block in reduced.columns.blocks)
     assert 0.25 <= largest <= 4
 
 
 @pytest.mark.parametrize("budget", [0, 3])
 def test_a_problem_of_zeros_has_the_scale_one(budget):
-    presolved = presolve(Instance(np.zeros(3), GradientFactor(np.ones((2, 3)), 0.0), budget))
-    assert presolved.scale == 1.0
-    assert presolved.offset == 0.0
+    reduced = SelectionProblem(Instance(np.zeros(3), GradientFactor(np.ones((2, 3)), 0.0), budget))
+    assert reduced.scale == 1.0
+    assert reduced.offset == 0.0

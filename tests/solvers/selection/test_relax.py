@@ -19,7 +19,7 @@ from cbs_opt import (
     selection_loss,
     solve,
 )
-from cbs_opt.solvers.problem.reduced import ReducedProblem
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 
 KINDS = ("hessian", "inverse_hessian", "gradients")
 SHAPES = (
@@ -41,7 +41,7 @@ SHAPES = (
 )
 def test_the_bound_of_any_point_is_below_the_optimum(problem, seed, kind, shape, spread):
     made = problem(seed, kind=kind, **shape)
-    reduced = ReducedProblem(made.instance)
+    reduced = SelectionProblem(made.instance)
     x = np.clip(0.5 + spread * np.random.default_rng(seed).standard_normal(reduced.n), 0, 1)
     assert reduced.certified_bound(x) <= made.optimum("selection")
 

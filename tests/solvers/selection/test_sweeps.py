@@ -7,9 +7,9 @@ import pytest
 
 from cbs_opt import Budget, GradientFactor, Instance, Stop, UsageError, solve
 from cbs_opt.monitor import Monitor
-from cbs_opt.selection import SelectionProblem
+from cbs_opt.selection import SelectionObjective
 from cbs_opt.solvers.problem.columns import Columns, DenseBlock, DiagonalBlock, FactorBlock
-from cbs_opt.solvers.problem.reduced import ReducedProblem
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem, Storage
 from cbs_opt.solvers.problem.threaded_factor import ThreadedFactor
 from cbs_opt.solvers.selection import search as search_module
 from cbs_opt.solvers.selection.incumbent import Incumbent
@@ -42,7 +42,7 @@ def mixed(seed, groups=1, n=10):
 def layers(problem, seed, kind="gradients", groups=None, **limits):
     """A reduced problem of twelve weights in three blocks."""
     made = problem(seed, n=12, kind=kind, blocks=3, groups=groups, budget=6, linear=seed % 2 == 1, m=8)
-    return made, ReducedProblem(made.instance, 1, **limits)
+    return made, SelectionProblem(made.instance, 1, Storage(**limits))
 
 
 def relaxed_optimum(problem):
@@ -213,7 +213,7 @@ def test_trades_are_made_at_all(problem):
 def test_path_and_tightening_give_points_and_close_bounds(problem, kind, groups, seed, limits):
     made, reduced = layers(problem, seed, kind, groups, **limits)
     best = relaxed_optimum(reduced)
-    optimum, minimum = made.optimum("selection"), reduced.presolved.objective(best.value())
+    optimum, minimum = made.optimum("selection"), reduced.from_units(best.value())
     offers = []
     search = sweep_search(reduced, offers)
     search.path(PATH)
@@ -224,7 +224,7 @@ def test_path_and_tightening_give_points_and_close_bounds(problem, kind, groups,
     for _ in range(60):
         search.tighten()
     assert search.settled
-    slack = 2e-3 * abs(minimum) + 1e-4 * reduced.presolved.scale
+    slack = 2e-3 * abs(minimum) + 1e-4 * reduced.scale
     assert minimum - slack <= search.monitor.bound <= optimum
     relaxed = search.relaxation()
     np.testing.assert_allclose(np.bincount(reduced.group, relaxed.x, reduced.budget.size), reduced.budget)
@@ -281,8 +281,8 @@ def test_the_optimum_is_found(problem, kind, shape, more):
     optimum = made.optimum("selection")
     assert result.objective == pytest.approx(optimum, rel=1e-9)
     assert result.bound <= optimum
-    minimum = relaxed_optimum(problem_of := ReducedProblem(made.instance)).value()
-    assert result.bound >= problem_of.presolved.objective(minimum) - 2e-3 * abs(optimum)
+    minimum = relaxed_optimum(problem_of := SelectionProblem(made.instance)).value()
+    assert result.bound >= problem_of.from_units(minimum) - 2e-3 * abs(optimum)
 
 
 # Limits
@@ -290,7 +290,7 @@ def test_the_optimum_is_found(problem, kind, shape, more):
 
 def test_limits_choose_the_way(problem):
     _, reduced = layers(problem, 2)
-    coupled = sum(c.index.size for c in reduced.presolved.components if c.block >= 0)
+    coupled = sum(reduced.component_sizes)
     assert is_large(reduced, coupled - 1)
     assert not is_large(reduced, coupled)
     assert not is_large(reduced)
@@ -319,9 +319,9 @@ def test_a_large_problem_is_swept(problem, monkeypatch, large, more):
 @pytest.mark.parametrize("limits", [{}, {"threaded_gradients": 0}], ids=["plain", "threaded"])
 def test_storage_follows_its_limits(problem, limits):
     made = problem(2, n=9, blocks=2)
-    dense = ReducedProblem(made.instance, 1, **limits)
-    factor = ReducedProblem(made.instance, 1, dense_bytes=0, **limits)
-    single = ReducedProblem(made.instance, 1, dense_bytes=0, double_bytes=0, **limits)
+    dense = SelectionProblem(made.instance, 1, Storage(**limits))
+    factor = SelectionProblem(made.instance, 1, Storage(dense_bytes=0, **limits))
+    single = SelectionProblem(made.instance, 1, Storage(dense_bytes=0, double_bytes=0, **limits))
     assert dense.threaded == bool(limits)
     assert all(isinstance(block, DenseBlock) for block in dense.columns.blocks)
     assert {block.rows.dtype for block in factor.columns.blocks} == {np.dtype(np.float64)}
@@ -345,7 +345,7 @@ def test_more_than_ten_thousand_weights_without_any_setting():
     n = 10_001
     G = (rng.standard_normal((40, n)) * rng.lognormal(0, 0.5, n)).astype(np.float32)
     instance = Instance(rng.standard_normal(n), GradientFactor(G, 1e-3), Budget(n - 100))
-    reduced = ReducedProblem(instance, 1)
+    reduced = SelectionProblem(instance, 1)
     assert is_large(reduced)
     assert isinstance(reduced.columns.blocks[0], FactorBlock)
     result = solve(instance, "search", stop=Stop(max_iterations=1), threads=2)
@@ -363,7 +363,7 @@ def test_more_than_ten_thousand_weights_without_any_setting():
 @pytest.mark.parametrize("linear", [False, True])
 def test_threaded_products_with_the_gradients(problem, dtype, threads, damping, linear):
     made = problem(6, n=11, blocks=3, dtype=dtype, damping=damping, linear=linear)
-    plain = SelectionProblem(made.instance)
+    plain = SelectionObjective(made.instance)
     factor = ThreadedFactor(plain, threads)
     rng = np.random.default_rng(1)
     x = rng.standard_normal(11)
