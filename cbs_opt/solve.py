@@ -126,11 +126,12 @@ def solve(
                     raise SolverError(f"solver '{solver}' cannot take the instance: {error}") from error
                 raise
             logger.exception("solver '%s' failed; its incumbent is kept", solver)
-        except ModuleNotFoundError as error:
-            raise SolverError(f"solver '{solver}' {missing(error)}") from error
         except Exception as error:
             if monitor.pruned is None:
-                raise SolverError(f"solver '{solver}' failed: {type(error).__name__}: {error}") from error
+                reason = f"failed: {type(error).__name__}: {error}"
+                if isinstance(error, ModuleNotFoundError):
+                    reason = missing(error)
+                raise SolverError(f"solver '{solver}' {reason}") from error
             logger.exception("solver '%s' failed; its incumbent is kept", solver)
         solve_seconds = monitor.elapsed
         if status is None:

@@ -141,6 +141,31 @@ def test_solver_by_class_and_start_from_a_result(instance, result):
         solve(instance, type("Nameless", (cbs_opt.Solver,), {"run": lambda *_: Status.CONVERGED}))
 
 
+def test_missing_module_keeps_the_incumbent(instance):
+    def run(self, instance, context):
+        context.monitor.report(1.0, instance.budget.cheapest(np.abs(instance.weights)))
+        raise ModuleNotFoundError("No module named 'nothing'", name="nothing")
+
+    late = type("Late", (cbs_opt.Solver,), {"name": "late", "summary": "fails late", "run": run})
+    assert solve(instance, late).status is Status.ERROR
+
+    def fail(self, instance, context):
+        raise ModuleNotFoundError("No module named 'nothing'", name="nothing.inside")
+
+    early = type("Early", (cbs_opt.Solver,), {"name": "early", "summary": "fails early", "run": fail})
+    with pytest.raises(cbs_opt.SolverError, match="solver 'early' needs the package 'nothing', which is not"):
+        solve(instance, early)
+
+
+def test_parameters_that_are_no_dataclass_are_told(instance):
+    class Lost(cbs_opt.Parameters):
+        width: int = cbs_opt.option(3, "is no field without the decorator")
+
+    solver = type("Odd", (cbs_opt.get_solver("obd"),), {"name": "odd", "parameters_type": Lost})
+    with pytest.raises(cbs_opt.SolverError, match=r"Lost must be a @dataclass\(frozen=True\): 'width'"):
+        solve(instance, solver)
+
+
 # Results ---------------------------------------------------------------------------------------------------
 
 
