@@ -22,6 +22,9 @@ from cbs_opt.files.npz import NpzReader
 from cbs_opt.instance import Instance
 from cbs_opt.typing import BoolArray
 
+PICTURES = (".png", ".svg", ".pdf")
+"""Endings of the files that a picture can be written to."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
@@ -66,8 +69,10 @@ def _main(arguments: list[str]) -> int:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    if options.picture is not None and options.picture.suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"{options.picture}: a picture is written as .png, .svg or .pdf")
+    if options.picture is not None and options.picture.suffix not in PICTURES:
+        raise UsageError(
+            f"{options.picture}: a picture is written as {', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
+        )
     common.check_outputs(
         (options.file, options.solution),
         (options.picture, options.export, None if options.json == "-" else options.json),

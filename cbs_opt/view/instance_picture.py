@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
     from cbs_opt.instance import Instance
 
-ENDINGS = (".png", ".svg", ".pdf")
-"""Endings of the files that a picture can be written to."""
-
 _INK = "#333333"
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7a7a7a")
 _PAIR, _BOTH, _ONE, _NEITHER = "#7f8c99", "#0072b2", "#d55e00", "#b5b5b5"
@@ -77,7 +74,7 @@ def draw_instance(instance: Instance, pruned: BoolArray | None = None) -> Figure
 
 
 def _title(instance: Instance, pruned: BoolArray | None) -> str:
-    name = "" if instance.path is None else f"{instance.path.stem}: "
+    name = "" if instance.path is None else f"{_plain(instance.path.stem)}: "
     what = f"{name}{count(instance.n, 'weight')} in {count(instance.curvature.number_of_blocks, 'block')}, "
     share = f"({instance.budget.total / instance.n:.1%})"
     if pruned is None:
@@ -116,7 +113,7 @@ def _draw_spectra(
         tensor = _tensor_of(tensors, int(curvature.offsets[k]))
         if tensor != _tensor_of(tensors, int(curvature.offsets[k + 1]) - 1):
             tensor = None
-        label = None if tensor in seen or tensor is None else tensor
+        label = None if tensor in seen or tensor is None else _plain(tensor)
         seen.add(tensor)
         rank = (np.arange(positive.size) + 1) / int(curvature.block_sizes[k])
         (line,) = axes.plot(rank, positive, color=colours.get(tensor, _INK), lw=1.1, alpha=0.8, label=label)
@@ -195,7 +192,7 @@ def _label_tensors(axes: Axes, tensors: Sequence[TensorEntry], shown: IntArray) 
     for tensor in tensors:
         inside = np.flatnonzero((shown >= tensor.start) & (shown < tensor.stop))
         if inside.size >= 0.05 * shown.size:
-            places.append((float(inside.mean()), tensor.name))
+            places.append((float(inside.mean()), _plain(tensor.name)))
         if inside.size and inside[-1] + 1 < shown.size:
             axes.axhline(float(inside[-1]) + 0.5, color=_INK, lw=0.9)
             axes.axvline(float(inside[-1]) + 0.5, color=_INK, lw=0.9)
@@ -207,7 +204,6 @@ def _label_tensors(axes: Axes, tensors: Sequence[TensorEntry], shown: IntArray) 
 
 
 def _draw_pairs(axes: Axes, instance: Instance, colours: dict[str | None, str], pruned: BoolArray | None) -> None:
-    from matplotlib.lines import Line2D
     from matplotlib.patheffects import withStroke
 
     graph = interaction_graph(instance, max_pairs=_PAIRS, cancelling=True)
@@ -236,27 +232,10 @@ def _draw_pairs(axes: Axes, instance: Instance, colours: dict[str | None, str], 
         )
         label.set(ha="center", fontsize=6.5, color=_INK, path_effects=halo)
     axes.margins(0.08)
-    handles: list[Any] = []
-    if pruned is not None:
-        kinds = [_edge_style(pruned, i, j)[2] for i, j in graph.edges]
-        for name, colour, dashes in (
-            ("both pruned: the pair cancels", _BOTH, "-"),
-            ("cut: one pruned, one kept", _ONE, (0, (3, 1.5))),
-            ("both kept", _NEITHER, "-"),
-        ):
-            number = kinds.count(name)
-            handles.append(Line2D([], [], color=colour, linestyle=dashes, lw=2.2, label=f"{number} {name}"))
-        handles.append(Line2D([], [], ls="", marker="o", mfc="white", mec=_INK, label="pruned weight"))
-        handles.append(Line2D([], [], ls="", marker="o", color=_INK, label="kept weight"))
-    elif len(colours) > 1:
-        used = {node["tensor"] for _, node in graph.nodes(data=True)}
-        handles = [
-            Line2D([], [], ls="", marker="o", color=colour, label=str(name))
-            for name, colour in colours.items()
-            if name in used
-        ]
     caption = "numbers: index of the weight; area: |w$_i$|; width: |Q$_{ij}$|"
     axes.text(0.0, -0.02, caption, transform=axes.transAxes, va="top", fontsize=7.5, color=_INK)
+    used = {node["tensor"] for _, node in graph.nodes(data=True)}
+    handles = _tensor_handles(colours, used) if pruned is None else _pair_handles(graph, pruned)
     if handles:
         axes.legend(
             handles=handles,
@@ -266,6 +245,42 @@ def _draw_pairs(axes: Axes, instance: Instance, colours: dict[str | None, str], 
             loc="upper left",
             bbox_to_anchor=(-0.02, -0.06),
         )
+
+
+def _tensor_handles(colours: dict[str | None, str], used: set[str | None]) -> list[Any]:
+    """Entries of the legend: the colour of each tensor, where there are several."""
+    from matplotlib.lines import Line2D
+
+    if len(colours) < 2:
+        return []
+    return [
+        Line2D([], [], ls="", marker="o", color=colour, label=_plain(name or "none"))
+        for name, colour in colours.items()
+        if name in used
+    ]
+
+
+def _pair_handles(graph: Any, pruned: BoolArray) -> list[Any]:
+    """Entries of the legend: how many pairs are pruned together, cut, or kept."""
+    from matplotlib.lines import Line2D
+
+    kinds = [_edge_style(pruned, i, j)[2] for i, j in graph.edges]
+    handles: list[Any] = []
+    for name, colour, dashes in (
+        ("both pruned: the pair cancels", _BOTH, "-"),
+        ("cut: one pruned, one kept", _ONE, (0, (3, 1.5))),
+        ("both kept", _NEITHER, "-"),
+    ):
+        label = f"{kinds.count(name)} {name}"
+        handles.append(Line2D([], [], color=colour, linestyle=dashes, lw=2.2, label=label))
+    handles.append(Line2D([], [], ls="", marker="o", mfc="white", mec=_INK, label="pruned weight"))
+    handles.append(Line2D([], [], ls="", marker="o", color=_INK, label="kept weight"))
+    return handles
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it as it stands: no formula, and not left out of a legend for a first "_"."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _edge_style(pruned: BoolArray, i: int, j: int) -> tuple[str, Any, str]:

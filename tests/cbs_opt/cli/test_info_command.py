@@ -207,6 +207,17 @@ def test_picture_with_a_solution_counts_what_is_cut(solution, tmp_path, capsys):
     assert "<svg" in out.read_text()
 
 
+def test_names_of_tensors_are_drawn_as_they_stand(problem, with_instance):
+    from cbs_opt.view.instance_picture import draw_instance
+
+    tensors = [{"name": "_a$", "shape": [4], "offset": 0}, {"name": "b$_{c", "shape": [8], "offset": 4}]
+    given = with_instance(problem(0, n=12), metadata={"tensors": tensors})
+    figure = draw_instance(given.instance)
+    figure.canvas.draw()  # a broken formula would raise here
+    legend = next(a.get_legend() for a in figure.axes if a.get_legend() is not None)
+    assert [text.get_text() for text in legend.get_texts()] == [r" _a\$", r"b\$_{c"]
+
+
 def test_text_in_a_process(run, golden, tmp_path):
     done = run("info", golden / "gradients.npz", "--picture", tmp_path / "p.png")
     assert done.returncode == 0
@@ -236,7 +247,7 @@ def test_bad_options(solution, certificate, tmp_path, capsys):
             "`--picture` needs an instance, and this is a solution",
         ),
         ([str(certificate), "--solution", str(solution)], "`--solution` needs an instance"),
-        (["library:mlp-output-20", "--picture", str(tmp_path / "p.gif")], "is written as .png, .svg or .pdf"),
+        (["library:mlp-output-20", "--picture", str(tmp_path / "p.gif")], "a picture ends in .png, .svg or .pdf"),
         ([str(solution), "--json", str(solution)], "is an input"),
     ):
         assert main(arguments) == 2
