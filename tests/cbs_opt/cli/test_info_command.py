@@ -247,7 +247,7 @@ def test_bad_options(solution, certificate, tmp_path, capsys):
             "`--picture` needs an instance, and this is a solution",
         ),
         ([str(certificate), "--solution", str(solution)], "`--solution` needs an instance"),
-        (["library:mlp-output-20", "--picture", str(tmp_path / "p.gif")], "a picture ends in .png, .svg or .pdf"),
+        (["library:mlp-output-20", "--picture", str(tmp_path / "p.gif")], "is written as .png, .svg or .pdf"),
         ([str(solution), "--json", str(solution)], "is an input"),
     ):
         assert main(arguments) == 2
