@@ -264,6 +264,12 @@ def selection_parts(
             mine = np.flatnonzero(found == piece)
             place = np.searchsorted(index[piece], block.start + at[mine])
             squares[piece][np.ix_(place, place)] = Q[np.ix_(mine, mine)]
+    for at, Q in zip(index, squares, strict=True):
+        # y_i² = y_i: where weight i has no term with another one, ½ Q_ii is a linear cost.
+        diagonal = Q.diagonal().copy()
+        uncoupled = np.count_nonzero(Q, axis=0) == (diagonal != 0)
+        c[at] += np.where(uncoupled, 0.5 * diagonal, 0.0)
+        Q[np.diag_indices(at.size)] = np.where(uncoupled, 0.0, diagonal)
     return [SelectionPart(at, Q, c[at], group[at], left) for at, Q in zip(index, squares, strict=True)], constant
 
 
