@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -34,7 +33,8 @@ class Component:
         return self.block >= 0
 
 
-class Presolved(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Presolved:
     """What is left of the selection problem: min ½ yᵀQy + cᵀy over the open weights, in units of `scale`.
 
     Attributes
