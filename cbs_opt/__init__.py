@@ -53,7 +53,8 @@ from cbs_opt.instance import Instance  # noqa: E402
 from cbs_opt.losses import Losses, evaluate, joint_loss, selection_loss  # noqa: E402
 from cbs_opt.monitor import Monitor  # noqa: E402
 from cbs_opt.registry import get_solver, register, solver_names  # noqa: E402
-from cbs_opt.result import Result, Solution, Status  # noqa: E402
+from cbs_opt.result import Result, Status  # noqa: E402
+from cbs_opt.solution import Solution  # noqa: E402
 from cbs_opt.solve import solve  # noqa: E402
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option  # noqa: E402
 from cbs_opt.stop import Stop  # noqa: E402
