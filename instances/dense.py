@@ -48,7 +48,7 @@ def dense_scores(
     classify = loss is nn.functional.cross_entropy
     device = next(model.parameters()).device
     with evaluation_mode(model), torch.no_grad():
-        _try_out(model, inputs[:1].to(device))
+        try_out(model, inputs[:1].to(device))
         size = chunk_size(model, inputs[:1].to(device), (), chunk_bytes)
         for start in range(0, m, size):
             x, y = inputs[start : start + size].to(device), labels[start : start + size].to(device)
@@ -64,7 +64,8 @@ def dense_scores(
     return scores if right is None else scores | {"dense_accuracy": right / m}
 
 
-def _try_out(model: nn.Module, one: Tensor) -> None:
+def try_out(model: nn.Module, one: Tensor) -> None:
+    """Run a network on one sample, (1, …); raises `InstanceError` when it does not take it."""
     try:
         model(one)
     except Exception as error:  # whatever a user's network does with inputs that are not its own

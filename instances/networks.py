@@ -15,18 +15,22 @@ is that of the public checkpoint that we know (91.4 %); others were trained with
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instances.architectures import CIFARNet, MLPNet, MobileNetV1, ResNet20
+from cbs_opt.instances.plain import unwrapped
 from cbs_opt.instances.preparation import Preparation
+from cbs_opt.instances.prunable import select
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,9 @@ class _Entry:
 
 _CIFAR_MEAN, _CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 _WIDTH = re.compile(r"mobilenetv1-(\d*\.?\d+)")
+_FACTORY = re.compile(
+    r"(?P<module>.*):(?P<factory>[^:]*)", re.DOTALL
+)  # the last colon: 'C:\\nets.py:make' has two
 
 
 def _digits_mlp() -> nn.Module:
@@ -106,7 +113,7 @@ def network_names() -> list[str]:
 
 def is_factory(spec: str) -> bool:
     """Whether `spec` is a user's `module:factory`: loading it runs code."""
-    return ":" in spec
+    return _FACTORY.fullmatch(spec) is not None
 
 
 def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Network:
@@ -116,9 +123,9 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
     ----------
     spec : str
         One of `network_names()`, or `module:factory`: a function without arguments in a module that Python
-        finds, the current directory included. It returns the model, or (model, data), or
-        (model, training data, test data), where data is (inputs, labels) or a loader of such batches. All its
-        parameters with two axes or more are pruned, except embeddings.
+        finds, the current directory included, or in a file, `./nets.py:make` say. It returns the model, or
+        (model, data), or (model, training data, test data), where data is (inputs, labels) or a loader of such
+        batches. What of it is pruned is told in `cbs_opt.instances.prunable`.
     mean, std : sequence of float, optional
         In place of the network's normalisation, one number or one per channel. Given for a factory, the images
         of a file are scaled to [0, 1], normalised and laid out as (m, C, H, W); without them it takes inputs as
@@ -140,24 +147,9 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
             f"'{spec}' is no network that we know: {', '.join(_NETWORKS)}; for your own, give module:factory"
         )
     model = entry.make().eval()
-    prunable = tuple(name for name in matrices(model) if entry.prunes(name))
+    prunable = tuple(name for name in select(model).names if entry.prunes(name))
     preparation = entry.preparation.normalised(mean, std)
     return Network(spec, model, prunable, preparation, entry.classes, image_shape=preparation.image_shape)
-
-
-def matrices(model: nn.Module) -> list[str]:
-    """Parameters with two axes or more, without embeddings: the weights of linear and convolutional layers."""
-    embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        for parameter in module.parameters()
-    }
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and parameter.is_floating_point() and id(parameter) not in embeddings
-    ]
 
 
 def _from_factory(spec: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Network:
@@ -167,9 +159,10 @@ def _from_factory(spec: str, mean: Sequence[float] | None, std: Sequence[float] 
         raise UsageError(
             f"{spec}: must return a model, (model, data) or (model, training data, test data), got {_kind(made)}"
         )
-    model = parts[0].eval()
-    prunable = tuple(matrices(model))
-    if not prunable:
+    model = unwrapped(parts[0]).eval()
+    selection = select(model)
+    prunable = selection.names
+    if not prunable and not any(left.tensor and len(left.tensor.layout.shape) > 1 for left in selection.left_out):
         raise UsageError(f"{spec}: the model has no parameter with two axes or more, so nothing to prune")
     preparation = None
     if mean is not None or std is not None:
@@ -179,14 +172,19 @@ def _from_factory(spec: str, mean: Sequence[float] | None, std: Sequence[float] 
 
 
 def _call(spec: str) -> Any:
-    """Import the module of `module:factory`, from the current directory too, and call the factory."""
-    module_name, _, name = spec.partition(":")
+    """Import the module of `module:factory`, from the current directory or a file too, and call the factory."""
+    match = _FACTORY.fullmatch(spec)
+    module_name, name = (match["module"], match["factory"]) if match else ("", "")
     if not module_name or not name.isidentifier():
-        raise UsageError(f"'{spec}' must be module:factory, 'mynet:make' say")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+        raise UsageError(f"'{spec}' must be module:factory, 'mynet:make' or './mynet.py:make' say")
+    from_file = module_name.endswith(".py") or "/" in module_name or "\\" in module_name
+    # The folder of a file comes first on the path, as it does for a script: its neighbours can be imported.
+    file = Path(module_name) if from_file else None
+    folder = str(Path.cwd() if file is None else file.resolve().parent)
+    sys.path.insert(0, folder)
     try:
-        factory = getattr(importlib.import_module(module_name), name, None)
+        module = importlib.import_module(module_name) if file is None else _module_of(spec, file)
+        factory = getattr(module, name, None)
         if not callable(factory):
             raise UsageError(f"{spec}: the module has no function '{name}'")
         return factory()
@@ -197,8 +195,34 @@ def _call(spec: str) -> Any:
     except Exception as error:
         raise UsageError(f"{spec}: fails with {type(error).__name__}: {error}") from error
     finally:
-        if here in sys.path:
-            sys.path.remove(here)
+        if folder in sys.path:
+            sys.path.remove(folder)
+
+
+def _module_of(spec: str, file: Path) -> ModuleType:
+    """The module in a file, imported once: a pickled or compared class must be the same in every call."""
+    if file.suffix != ".py":
+        file = file.with_name(file.name + ".py")
+    if not file.is_file():
+        raise UsageError(f"{spec}: there is no file '{file}'")
+    file = file.resolve()
+    for module in list(sys.modules.values()):
+        origin = getattr(module, "__file__", None)
+        if isinstance(origin, str) and Path(origin) == file and module.__name__ != "__main__":
+            return module
+    name = file.stem
+    if name in sys.modules or not name.isidentifier():
+        name = f"{file.stem}_{abs(hash(str(file))):x}"
+    location = importlib.util.spec_from_file_location(name, file)
+    assert location is not None and location.loader is not None
+    module = importlib.util.module_from_spec(location)
+    sys.modules[name] = module
+    try:
+        location.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _kind(made: Any) -> str:

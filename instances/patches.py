@@ -1,4 +1,4 @@
-"""What the filters of a convolution meet: its input as a matrix, of one to three dimensions, plain or transposed."""
+"""What the filters of a convolution meet: its input as a matrix, plain or transposed, of one to three axes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Networks whose weights are computed from other tensors, and the plain networks that compute the same.
 
-`weight_norm`, `spectral_norm`, `orthogonal`, masks of `torch.nn.utils.prune` and of our own, any parametrisation of
-`torch.nn.utils.parametrize`: what is pruned is the effective value, the tensor that the layer multiplies by.
+`weight_norm`, `spectral_norm`, `orthogonal`, masks of `torch.nn.utils.prune` and of our own, any parametrisation
+of `torch.nn.utils.parametrize`: what is pruned is the effective value, the tensor that the layer multiplies by.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 from cbs_opt.errors import UsageError
 
 logger = logging.getLogger("cbs_opt")
-
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,7 @@ def plain_model(model: nn.Module) -> Plain:
     masks = {name: mask for name, module, leaf in found if (mask := mask_of(module, leaf)) is not None}
     private = {id(tensor) for _, module, leaf in found for tensor in stored_tensors(module, leaf).values()}
     memo: dict[int, Any] = {
-        id(tensor): tensor
-        for tensor in (*model.parameters(), *model.buffers())
-        if id(tensor) not in private
+        id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in private
     }
     for module in model.modules():  # results of hooks, which torch refuses to copy
         for value in vars(module).values():
@@ -169,7 +166,9 @@ def set_effective(model: nn.Module, name: str, value: Tensor) -> None:
             logger.debug(f"{name}: {type(error).__name__}: {str(error)[:120]}")
         for key, tensor in stored_tensors(module, leaf).items():
             tensor.copy_(before[key])
-    logger.warning(f"{name}: its parametrisation cannot hold the pruned values: it is removed, the tensor is plain")
+    logger.warning(
+        f"{name}: its parametrisation cannot hold the pruned values: it is removed, the tensor is plain"
+    )
     make_plain(module, leaf)
     getattr(module, leaf).copy_(value)
 
@@ -187,9 +186,9 @@ def make_plain(module: nn.Module, leaf: str) -> None:
         for key in [key for key, hook in hooks.items() if _is_weight_hook(hook) and hook_leaf(hook) == leaf]:
             del hooks[key]
         stored = stored_tensors(module, leaf)
-        for key in stored:
-            module._parameters.pop(key, None)
-            module._buffers.pop(key, None)
+        for stored_name in stored:
+            module._parameters.pop(stored_name, None)
+            module._buffers.pop(stored_name, None)
         vars(module).pop(leaf, None)
         setattr(module, leaf, nn.Parameter(value))  # a recurrent network keeps a list of its weights up to date
     finally:

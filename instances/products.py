@@ -1,8 +1,9 @@
 """What each weight of a network multiplies, seen where torch is called rather than where layers are.
 
-In a forward pass every call of torch is looked at: one that multiplies by a weight, or by a part or the transpose of
-one, is reported with the matrix of inputs that the weight meets there. So it does not matter which layer owns the
-weight, how often it is used, or whether a layer is called at all (`MultiheadAttention` never calls its `out_proj`).
+In a forward pass every call of torch is looked at: one that multiplies by a weight, or by a part or the transpose
+of one, is reported with the matrix of inputs that the weight meets there. So it does not matter which layer owns
+the weight, how often it is used, or whether a layer is called at all (`MultiheadAttention` never calls its
+`out_proj`).
 """
 
 from __future__ import annotations
@@ -143,11 +144,11 @@ class Products(TorchFunctionMode):
             self.met(matrix, lambda inputs=inputs: inputs.T)  # type: ignore[misc]
 
     def linear(self, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-        """a · weightᵀ."""
+        """A · weightᵀ."""
         self.met(weight, lambda: _columns(a))
 
     def matmul(self, a: Tensor, b: Tensor, **_: Any) -> None:
-        """a · b, where either may be the weight."""
+        """A · b, where either may be the weight."""
         if self._name(b) is not None:
             if b.dim() != 2:
                 raise NotFollowed("it is a stack of matrices")
@@ -158,7 +159,7 @@ class Products(TorchFunctionMode):
             self.met(a, lambda: b.unsqueeze(-1) if b.dim() == 1 else b.movedim(-2, 0).flatten(1))
 
     def addmm(self, added: Tensor, a: Tensor, b: Tensor, **scales: Any) -> None:
-        """added + a · b."""
+        """Added + a · b."""
         if scales.get("alpha", 1) != 1:
             raise NotFollowed("its product is scaled")
         self.matmul(a, b)
@@ -301,9 +302,9 @@ _HANDLERS: dict[str, Callable[..., None]] = {
 
 # What is asked about a tensor rather than computed from it.
 _HARMLESS = frozenset(
-    ("__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "data_ptr", "__len__", "ndim",
+    ("__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "data_ptr", "__len__",
      "untyped_storage", "storage_offset", "requires_grad_", "element_size", "is_complex", "__hash__", "__repr__",
-     "_is_view", "is_same_size", "nelement", "get_device", "register_hook", "detach")
+     "_is_view", "is_same_size", "nelement", "get_device", "register_hook", "detach", "ndimension")
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Which tensors of a network are pruned: the weights of layers that multiply their inputs, wherever they live.
 
 Pruned by default are the weights of `Linear`, `Conv1d/2d/3d` and their transposes, `Bilinear`, the matrices of
-`RNN`, `LSTM`, `GRU` and their cells, the projections of `MultiheadAttention`, and those of a user's own layers that
-turn out to compute x·Wᵀ or x·W (`Conv1D` of Hugging Face is one). Left out are embeddings, biases, scales of
+`RNN`, `LSTM`, `GRU` and their cells, the projections of `MultiheadAttention`, and those of a user's own layers
+that turn out to compute x·Wᵀ or x·W (`Conv1D` of Hugging Face is one). Left out are embeddings, biases, scales of
 normalisation, tokens, positions: whatever a network does not multiply its activations by as a matrix.
 """
 
@@ -130,7 +130,9 @@ class Selection:
             logger.info(f"left out, {reason}: {_listed(names)}")
 
     def _in_order(self) -> list[tuple[Prunable, str]]:
-        return [(t, "") for t in self.tensors] + [(e.tensor, e.reason) for e in self.left_out if e.tensor is not None]
+        return [(t, "") for t in self.tensors] + [
+            (e.tensor, e.reason) for e in self.left_out if e.tensor is not None
+        ]
 
     def _hits(self, pattern: str) -> list[Prunable]:
         every = self._in_order()
@@ -176,9 +178,9 @@ def select(model: nn.Module) -> Selection:
         names_of.setdefault(parameter, []).append(name)
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(parameter, []).append((module, leaf))
+        for leaf, own in module._parameters.items():
+            if own is not None:
+                owners.setdefault(own, []).append((module, leaf))
     pruned, left_out = [], []
     for parameter, names in names_of.items():
         found = [_judged(owner, leaf, parameter) for owner, leaf in owners[parameter]]
@@ -236,7 +238,7 @@ def _judged(owner: nn.Module, leaf: str, parameter: Tensor) -> Layout | str:
         return "an embedding"
     if len(shape) < 2:
         return "a bias or scale (one axis)"
-    if isinstance(owner, nn.Linear | _CONVOLUTIONS):
+    if isinstance(owner, (nn.Linear, *_CONVOLUTIONS)):
         return Layout(shape)
     if isinstance(owner, _TRANSPOSED):
         return Layout(shape, inputs_first=True, groups=owner.groups)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.instances.curvature import cut, singular_sentence, symmetric_inverse
 from cbs_opt.instances.gradients import CHUNK_BYTES, Samples, chunk_size, evaluation_mode
-from cbs_opt.instances.prunable import select
 from cbs_opt.instances.products import Product, Products
+from cbs_opt.instances.prunable import select
 from cbs_opt.instances.tensors import Layout
 from cbs_opt.typing import FloatArray
 
@@ -82,15 +83,16 @@ class LayerCovariance:
 
 
 def followed(
-    model: nn.Module, one: Tensor, weights: Mapping[str, Layout]
+    model: nn.Module, run: Callable[[nn.Module], object], weights: Mapping[str, Layout]
 ) -> tuple[list[str], dict[str, str]]:
     """Which weights have a reconstruction error that can be computed, by one sample through the network.
 
     Parameters
     ----------
     model : torch.nn.Module
-        On the device of `one`; runs in evaluation mode.
-    one : Tensor (1, …)
+        Runs in evaluation mode.
+    run : callable
+        Runs the network on one sample.
     weights : mapping of str to Layout
 
     Returns
@@ -102,7 +104,7 @@ def followed(
     seen: set[str] = set()
     reasons: dict[str, str] = {}
     with evaluation_mode(model), torch.no_grad(), _watched(model, weights, lambda p: seen.add(p.name), reasons):
-        model(one)
+        run(model)
     for name in weights:
         if name not in seen and name not in reasons:
             reasons[name] = "the network does not use it"
@@ -181,7 +183,11 @@ def _watched(
 ) -> Products:
     parameters = dict(model.named_parameters())
     weights = {name: (parameters[name].detach(), layout) for name, layout in layouts.items()}
-    return Products(weights, report, lambda name, reason: reasons.setdefault(name, reason) and None)
+
+    def refuse(name: str, reason: str) -> None:
+        reasons.setdefault(name, reason)
+
+    return Products(weights, report, refuse)
 
 
 @dataclass
@@ -215,7 +221,7 @@ class _Sums:
         edges = sorted({0, rows} | {edge for key in self.products for edge in key})
         counts = None if self.counts is None else self.counts.double().cpu().numpy() / samples
         ranges = []
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in pairwise(edges):
             total = np.zeros((K, K))
             for (low, high), product in self.products.items():
                 if low <= first and last <= high:

@@ -19,12 +19,12 @@ RECURRENT = frozenset(_GATES)
 
 
 def recurrent_inputs(kind: str, args: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield every matrix of a call of `torch.lstm`, `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu`, with its inputs.
+    """Yield every matrix of a call that runs a recurrent network, with its inputs.
 
     Parameters
     ----------
     kind : str
-        One of `RECURRENT`.
+        The function of torch, one of `RECURRENT`.
     args : sequence
         The arguments of the call: (input, states, weights, has_biases, layers, dropout, train, bidirectional,
         batch_first), or (data, batch_sizes, states, weights, has_biases, layers, dropout, train, bidirectional).
@@ -82,7 +82,11 @@ def _reversed(batch_sizes: Tensor) -> Tensor:
     steps = _steps(batch_sizes)
     lengths = [sum(size > sample for _, size in steps) for sample in range(steps[0][1])]
     return torch.tensor(
-        [steps[lengths[sample] - 1 - t][0] + sample for t, (_, size) in enumerate(steps) for sample in range(size)],
+        [
+            steps[lengths[sample] - 1 - t][0] + sample
+            for t, (_, size) in enumerate(steps)
+            for sample in range(size)
+        ],
         dtype=torch.int64,
     )
 
@@ -99,7 +103,7 @@ def _previous(hidden: Tensor, batch_sizes: Tensor, first: Tensor) -> Tensor:
 def _unprojected(
     inputs: Tensor, before: Tensor, cell: Tensor, own: Sequence[Tensor], biases: bool, batch_sizes: Tensor
 ) -> Tensor:
-    """o ⊙ tanh(c) of every step of an LSTM: what its projection multiplies."""
+    """O ⊙ tanh(c) of every step of an LSTM: what its projection multiplies."""
     gates = inputs @ own[0].T + before @ own[1].T
     if biases:
         gates = gates + own[2] + own[3]

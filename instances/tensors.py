@@ -75,7 +75,7 @@ class Layout:
     def _swapped(self, flat: Flat, first: int, second: int) -> Flat:
         lead = tuple(flat.shape[:-1])
         parts = flat.reshape(*lead, self.groups, first, second, self.size // (self.groups * first * second))
-        out: Flat = parts.swapaxes(len(lead) + 1, len(lead) + 2).reshape(*lead, self.size)  # type: ignore[assignment]
+        out: Flat = parts.swapaxes(len(lead) + 1, len(lead) + 2).reshape(*lead, self.size)
         return out
 
 
@@ -172,8 +172,8 @@ def read_places(instance: Instance) -> list[Place]:
     for place in out:
         if place.start != end or place.name in seen or place.part.stop > instance.n:
             raise InstanceError(
-                f"`metadata`: the tensor {place.name}, {place.layout.size} weights from {place.start} on, does not "
-                f"continue the others, which end at {end} of {instance.n}"
+                f"`metadata`: the tensor {place.name}, {place.layout.size} weights from {place.start} on, does "
+                f"not continue the others, which end at {end} of {instance.n}"
             )
         seen.add(place.name)
         end = place.part.stop
@@ -193,7 +193,12 @@ def _place(item: Any) -> Place:
     numbers = (*shape, start, groups)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
         raise wrong
-    if not isinstance(name, str) or not isinstance(aliases, list | tuple) or not isinstance(dtype, str):
+    if (
+        not isinstance(start, int)
+        or not isinstance(name, str)
+        or not isinstance(aliases, list | tuple)
+        or not isinstance(dtype, str)
+    ):
         raise wrong
     if not all(isinstance(alias, str) for alias in aliases):
         raise wrong

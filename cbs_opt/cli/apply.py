@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cbs_opt.instances.apply import LayerMask
+    from cbs_opt.instances.masks import LayerMask
     from cbs_opt.instances.networks import Network
     from cbs_opt.instances.scores import Score
 
@@ -109,7 +109,7 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
     write_checkpoint(options.output, changed, options.checkpoint)
     logger.info(f"{options.output}: written")
     if options.picture is not None:
-        from cbs_opt.instances.masks import draw_masks
+        from cbs_opt.instances.mask_pictures import draw_masks
 
         draw_masks(options.picture, layers, network or "")
         logger.info(f"{options.picture}: drawn")
@@ -237,7 +237,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
         (options.output, options.picture, None if options.json == "-" else options.json),
     )
     if options.picture is not None:
-        from cbs_opt.instances.masks import check_picture
+        from cbs_opt.instances.mask_pictures import check_picture
 
         check_picture(options.picture)
 
