@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cbs_opt.instances.masks import LayerMask
     from cbs_opt.instances.networks import Network
     from cbs_opt.instances.scores import Score
 
@@ -60,6 +60,12 @@ def _parser() -> common.Parser:
     add("--mean", metavar="X", type=number_option(), nargs="+", help="normalisation in place of the network's")
     add("--std", metavar="X", type=number_option(), nargs="+", help="likewise")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add(
+        "--checkpoint-key",
+        metavar="KEY",
+        help="which dictionary of a checkpoint with several; default: as exported",
+    )
+    add("--masks", metavar="FILE.safetensors", type=Path, help="write the masks alone, by name of tensor")
     add("--picture", metavar="MASKS.png", type=Path, help="draw the mask of every layer; .png, .svg or .pdf")
     add("--json", metavar="FILE|-", help="write the report as JSON; - for stdout, and nothing else there")
     add("-q", "--quiet", action="store_true", help="log warnings only")
@@ -95,10 +101,16 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
 
     from cbs_opt.instances.apply import layer_masks, pruned_tensors
     from cbs_opt.instances.checkpoints import checkpoint_sha256, read_checkpoint, write_checkpoint
+    from cbs_opt.instances.tensors import names_of, read_places
 
     sha256 = checkpoint_sha256(options.checkpoint)
     _check_hash(instance, options, sha256)
-    tensors = read_checkpoint(options.checkpoint)
+    key = _checkpoint_key(options, instance)
+    places = read_places(instance)
+    tensors = read_checkpoint(options.checkpoint, set(names_of(places)), key)
+    hidden = [place.name for place in places if not any(name in tensors for name in (place.name, *place.aliases))]
+    if hidden and options.network is not None:
+        tensors |= _through_network(options, instance, hidden, key)
     try:
         changed = pruned_tensors(instance, solution, tensors)
     except InstanceError as error:
@@ -106,8 +118,15 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
     layers = layer_masks(instance, solution.pruned)
     network, scores = _scores(options, instance, changed, interrupts)
 
-    write_checkpoint(options.output, changed, options.checkpoint)
+    there = {name: tensor for name, tensor in changed.items() if name in tensors}
+    write_checkpoint(options.output, there, options.checkpoint, key)
     logger.info(f"{options.output}: written")
+    if options.masks is not None:
+        from cbs_opt.instances.masks import write_masks
+
+        write_masks(options.masks, layers)
+        logger.info(f"{options.masks}: written")
+    zeros = [_zeros(place.name, place.aliases, tensors, changed) for place in places]
     if options.picture is not None:
         from cbs_opt.instances.mask_pictures import draw_masks
 
@@ -122,10 +141,20 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
         "network": network,
         "updated": solution.weights is not None,
         "pruned_count": int(solution.pruned.sum()),
-        "sparsity": float(solution.pruned.mean()),
+        "zeros_before": sum(before for before, _ in zeros),
+        "zeros_after": sum(after for _, after in zeros),
+        "sparsity": sum(after for _, after in zeros) / instance.n,
         "layers": [
-            {"name": m.name, "shape": list(m.pruned.shape), "pruned": m.count, "sparsity": m.sparsity}
-            for m in layers
+            {
+                "name": m.name,
+                "aliases": list(m.aliases),
+                "shape": list(m.pruned.shape),
+                "pruned": m.count,
+                "zeros_before": before,
+                "zeros_after": after,
+                "sparsity": after / m.pruned.size,
+            }
+            for m, (before, after) in zip(layers, zeros, strict=True)
         ],
         "data": options.data,
         "split": options.split,
@@ -138,7 +167,7 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
     if options.json == "-":
         write_json("-", content)
     else:
-        common.say(_text(content, layers) + "\n")
+        common.say(_text(content) + "\n")
     return common.EXIT_OK
 
 
@@ -171,7 +200,7 @@ def _scores(
     from cbs_opt.instances.scores import evaluate, torch_device
 
     device = torch_device(options.device)
-    load_checkpoint(network.model, options.checkpoint)
+    load_checkpoint(network.model, options.checkpoint, _checkpoint_key(options, instance))
     if options.data is None and network.data is None and network.test_data is None:
         logger.info("no `--data`: accuracy and loss are not measured")
         return spec, {}
@@ -182,7 +211,7 @@ def _scores(
         scores["before"] = evaluate(
             network.model, source, device=device, should_stop=interrupts, progress=lambda done: tell(done)
         )
-        _take(network, changed)
+        _take(network, instance, changed)
         scores["after"] = evaluate(
             network.model,
             source,
@@ -193,15 +222,45 @@ def _scores(
     return spec, scores
 
 
-def _take(network: Network, changed: dict[str, Tensor]) -> None:
-    import torch
+def _take(network: Network, instance: Instance, changed: dict[str, Tensor]) -> None:
+    """Put the pruned tensors into the network; a parametrisation that cannot hold them is removed."""
+    from cbs_opt.instances.plain import effective_tensors, set_effective
+    from cbs_opt.instances.tensors import read_places
 
-    parameters = dict(network.model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in changed.items():
-            if name not in parameters:
-                raise InstanceError(f"the instance prunes {name}, which is no parameter of {network.name}")
-            parameters[name].copy_(tensor)
+    known = effective_tensors(network.model)
+    for place in read_places(instance):
+        if place.name not in known:
+            raise InstanceError(f"the instance prunes {place.name}, which is no parameter of {network.name}")
+        set_effective(network.model, place.name, changed[place.name])
+
+
+def _through_network(
+    options: argparse.Namespace, instance: Instance, names: Sequence[str], key: str | None
+) -> dict[str, Tensor]:
+    """Effective values of tensors that the checkpoint stores in a form of which only the network knows."""
+    from cbs_opt.instances.checkpoints import load_checkpoint
+    from cbs_opt.instances.networks import load_network
+    from cbs_opt.instances.plain import effective_tensors
+
+    network = load_network(options.network, *_normalisation(options, instance))
+    load_checkpoint(network.model, options.checkpoint, key)
+    known = effective_tensors(network.model)
+    return {name: known[name] for name in names if name in known}
+
+
+def _zeros(
+    name: str, aliases: Sequence[str], before: dict[str, Tensor], after: dict[str, Tensor]
+) -> tuple[int, int]:
+    """How many weights of a tensor are zero before and after."""
+    old = next(before[each] for each in (name, *aliases) if each in before)
+    return int((old.float() == 0).sum()), int((after[name].float() == 0).sum())
+
+
+def _checkpoint_key(options: argparse.Namespace, instance: Instance) -> str | None:
+    """The dictionary of the checkpoint: as given, or as the exporter noted it."""
+    noted = instance.metadata.get("checkpoint")
+    key = noted.get("key") if isinstance(noted, dict) else None
+    return options.checkpoint_key or (key if isinstance(key, str) else None)
 
 
 def _normalisation(options: argparse.Namespace, instance: Instance) -> tuple[Any, Any]:
@@ -232,9 +291,21 @@ def _check_hash(instance: Instance, options: argparse.Namespace, sha256: str) ->
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Find out before the work whether its results can be written."""
+    # A checkpoint in shards becomes a folder of shards.
+    folder = options.checkpoint.is_dir() or options.checkpoint.name.endswith(".index.json")
+    if folder and options.output.exists() and not options.output.is_dir():
+        raise UsageError(f"{options.output}: must be a folder, as the checkpoint is one of shards")
+    source = options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent
+    if folder and options.output.resolve() == source.resolve():
+        raise UsageError(f"{options.output}: is an input; the output would overwrite it")
     common.check_outputs(
         (options.instance, options.solution, options.checkpoint, options.data),
-        (options.output, options.picture, None if options.json == "-" else options.json),
+        (
+            None if folder else options.output,
+            options.picture,
+            options.masks,
+            None if options.json == "-" else options.json,
+        ),
     )
     if options.picture is not None:
         from cbs_opt.instances.mask_pictures import check_picture
@@ -242,17 +313,31 @@ def _check_outputs(options: argparse.Namespace) -> None:
         check_picture(options.picture)
 
 
-def _text(content: dict[str, Any], layers: list[LayerMask]) -> str:
+def _text(content: dict[str, Any]) -> str:
     """The report for a person."""
-    rows = [(m.name, " × ".join(map(str, m.pruned.shape)), m.count, m.pruned.size) for m in layers]
-    rows.append(("all", "", content["pruned_count"], content["instance"]["n"]))
-    wide = max(len("layer"), *(len(row[0]) for row in rows)), max(len("shape"), *(len(row[1]) for row in rows))
-    digits = max(len("weights"), len(f"{rows[-1][3]:,}"))
-    lines = [f"{'layer':<{wide[0]}}  {'shape':<{wide[1]}}  {'weights':>{digits}}  {'pruned':>{digits}}  sparsity"]
-    for name, shape, pruned, size in rows:
-        lines.append(
-            f"{name:<{wide[0]}}  {shape:<{wide[1]}}  {size:>{digits},}  {pruned:>{digits},}  {pruned / size:>8.2%}"
+    n = content["instance"]["n"]
+    rows = [
+        (
+            " = ".join((layer["name"], *layer["aliases"])),
+            " × ".join(map(str, layer["shape"])),
+            math.prod(layer["shape"]),
+            layer["zeros_before"],
+            layer["pruned"],
+            layer["zeros_after"],
         )
+        for layer in content["layers"]
+    ]
+    rows.append(("all", "", n, content["zeros_before"], content["pruned_count"], content["zeros_after"]))
+    wide = max(len("layer"), *(len(row[0]) for row in rows)), max(len("shape"), *(len(row[1]) for row in rows))
+    digits = max(len("weights"), len(f"{n:,}"))
+    old = content["zeros_before"] > 0  # a column of its own only where there were zeros before
+    head = f"{'layer':<{wide[0]}}  {'shape':<{wide[1]}}  {'weights':>{digits}}  "
+    head += f"{'zero before':>{max(digits, 11)}}  " if old else ""
+    lines = [f"{head}{'pruned':>{digits}}  sparsity"]
+    for name, shape, size, zeros_before, pruned, zeros_after in rows:
+        line = f"{name:<{wide[0]}}  {shape:<{wide[1]}}  {size:>{digits},}  "
+        line += f"{zeros_before:>{max(digits, 11)},}  " if old else ""
+        lines.append(f"{line}{pruned:>{digits},}  {zeros_after / size:>8.2%}")
     before, after = content["before"], content["after"]
     lines.append("")
     if before is not None and after is not None:
