@@ -19,14 +19,18 @@ from cbs_opt.files import read_instance
 from cbs_opt.files.instance_file import instance_arrays
 from cbs_opt.files.npz import Content, Stream, json_text, write_npz
 from cbs_opt.instance import Instance
+from cbs_opt.instances.batches import Samples
 from cbs_opt.instances.curvature import fisher_blocks, reconstruction_blocks
 from cbs_opt.instances.dense import dense_scores
 from cbs_opt.instances.fisher import tensor_table
-from cbs_opt.instances.gradients import CHUNK_BYTES, Loss, Samples, gradient_rows
+from cbs_opt.instances.gradients import CHUNK_BYTES, gradient_rows
+from cbs_opt.instances.losses import LossLike, SampleLoss
+from cbs_opt.instances.metrics import MetricLike
+from cbs_opt.instances.modes import single_precision
 from cbs_opt.instances.networks import matrices
 from cbs_opt.instances.recipe import DAMPING, Form, Recipe, Source, one_of, scratch
 from cbs_opt.instances.reconstruction import input_covariances, reconstruction_layers
-from cbs_opt.instances.scores import torch_device
+from cbs_opt.instances.scores import Judge, torch_device
 from cbs_opt.linalg import is_positive
 from cbs_opt.typing import FloatArray
 from cbs_opt.version import __version__
@@ -45,7 +49,9 @@ def export(
     labels: Samples,
     names: Sequence[str] | None = None,
     *,
-    loss: Loss = nn.functional.cross_entropy,
+    loss: LossLike | None = None,
+    metric: MetricLike | None = None,
+    output_key: str | None = None,
     source: Source = "fisher",
     curvature: Form | None = None,
     blocks: str | int | None = None,
@@ -76,8 +82,13 @@ def export(
     names : sequence of str, optional
         Parameters to prune, by their names in `model.named_parameters()`; all with two axes or more,
         except embeddings, by default.
-    loss : callable
-        Mean loss of a batch.
+    loss : str, torch loss or callable, optional
+        "cross-entropy", "mse", "bce" and so on, a loss of PyTorch, or a function of (outputs, targets); see
+        `cbs_opt.instances.losses`. Cross entropy where outputs and targets are those of a classifier.
+    metric : str or callable, optional
+        See `cbs_opt.instances.metrics`.
+    output_key : str, optional
+        The part of a structured output that the loss is about, see `cbs_opt.instances.outputs`.
     source, curvature, blocks, batch, damping, relative_damping, dtype : optional
     sparsity, per_layer, nm, first_order, memory : optional
         See `cbs_opt.instances.recipe.Recipe`.
@@ -125,7 +136,17 @@ def export(
         memory,
     )
     job = Export(
-        model, inputs, labels, names, recipe, loss=loss, device=device, metadata=metadata, progress=progress
+        model,
+        inputs,
+        labels,
+        names,
+        recipe,
+        loss=loss,
+        metric=metric,
+        output_key=output_key,
+        device=device,
+        metadata=metadata,
+        progress=progress,
     )
     if path is None:
         return job.instance()
@@ -161,11 +182,13 @@ class Export:
         self,
         model: nn.Module,
         inputs: Samples,
-        labels: Samples,
+        labels: Samples | None,
         names: Sequence[str] | None,
         recipe: Recipe,
         *,
-        loss: Loss = nn.functional.cross_entropy,
+        loss: LossLike | None = None,
+        metric: MetricLike | None = None,
+        output_key: str | None = None,
         device: str = "auto",
         metadata: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
@@ -176,7 +199,12 @@ class Export:
         parameters = dict(model.named_parameters())
         self.names = matrices(model) if names is None else list(names)
         _check_names(self.names, parameters)
-        if len(inputs) != len(labels):
+        if labels is None and recipe.source != "reconstruction":
+            raise InstanceError(
+                "the data have no labels, which the gradients of the loss need: give (inputs, labels), or take "
+                "`--source reconstruction`, which needs none"
+            )
+        if labels is not None and len(inputs) != len(labels):
             raise InstanceError(f"there are {len(inputs)} inputs but {len(labels)} labels")
         self.rows = len(inputs) // recipe.batch
         if self.rows < 1:
@@ -187,7 +215,9 @@ class Export:
                 f"{len(inputs) % recipe.batch} are left out"
             )
         self.inputs, self.labels = inputs, labels
-        self.model, self.recipe, self.loss = model, recipe, loss
+        self.model, self.recipe = model, recipe
+        self.judge = Judge(loss, metric, output_key)
+        self._loss_declared = loss is not None
         self.shapes = [tuple(parameters[name].shape) for name in self.names]
         self.sizes = recipe.sizes(self.shapes)
         self.budget = recipe.budget(self.shapes)
@@ -271,7 +301,7 @@ class Export:
             self.inputs,
             self.labels,
             self.names,
-            loss=self.loss,
+            loss=self._loss(),
             batch=self.recipe.batch,
             chunk_bytes=self._chunk_bytes,
         ):
@@ -359,23 +389,34 @@ class Export:
 
     def _judge(self) -> None:
         """Score the dense network, which finds data that do not fit before the long work."""
-        self.facts |= dense_scores(
-            self.model,
-            self.inputs,
-            self.labels,
-            loss=self.loss,
-            chunk_bytes=self._chunk_bytes,
-            progress=lambda done: self._progress("checking", done, len(self.inputs)),
-        )
+        if self.labels is None:
+            return
+        needed = self.recipe.source != "reconstruction"
+        try:
+            self.facts |= dense_scores(
+                self.model,
+                self.inputs,
+                self.labels,
+                self.judge,
+                chunk_bytes=self._chunk_bytes,
+                progress=lambda done: self._progress("checking", done, len(self.inputs)),
+            )
+        except (InstanceError, UsageError) as error:
+            if needed or self._loss_declared or str(error).startswith("the network does not take"):
+                raise
+            logger.info(f"the dense network is not scored: {error}")
+
+    def _loss(self) -> SampleLoss:
+        """The loss, each sample of which is a share of the whole."""
+        assert self.judge.loss is not None
+        return self.judge.loss.over(self.judge.mean_weight)
 
     def _linear(self) -> FloatArray | None:
         return self._sum / self.rows if self.recipe.first_order else None
 
     def _metadata(self) -> dict[str, Any]:
         recipe = self.recipe
-        loss = (
-            "cross entropy" if self.loss is nn.functional.cross_entropy else getattr(self.loss, "__name__", "loss")
-        )
+        loss = "" if self.judge.loss is None else self.judge.loss.name
         of = "single samples" if recipe.batch == 1 else f"mini-batches of {recipe.batch}"
         hessian = (
             f"empirical Fisher of the gradients of {of}, {loss}"
