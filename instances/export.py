@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,21 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks, InverseHessianBlocks
-from cbs_opt.errors import InstanceError
+from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance
 from cbs_opt.files.instance_file import instance_arrays
 from cbs_opt.files.npz import Content, Stream, json_text, write_npz
 from cbs_opt.instance import Instance
+from cbs_opt.instances.batches import Samples, placed
 from cbs_opt.instances.curvature import fisher_blocks
-from cbs_opt.instances.dense import dense_scores, try_out
-from cbs_opt.instances.gradients import CHUNK_BYTES, Loss, Samples, gradient_rows
+from cbs_opt.instances.dense import dense_scores
+from cbs_opt.instances.gradients import CHUNK_BYTES, gradient_rows
+from cbs_opt.instances.losses import LossLike, SampleLoss
+from cbs_opt.instances.metrics import MetricLike
 from cbs_opt.instances.plan import make_plan, with_zeros
 from cbs_opt.instances.recipe import DAMPING, Along, Form, Recipe, Source, one_of, scratch
 from cbs_opt.instances.reconstruction import input_covariances, reconstruction_blocks
-from cbs_opt.instances.scores import torch_device
+from cbs_opt.instances.scores import Judge, runner, torch_device
 from cbs_opt.instances.tensors import table_of, to_rows
 from cbs_opt.linalg import is_positive
 from cbs_opt.typing import FloatArray
@@ -44,7 +47,9 @@ def export(
     labels: Samples,
     names: Sequence[str] | None = None,
     *,
-    loss: Loss = nn.functional.cross_entropy,
+    loss: LossLike | None = None,
+    metric: MetricLike | None = None,
+    output_key: str | None = None,
     source: Source = "fisher",
     curvature: Form | None = None,
     blocks: str | int | None = None,
@@ -78,8 +83,13 @@ def export(
     names : sequence of str, optional
         Parameters to prune, by their names in `model.named_parameters()` or by patterns; by default the weights
         of all layers that multiply, see `cbs_opt.instances.prunable`.
-    loss : callable
-        Mean loss of a batch.
+    loss : str, torch loss or callable, optional
+        "cross-entropy", "mse", "bce" and so on, a loss of PyTorch, or a function of (outputs, targets); see
+        `cbs_opt.instances.losses`. Cross entropy where outputs and targets are those of a classifier.
+    metric : str or callable, optional
+        See `cbs_opt.instances.metrics`.
+    output_key : str, optional
+        The part of a structured output that the loss is about, see `cbs_opt.instances.outputs`.
     source, curvature, blocks, batch, damping, relative_damping, dtype : optional
     sparsity, per_layer, nm, first_order, memory, keep_mask, nm_along : optional
         See `cbs_opt.instances.recipe.Recipe`.
@@ -138,6 +148,8 @@ def export(
         recipe,
         loss=loss,
         exclude=exclude,
+        metric=metric,
+        output_key=output_key,
         device=device,
         metadata=metadata,
         progress=progress,
@@ -176,11 +188,13 @@ class Export:
         self,
         model: nn.Module,
         inputs: Samples,
-        labels: Samples,
+        labels: Samples | None,
         names: Sequence[str] | None,
         recipe: Recipe,
         *,
-        loss: Loss = nn.functional.cross_entropy,
+        loss: LossLike | None = None,
+        metric: MetricLike | None = None,
+        output_key: str | None = None,
         exclude: Sequence[str] | None = None,
         device: str = "auto",
         metadata: Mapping[str, Any] | None = None,
@@ -189,7 +203,12 @@ class Export:
     ) -> None:
         one_of("device", device, ("auto", "cpu", "cuda"))
         self.device = torch_device(device)
-        if len(inputs) != len(labels):
+        if labels is None and recipe.source != "reconstruction":
+            raise InstanceError(
+                "the data have no labels, which the gradients of the loss need: give (inputs, labels), or take "
+                "`--source reconstruction`, which needs none"
+            )
+        if labels is not None and len(inputs) != len(labels):
             raise InstanceError(f"there are {len(inputs)} inputs but {len(labels)} labels")
         self.rows = len(inputs) // recipe.batch
         if self.rows < 1:
@@ -201,7 +220,9 @@ class Export:
             )
         self.inputs, self.labels = inputs, labels
         plan = make_plan(model, names, exclude, source=recipe.source, run=self._run_one)
-        self.model, self.recipe, self.loss = plan.model, recipe, loss
+        self.model, self.recipe = plan.model, recipe
+        self.judge = Judge(loss, metric, output_key)
+        self._loss_declared = loss is not None
         self.places, self.names, self.weights = plan.places, plan.names, plan.weights
         self.shapes = [place.layout.rows_shape for place in plan.places]
         self.sizes = recipe.sizes(self.shapes)
@@ -287,7 +308,7 @@ class Export:
             self.inputs,
             self.labels,
             self.names,
-            loss=self.loss,
+            loss=self._loss(),
             batch=self.recipe.batch,
             chunk_bytes=self._chunk_bytes,
         ):
@@ -374,23 +395,34 @@ class Export:
 
     def _judge(self) -> None:
         """Score the dense network, which finds data that do not fit before the long work."""
-        self.facts |= dense_scores(
-            self.model,
-            self.inputs,
-            self.labels,
-            loss=self.loss,
-            chunk_bytes=self._chunk_bytes,
-            progress=lambda done: self._progress("checking", done, len(self.inputs)),
-        )
+        if self.labels is None:
+            return
+        needed = self.recipe.source != "reconstruction"
+        try:
+            self.facts |= dense_scores(
+                self.model,
+                self.inputs,
+                self.labels,
+                self.judge,
+                chunk_bytes=self._chunk_bytes,
+                progress=lambda done: self._progress("checking", done, len(self.inputs)),
+            )
+        except (InstanceError, UsageError) as error:
+            if needed or self._loss_declared or str(error).startswith("the network does not take"):
+                raise
+            logger.info(f"the dense network is not scored: {error}")
+
+    def _loss(self) -> SampleLoss:
+        """The loss, each sample of which is a share of the whole."""
+        assert self.judge.loss is not None
+        return self.judge.loss.over(self.judge.mean_weight)
 
     def _linear(self) -> FloatArray | None:
         return self._sum / self.rows if self.recipe.first_order else None
 
     def _metadata(self) -> dict[str, Any]:
         recipe = self.recipe
-        loss = (
-            "cross entropy" if self.loss is nn.functional.cross_entropy else getattr(self.loss, "__name__", "loss")
-        )
+        loss = "" if self.judge.loss is None else self.judge.loss.name
         of = "single samples" if recipe.batch == 1 else f"mini-batches of {recipe.batch}"
         hessian = (
             f"empirical Fisher of the gradients of {of}, {loss}"
@@ -418,9 +450,8 @@ class Export:
 
     def _run_one(self, model: nn.Module) -> object:
         """One sample through the network, where it is."""
-        one = self.inputs[:1].to(next(model.parameters()).device)
-        try_out(model, one)
-        return None
+        with ExitStack() as stack:
+            return runner(model, stack)(placed(self.inputs[:1], model))
 
     def _tell_zeros(self) -> None:
         """Say what is zero already, and what becomes of it."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instances.architectures import CIFARNet, MLPNet, MobileNetV1, ResNet20
-from cbs_opt.instances.plain import unwrapped
+from cbs_opt.instances.modes import unwrapped
 from cbs_opt.instances.preparation import Preparation
 from cbs_opt.instances.prunable import select
 

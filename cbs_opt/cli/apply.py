@@ -63,7 +63,7 @@ def _parser() -> common.Parser:
     add(
         "--checkpoint-key",
         metavar="KEY",
-        help="which dictionary of a checkpoint with several; default: as exported",
+        help="which of its dictionaries; default: as exported",
     )
     add("--masks", metavar="FILE.safetensors", type=Path, help="write the masks alone, by name of tensor")
     add("--picture", metavar="MASKS.png", type=Path, help="draw the mask of every layer; .png, .svg or .pdf")
