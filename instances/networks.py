@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instances.architectures import CIFARNet, MLPNet, MobileNetV1, ResNet20
+from cbs_opt.instances.factory import parts_of
 from cbs_opt.instances.preparation import Preparation
 
 
@@ -50,6 +51,8 @@ class Network:
         What the factory brought: (inputs, labels), a loader of such batches, or None.
     image_shape : tuple of int or None
         (H, W) or (H, W, C) of the images that `prepare` takes.
+    loss, metric, output_key : object
+        What the factory declared, see `factory.parts_of`; None otherwise.
     """
 
     name: str
@@ -60,6 +63,9 @@ class Network:
     data: Any = None
     test_data: Any = None
     image_shape: tuple[int, ...] | None = None
+    loss: Any = None
+    metric: Any = None
+    output_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,9 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
     ----------
     spec : str
         One of `network_names()`, or `module:factory`: a function without arguments in a module that Python
-        finds, the current directory included. It returns the model, or (model, data), or
-        (model, training data, test data), where data is (inputs, labels) or a loader of such batches. All its
+        finds, the current directory included. It returns the model, or (model, data),
+        (model, training data, test data[, loss[, metric]]) or a dictionary of these; data are (inputs, labels), a
+        loader of such batches and much else, see `own_data`. All its
         parameters with two axes or more are pruned, except embeddings.
     mean, std : sequence of float, optional
         In place of the network's normalisation, one number or one per channel. Given for a factory, the images
@@ -162,20 +169,26 @@ def matrices(model: nn.Module) -> list[str]:
 
 def _from_factory(spec: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Network:
     made = _call(spec)
-    parts = made if isinstance(made, tuple | list) else (made,)
-    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
-        raise UsageError(
-            f"{spec}: must return a model, (model, data) or (model, training data, test data), got {_kind(made)}"
-        )
-    model = parts[0].eval()
+    parts = parts_of(made, spec)
+    model = parts.model.eval()
     prunable = tuple(matrices(model))
     if not prunable:
         raise UsageError(f"{spec}: the model has no parameter with two axes or more, so nothing to prune")
     preparation = None
     if mean is not None or std is not None:
         preparation = Preparation(None).normalised(mean, std)
-    data, test_data = [*parts[1:], None, None][:2]
-    return Network(spec, model, prunable, preparation, None, data, test_data)
+    return Network(
+        spec,
+        model,
+        prunable,
+        preparation,
+        None,
+        parts.data,
+        parts.test_data,
+        loss=parts.loss,
+        metric=parts.metric,
+        output_key=parts.output_key,
+    )
 
 
 def _call(spec: str) -> Any:
@@ -199,9 +212,3 @@ def _call(spec: str) -> Any:
     finally:
         if here in sys.path:
             sys.path.remove(here)
-
-
-def _kind(made: Any) -> str:
-    if isinstance(made, tuple | list):
-        return f"({', '.join(type(part).__name__ for part in made[:4])}{', …' if len(made) > 4 else ''})"
-    return type(made).__name__

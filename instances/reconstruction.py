@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.instances.gradients import CHUNK_BYTES, Samples, chunk_size, evaluation_mode
+from cbs_opt.instances.batches import Samples, call, placed, slices
+from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
+from cbs_opt.instances.modes import evaluation_mode
 from cbs_opt.instances.layers import Layer, columns, layer_of, tapped
 from cbs_opt.typing import FloatArray
 
@@ -82,20 +84,19 @@ def input_covariances(
     Sums are kept in float64. O(m · places · K²) time a layer.
     """
     layers = reconstruction_layers(model, names)
-    device = next(model.parameters()).device
     sums: list[Tensor | None] = [None] * len(layers)
     with evaluation_mode(model), torch.no_grad():
-        size = chunk_size(model, inputs[:1].to(device), (), chunk_bytes)
-        for start in range(0, len(inputs), size):
+        size = chunk_size(model, placed(inputs[:1], model), (), chunk_bytes)
+        for part in slices(inputs, size):
             with tapped(layers, graph=False) as record:
-                model(inputs[start : start + size].to(device))
+                call(model, placed(inputs[part], model))
             for number, layer in enumerate(layers):
                 for passage in record[layer]:
                     X = _patches(layer, passage.inputs)
                     product = X @ X.transpose(1, 2)
                     before = sums[number]
                     sums[number] = product if before is None else before.add_(product)
-            progress(min(start + size, len(inputs)))
+            progress(part.stop)
     out = []
     for name, total in zip(names, sums, strict=True):
         if total is None:
