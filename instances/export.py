@@ -302,7 +302,7 @@ class Export:
 
     def _pieces(self) -> Iterator[NDArray[Any]]:
         """Rows of G in order, in the model's precision, with the sums that the rest needs."""
-        done = 0
+        done, nothing = 0, True
         for rows in gradient_rows(
             self.model,
             self.inputs,
@@ -318,8 +318,14 @@ class Export:
             if self.recipe.relative_damping is not None:
                 self._squares += float(np.square(piece, dtype=np.float64).sum())
             done += len(piece)
+            nothing = nothing and not piece.any()
             self._progress("gradients", done, self.rows)
             yield piece
+        if nothing:
+            logger.warning(
+                "ALL GRADIENTS ARE ZERO: nothing tells the weights apart; check that the loss is that of the network, "
+                "`--loss mse` say, and that its outputs depend on the weights that are pruned"
+            )
 
     def _collected(self, dtype: np.dtype[Any], folder: Path | None) -> NDArray[Any]:
         """G (m, n); fewer rows than asked for when a stop came."""

@@ -14,21 +14,20 @@ is that of the public checkpoint that we know (91.4 %); others were trained with
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instances.architectures import CIFARNet, MLPNet, MobileNetV1, ResNet20
+from cbs_opt.instances.factory import parts_of
 from cbs_opt.instances.modes import unwrapped
+from cbs_opt.instances.plugins import load_object
 from cbs_opt.instances.preparation import Preparation
 from cbs_opt.instances.prunable import select
 
@@ -54,6 +53,8 @@ class Network:
         What the factory brought: (inputs, labels), a loader of such batches, or None.
     image_shape : tuple of int or None
         (H, W) or (H, W, C) of the images that `prepare` takes.
+    loss, metric, output_key : object
+        What the factory declared, see `factory.parts_of`; None otherwise.
     """
 
     name: str
@@ -64,6 +65,9 @@ class Network:
     data: Any = None
     test_data: Any = None
     image_shape: tuple[int, ...] | None = None
+    loss: Any = None
+    metric: Any = None
+    output_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,6 @@ class _Entry:
 
 _CIFAR_MEAN, _CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 _WIDTH = re.compile(r"mobilenetv1-(\d*\.?\d+)")
-_FACTORY = re.compile(
-    r"(?P<module>.*):(?P<factory>[^:]*)", re.DOTALL
-)  # the last colon: 'C:\\nets.py:make' has two
 
 
 def _digits_mlp() -> nn.Module:
@@ -113,7 +114,7 @@ def network_names() -> list[str]:
 
 def is_factory(spec: str) -> bool:
     """Whether `spec` is a user's `module:factory`: loading it runs code."""
-    return _FACTORY.fullmatch(spec) is not None
+    return ":" in spec
 
 
 def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Network:
@@ -124,8 +125,9 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
     spec : str
         One of `network_names()`, or `module:factory`: a function without arguments in a module that Python
         finds, the current directory included, or in a file, `./nets.py:make` say. It returns the model, or
-        (model, data), or (model, training data, test data), where data is (inputs, labels) or a loader of such
-        batches. What of it is pruned is told in `cbs_opt.instances.prunable`.
+        (model, data), (model, training data, test data[, loss[, metric]]) or a dictionary of these; data are
+        (inputs, labels), a loader of such batches and much else, see `own_data`. What of it is pruned is told in
+        `prunable`.
     mean, std : sequence of float, optional
         In place of the network's normalisation, one number or one per channel. Given for a factory, the images
         of a file are scaled to [0, 1], normalised and laid out as (m, C, H, W); without them it takes inputs as
@@ -154,12 +156,8 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
 
 def _from_factory(spec: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Network:
     made = _call(spec)
-    parts = made if isinstance(made, tuple | list) else (made,)
-    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
-        raise UsageError(
-            f"{spec}: must return a model, (model, data) or (model, training data, test data), got {_kind(made)}"
-        )
-    model = unwrapped(parts[0]).eval()
+    parts = parts_of(made, spec)
+    model = unwrapped(parts.model).eval()
     selection = select(model)
     prunable = selection.names
     if not prunable and not any(left.tensor and len(left.tensor.layout.shape) > 1 for left in selection.left_out):
@@ -167,26 +165,28 @@ def _from_factory(spec: str, mean: Sequence[float] | None, std: Sequence[float] 
     preparation = None
     if mean is not None or std is not None:
         preparation = Preparation(None).normalised(mean, std)
-    data, test_data = [*parts[1:], None, None][:2]
-    return Network(spec, model, prunable, preparation, None, data, test_data)
+    return Network(
+        spec,
+        model,
+        prunable,
+        preparation,
+        None,
+        parts.data,
+        parts.test_data,
+        loss=parts.loss,
+        metric=parts.metric,
+        output_key=parts.output_key,
+    )
 
 
 def _call(spec: str) -> Any:
-    """Import the module of `module:factory`, from the current directory or a file too, and call the factory."""
-    match = _FACTORY.fullmatch(spec)
-    module_name, name = (match["module"], match["factory"]) if match else ("", "")
-    if not module_name or not name.isidentifier():
-        raise UsageError(f"'{spec}' must be module:factory, 'mynet:make' or './mynet.py:make' say")
-    from_file = module_name.endswith(".py") or "/" in module_name or "\\" in module_name
-    # The folder of a file comes first on the path, as it does for a script: its neighbours can be imported.
-    file = Path(module_name) if from_file else None
-    folder = str(Path.cwd() if file is None else file.resolve().parent)
-    sys.path.insert(0, folder)
+    """Import the factory of `module:factory`, and call it."""
+    factory = load_object(spec, "the network")
+    if not callable(factory):
+        raise UsageError(f"{spec}: the module has no function '{spec.rpartition(':')[2]}'")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)  # it may import more of its neighbours
     try:
-        module = importlib.import_module(module_name) if file is None else _module_of(spec, file)
-        factory = getattr(module, name, None)
-        if not callable(factory):
-            raise UsageError(f"{spec}: the module has no function '{name}'")
         return factory()
     except UsageError:
         raise
@@ -195,37 +195,5 @@ def _call(spec: str) -> Any:
     except Exception as error:
         raise UsageError(f"{spec}: fails with {type(error).__name__}: {error}") from error
     finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
-
-
-def _module_of(spec: str, file: Path) -> ModuleType:
-    """The module in a file, imported once: a pickled or compared class must be the same in every call."""
-    if file.suffix != ".py":
-        file = file.with_name(file.name + ".py")
-    if not file.is_file():
-        raise UsageError(f"{spec}: there is no file '{file}'")
-    file = file.resolve()
-    for module in list(sys.modules.values()):
-        origin = getattr(module, "__file__", None)
-        if isinstance(origin, str) and Path(origin) == file and module.__name__ != "__main__":
-            return module
-    name = file.stem
-    if name in sys.modules or not name.isidentifier():
-        name = f"{file.stem}_{abs(hash(str(file))):x}"
-    location = importlib.util.spec_from_file_location(name, file)
-    assert location is not None and location.loader is not None
-    module = importlib.util.module_from_spec(location)
-    sys.modules[name] = module
-    try:
-        location.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _kind(made: Any) -> str:
-    if isinstance(made, tuple | list):
-        return f"({', '.join(type(part).__name__ for part in made[:4])}{', …' if len(made) > 4 else ''})"
-    return type(made).__name__
+        if here in sys.path:
+            sys.path.remove(here)

@@ -7,27 +7,27 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cbs_opt.cli import common
-from cbs_opt.cli.arguments import number_option, whole_option
+from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
 from cbs_opt.cli.report import write_json
+from cbs_opt.cli.scoring import Scores, Scoring, checkpoint_key, drop, magnitude_at, normalisation, score_lines
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance, read_solution
 from cbs_opt.files.library_file import resolve
 from cbs_opt.instance import Instance
+from cbs_opt.result import Solution
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
-    from cbs_opt.instances.networks import Network
     from cbs_opt.instances.scores import Score
+    from cbs_opt.instances.tensors import Place
 
 logger = logging.getLogger("cbs_opt")
 
@@ -45,7 +45,7 @@ def _parser() -> common.Parser:
     )
     add = parser.add_argument
     add("instance", metavar="INSTANCE.npz", type=Path)
-    add("solution", metavar="SOLUTION.npz", type=Path)
+    add("solution", metavar="SOLUTION.npz", type=Path, nargs="+", help="several with `--max-drop`")
     add("--checkpoint", metavar="IN", type=Path, required=True, help="the checkpoint that was exported")
     add("-o", "--output", metavar="OUT", type=Path, required=True, help="pruned checkpoint, of the same container")
     add("--data", metavar="PATH", help="images and labels to score on: file, folder, or digits")
@@ -66,6 +66,17 @@ def _parser() -> common.Parser:
         help="which of its dictionaries; default: as exported",
     )
     add("--masks", metavar="FILE.safetensors", type=Path, help="write the masks alone, by name of tensor")
+    add_loss_options(parser)
+    add("--no-score", action="store_true", help="write the checkpoint, and run no network")
+    add("--no-magnitude", action="store_true", help="leave out the comparison with magnitude pruning")
+    add(
+        "--max-drop",
+        metavar="POINTS",
+        type=number_option(0),
+        help="of several solutions take the sparsest that costs at most so much on the data: points of accuracy and "
+        "the like, percent of perplexity, error or loss",
+    )
+    add("--onnx", metavar="FILE.onnx", type=Path, help="also write the pruned network as ONNX")
     add("--picture", metavar="MASKS.png", type=Path, help="draw the mask of every layer; .png, .svg or .pdf")
     add("--json", metavar="FILE|-", help="write the report as JSON; - for stdout, and nothing else there")
     add("-q", "--quiet", action="store_true", help="log warnings only")
@@ -95,28 +106,47 @@ def _main(arguments: list[str]) -> int:
 
 def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
     instance = read_instance(resolve(options.instance))
-    solution = read_solution(options.solution, instance)
-    if not solution.instance_sha256:
-        logger.warning(f"{options.solution}: does not say which instance it is for: only its size is checked")
+    solutions = [read_solution(path, instance) for path in options.solution]
+    for path, solution in zip(options.solution, solutions, strict=True):
+        if not solution.instance_sha256:
+            logger.warning(f"{path}: does not say which instance it is for: only its size is checked")
 
     from cbs_opt.instances.apply import layer_masks, pruned_tensors
     from cbs_opt.instances.checkpoints import checkpoint_sha256, read_checkpoint, write_checkpoint
+    from cbs_opt.instances.sizes import sparse_sizes
     from cbs_opt.instances.tensors import names_of, read_places
 
     sha256 = checkpoint_sha256(options.checkpoint)
     _check_hash(instance, options, sha256)
-    key = _checkpoint_key(options, instance)
+    key = checkpoint_key(options, instance)
     places = read_places(instance)
     tensors = read_checkpoint(options.checkpoint, set(names_of(places)), key)
     hidden = [place.name for place in places if not any(name in tensors for name in (place.name, *place.aliases))]
     if hidden and options.network is not None:
         tensors |= _through_network(options, instance, hidden, key)
     try:
-        changed = pruned_tensors(instance, solution, tensors)
+        candidates = [pruned_tensors(instance, solution, tensors) for solution in solutions]
     except InstanceError as error:
         raise InstanceError(f"{options.instance}, {options.checkpoint}: {error}") from None
+    scoring = Scoring(options, instance, interrupts)
+    scoring.open()
+    magnitude = None
+    if not options.no_magnitude and len(solutions) == 1:
+        magnitude = pruned_tensors(
+            instance, Solution(magnitude_at(instance, solutions[0].pruned), instance.sha256 or ""), tensors
+        )
+    scoring.measure(candidates, magnitude)
+    scores = scoring.result
+    path_of = [
+        {"solution": str(path), "sparsity": float(solution.pruned.mean()), **_asdict("score", after)}
+        for path, solution, after in zip_longest(options.solution, solutions, scores.after)
+    ]
+    chosen = 0 if len(solutions) == 1 else _sparsest(options, solutions, scores)
+    if chosen is None:
+        return common.EXIT_NONE
+    solution, changed = solutions[chosen], candidates[chosen]
     layers = layer_masks(instance, solution.pruned)
-    network, scores = _scores(options, instance, changed, interrupts)
+    network = scores.network
 
     there = {name: tensor for name, tensor in changed.items() if name in tensors}
     write_checkpoint(options.output, there, options.checkpoint, key)
@@ -126,16 +156,23 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
 
         write_masks(options.masks, layers)
         logger.info(f"{options.masks}: written")
-    zeros = [_zeros(place.name, place.aliases, tensors, changed) for place in places]
+    zeros = [_zeros(place, tensors, changed) for place in places]
     if options.picture is not None:
         from cbs_opt.instances.mask_pictures import draw_masks
 
         draw_masks(options.picture, layers, network or "")
         logger.info(f"{options.picture}: drawn")
+    if options.onnx is not None:
+        from cbs_opt.instances.onnx_file import write_onnx
+
+        assert scores.model is not None and scores.source is not None
+        scoring.take(changed)
+        write_onnx(options.onnx, scores.model.model, scores.source.batch(0, 2))
+        logger.info(f"{options.onnx}: written")
     content = {
         "schema": SCHEMA,
         "instance": {"path": str(options.instance), "sha256": instance.sha256, "n": instance.n},
-        "solution": {"path": str(options.solution), "instance_sha256": solution.instance_sha256 or None},
+        "solution": {"path": str(options.solution[chosen]), "instance_sha256": solution.instance_sha256 or None},
         "checkpoint": {"path": str(options.checkpoint), "sha256": sha256},
         "output": {"path": str(options.output), "sha256": checkpoint_sha256(options.output)},
         "network": network,
@@ -160,8 +197,15 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
         "split": options.split,
         "before": None,
         "after": None,
-        **{when: asdict(score) for when, score in scores.items() if score is not None},
+        "magnitude": None,
+        **_asdict("before", scores.before),
+        **_asdict("after", scores.after[chosen] if scores.after else None),
+        **_asdict("magnitude", scores.magnitude),
+        "warnings": scores.worries,
+        "size": asdict(sparse_sizes({place.name: changed[place.name] for place in places})),
     }
+    if len(solutions) > 1:
+        content["path"] = path_of
     if options.json not in (None, "-"):
         write_json(options.json, content)
     if options.json == "-":
@@ -171,67 +215,31 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
     return common.EXIT_OK
 
 
-def _scores(
-    options: argparse.Namespace, instance: Instance, changed: dict[str, Tensor], interrupts: common.Interrupts
-) -> tuple[str | None, dict[str, Score | None]]:
-    """The network's name, where it is known, and its score before and after, where there is data."""
-    from cbs_opt.instances.networks import is_factory, load_network, network_names
+def _asdict(when: str, score: Score | None) -> dict[str, Any]:
+    return {} if score is None else {when: asdict(score)}
 
-    said = instance.metadata.get("network")
-    spec = options.network or (said if isinstance(said, str) else None)
-    if options.network is None and options.data is None:
-        return spec, {}
-    if spec is None:
-        raise UsageError(f"{options.instance}: does not name its network: give it with `--network`")
-    if options.network is None and is_factory(spec):
+
+def _sparsest(options: argparse.Namespace, solutions: list[Solution], scores: Scores) -> int | None:
+    """The number of the sparsest solution that costs at most `--max-drop`, None without one."""
+    if scores.before is None:
         raise UsageError(
-            f"{options.instance}: its network '{spec}' is a factory, which is code: repeat it as "
-            f"`--network {spec}` to run it"
+            "several solutions are compared on data: name them with `--data`, and the network with `--network`"
         )
-    try:
-        network = load_network(spec, *_normalisation(options, instance))
-    except UsageError as error:
-        if options.network is not None or spec in network_names():
-            raise
-        raise UsageError(f"{options.instance}: {error}; `--network` overrides what the instance says") from None
-
-    from cbs_opt.instances.checkpoints import load_checkpoint
-    from cbs_opt.instances.data import open_samples
-    from cbs_opt.instances.scores import evaluate, torch_device
-
-    device = torch_device(options.device)
-    load_checkpoint(network.model, options.checkpoint, _checkpoint_key(options, instance))
-    if options.data is None and network.data is None and network.test_data is None:
-        logger.info("no `--data`: accuracy and loss are not measured")
-        return spec, {}
-    source = open_samples(options.data, network, options.split, options.samples, options.seed)
-    logger.info(f"{len(source)} samples of {source.name}, {options.split} split, on {device}")
-    scores: dict[str, Score | None] = {}
-    with _bar(options.quiet, 2 * len(source)) as tell:
-        scores["before"] = evaluate(
-            network.model, source, device=device, should_stop=interrupts, progress=lambda done: tell(done)
+    within = []
+    lines = []
+    for k, (path, solution, after) in enumerate(zip(options.solution, solutions, scores.after, strict=True)):
+        cost = math.inf if after is None else drop(scores.before, after)
+        within += [k] if cost <= options.max_drop else []
+        lines.append((solution.pruned.mean(), f"{path}: {solution.pruned.mean():.2%} pruned, costs {cost:+.2f}"))
+    for _, line in sorted(lines):
+        logger.info(line)
+    if not within:
+        cheapest = min(drop(scores.before, after) for after in scores.after if after is not None)
+        common.say(
+            f"no solution costs at most {options.max_drop:g}: the cheapest costs {cheapest:.2f}; nothing is written\n"
         )
-        _take(network, instance, changed)
-        scores["after"] = evaluate(
-            network.model,
-            source,
-            device=device,
-            should_stop=interrupts,
-            progress=lambda done: tell(len(source) + done),
-        )
-    return spec, scores
-
-
-def _take(network: Network, instance: Instance, changed: dict[str, Tensor]) -> None:
-    """Put the pruned tensors into the network; a parametrisation that cannot hold them is removed."""
-    from cbs_opt.instances.plain import effective_tensors, set_effective
-    from cbs_opt.instances.tensors import read_places
-
-    known = effective_tensors(network.model)
-    for place in read_places(instance):
-        if place.name not in known:
-            raise InstanceError(f"the instance prunes {place.name}, which is no parameter of {network.name}")
-        set_effective(network.model, place.name, changed[place.name])
+        return None
+    return max(within, key=lambda k: float(solutions[k].pruned.mean()))
 
 
 def _through_network(
@@ -242,36 +250,16 @@ def _through_network(
     from cbs_opt.instances.networks import load_network
     from cbs_opt.instances.plain import effective_tensors
 
-    network = load_network(options.network, *_normalisation(options, instance))
+    network = load_network(options.network, *normalisation(options, instance))
     load_checkpoint(network.model, options.checkpoint, key)
     known = effective_tensors(network.model)
     return {name: known[name] for name in names if name in known}
 
 
-def _zeros(
-    name: str, aliases: Sequence[str], before: dict[str, Tensor], after: dict[str, Tensor]
-) -> tuple[int, int]:
+def _zeros(place: Place, before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple[int, int]:
     """How many weights of a tensor are zero before and after."""
-    old = next(before[each] for each in (name, *aliases) if each in before)
-    return int((old.float() == 0).sum()), int((after[name].float() == 0).sum())
-
-
-def _checkpoint_key(options: argparse.Namespace, instance: Instance) -> str | None:
-    """The dictionary of the checkpoint: as given, or as the exporter noted it."""
-    noted = instance.metadata.get("checkpoint")
-    key = noted.get("key") if isinstance(noted, dict) else None
-    return options.checkpoint_key or (key if isinstance(key, str) else None)
-
-
-def _normalisation(options: argparse.Namespace, instance: Instance) -> tuple[Any, Any]:
-    """Mean and standard deviation as given, or as the exporter noted them."""
-    given = (options.mean, options.std)
-    noted = instance.metadata.get("normalisation")
-    noted = noted if isinstance(noted, dict) else {}
-    mean, std = (
-        new if new is not None else noted.get(key) for key, new in zip(("mean", "std"), given, strict=True)
-    )
-    return mean, std
+    old = next(before[name] for name in (place.name, *place.aliases) if name in before)
+    return int((old.float() == 0).sum()), int((after[place.name].float() == 0).sum())
 
 
 def _check_hash(instance: Instance, options: argparse.Namespace, sha256: str) -> None:
@@ -299,14 +287,23 @@ def _check_outputs(options: argparse.Namespace) -> None:
     if folder and options.output.resolve() == source.resolve():
         raise UsageError(f"{options.output}: is an input; the output would overwrite it")
     common.check_outputs(
-        (options.instance, options.solution, options.checkpoint, options.data),
+        (options.instance, *options.solution, options.checkpoint, options.data),
         (
             None if folder else options.output,
             options.picture,
             options.masks,
+            options.onnx,
             None if options.json == "-" else options.json,
         ),
     )
+    if len(options.solution) > 1 and options.max_drop is None:
+        raise UsageError("several solutions need `--max-drop`, which chooses one of them")
+    if options.max_drop is not None and options.no_score:
+        raise UsageError("`--max-drop` needs scores: it goes without `--no-score`")
+    if options.onnx is not None:
+        from cbs_opt.instances.onnx_file import check_onnx
+
+        check_onnx()
     if options.picture is not None:
         from cbs_opt.instances.mask_pictures import check_picture
 
@@ -338,31 +335,21 @@ def _text(content: dict[str, Any]) -> str:
         line = f"{name:<{wide[0]}}  {shape:<{wide[1]}}  {size:>{digits},}  "
         line += f"{zeros_before:>{max(digits, 11)},}  " if old else ""
         lines.append(f"{line}{pruned:>{digits},}  {zeros_after / size:>8.2%}")
-    before, after = content["before"], content["after"]
     lines.append("")
-    if before is not None and after is not None:
-        over = f"{after['samples']} samples, {content['split']} split"
-        if before["samples"] != after["samples"]:
-            over = f"interrupted: {before['samples']} samples before, {after['samples']} after"
-        lines.append(f"accuracy  {before['accuracy']:.2%} before, {after['accuracy']:.2%} after  ({over})")
-        lines.append(f"loss      {before['loss']:.4f} before, {after['loss']:.4f} after")
+    lines += score_lines(content)
+    lines += [f"WARNING   {text}" for text in content["warnings"]]
+    size = content["size"]
+    lines.append(
+        f"size      {_bytes(size['dense'])} of pruned tensors; {_bytes(size['bitmask'])} as bitmaps and kept values, "
+        f"{_bytes(size['csr'])} as compressed rows"
+    )
     updated = "pruned, and the kept weights updated" if content["updated"] else "pruned"
     lines.append(f"written   {content['output']['path']}  ({updated})")
     return "\n".join(lines)
 
 
-@contextmanager
-def _bar(quiet: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal's stderr, else nothing."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("scoring", total=total)
-        yield lambda done: progress.update(task, completed=done)
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 if __name__ == "__main__":

@@ -73,6 +73,23 @@ def solve_parser() -> Parser:
     return parser
 
 
+def add_loss_options(parser: Parser) -> None:
+    """The options that declare what a network was trained for; of `cbs-export` and `cbs-apply`."""
+    add = parser.add_argument
+    add(
+        "--loss",
+        metavar="NAME|module:function",
+        help="cross-entropy, next-token, nll, mse, l1, huber, bce (logits), or a function of (outputs, targets); "
+        "default: what the factory declares, else cross-entropy where outputs and labels are a classifier's",
+    )
+    add(
+        "--metric",
+        metavar="NAME|module:function",
+        help="accuracy, top-5, r2, mse, mean-iou, perplexity, none, or a function; default: that of the loss",
+    )
+    add("--output-key", metavar="NAME", help="the part of a structured output that the loss is about")
+
+
 def parse_solve(arguments: list[str]) -> argparse.Namespace:
     """Parse the options, those of `--config` included.
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cbs_opt.cli import common
-from cbs_opt.cli.arguments import number_option, whole_option
+from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
 from cbs_opt.errors import UsageError
 from cbs_opt.version import __version__
 
@@ -76,6 +76,7 @@ def export_parser() -> common.Parser:
         metavar="full|layer|row|SIZE",
         help="blocks of H; default: full for gradients, layer for dense blocks, row for reconstruction",
     )
+    add_loss_options(parser)
     add("--damping", type=number_option(0), metavar="L", help="added to the diagonal of H; default: 1e-5")
     add(
         "--relative-damping",
@@ -139,6 +140,9 @@ def _main(arguments: list[str]) -> int:
             names,
             recipe,
             exclude=options.exclude,
+            loss=options.loss or network.loss,
+            metric=options.metric or network.metric,
+            output_key=options.output_key or network.output_key,
             device=device.type,
             metadata=_origin(options, network),
             progress=progress,
@@ -152,11 +156,18 @@ def _main(arguments: list[str]) -> int:
         started = time.perf_counter()
         job.write(options.output)
     facts = job.facts
-    accuracy = f", accuracy {facts['dense_accuracy']:.4f}" if "dense_accuracy" in facts else ""
+    dense = ""
+    if "dense_loss" in facts:
+        dense = f"dense network on {len(source)} samples: {facts['loss']} {facts['dense_loss']:.6f}"
+        if "dense_accuracy" in facts:
+            dense += f", accuracy {facts['dense_accuracy']:.4f}"
+        elif "dense_metric" in facts:
+            dense += f", {facts['dense_metric']} {facts['dense_value']:.4f}"
+        dense += "\n"
     common.say(
         f"{options.output}: {job.weights.size} weights, {recipe.form.replace('-', ' ')} in {len(job.sizes)} "
         f"block{'s' if len(job.sizes) > 1 else ''}, {job.budget.total} to prune\n"
-        f"dense network on {len(source)} samples: loss {facts['dense_loss']:.6f}{accuracy}\n"
+        f"{dense}"
         f"{options.output.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s\n"
     )
     return common.EXIT_OK
@@ -221,6 +232,10 @@ def _origin(options: argparse.Namespace, network: Network) -> dict[str, Any]:
         }
         if options.checkpoint_key is not None:
             origin["checkpoint"]["key"] = options.checkpoint_key
+    for key in ("loss", "metric", "output_key"):
+        # Code is run only where it is named: what a factory declares comes from it again.
+        if isinstance(value := getattr(options, key), str):
+            origin[f"declared_{key}"] = value
     normalisation = {key: getattr(options, key) for key in ("mean", "std") if getattr(options, key) is not None}
     if normalisation:
         origin["normalisation"] = normalisation
@@ -235,6 +250,11 @@ class _Batches:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    @property
+    def borders(self) -> Any:
+        """Where samples of another shape begin."""
+        return self._source.borders
 
     def __getitem__(self, part: slice) -> Any:
         start, stop, _ = part.indices(len(self))

@@ -151,11 +151,11 @@ def test_accuracy_and_loss_are_those_of_torch(model):
 def test_scoring_says_what_does_not_fit(model):
     x, y = torch.randn(4, 6), torch.arange(4) % 3
     for net, data, words in (
-        (model, (torch.randn(4, 7), y), r"cannot take inputs of shape \(7,\)"),
-        (model, (x, y + 1), "labels must be between 0 and 2 for this network, got 3"),
-        (torch.nn.Flatten(0), (x, y), r"must give logits \(samples, classes\), got \(24,\)"),
+        (model, (torch.randn(4, 7), y), r"does not take inputs of shape \(7,\)"),
+        (model, (x, y + 1), r"labels must lie in \[0, 2\], the network's classes, got 1 … 3: they count from 1"),
+        (torch.nn.Flatten(0), (x, y), "one output a sample makes no classes: declare the loss"),
     ):
-        with pytest.raises(InstanceError, match=words):
+        with pytest.raises((InstanceError, UsageError), match=words):
             evaluate(net, open_samples(None, score_network(net, data), "test"))
 
 

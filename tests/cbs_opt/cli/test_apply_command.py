@@ -1,5 +1,6 @@
 """`cbs-apply`: from an instance, a solution and a checkpoint to a pruned checkpoint and its scores."""
 
+import itertools
 import json
 import pickle
 import re
@@ -245,7 +246,7 @@ def test_what_does_not_belong_together_is_refused(trained, tmp_path, monkeypatch
 def test_an_interrupt_keeps_the_checkpoint(trained, tmp_path, monkeypatch, capsys):
     from cbs_opt.cli.common import Interrupts
 
-    asked = iter([False, False, True, True])
+    asked = itertools.chain([False, False], itertools.repeat(True))
     monkeypatch.setattr(Interrupts, "__call__", lambda self: next(asked))
     assert command(trained, "model.pt", tmp_path / "out.pt", "--data", "digits", "--json", "-", "-q") == 0
     content = json.loads(capsys.readouterr().out)
