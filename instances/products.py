@@ -34,8 +34,11 @@ class Product:
         Its rows first … last − 1, in the order of the instance.
     inputs : Tensor (K, places), or None
         None for a look-up.
-    counts : Tensor (rows,), or None
-        Of a look-up in an embedding: how often each row was read.
+    counts : Tensor (last − first,), or None
+        What the product adds to every diagonal entry of a row: how often a row of an embedding was read, or the
+        squares of what a row was multiplied by, where the product runs across the rows.
+    across : bool
+        Whether the weight was multiplied from the other side than its layout says.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Product:
     last: int
     inputs: Tensor | None
     counts: Tensor | None = None
+    across: bool = False
 
 
 class NotFollowed(Exception):  # noqa: N818  (no error of the user's)
@@ -131,13 +135,15 @@ class Products(TorchFunctionMode):
             return
         weight, layout = self._weights[name]
         first, last, flipped = _part(matrix, weight)
-        if (flipped != transposed) != layout.inputs_first:
-            raise NotFollowed("it is multiplied from the other side than its layer stores it")
-        if layout.inputs_first and (first, last) != (0, weight.shape[0]):
-            raise NotFollowed("a part of its inputs is multiplied alone")
         if layout.inputs_first:
+            if (first, last) != (0, weight.shape[0]):
+                raise NotFollowed("a part of its inputs is multiplied alone")
             first, last = 0, layout.rows
-        self._report(Product(name, first, last, inputs()))
+        if (flipped != transposed) == layout.inputs_first:
+            self._report(Product(name, first, last, inputs()))
+        else:  # Σ_j (Σ_r δ_rj x_r)²: of each row's own terms x_r² is what all its weights share
+            squares = inputs().double().square().sum(1)
+            self._report(Product(name, first, last, None, squares, across=True))
 
     def _recurrent(self, kind: str, args: Sequence[Any]) -> None:
         for matrix, inputs in recurrent_inputs(kind, args):

@@ -48,7 +48,7 @@ class RowRange:
     covariance : float64 (K, K)
         XXᵀ/m of the inputs X of these rows.
     shifts : float64 (last − first,), or None
-        Added to the diagonal, row by row: how often each row of an embedding is read, divided by m.
+        Added to the diagonal, row by row, for uses of the weight as an embedding or from the other side.
     """
 
     first: int
@@ -105,13 +105,18 @@ def followed(
     reasons : dict of str to str
         Of all others: why not.
     """
-    seen: set[str] = set()
+    seen: set[tuple[str, bool]] = set()
     reasons: dict[str, str] = {}
-    with evaluation_mode(model), torch.no_grad(), _watched(model, weights, lambda p: seen.add(p.name), reasons):
+
+    def note(product: Product) -> None:
+        seen.add((product.name, product.across))
+
+    with evaluation_mode(model), torch.no_grad(), _watched(model, weights, note, reasons):
         run(model)
     for name in weights:
-        if name not in seen and name not in reasons:
-            reasons[name] = "the network does not use it"
+        if (name, False) not in seen and name not in reasons:
+            across = (name, True) in seen
+            reasons[name] = "it is multiplied from the other side" if across else "the network does not use it"
     return [name for name in weights if name not in reasons], reasons
 
 
@@ -208,7 +213,9 @@ class _Sums:
 
     def add(self, product: Product) -> None:
         if product.counts is not None:
-            self.counts = product.counts if self.counts is None else self.counts + product.counts
+            if self.counts is None:
+                self.counts = torch.zeros(self.layout.rows, dtype=torch.float64, device=product.counts.device)
+            self.counts[product.first : product.last] += product.counts
         if product.inputs is None:
             return
         key, X = (product.first, product.last), product.inputs
@@ -227,7 +234,7 @@ class _Sums:
         if not self.products and self.counts is None:
             raise InstanceError(f"the layer of '{name}' is never called: it has no inputs to reconstruct from")
         edges = sorted({0, rows} | {edge for key in self.products for edge in key})
-        counts = None if self.counts is None else self.counts.double().cpu().numpy() / samples
+        counts = None if self.counts is None else self.counts.cpu().numpy() / samples
         ranges = []
         for first, last in pairwise(edges):
             total = np.zeros((K, K))
