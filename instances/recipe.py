@@ -20,6 +20,7 @@ from cbs_opt.typing import IntArray
 
 Source = Literal["fisher", "reconstruction"]
 Form = Literal["gradients", "hessian", "inverse-hessian"]
+Along = Literal["inputs", "outputs"]
 
 DAMPING = 1e-5
 SPARSITY = 0.9
@@ -60,6 +61,10 @@ class Recipe:
         Also store the mean gradient, `linear`.
     memory : int, optional
         Bytes that the export may use; half of what is free by default.
+    keep_mask : bool
+        Weights that are zero already stay zero, and count as pruned. Those of masks always do.
+    nm_along : {"inputs", "outputs"}
+        The M weights of an N:M pattern are consecutive inputs of one output, or outputs of one input.
 
     Raises
     ------
@@ -79,6 +84,8 @@ class Recipe:
     nm: tuple[int, int] | None = None
     first_order: bool = False
     memory: int | None = None
+    keep_mask: bool = False
+    nm_along: Along = "inputs"
     form: Form = field(init=False)
     block_rule: str | int = field(init=False)
     entry: np.dtype[Any] = field(init=False)
@@ -104,6 +111,9 @@ class Recipe:
                 raise UsageError(
                     "N:M sets how many weights are pruned: it goes without `sparsity` and `per_layer`"
                 )
+        one_of("nm_along", self.nm_along, ("inputs", "outputs"))
+        if self.nm_along == "outputs" and self.nm is None:
+            raise UsageError("`nm_along` is for N:M patterns: give `nm` too")
         if self.dtype is not None:
             one_of("dtype", self.dtype, ("float32", "float64"))
         form, rule = self.curvature, self.blocks
@@ -141,7 +151,7 @@ class Recipe:
     def budget(self, shapes: Sequence[Shape]) -> Budget:
         """How many weights to prune: over all of them, of each tensor, or N:M."""
         if self.nm is not None:
-            return nm_budget(shapes, *self.nm)
+            return nm_budget(shapes, *self.nm, along=self.nm_along)
         sparsity = SPARSITY if self.sparsity is None else self.sparsity
         numbers = [int(np.prod(shape)) for shape in shapes]
         if not self.per_layer:
@@ -210,20 +220,23 @@ class Recipe:
         return f"{' or '.join(out)} would do" if out else "prune fewer tensors"
 
 
-def nm_budget(shapes: Sequence[Shape], keep: int, of: int) -> Budget:
-    """Groups of `of` consecutive inputs of the same output, of which `keep` stay.
+def nm_budget(shapes: Sequence[Shape], keep: int, of: int, *, along: Along = "inputs") -> Budget:
+    """Groups of `of` consecutive weights of a row, of which `keep` stay.
 
-    Inputs are counted along the second axis of a tensor, as hardware for 2:4 sparsity does: the features of a
-    linear layer, the channels of a convolution at the same place of its kernel. What is left at the end of a row,
-    r < `of` weights, is a group of its own that loses ⌊r (of − keep)/of⌋.
+    Inputs are counted along the second axis of a tensor in the order of the instance, as hardware for 2:4 sparsity
+    does: the features of a linear layer, the channels of a convolution at the same place of its kernel. What is
+    left at the end of a row, r < `of` weights, is a group of its own that loses ⌊r (of − keep)/of⌋. With `along`
+    outputs the groups run down the columns: consecutive outputs of the same input, for products with the
+    transposed matrix.
     """
     groups, budgets, offset = [], [], 0
     for shape in shapes:
-        inputs = shape[1] if len(shape) > 1 else shape[0]
-        index = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
-        lines = np.moveaxis(index, 1, -1).reshape(-1, inputs) if len(shape) > 1 else index.reshape(1, -1)
-        per_line = -(-inputs // of)
-        of_line = np.arange(inputs) // of
+        index = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape if len(shape) > 1 else (1, -1))
+        line_axis = 1 if along == "inputs" else 0
+        length = index.shape[line_axis]
+        lines = np.moveaxis(index, line_axis, -1).reshape(-1, length)
+        per_line = -(-length // of)
+        of_line = np.arange(length) // of
         layer = np.empty(index.size, dtype=np.int64)
         layer[lines] = offset + np.arange(len(lines))[:, None] * per_line + of_line[None, :]
         groups.append(layer)

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 from cbs_opt.cli import common
 from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
 from cbs_opt.cli.report import write_json
-from cbs_opt.cli.scoring import Scores, Scoring, drop, magnitude_at, score_lines
+from cbs_opt.cli.scoring import (
+    Scores,
+    Scoring,
+    checkpoint_key,
+    drop,
+    magnitude_at,
+    normalisation,
+    score_lines,
+)
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance, read_solution
 from cbs_opt.files.library_file import resolve
@@ -24,7 +32,8 @@ from cbs_opt.instance import Instance
 from cbs_opt.result import Solution
 
 if TYPE_CHECKING:
-    from cbs_opt.instances.apply import LayerMask
+    from torch import Tensor
+
     from cbs_opt.instances.scores import Score
 
 logger = logging.getLogger("cbs_opt")
@@ -69,6 +78,12 @@ def _parser() -> common.Parser:
         "the like, percent of perplexity, error or loss",
     )
     add("--onnx", metavar="FILE.onnx", type=Path, help="also write the pruned network as ONNX")
+    add(
+        "--checkpoint-key",
+        metavar="KEY",
+        help="which dictionary of a checkpoint with several; default: as exported",
+    )
+    add("--masks", metavar="FILE.safetensors", type=Path, help="write the masks alone, by name of tensor")
     add("--picture", metavar="MASKS.png", type=Path, help="draw the mask of every layer; .png, .svg or .pdf")
     add("--json", metavar="FILE|-", help="write the report as JSON; - for stdout, and nothing else there")
     add("-q", "--quiet", action="store_true", help="log warnings only")
@@ -106,10 +121,16 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
     from cbs_opt.instances.apply import layer_masks, pruned_tensors
     from cbs_opt.instances.checkpoints import checkpoint_sha256, read_checkpoint, write_checkpoint
     from cbs_opt.instances.sizes import sparse_sizes
+    from cbs_opt.instances.tensors import names_of, read_places
 
     sha256 = checkpoint_sha256(options.checkpoint)
     _check_hash(instance, options, sha256)
-    tensors = read_checkpoint(options.checkpoint)
+    key = checkpoint_key(options, instance)
+    places = read_places(instance)
+    tensors = read_checkpoint(options.checkpoint, set(names_of(places)), key)
+    hidden = [place.name for place in places if not any(name in tensors for name in (place.name, *place.aliases))]
+    if hidden and options.network is not None:
+        tensors |= _through_network(options, instance, hidden, key)
     try:
         candidates = [pruned_tensors(instance, solution, tensors) for solution in solutions]
     except InstanceError as error:
@@ -134,10 +155,17 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
     layers = layer_masks(instance, solution.pruned)
     network = scores.network
 
-    write_checkpoint(options.output, changed, options.checkpoint)
+    there = {name: tensor for name, tensor in changed.items() if name in tensors}
+    write_checkpoint(options.output, there, options.checkpoint, key)
     logger.info(f"{options.output}: written")
+    if options.masks is not None:
+        from cbs_opt.instances.masks import write_masks
+
+        write_masks(options.masks, layers)
+        logger.info(f"{options.masks}: written")
+    zeros = [_zeros(place.name, place.aliases, tensors, changed) for place in places]
     if options.picture is not None:
-        from cbs_opt.instances.masks import draw_masks
+        from cbs_opt.instances.mask_pictures import draw_masks
 
         draw_masks(options.picture, layers, network or "")
         logger.info(f"{options.picture}: drawn")
@@ -157,10 +185,20 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
         "network": network,
         "updated": solution.weights is not None,
         "pruned_count": int(solution.pruned.sum()),
-        "sparsity": float(solution.pruned.mean()),
+        "zeros_before": sum(before for before, _ in zeros),
+        "zeros_after": sum(after for _, after in zeros),
+        "sparsity": sum(after for _, after in zeros) / instance.n,
         "layers": [
-            {"name": m.name, "shape": list(m.pruned.shape), "pruned": m.count, "sparsity": m.sparsity}
-            for m in layers
+            {
+                "name": m.name,
+                "aliases": list(m.aliases),
+                "shape": list(m.pruned.shape),
+                "pruned": m.count,
+                "zeros_before": before,
+                "zeros_after": after,
+                "sparsity": after / m.pruned.size,
+            }
+            for m, (before, after) in zip(layers, zeros, strict=True)
         ],
         "data": options.data,
         "split": options.split,
@@ -180,7 +218,7 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
     if options.json == "-":
         write_json("-", content)
     else:
-        common.say(_text(content, layers) + "\n")
+        common.say(_text(content) + "\n")
     return common.EXIT_OK
 
 
@@ -211,6 +249,28 @@ def _sparsest(options: argparse.Namespace, solutions: list[Solution], scores: Sc
     return max(within, key=lambda k: float(solutions[k].pruned.mean()))
 
 
+def _through_network(
+    options: argparse.Namespace, instance: Instance, names: Sequence[str], key: str | None
+) -> dict[str, Tensor]:
+    """Effective values of tensors that the checkpoint stores in a form of which only the network knows."""
+    from cbs_opt.instances.checkpoints import load_checkpoint
+    from cbs_opt.instances.networks import load_network
+    from cbs_opt.instances.plain import effective_tensors
+
+    network = load_network(options.network, *normalisation(options, instance))
+    load_checkpoint(network.model, options.checkpoint, key)
+    known = effective_tensors(network.model)
+    return {name: known[name] for name in names if name in known}
+
+
+def _zeros(
+    name: str, aliases: Sequence[str], before: dict[str, Tensor], after: dict[str, Tensor]
+) -> tuple[int, int]:
+    """How many weights of a tensor are zero before and after."""
+    old = next(before[each] for each in (name, *aliases) if each in before)
+    return int((old.float() == 0).sum()), int((after[name].float() == 0).sum())
+
+
 def _check_hash(instance: Instance, options: argparse.Namespace, sha256: str) -> None:
     noted = instance.metadata.get("checkpoint")
     expected = noted.get("sha256") if isinstance(noted, dict) else None
@@ -228,9 +288,22 @@ def _check_hash(instance: Instance, options: argparse.Namespace, sha256: str) ->
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Find out before the work whether its results can be written."""
+    # A checkpoint in shards becomes a folder of shards.
+    folder = options.checkpoint.is_dir() or options.checkpoint.name.endswith(".index.json")
+    if folder and options.output.exists() and not options.output.is_dir():
+        raise UsageError(f"{options.output}: must be a folder, as the checkpoint is one of shards")
+    source = options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent
+    if folder and options.output.resolve() == source.resolve():
+        raise UsageError(f"{options.output}: is an input; the output would overwrite it")
     common.check_outputs(
         (options.instance, *options.solution, options.checkpoint, options.data),
-        (options.output, options.picture, options.onnx, None if options.json == "-" else options.json),
+        (
+            None if folder else options.output,
+            options.picture,
+            options.onnx,
+            options.masks,
+            None if options.json == "-" else options.json,
+        ),
     )
     if len(options.solution) > 1 and options.max_drop is None:
         raise UsageError("several solutions need `--max-drop`, which chooses one of them")
@@ -241,22 +314,36 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
         check_onnx()
     if options.picture is not None:
-        from cbs_opt.instances.masks import check_picture
+        from cbs_opt.instances.mask_pictures import check_picture
 
         check_picture(options.picture)
 
 
-def _text(content: dict[str, Any], layers: list[LayerMask]) -> str:
+def _text(content: dict[str, Any]) -> str:
     """The report for a person."""
-    rows = [(m.name, " × ".join(map(str, m.pruned.shape)), m.count, m.pruned.size) for m in layers]
-    rows.append(("all", "", content["pruned_count"], content["instance"]["n"]))
-    wide = max(len("layer"), *(len(row[0]) for row in rows)), max(len("shape"), *(len(row[1]) for row in rows))
-    digits = max(len("weights"), len(f"{rows[-1][3]:,}"))
-    lines = [f"{'layer':<{wide[0]}}  {'shape':<{wide[1]}}  {'weights':>{digits}}  {'pruned':>{digits}}  sparsity"]
-    for name, shape, pruned, size in rows:
-        lines.append(
-            f"{name:<{wide[0]}}  {shape:<{wide[1]}}  {size:>{digits},}  {pruned:>{digits},}  {pruned / size:>8.2%}"
+    n = content["instance"]["n"]
+    rows = [
+        (
+            " = ".join((layer["name"], *layer["aliases"])),
+            " × ".join(map(str, layer["shape"])),
+            math.prod(layer["shape"]),
+            layer["zeros_before"],
+            layer["pruned"],
+            layer["zeros_after"],
         )
+        for layer in content["layers"]
+    ]
+    rows.append(("all", "", n, content["zeros_before"], content["pruned_count"], content["zeros_after"]))
+    wide = max(len("layer"), *(len(row[0]) for row in rows)), max(len("shape"), *(len(row[1]) for row in rows))
+    digits = max(len("weights"), len(f"{n:,}"))
+    old = content["zeros_before"] > 0  # a column of its own only where there were zeros before
+    head = f"{'layer':<{wide[0]}}  {'shape':<{wide[1]}}  {'weights':>{digits}}  "
+    head += f"{'zero before':>{max(digits, 11)}}  " if old else ""
+    lines = [f"{head}{'pruned':>{digits}}  sparsity"]
+    for name, shape, size, zeros_before, pruned, zeros_after in rows:
+        line = f"{name:<{wide[0]}}  {shape:<{wide[1]}}  {size:>{digits},}  "
+        line += f"{zeros_before:>{max(digits, 11)},}  " if old else ""
+        lines.append(f"{line}{pruned:>{digits},}  {zeros_after / size:>8.2%}")
     lines.append("")
     lines += score_lines(content)
     lines += [f"WARNING   {text}" for text in content["warnings"]]

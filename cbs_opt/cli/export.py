@@ -45,7 +45,15 @@ def export_parser() -> common.Parser:
         help="a network of the package, or a function that makes yours",
     )
     add("-o", "--output", type=Path, required=True, metavar="INSTANCE.npz", help="the file to write")
-    add("--checkpoint", type=Path, metavar="FILE", help=".safetensors, .npz, or a state dict of torch.save")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors, .npz, a file of torch.save, or a folder of Hugging Face",
+    )
+    add(
+        "--checkpoint-key", metavar="KEY", help="which dictionary of a checkpoint with several, state_dict_ema say"
+    )
     add("--data", metavar="PATH", help="IDX, CIFAR-10 batches, .npz, an image folder, or `digits`")
     add("--split", choices=("train", "test"), default="train", help="default: train")
     add("--samples", type=whole_option(1), default=1000, metavar="M", help="drawn at random; default: 1000")
@@ -87,7 +95,17 @@ def export_parser() -> common.Parser:
     add("--sparsity", type=number_option(0, 1), metavar="F", help="prune this fraction; default: 0.9")
     add("--per-layer", action="store_true", help="prune the same fraction of every tensor")
     add("--nm", type=_pattern, metavar="N:M", help="keep N of every M consecutive inputs, in place of a sparsity")
-    add("--tensors", nargs="+", metavar="NAME", help="parameters to prune; default: those of the network")
+    add(
+        "--nm-along", choices=("inputs", "outputs"), default="inputs", help="default: inputs, as hardware wants it"
+    )
+    add(
+        "--tensors",
+        nargs="+",
+        metavar="NAME",
+        help="what to prune: names, patterns with *, or re:EXPRESSION; default: weights of layers that multiply",
+    )
+    add("--exclude", nargs="+", metavar="NAME", help="what not to prune: names and patterns, 're:.*lm_head' say")
+    add("--keep-mask", action="store_true", help="weights that are zero already stay zero and count as pruned")
     add("--mean", type=number_option(), nargs="+", metavar="X", help="of the images, one or one a channel")
     add("--std", type=number_option(), nargs="+", metavar="X", help="of the images, one or one a channel")
     add("--memory", type=number_option(0), metavar="GB", help="what may be used; default: half of what is free")
@@ -107,12 +125,13 @@ def _main(arguments: list[str]) -> int:
 
     from cbs_opt.instances.data import open_samples
     from cbs_opt.instances.export import Export
+    from cbs_opt.instances.networks import is_factory
     from cbs_opt.instances.scores import torch_device
 
     device = torch_device(options.device)
     recipe = _recipe(options)
     network = _network(options)
-    names = network.prunable if options.tensors is None else _chosen(options.tensors, network)
+    names = options.tensors or (None if is_factory(options.network) else network.prunable)
     limit = options.samples - options.samples % options.batch
     if limit == 0:
         raise UsageError(f"`--samples` {options.samples} is less than one `--batch` of {options.batch}")
@@ -127,6 +146,7 @@ def _main(arguments: list[str]) -> int:
             loss=options.loss or network.loss,
             metric=options.metric or network.metric,
             output_key=options.output_key or network.output_key,
+            exclude=options.exclude,
             device=device.type,
             metadata=_origin(options, network),
             progress=progress,
@@ -178,6 +198,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         per_layer=options.per_layer,
         nm=options.nm,
         first_order=options.first_order,
+        keep_mask=options.keep_mask,
+        nm_along=options.nm_along,
         memory=None if options.memory is None else int(options.memory * 1e9),
     )
 
@@ -193,20 +215,8 @@ def _network(options: argparse.Namespace) -> Network:
                 raise UsageError(f"`--{name}` is needed for '{options.network}'")
     network = load_network(options.network, options.mean, options.std)
     if options.checkpoint is not None:
-        load_checkpoint(network.model, options.checkpoint)
+        load_checkpoint(network.model, options.checkpoint, options.checkpoint_key)
     return network
-
-
-def _chosen(patterns: Sequence[str], network: Network) -> list[str]:
-    """The parameters that are named, or match a pattern with `*`, in the order of the network."""
-    from fnmatch import fnmatchcase
-
-    known = [name for name, _ in network.model.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in known):
-            listed = ", ".join(network.prunable[:12]) + (" …" if len(network.prunable) > 12 else "")
-            raise UsageError(f"`--tensors`: the network has no parameter '{pattern}'; it has {listed}")
-    return [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _origin(options: argparse.Namespace, network: Network) -> dict[str, Any]:
@@ -224,6 +234,8 @@ def _origin(options: argparse.Namespace, network: Network) -> dict[str, Any]:
             "file": options.checkpoint.name,
             "sha256": checkpoint_sha256(options.checkpoint),
         }
+        if options.checkpoint_key is not None:
+            origin["checkpoint"]["key"] = options.checkpoint_key
     for key in ("loss", "metric", "output_key"):
         # Code is run only where it is named: what a factory declares comes from it again.
         if isinstance(value := getattr(options, key), str):

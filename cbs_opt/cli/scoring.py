@@ -83,8 +83,8 @@ class Scoring:
         self._options, self._instance, self._stop = options, instance, interrupts
         said = instance.metadata.get("network")
         self.result = Scores(options.network or (said if isinstance(said, str) else None))
-        self._original: Tensors = {}
-        self._metric: Any = None
+        self._saved: Tensors | None = None
+        self._own: Tensors = {}
 
     def open(self) -> None:
         """Load the network and its data, unless neither is asked for."""
@@ -116,12 +116,14 @@ class Scoring:
                 f"`--network {spec}` to run it"
             )
         try:
-            network = load_network(spec, *_normalisation(options, self._instance))
+            network = load_network(spec, *normalisation(options, self._instance))
         except UsageError as error:
             if options.network is not None or spec in network_names():
                 raise
-            raise UsageError(f"{options.instance}: {error}; `--network` overrides what the instance says") from None
-        load_checkpoint(network.model, options.checkpoint)
+            raise UsageError(
+                f"{options.instance}: {error}; `--network` overrides what the instance says"
+            ) from None
+        load_checkpoint(network.model, options.checkpoint, checkpoint_key(options, self._instance))
         return network
 
     def measure(self, candidates: Sequence[Tensors], magnitude: Tensors | None) -> None:
@@ -192,22 +194,33 @@ class Scoring:
         """Give the network these tensors, and its own for all others."""
         import torch
 
+        from cbs_opt.instances.plain import effective_tensors, set_effective
+        from cbs_opt.instances.tensors import read_places
+
         network = self.result.model
         if network is None:
             return
-        parameters = dict(network.model.named_parameters())
+        if self._saved is None:
+            self._saved = {name: tensor.detach().clone() for name, tensor in network.model.state_dict().items()}
+            self._own = {name: tensor.clone() for name, tensor in effective_tensors(network.model).items()}
         with torch.no_grad():
-            for name, tensor in self._original.items():
-                parameters[name].copy_(tensor)
-            for name, tensor in tensors.items():
-                if name not in parameters:
-                    raise InstanceError(f"the instance prunes {name}, which is no parameter of {network.name}")
-                if name not in self._original:
-                    self._original[name] = parameters[name].detach().clone()
-                parameters[name].copy_(tensor)
+            for name, tensor in network.model.state_dict().items():
+                if name in self._saved:  # a parametrisation that could not hold pruned values is gone by now
+                    tensor.copy_(self._saved[name])
+        for place in read_places(self._instance):
+            if place.name not in self._own:
+                raise InstanceError(f"the instance prunes {place.name}, which is no parameter of {network.name}")
+            set_effective(network.model, place.name, tensors.get(place.name, self._own[place.name]))
 
 
-def _normalisation(options: argparse.Namespace, instance: Instance) -> tuple[Any, Any]:
+def checkpoint_key(options: argparse.Namespace, instance: Instance) -> str | None:
+    """The dictionary of the checkpoint: as given, or as the exporter noted it."""
+    noted = instance.metadata.get("checkpoint")
+    key = noted.get("key") if isinstance(noted, dict) else None
+    return options.checkpoint_key or (key if isinstance(key, str) else None)
+
+
+def normalisation(options: argparse.Namespace, instance: Instance) -> tuple[Any, Any]:
     """Mean and standard deviation as given, or as the exporter noted them."""
     given = (options.mean, options.std)
     noted = instance.metadata.get("normalisation")
