@@ -322,7 +322,9 @@ def _mean_route(model: nn.Module, names: Sequence[str], loss: SampleLoss) -> Rou
             args, kwargs = arguments(x)
             value = loss.per_sample(functional_call(model, weights, args, kwargs), y).mean()
             if not value.requires_grad:
-                return torch.zeros(1, sum(w.numel() for w in weights.values()), dtype=value.dtype, device=value.device)
+                return torch.zeros(
+                    1, sum(w.numel() for w in weights.values()), dtype=value.dtype, device=value.device
+                )
             gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
         row = [
             torch.zeros_like(w).flatten() if g is None else g.flatten()

@@ -128,7 +128,9 @@ class MeanIoU(_OfClasses):
         view = self.view(outputs, targets)
         classes = view.scores.shape[1]
         found, true = view.scores.argmax(1)[view.counted], view.numbers[view.counted]
-        counts = torch.bincount(true * classes + found, minlength=classes * classes).reshape(classes, classes).cpu()
+        counts = (
+            torch.bincount(true * classes + found, minlength=classes * classes).reshape(classes, classes).cpu()
+        )
         self._confusion = counts if self._confusion is None else self._confusion + counts
 
     def value(self, loss: float) -> float:

@@ -1,4 +1,4 @@
-"""The state in which a network is run: evaluation mode, single precision, without wrappers."""
+"""The state in which a network is run: evaluation mode, single precision."""
 
 from __future__ import annotations
 
@@ -47,17 +47,3 @@ def single_precision(model: nn.Module) -> Iterator[None]:
 def is_half(model: nn.Module) -> bool:
     """Whether a parameter or buffer is of half precision."""
     return any(tensor.dtype in _HALVES for tensor in [*model.parameters(), *model.buffers()])
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside DataParallel, torch.compile and averaging wrappers: names then lack their prefixes."""
-    from torch.optim.swa_utils import AveragedModel
-
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, wrappers):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner

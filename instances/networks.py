@@ -15,10 +15,8 @@ is that of the public checkpoint that we know (91.4 %); others were trained with
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,8 +24,8 @@ from torch import Tensor, nn
 from cbs_opt.errors import UsageError
 from cbs_opt.instances.architectures import CIFARNet, MLPNet, MobileNetV1, ResNet20
 from cbs_opt.instances.factory import parts_of
-from cbs_opt.instances.modes import unwrapped
-from cbs_opt.instances.plugins import load_object
+from cbs_opt.instances.plain import unwrapped
+from cbs_opt.instances.plugins import call_object, is_object
 from cbs_opt.instances.preparation import Preparation
 from cbs_opt.instances.prunable import select
 
@@ -114,7 +112,7 @@ def network_names() -> list[str]:
 
 def is_factory(spec: str) -> bool:
     """Whether `spec` is a user's `module:factory`: loading it runs code."""
-    return ":" in spec
+    return is_object(spec)
 
 
 def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Network:
@@ -124,10 +122,10 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
     ----------
     spec : str
         One of `network_names()`, or `module:factory`: a function without arguments in a module that Python
-        finds, the current directory included, or in a file, `./nets.py:make` say. It returns the model, or
-        (model, data), (model, training data, test data[, loss[, metric]]) or a dictionary of these; data are
-        (inputs, labels), a loader of such batches and much else, see `own_data`. What of it is pruned is told in
-        `prunable`.
+        finds, the current directory included, or in a file, `./nets.py:make` say. It returns the model, (model,
+        data), (model, training data, test data[, loss[, metric]]) or a dictionary of these; data are (inputs,
+        labels), a loader of such batches and much else, see `own_data`. What of it is pruned is told in
+        `cbs_opt.instances.prunable`.
     mean, std : sequence of float, optional
         In place of the network's normalisation, one number or one per channel. Given for a factory, the images
         of a file are scaled to [0, 1], normalised and laid out as (m, C, H, W); without them it takes inputs as
@@ -155,7 +153,7 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
 
 
 def _from_factory(spec: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Network:
-    made = _call(spec)
+    made = call_object(spec)
     parts = parts_of(made, spec)
     model = unwrapped(parts.model).eval()
     selection = select(model)
@@ -177,23 +175,3 @@ def _from_factory(spec: str, mean: Sequence[float] | None, std: Sequence[float] 
         metric=parts.metric,
         output_key=parts.output_key,
     )
-
-
-def _call(spec: str) -> Any:
-    """Import the factory of `module:factory`, and call it."""
-    factory = load_object(spec, "the network")
-    if not callable(factory):
-        raise UsageError(f"{spec}: the module has no function '{spec.rpartition(':')[2]}'")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)  # it may import more of its neighbours
-    try:
-        return factory()
-    except UsageError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{spec}: there is no module '{error.name}' here or among the installed ones") from error
-    except Exception as error:
-        raise UsageError(f"{spec}: fails with {type(error).__name__}: {error}") from error
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from cbs_opt.errors import InstanceError
 
-_NAMES = ("logits", "prediction", "predictions", "preds", "output", "outputs", "out", "y_hat", "scores", "start_logits")
+_NAMES = (
+    "logits",
+    "prediction",
+    "predictions",
+    "preds",
+    "output",
+    "outputs",
+    "out",
+    "y_hat",
+    "scores",
+    "start_logits",
+)
 
 
 def output_tensor(outputs: Any, key: str | None = None) -> Tensor:

@@ -91,7 +91,9 @@ def own_samples(data: Any, model: nn.Module, name: str, limit: int | None, seed:
         items = _items(batches, fitting, name, most)
         count = sum(item[2] for item in items)
         if not sized and limit is None and count >= UNSIZED:
-            logger.warning(f"{name}: has no length: its first {count} samples are taken; `--samples` sets how many")
+            logger.warning(
+                f"{name}: has no length: its first {count} samples are taken; `--samples` sets how many"
+            )
         indices = _choose(name, count, limit, seed if sized else None)
     else:
         items = _items(batches, fitting, name, None)
@@ -170,7 +172,9 @@ def _recorded(loop: Callable[..., Any], model: nn.Module, name: str, limit: int 
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal count
-        tree = map_leaves(lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        tree = map_leaves(
+            lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+        )
         m = next((len(leaf) for leaf in leaves_of(tree) if isinstance(leaf, Tensor) and leaf.dim() > 0), 0)
         calls.append(_Call(tree, m))
         count += m
@@ -315,7 +319,9 @@ class _Fitting:
         text = ", ".join(names)
         if names and text not in self._told:
             self._told.add(text)
-            logger.warning(f"{self._name}: of each batch {text} is left out: the network's forward does not take it")
+            logger.warning(
+                f"{self._name}: of each batch {text} is left out: the network's forward does not take it"
+            )
 
     def _item(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Item:
         args, kwargs = (map_leaves(self._tensor, part) for part in (args, kwargs))
@@ -327,7 +333,9 @@ class _Fitting:
             if inputs.dtype in (torch.uint8, torch.bool):
                 inputs = inputs.long() if self._embeds else inputs.float()
             if inputs.dim() == 0:
-                raise InstanceError(f"{self._name}: a batch of inputs must have an axis of samples, got one number")
+                raise InstanceError(
+                    f"{self._name}: a batch of inputs must have an axis of samples, got one number"
+                )
             if len(inputs) != m:
                 raise InstanceError(f"{self._name}: a batch has {len(inputs)} inputs and {m} labels")
         else:
@@ -345,7 +353,9 @@ class _Fitting:
         try:
             tensor = torch.as_tensor(leaf) if _is_array(leaf) else leaf
         except (TypeError, ValueError) as error:
-            raise InstanceError(f"{self._name}: holds {type(leaf).__name__}, which is no tensor: {error}") from None
+            raise InstanceError(
+                f"{self._name}: holds {type(leaf).__name__}, which is no tensor: {error}"
+            ) from None
         if not isinstance(tensor, Tensor):
             raise InstanceError(
                 f"{self._name}: must be tensors or arrays, (inputs, labels) or batches of these, got {type(leaf).__name__}"
@@ -395,7 +405,9 @@ def _signature(samples: Any) -> Any:
         return None
     if isinstance(samples, Bundle):
         constants = tuple(
-            (leaf.tolist() if leaf.numel() < 10_000 else id(leaf)).__repr__() if isinstance(leaf, Tensor) else repr(leaf)
+            (leaf.tolist() if leaf.numel() < 10_000 else id(leaf)).__repr__()
+            if isinstance(leaf, Tensor)
+            else repr(leaf)
             for leaf, varies in zip(samples.leaves, samples.varying, strict=True)
             if not varies
         )

@@ -226,7 +226,9 @@ def runner(model: nn.Module, stack: ExitStack) -> Callable[..., Any]:
             try:
                 return call(model, x)
             except Exception as error:  # whatever operator the device lacks in half precision
-                logger.info(f"the network does not run in half precision here ({reason(error)}): in float32 instead")
+                logger.info(
+                    f"the network does not run in half precision here ({reason(error)}): in float32 instead"
+                )
                 stack.enter_context(single_precision(model))
         return checked_call(model, placed(x, model), name)
 

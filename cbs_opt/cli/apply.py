@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 from cbs_opt.cli import common
 from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
 from cbs_opt.cli.report import write_json
-from cbs_opt.cli.scoring import Scores, Scoring, checkpoint_key, drop, magnitude_at, normalisation, score_lines
+from cbs_opt.cli.scoring import (
+    Scores,
+    Scoring,
+    checkpoint_key,
+    drop,
+    magnitude_at,
+    normalisation,
+    score_lines,
+)
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance, read_solution
 from cbs_opt.files.library_file import resolve
@@ -60,12 +68,6 @@ def _parser() -> common.Parser:
     add("--mean", metavar="X", type=number_option(), nargs="+", help="normalisation in place of the network's")
     add("--std", metavar="X", type=number_option(), nargs="+", help="likewise")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add(
-        "--checkpoint-key",
-        metavar="KEY",
-        help="which of its dictionaries; default: as exported",
-    )
-    add("--masks", metavar="FILE.safetensors", type=Path, help="write the masks alone, by name of tensor")
     add_loss_options(parser)
     add("--no-score", action="store_true", help="write the checkpoint, and run no network")
     add("--no-magnitude", action="store_true", help="leave out the comparison with magnitude pruning")
@@ -77,6 +79,12 @@ def _parser() -> common.Parser:
         "the like, percent of perplexity, error or loss",
     )
     add("--onnx", metavar="FILE.onnx", type=Path, help="also write the pruned network as ONNX")
+    add(
+        "--checkpoint-key",
+        metavar="KEY",
+        help="which dictionary of a checkpoint with several; default: as exported",
+    )
+    add("--masks", metavar="FILE.safetensors", type=Path, help="write the masks alone, by name of tensor")
     add("--picture", metavar="MASKS.png", type=Path, help="draw the mask of every layer; .png, .svg or .pdf")
     add("--json", metavar="FILE|-", help="write the report as JSON; - for stdout, and nothing else there")
     add("-q", "--quiet", action="store_true", help="log warnings only")
@@ -291,6 +299,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
         (
             None if folder else options.output,
             options.picture,
+            options.onnx,
             options.masks,
             options.onnx,
             None if options.json == "-" else options.json,

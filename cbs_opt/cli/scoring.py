@@ -83,8 +83,8 @@ class Scoring:
         self._options, self._instance, self._stop = options, instance, interrupts
         said = instance.metadata.get("network")
         self.result = Scores(options.network or (said if isinstance(said, str) else None))
-        self._original: Tensors = {}
-        self._metric: Any = None
+        self._saved: Tensors | None = None
+        self._own: Tensors = {}
 
     def open(self) -> None:
         """Load the network and its data, unless neither is asked for."""
@@ -192,21 +192,26 @@ class Scoring:
 
     def take(self, tensors: Tensors) -> None:
         """Give the network these tensors, and its own for all others."""
+        import torch
+
         from cbs_opt.instances.plain import effective_tensors, set_effective
         from cbs_opt.instances.tensors import read_places
+
 
         network = self.result.model
         if network is None:
             return
-        known = effective_tensors(network.model)
+        if self._saved is None:
+            self._saved = {name: tensor.detach().clone() for name, tensor in network.model.state_dict().items()}
+            self._own = {name: tensor.clone() for name, tensor in effective_tensors(network.model).items()}
+        with torch.no_grad():
+            for name, tensor in network.model.state_dict().items():
+                if name in self._saved:  # a parametrisation that could not hold pruned values is gone by now
+                    tensor.copy_(self._saved[name])
         for place in read_places(self._instance):
-            name = place.name
-            if name not in known:
-                raise InstanceError(f"the instance prunes {name}, which is no parameter of {network.name}")
-            original = self._original.setdefault(name, known[name].clone())
-            new = tensors.get(name, original)
-            if new is not original or not known[name].equal(original):
-                set_effective(network.model, name, new)
+            if place.name not in self._own:
+                raise InstanceError(f"the instance prunes {place.name}, which is no parameter of {network.name}")
+            set_effective(network.model, place.name, tensors.get(place.name, self._own[place.name]))
 
 
 def checkpoint_key(options: argparse.Namespace, instance: Instance) -> str | None:

@@ -181,7 +181,7 @@ def test_a_factory_that_fails_is_told_in_one_sentence(module):
     name = module(FACTORY)
     for spec, words in (
         (f"{name}:nothing", "a dictionary must have `model`"),
-            (f"{name}:broken_off", r"must return a model, \(model, data\)"),
+        (f"{name}:broken_off", r"must return a model, \(model, data\)"),
         (f"{name}:flat", "no parameter with two axes"),
         (f"{name}:broken", "fails with ZeroDivisionError: no luck"),
         (f"{name}:absent", "has no function 'absent'"),
