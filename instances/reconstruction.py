@@ -15,6 +15,7 @@ that several layers share.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -109,9 +110,11 @@ def followed(
     def note(product: Product) -> None:
         seen.add((product.name, product.across))
 
-    with evaluation_mode(model), single_precision(model), torch.no_grad():
-        with _watched(model, weights, note, reasons):
-            run(model)
+    with ExitStack() as stack:
+        for state in (evaluation_mode(model), single_precision(model), torch.no_grad()):
+            stack.enter_context(state)
+        stack.enter_context(_watched(model, weights, note, reasons))  # knows the tensors in the state just entered
+        run(model)
     for name in weights:
         if (name, False) not in seen and name not in reasons:
             across = (name, True) in seen
