@@ -13,7 +13,7 @@ from cbs_opt.errors import InstanceError, OutputError, SolutionError, UsageError
 from cbs_opt.instances.apply import apply, layer_masks, prune_masks  # noqa: E402
 from cbs_opt.instances.data import open_samples  # noqa: E402
 from cbs_opt.instances.fisher import tensor_table  # noqa: E402
-from cbs_opt.instances.mask_pictures import draw_masks, kept_density
+from cbs_opt.instances.mask_pictures import draw_masks, kept_density  # noqa: E402
 from cbs_opt.instances.masks import LayerMask, squash  # noqa: E402
 from cbs_opt.instances.networks import Network  # noqa: E402
 from cbs_opt.instances.scores import evaluate, torch_device  # noqa: E402

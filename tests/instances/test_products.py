@@ -132,7 +132,7 @@ class Recurrent(nn.Module):
 
 
 def steps_by_hand(layer, x, lengths):
-    """Inputs of every matrix by name, and the outputs, one sequence and one step at a time, by torch's own cells."""
+    """Inputs of every matrix by name, and the outputs, one sequence and one step at a time."""
     seen = {name: [] for name, _ in layer.named_parameters() if name.startswith("weight")}
     sequences = [row[:length] for row, length in zip(x, lengths, strict=True)]
     width = layer.proj_size or layer.hidden_size
