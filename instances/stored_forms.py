@@ -17,6 +17,7 @@ from torch import Tensor
 Stored = Mapping[str, Tensor]
 
 _SMALLEST = 1e-12
+_BETTER = 0.4  # of a cosine
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,23 @@ def _encode_norm(new: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sigma(weight: Tensor, u: Tensor, v: Tensor) -> tuple[int, float]:
-    """u·(W v), and the axis of the weight that comes first in the matrix W: the one that fits u and v better."""
+    """The axis of the weight that comes first in the matrix W, and u·(W v).
+
+    For a square weight the shapes leave it open. u points along W v where it is a singular vector: the second axis,
+    that of transposed convolutions, is taken where it fits much better than the first.
+    """
     found = []
     for axis in range(min(2, weight.dim())):
         matrix = weight.movedim(axis, 0).flatten(1).double()
         if tuple(matrix.shape) == (u.numel(), v.numel()):
-            found.append((axis, float(u.double() @ (matrix @ v.double()))))
+            product = matrix @ v.double()
+            sigma = float(u.double() @ product)
+            cosine = abs(sigma) / max(float(u.double().norm() * product.norm()), _SMALLEST)
+            found.append((cosine - (_BETTER if axis == 1 else 0.0), axis, sigma))
     if not found:
         raise ValueError("its singular vectors do not fit its shape")
-    return max(found, key=lambda item: abs(item[1]))
+    _, axis, sigma = max(found)
+    return axis, sigma
 
 
 def _spectral(original: Tensor, u: Tensor, v: Tensor) -> Tensor:
