@@ -1,4 +1,4 @@
-"""From the names that a checkpoint uses to those of the network: prefixes of wrappers, extras, the right dictionary."""
+"""From the names that a checkpoint uses to those of the network: prefixes, extras, the right dictionary."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def ignorable(name: str, floating: bool) -> bool:
 
 
 def preference(path: str) -> tuple[int, int, int]:
-    """Order of dictionaries that fit equally well: usual names first, averages last, the top before what is below."""
+    """Order of equally fitting dictionaries: averages last, the top before what is below, usual names first."""
     parts = path.split(".") if path else []
     usual = next((rank for rank, name in enumerate(_USUAL) if parts and parts[-1] == name), len(_USUAL))
     average = int(any(_AVERAGES.search(part) for part in parts))

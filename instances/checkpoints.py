@@ -1,8 +1,8 @@
 """Checkpoints as people have them, into a network and out again.
 
-Read are safetensors, `.npz` of tensors, whatever `torch.save` writes, and folders of Hugging Face; see `containers`
-for the files, `checkpoint_names` for prefixes and extras, `stored_forms` for tensors that are stored as others. What
-is not taken from a file is said in the log, and is still there in the file that is written.
+Read are safetensors, `.npz` of tensors, whatever `torch.save` writes, and folders of Hugging Face; see
+`containers` for the files, `checkpoint_names` for prefixes and extras, `stored_forms` for tensors that are stored
+as others. What is not taken from a file is said in the log, and is still there in the file that is written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from cbs_opt.errors import InstanceError
 from cbs_opt.files.instance_file import file_sha256
 from cbs_opt.instances.checkpoint_names import ignorable, matched, prefix_of, without_wrappers
 from cbs_opt.instances.containers import Archive, FolderArchive, container_of, open_file
-from cbs_opt.instances.plain import computed_weights, make_plain, unwrapped
+from cbs_opt.instances.modes import unwrapped
+from cbs_opt.instances.plain import computed_weights, make_plain
 from cbs_opt.instances.stored_forms import effective, encoded, stored_forms
 
 __all__ = ["checkpoint_sha256", "container_of", "load_checkpoint", "read_checkpoint", "write_checkpoint"]
@@ -36,8 +37,8 @@ def read_checkpoint(
     ----------
     path : Path or str
     wanted : collection of str, optional
-        Names of the network's tensors: prefixes that wrappers add to them are taken away, and effective values given
-        of those that are stored as others.
+        Names of the network's tensors: prefixes that wrappers add to them are taken away, and effective values
+        given of those that are stored as others.
     key : str, optional
         Of a file with several dictionaries of tensors, the one to take.
 
@@ -136,7 +137,7 @@ def write_checkpoint(
             new = encoded(form, tensor.detach().cpu(), old)
             if new is None:
                 logger.warning(
-                    f"{path}: {name} is written as a plain tensor: its {form.kind} in {like} cannot hold the values"
+                    f"{path}: {name} is written as a plain tensor: {form.kind} cannot hold the pruned values"
                 )
                 replaced += [mapping[part] for part in form.parts]
                 changes[_raw_name(name, form.parts[0], mapping)] = tensor.detach().cpu().contiguous()

@@ -83,8 +83,8 @@ def container_of(path: Path | str) -> Container:
     if head[:4] == b"PK\x03\x04":
         raise InstanceError(f"{path}: is damaged: its end is missing")
     raise InstanceError(
-        f"{path}: is no checkpoint that we know: safetensors, .npz of tensors, a file of torch.save, or a folder of "
-        "these with an index"
+        f"{path}: is no checkpoint that we know: safetensors, .npz of tensors, a file of torch.save, or a folder "
+        "of these with an index"
     )
 
 

@@ -56,7 +56,10 @@ class Owned:
 
 def is_pair(data: Any) -> bool:
     """Whether `data` is (inputs, labels) rather than a loader or a list of batches."""
-    return isinstance(data, tuple | list) and len(data) == 2 and _is_array(data[1]) and not _is_collate(data)
+    if not isinstance(data, tuple | list) or len(data) != 2 or _is_collate(data):
+        return False
+    several = isinstance(data, tuple) and isinstance(data[1], Mapping) and all(map(_is_array, data[1].values()))
+    return _is_array(data[1]) or several
 
 
 def own_samples(data: Any, model: nn.Module, name: str, limit: int | None, seed: int | None) -> Owned:

@@ -15,6 +15,7 @@ that several layers share.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.instances.batches import Samples, call, placed, slices
+from cbs_opt.instances.batches import Samples, placed, slices
 from cbs_opt.instances.curvature import cut, singular_sentence, symmetric_inverse
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
-from cbs_opt.instances.modes import evaluation_mode
+from cbs_opt.instances.modes import evaluation_mode, fewest
 from cbs_opt.instances.products import Product, Products
 from cbs_opt.instances.prunable import select
+from cbs_opt.instances.scores import runner
 from cbs_opt.instances.tensors import Layout
 from cbs_opt.typing import FloatArray
 
@@ -154,11 +156,16 @@ def input_covariances(
     layouts = names if isinstance(names, Mapping) else _layouts(model, names)
     sums = {name: _Sums(layout) for name, layout in layouts.items()}
     reasons: dict[str, str] = {}
-    with evaluation_mode(model), torch.no_grad():
-        size = chunk_size(model, placed(inputs[:1], model), (), chunk_bytes)
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.no_grad())
+        run = runner(model, stack)
+        first = placed(inputs[: fewest(model)], model)
+        run(first)
+        size = max(len(first), chunk_size(model, placed(first, model), (), chunk_bytes))
         for part in slices(inputs, size):
             with _watched(model, layouts, lambda product: sums[product.name].add(product), reasons):
-                call(model, placed(inputs[part], model))
+                run(placed(inputs[part], model))
             if reasons:
                 name, reason = next(iter(reasons.items()))
                 raise UsageError(f"'{name}' has no reconstruction error that can be computed: {reason}")

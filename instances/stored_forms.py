@@ -1,8 +1,8 @@
 """Tensors that a checkpoint stores as others: masks, weight_norm, spectral_norm, whatever `parametrize` has made.
 
-The names tell: `a.weight_orig` beside `a.weight_mask` is `a.weight`, pruned by `torch.nn.utils.prune`. A `Form` gives
-the effective tensor, and the stored ones that produce a new value of it, so that a network which loads them computes
-with exactly that value.
+The names tell: `a.weight_orig` beside `a.weight_mask` is `a.weight`, pruned by `torch.nn.utils.prune`. A `Form`
+gives the effective tensor, and the stored ones that produce a new value of it, so that a network which loads them
+computes with exactly that value.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A file of `torch.save` is a pickle with raw storages beside it. The pickle is read by an unpickler that knows the
 handful of names by which torch describes tensors; every other class or function becomes an inert placeholder:
 nothing is imported, nothing is called. So checkpoints can be read whatever lies beside their tensors: optimizers,
-configs, whole models, TorchScript. To write, the bytes of the changed storages are replaced and all else is copied.
+configs, whole models, TorchScript. To write, the bytes of the changed storages are replaced, all else is copied.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class Inert:
         pass
 
     def __call__(self, *args: object, **kwargs: object) -> Inert:
+        """Stay as it is."""
         return self
 
     def __hash__(self) -> int:

@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cbs_opt.cli import common
 from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
 from cbs_opt.cli.report import write_json
-from cbs_opt.cli.scoring import (
-    Scores,
-    Scoring,
-    checkpoint_key,
-    drop,
-    magnitude_at,
-    normalisation,
-    score_lines,
-)
+from cbs_opt.cli.scoring import Scores, Scoring, checkpoint_key, drop, magnitude_at, normalisation, score_lines
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance, read_solution
 from cbs_opt.files.library_file import resolve
@@ -35,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cbs_opt.instances.scores import Score
+    from cbs_opt.instances.tensors import Place
 
 logger = logging.getLogger("cbs_opt")
 
@@ -67,6 +60,12 @@ def _parser() -> common.Parser:
     add("--mean", metavar="X", type=number_option(), nargs="+", help="normalisation in place of the network's")
     add("--std", metavar="X", type=number_option(), nargs="+", help="likewise")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add(
+        "--checkpoint-key",
+        metavar="KEY",
+        help="which of its dictionaries; default: as exported",
+    )
+    add("--masks", metavar="FILE.safetensors", type=Path, help="write the masks alone, by name of tensor")
     add_loss_options(parser)
     add("--no-score", action="store_true", help="write the checkpoint, and run no network")
     add("--no-magnitude", action="store_true", help="leave out the comparison with magnitude pruning")
@@ -78,12 +77,6 @@ def _parser() -> common.Parser:
         "the like, percent of perplexity, error or loss",
     )
     add("--onnx", metavar="FILE.onnx", type=Path, help="also write the pruned network as ONNX")
-    add(
-        "--checkpoint-key",
-        metavar="KEY",
-        help="which dictionary of a checkpoint with several; default: as exported",
-    )
-    add("--masks", metavar="FILE.safetensors", type=Path, help="write the masks alone, by name of tensor")
     add("--picture", metavar="MASKS.png", type=Path, help="draw the mask of every layer; .png, .svg or .pdf")
     add("--json", metavar="FILE|-", help="write the report as JSON; - for stdout, and nothing else there")
     add("-q", "--quiet", action="store_true", help="log warnings only")
@@ -163,7 +156,7 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
 
         write_masks(options.masks, layers)
         logger.info(f"{options.masks}: written")
-    zeros = [_zeros(place.name, place.aliases, tensors, changed) for place in places]
+    zeros = [_zeros(place, tensors, changed) for place in places]
     if options.picture is not None:
         from cbs_opt.instances.mask_pictures import draw_masks
 
@@ -209,7 +202,7 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
         **_asdict("after", scores.after[chosen] if scores.after else None),
         **_asdict("magnitude", scores.magnitude),
         "warnings": scores.worries,
-        "size": asdict(sparse_sizes(changed)),
+        "size": asdict(sparse_sizes({place.name: changed[place.name] for place in places})),
     }
     if len(solutions) > 1:
         content["path"] = path_of
@@ -263,12 +256,10 @@ def _through_network(
     return {name: known[name] for name in names if name in known}
 
 
-def _zeros(
-    name: str, aliases: Sequence[str], before: dict[str, Tensor], after: dict[str, Tensor]
-) -> tuple[int, int]:
+def _zeros(place: Place, before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple[int, int]:
     """How many weights of a tensor are zero before and after."""
-    old = next(before[each] for each in (name, *aliases) if each in before)
-    return int((old.float() == 0).sum()), int((after[name].float() == 0).sum())
+    old = next(before[name] for name in (place.name, *place.aliases) if name in before)
+    return int((old.float() == 0).sum()), int((after[place.name].float() == 0).sum())
 
 
 def _check_hash(instance: Instance, options: argparse.Namespace, sha256: str) -> None:
@@ -302,6 +293,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
             options.picture,
             options.onnx,
             options.masks,
+            options.onnx,
             None if options.json == "-" else options.json,
         ),
     )

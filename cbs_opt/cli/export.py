@@ -51,9 +51,7 @@ def export_parser() -> common.Parser:
         metavar="FILE",
         help=".safetensors, .npz, a file of torch.save, or a folder of Hugging Face",
     )
-    add(
-        "--checkpoint-key", metavar="KEY", help="which dictionary of a checkpoint with several, state_dict_ema say"
-    )
+    add("--checkpoint-key", metavar="KEY", help="which of its dictionaries of tensors, state_dict_ema say")
     add("--data", metavar="PATH", help="IDX, CIFAR-10 batches, .npz, an image folder, or `digits`")
     add("--split", choices=("train", "test"), default="train", help="default: train")
     add("--samples", type=whole_option(1), default=1000, metavar="M", help="drawn at random; default: 1000")
@@ -95,9 +93,7 @@ def export_parser() -> common.Parser:
     add("--sparsity", type=number_option(0, 1), metavar="F", help="prune this fraction; default: 0.9")
     add("--per-layer", action="store_true", help="prune the same fraction of every tensor")
     add("--nm", type=_pattern, metavar="N:M", help="keep N of every M consecutive inputs, in place of a sparsity")
-    add(
-        "--nm-along", choices=("inputs", "outputs"), default="inputs", help="default: inputs, as hardware wants it"
-    )
+    add("--nm-along", choices=("inputs", "outputs"), default="inputs", help="default: inputs, as hardware does")
     add(
         "--tensors",
         nargs="+",
@@ -143,10 +139,10 @@ def _main(arguments: list[str]) -> int:
             source.labels,
             names,
             recipe,
+            exclude=options.exclude,
             loss=options.loss or network.loss,
             metric=options.metric or network.metric,
             output_key=options.output_key or network.output_key,
-            exclude=options.exclude,
             device=device.type,
             metadata=_origin(options, network),
             progress=progress,

@@ -145,6 +145,8 @@ class Scoring:
                 self.take(tensors)
                 try:
                     scores.append(self._score(device, lambda done, k=number: tell(k * len(source) + done)))
+                except InstanceError as error:
+                    raise InstanceError(f"{error} (`--no-score` writes the checkpoint without scores)") from error
                 except UsageError as error:
                     if number or self._declared() != (None, None, None) or self._options.data is not None:
                         raise
