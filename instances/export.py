@@ -19,6 +19,7 @@ from cbs_opt.files.instance_file import instance_arrays
 from cbs_opt.files.npz import Content, Stream, json_text, write_npz
 from cbs_opt.instance import Instance
 from cbs_opt.instances.batches import Samples, placed
+from cbs_opt.instances.budgets import keeping
 from cbs_opt.instances.curvature import fisher_blocks
 from cbs_opt.instances.dense import dense_scores
 from cbs_opt.instances.gradients import CHUNK_BYTES, gradient_rows
@@ -65,6 +66,8 @@ def export(
     memory: int | None = None,
     keep_mask: bool = False,
     nm_along: Along = "inputs",
+    layers: Mapping[str, float] | None = None,
+    keep_at_least: float | None = None,
     exclude: Sequence[str] | None = None,
     device: str = "auto",
     path: Path | str | None = None,
@@ -92,7 +95,7 @@ def export(
     output_key : str, optional
         The part of a structured output that the loss is about, see `cbs_opt.instances.outputs`.
     source, curvature, blocks, batch, damping, relative_damping, dtype : optional
-    sparsity, per_layer, nm, first_order, memory, keep_mask, nm_along : optional
+    sparsity, per_layer, nm, first_order, memory, keep_mask, nm_along, layers, keep_at_least : optional
         See `cbs_opt.instances.recipe.Recipe`.
     exclude : sequence of str, optional
         Names or patterns of what is not to be pruned.
@@ -140,6 +143,8 @@ def export(
         memory,
         keep_mask,
         nm_along,
+        layers,
+        keep_at_least,
     )
     job = Export(
         model,
@@ -235,7 +240,10 @@ class Export:
         self.sizes = recipe.sizes(self.shapes)
         self.zeros = int(plan.zeros.sum())
         self.fixed = plan.fixed(recipe.keep_mask)
-        self.budget = with_zeros(recipe.budget(self.shapes), self.fixed)
+        self.budget = with_zeros(recipe.budget(self.shapes, self.names), self.fixed)
+        if recipe.keep_at_least is not None:
+            sizes = [place.layout.size for place in plan.places]
+            self.budget, self.fixed = keeping(self.budget, self.weights, sizes, recipe.keep_at_least, self.fixed)
         self._tell_zeros()
         self._extra = dict(metadata or {})
         self._progress: Progress = progress or (lambda what, done, total: None)
@@ -468,7 +476,7 @@ class Export:
 
     def _tell_zeros(self) -> None:
         """Say what is zero already, and what becomes of it."""
-        n, kept = self.weights.size, 0 if self.fixed is None else int(self.fixed.sum())
+        n, kept = self.weights.size, 0 if self.fixed is None else int((self.fixed == 1).sum())
         if self.zeros > kept and self.zeros >= 0.001 * n:
             logger.warning(
                 f"{self.zeros - kept} of {n} weights ({(self.zeros - kept) / n:.1%}) are zero already and may be "
