@@ -463,6 +463,10 @@ class Export:
         }
         if recipe.relative_damping is not None:
             facts["relative_damping"] = recipe.relative_damping
+        if recipe.layers:
+            facts["sparsity_per_layer"] = dict(recipe.layers)
+        if recipe.keep_at_least is not None:
+            facts["keep_at_least"] = recipe.keep_at_least
         if recipe.nm is not None:
             facts["nm"] = f"{recipe.nm[0]}:{recipe.nm[1]}"
             if recipe.nm_along != "inputs":

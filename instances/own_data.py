@@ -255,6 +255,7 @@ class _Fitting:
         self._most = 99 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
         self._names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self._required = [p.name for p in positional if p.default is p.empty]
+        self._first = [p.name for p in positional[:1]]
         self._any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._embeds = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
 
@@ -291,6 +292,8 @@ class _Fitting:
                 f"needs {', '.join(missing) or 'other names'}: rename the parts of the batch"
             )
         self._leave_out([key for key in rest if key not in taken])
+        if list(taken) == self._first:
+            return tuple(taken.values()), {}, target
         return (), taken, target
 
     def _of_sequence(self, batch: Any) -> Item:
