@@ -41,6 +41,8 @@ from cbs_opt.files import (  # noqa: E402
 from cbs_opt.instance import Instance  # noqa: E402
 from cbs_opt.losses import Losses, evaluate, joint_loss, selection_loss  # noqa: E402
 from cbs_opt.monitor import Monitor  # noqa: E402
+from cbs_opt.networks import apply, export, masks  # noqa: E402
+from cbs_opt.path import solve_path  # noqa: E402
 from cbs_opt.registry import get_solver, register, solver_names  # noqa: E402
 from cbs_opt.result import Result, Solution, Status  # noqa: E402
 from cbs_opt.solve import solve  # noqa: E402
@@ -74,8 +76,10 @@ __all__ = [
     "Stop",
     "UsageError",
     "__version__",
+    "apply",
     "best_update",
     "evaluate",
+    "export",
     "get_solver",
     "joint_loss",
     "library",
@@ -83,11 +87,13 @@ __all__ = [
     "library_entry",
     "library_names",
     "library_path",
+    "masks",
     "read_instance",
     "read_solution",
     "register",
     "selection_loss",
     "solve",
+    "solve_path",
     "solver_names",
     "write_instance",
     "write_solution",

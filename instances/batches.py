@@ -52,11 +52,14 @@ def leaves_of(tree: Any) -> list[Any]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a leaf stands among the leaves of a bundle."""
+    """Where a leaf stands among the leaves of a bundle; no dataclass, which would be a tree."""
 
-    index: int
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __repr__(self) -> str:
+        return f"leaf {self.index}"
 
 
 class Bundle:

@@ -20,7 +20,8 @@ from cbs_opt.files.instance_file import file_sha256
 from cbs_opt.instances.checkpoint_names import ignorable, in_words, matched, prefix_of, without_wrappers
 from cbs_opt.instances.containers import Archive, FolderArchive, container_of, open_file
 from cbs_opt.instances.masks import LayerMask, add_masks
-from cbs_opt.instances.plain import computed_weights, make_plain, unwrapped
+from cbs_opt.instances.modes import unwrapped
+from cbs_opt.instances.plain import computed_weights, make_plain
 from cbs_opt.instances.stored_forms import effective, encoded, stored_forms
 
 __all__ = ["checkpoint_sha256", "container_of", "load_checkpoint", "read_checkpoint", "write_checkpoint"]

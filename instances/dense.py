@@ -13,7 +13,7 @@ from torch import nn
 from cbs_opt.errors import InstanceError
 from cbs_opt.instances.batches import Samples, moved, placed, slices
 from cbs_opt.instances.gradients import chunk_size
-from cbs_opt.instances.modes import evaluation_mode
+from cbs_opt.instances.modes import evaluation_mode, fewest
 from cbs_opt.instances.scores import Judge, Score, runner
 
 logger = logging.getLogger("cbs_opt")
@@ -62,10 +62,10 @@ def dense_scores(
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
         run = runner(model, stack)
-        first = placed(inputs[:1], model)
+        first = placed(inputs[: fewest(model)], model)
         run(first)
         size = chunk_size(model, placed(first, model), (), chunk_bytes)
-        for part in slices(inputs, size):
+        for part in slices(inputs, max(size, fewest(model))):
             x = placed(inputs[part], model)
             judge.take(run(x), moved(labels[part], device), x)
             progress(part.stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ from cbs_opt.files import read_instance
 from cbs_opt.files.instance_file import instance_arrays
 from cbs_opt.files.npz import Content, Stream, json_text, write_npz
 from cbs_opt.instance import Instance
-from cbs_opt.instances.batches import Samples, checked_call, placed
+from cbs_opt.instances.batches import Samples, placed
+from cbs_opt.instances.budgets import keeping
 from cbs_opt.instances.curvature import fisher_blocks
 from cbs_opt.instances.dense import dense_scores
 from cbs_opt.instances.gradients import CHUNK_BYTES, gradient_rows
 from cbs_opt.instances.losses import LossLike, SampleLoss
 from cbs_opt.instances.metrics import MetricLike
-from cbs_opt.instances.modes import single_precision
+from cbs_opt.instances.modes import fewest
 from cbs_opt.instances.plan import make_plan, with_zeros
 from cbs_opt.instances.recipe import DAMPING, Along, Form, Recipe, Source, one_of, scratch
 from cbs_opt.instances.reconstruction import input_covariances, reconstruction_blocks
-from cbs_opt.instances.scores import Judge, torch_device
+from cbs_opt.instances.scores import Judge, runner, torch_device
 from cbs_opt.instances.tensors import table_of, to_rows
 from cbs_opt.linalg import is_positive
 from cbs_opt.typing import FloatArray
@@ -65,6 +66,8 @@ def export(
     memory: int | None = None,
     keep_mask: bool = False,
     nm_along: Along = "inputs",
+    layers: Mapping[str, float] | None = None,
+    keep_at_least: float | None = None,
     exclude: Sequence[str] | None = None,
     device: str = "auto",
     path: Path | str | None = None,
@@ -92,7 +95,7 @@ def export(
     output_key : str, optional
         The part of a structured output that the loss is about, see `cbs_opt.instances.outputs`.
     source, curvature, blocks, batch, damping, relative_damping, dtype : optional
-    sparsity, per_layer, nm, first_order, memory, keep_mask, nm_along : optional
+    sparsity, per_layer, nm, first_order, memory, keep_mask, nm_along, layers, keep_at_least : optional
         See `cbs_opt.instances.recipe.Recipe`.
     exclude : sequence of str, optional
         Names or patterns of what is not to be pruned.
@@ -140,6 +143,8 @@ def export(
         memory,
         keep_mask,
         nm_along,
+        layers,
+        keep_at_least,
     )
     job = Export(
         model,
@@ -148,9 +153,9 @@ def export(
         names,
         recipe,
         loss=loss,
+        exclude=exclude,
         metric=metric,
         output_key=output_key,
-        exclude=exclude,
         device=device,
         metadata=metadata,
         progress=progress,
@@ -220,16 +225,25 @@ class Export:
                 f"{len(inputs) % recipe.batch} are left out"
             )
         self.inputs, self.labels = inputs, labels
-        self.judge = Judge(loss, metric, output_key)
-        self._loss_declared = loss is not None
+        if recipe.source == "fisher" and recipe.batch == 1 and fewest(model) > 1:
+            raise UsageError(
+                "a batch norm of the network takes its statistics from the batch (it keeps none of its own), "
+                "so that single samples have no gradient: take means over batches, `--batch 50` say (from Python "
+                "`batch=50`)"
+            )
         plan = make_plan(model, names, exclude, source=recipe.source, run=self._run_one)
         self.model, self.recipe = plan.model, recipe
+        self.judge = Judge(loss, metric, output_key)
+        self._loss_declared = loss is not None
         self.places, self.names, self.weights = plan.places, plan.names, plan.weights
         self.shapes = [place.layout.rows_shape for place in plan.places]
         self.sizes = recipe.sizes(self.shapes)
         self.zeros = int(plan.zeros.sum())
         self.fixed = plan.fixed(recipe.keep_mask)
-        self.budget = with_zeros(recipe.budget(self.shapes), self.fixed)
+        self.budget = with_zeros(recipe.budget(self.shapes, self.names), self.fixed)
+        if recipe.keep_at_least is not None:
+            sizes = [place.layout.size for place in plan.places]
+            self.budget, self.fixed = keeping(self.budget, self.weights, sizes, recipe.keep_at_least, self.fixed)
         self._tell_zeros()
         self._extra = dict(metadata or {})
         self._progress: Progress = progress or (lambda what, done, total: None)
@@ -449,6 +463,10 @@ class Export:
         }
         if recipe.relative_damping is not None:
             facts["relative_damping"] = recipe.relative_damping
+        if recipe.layers:
+            facts["sparsity_per_layer"] = dict(recipe.layers)
+        if recipe.keep_at_least is not None:
+            facts["keep_at_least"] = recipe.keep_at_least
         if recipe.nm is not None:
             facts["nm"] = f"{recipe.nm[0]}:{recipe.nm[1]}"
             if recipe.nm_along != "inputs":
@@ -457,12 +475,12 @@ class Export:
 
     def _run_one(self, model: nn.Module) -> object:
         """One sample through the network, where it is."""
-        with single_precision(model):
-            return checked_call(model, placed(self.inputs[:1], model))
+        with ExitStack() as stack:
+            return runner(model, stack)(placed(self.inputs[: fewest(model)], model))
 
     def _tell_zeros(self) -> None:
         """Say what is zero already, and what becomes of it."""
-        n, kept = self.weights.size, 0 if self.fixed is None else int(self.fixed.sum())
+        n, kept = self.weights.size, 0 if self.fixed is None else int((self.fixed == 1).sum())
         if self.zeros > kept and self.zeros >= 0.001 * n:
             logger.warning(
                 f"{self.zeros - kept} of {n} weights ({(self.zeros - kept) / n:.1%}) are zero already and may be "

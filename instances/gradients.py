@@ -21,7 +21,7 @@ from cbs_opt.errors import InstanceError
 from cbs_opt.instances.batches import Bundle, Samples, arguments, call, leaves_of, moved, placed, reason, slices
 from cbs_opt.instances.layers import columns, layer_gradients, layer_of, tapped
 from cbs_opt.instances.losses import LossLike, SampleLoss, declared
-from cbs_opt.instances.modes import evaluation_mode, single_precision
+from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 
 logger = logging.getLogger("cbs_opt")
 
@@ -167,7 +167,7 @@ def gradient_rows(
         if device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN differentiates recurrent layers in training mode only.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        size = chunk_size(model, placed(inputs[:1], model), names, chunk_bytes)
+        size = chunk_size(model, placed(inputs[: fewest(model)], model), names, chunk_bytes)
         if batch == 1:
             end = next(slices(inputs, min(size, _TRIAL))).stop
             few = placed(inputs[:end], model), moved(targets[:end], device)
@@ -176,6 +176,7 @@ def gradient_rows(
         else:
             route = _mean_route(model, names, criterion)
             last = len(inputs) - batch + 1
+            size = max(size, batch) if fewest(model) > 1 else size
             parts = [list(slices(inputs, size, start, start + batch)) for start in range(0, last, batch)]
         for row in parts:
             rows: Tensor | None = None

@@ -121,12 +121,10 @@ class ClassLoss(SampleLoss):
         view = self.classes(outputs, targets)
         scores = _precise(view.scores)
         module = self.module
-        if module.weight is not None and module.weight.device != scores.device:
-            module = self.module = copy.deepcopy(module).to(scores.device)
+        if module.weight is not None and (module.weight.device, module.weight.dtype) != (scores.device, scores.dtype):
+            module = copy.deepcopy(module).to(scores.device, scores.dtype)
         target = view.target.to(scores.dtype) if view.target.is_floating_point() else view.target
         losses = module(scores, target)
-        if module.weight is not None and losses.dtype != scores.dtype:
-            losses = losses.to(scores.dtype)
         sums = losses.reshape(len(scores), -1).sum(1)
         if self.total:
             return sums, torch.ones_like(sums)
@@ -182,11 +180,10 @@ class ValueLoss(SampleLoss):
     def terms(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Sums and weights of each of m samples."""
         out, y = self.values(outputs, targets)
-        for name in ("weight", "pos_weight"):
-            part = getattr(self.module, name, None)
-            if isinstance(part, Tensor) and part.device != out.device:
-                self.module = copy.deepcopy(self.module).to(out.device)
-        losses = self.module(out, y).reshape(len(out), -1)
+        module = self.module
+        if any(True for _ in module.buffers()):
+            module = copy.deepcopy(module).to(out.device, out.dtype)
+        losses = module(out, y).reshape(len(out), -1)
         sums = losses.sum(1)
         return sums, torch.full_like(sums, 1.0 if self.total else float(losses.shape[1]))
 

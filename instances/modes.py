@@ -47,3 +47,24 @@ def single_precision(model: nn.Module) -> Iterator[None]:
 def is_half(model: nn.Module) -> bool:
     """Whether a parameter or buffer is of half precision."""
     return any(tensor.dtype in _HALVES for tensor in [*model.parameters(), *model.buffers()])
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside DataParallel, torch.compile and averaging wrappers: names then lack their prefixes."""
+    from torch.optim.swa_utils import AveragedModel
+
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, wrappers):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def fewest(model: nn.Module) -> int:
+    """How many samples the network needs at once: 2 where a batch norm keeps no statistics of its own, else 1."""
+    norms = (nn.modules.batchnorm._BatchNorm,)
+    alone = all(module.running_mean is not None for module in model.modules() if isinstance(module, norms))
+    return 1 if alone else 2

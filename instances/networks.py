@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cbs_opt.errors import UsageError
 from cbs_opt.instances.architectures import CIFARNet, MLPNet, MobileNetV1, ResNet20
 from cbs_opt.instances.factory import parts_of
-from cbs_opt.instances.plain import unwrapped
+from cbs_opt.instances.modes import unwrapped
 from cbs_opt.instances.plugins import call_object, is_object
 from cbs_opt.instances.preparation import Preparation
 from cbs_opt.instances.prunable import select

@@ -56,7 +56,10 @@ class Owned:
 
 def is_pair(data: Any) -> bool:
     """Whether `data` is (inputs, labels) rather than a loader or a list of batches."""
-    return isinstance(data, tuple | list) and len(data) == 2 and _is_array(data[1]) and not _is_collate(data)
+    if not isinstance(data, tuple | list) or len(data) != 2 or _is_collate(data):
+        return False
+    several = isinstance(data, tuple) and isinstance(data[1], Mapping) and all(map(_is_array, data[1].values()))
+    return _is_array(data[1]) or several
 
 
 def own_samples(data: Any, model: nn.Module, name: str, limit: int | None, seed: int | None) -> Owned:
@@ -252,6 +255,7 @@ class _Fitting:
         self._most = 99 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
         self._names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self._required = [p.name for p in positional if p.default is p.empty]
+        self._first = [p.name for p in positional[:1]]
         self._any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._embeds = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
 
@@ -288,6 +292,8 @@ class _Fitting:
                 f"needs {', '.join(missing) or 'other names'}: rename the parts of the batch"
             )
         self._leave_out([key for key in rest if key not in taken])
+        if list(taken) == self._first:
+            return tuple(taken.values()), {}, target
         return (), taken, target
 
     def _of_sequence(self, batch: Any) -> Item:

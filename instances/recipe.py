@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cbs_opt.budget import Budget
 from cbs_opt.errors import OutputError, UsageError
+from cbs_opt.instances.budgets import budget_of_layers
 from cbs_opt.instances.curvature import Shape, block_sizes, cut, working_bytes
 from cbs_opt.typing import IntArray
 
@@ -66,6 +67,11 @@ class Recipe:
     nm_along : {"inputs", "outputs"}
         The M weights of an N:M pattern are consecutive inputs of one output, or outputs of one input.
 
+    layers : mapping of str to float, optional
+        Sparsities of layers by name or pattern, see `budgets.budget_of_layers`; `sparsity` is that of all others.
+    keep_at_least : float, optional
+        Weights that every layer keeps, or below 1 a share of each, see `budgets.keeping`.
+
     Raises
     ------
     UsageError
@@ -86,6 +92,8 @@ class Recipe:
     memory: int | None = None
     keep_mask: bool = False
     nm_along: Along = "inputs"
+    layers: Mapping[str, float] | None = None
+    keep_at_least: float | None = None
     form: Form = field(init=False)
     block_rule: str | int = field(init=False)
     entry: np.dtype[Any] = field(init=False)
@@ -107,7 +115,7 @@ class Recipe:
             N, M = self.nm
             if not 0 <= N <= M or M < 1:
                 raise UsageError(f"N:M must have 0 ≤ N ≤ M and M ≥ 1, got {N}:{M}")
-            if self.sparsity is not None or self.per_layer:
+            if self.sparsity is not None or self.per_layer or self.layers:
                 raise UsageError(
                     "N:M sets how many weights are pruned: it goes without `sparsity` and `per_layer`"
                 )
@@ -148,8 +156,12 @@ class Recipe:
             return cut(block_sizes(shapes, "row"), self.block_rule)
         return block_sizes(shapes, self.block_rule)
 
-    def budget(self, shapes: Sequence[Shape]) -> Budget:
-        """How many weights to prune: over all of them, of each tensor, or N:M."""
+    def budget(self, shapes: Sequence[Shape], names: Sequence[str] = ()) -> Budget:
+        """How many weights to prune: over all of them, of each tensor, of those that `layers` names, or N:M."""
+        if self.layers:
+            default = SPARSITY if self.sparsity is None else self.sparsity
+            rules = {**(dict.fromkeys(names, default) if self.per_layer else {}), **self.layers}
+            return budget_of_layers(names, [int(np.prod(shape)) for shape in shapes], rules, default)
         if self.nm is not None:
             return nm_budget(shapes, *self.nm, along=self.nm_along)
         sparsity = SPARSITY if self.sparsity is None else self.sparsity

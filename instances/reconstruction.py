@@ -27,7 +27,7 @@ from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.instances.batches import Samples, checked_call, placed, slices
 from cbs_opt.instances.curvature import cut, singular_sentence, symmetric_inverse
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
-from cbs_opt.instances.modes import evaluation_mode, single_precision
+from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.products import Product, Products
 from cbs_opt.instances.prunable import select
 from cbs_opt.instances.tensors import Layout
@@ -164,8 +164,9 @@ def input_covariances(
     sums = {name: _Sums(layout) for name, layout in layouts.items()}
     reasons: dict[str, str] = {}
     with evaluation_mode(model), single_precision(model), torch.no_grad():
-        checked_call(model, placed(inputs[:1], model))
-        size = chunk_size(model, placed(inputs[:1], model), (), chunk_bytes)
+        few = placed(inputs[: fewest(model)], model)
+        checked_call(model, few)
+        size = max(len(few), chunk_size(model, few, (), chunk_bytes))
         for part in slices(inputs, size):
             with _watched(model, layouts, lambda product: sums[product.name].add(product), reasons):
                 checked_call(model, placed(inputs[part], model))

@@ -241,6 +241,20 @@ def _double(outputs: Any) -> Any:
     )
 
 
+def cost(before: Score, after: Score) -> float:
+    """How much the pruned network costs, in points or percent: below 0 where it is better.
+
+    A point is a hundredth of metrics that are shares (accuracy, top-5, R², mean IoU, functions); a percent is of the
+    dense value of others (perplexity, squared error, the loss where there is no metric).
+    """
+    old, new = (score.loss if score.value is None else score.value for score in (before, after))
+    if not math.isfinite(new):
+        return math.inf
+    if before.metric is None or before.metric in ("mse", "perplexity"):
+        return 100 * (new - old) / max(abs(old), 1e-300)
+    return 100 * (old - new)
+
+
 def worries(before: Score | None, after: Score | None, classes: float | None = None) -> list[str]:
     """Sentences, in capitals, about scores that no reader should overlook.
 

@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cbs_opt.cli import common
 from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
 from cbs_opt.cli.report import write_json
-from cbs_opt.cli.scoring import (
-    Scores,
-    Scoring,
-    checkpoint_key,
-    drop,
-    magnitude_at,
-    normalisation,
-    score_lines,
-)
+from cbs_opt.cli.scoring import Scores, Scoring, checkpoint_key, magnitude_at, normalisation, score_lines
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance, read_solution
 from cbs_opt.files.library_file import resolve
@@ -68,6 +60,12 @@ def _parser() -> common.Parser:
     add("--mean", metavar="X", type=number_option(), nargs="+", help="normalisation in place of the network's")
     add("--std", metavar="X", type=number_option(), nargs="+", help="likewise")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add(
+        "--checkpoint-key",
+        metavar="KEY",
+        help="which of its dictionaries; default: as exported",
+    )
+    add("--masks", metavar="FILE.safetensors", type=Path, help="write the masks alone, by name of tensor")
     add_loss_options(parser)
     add("--no-score", action="store_true", help="write the checkpoint, and run no network")
     add("--no-magnitude", action="store_true", help="leave out the comparison with magnitude pruning")
@@ -79,12 +77,6 @@ def _parser() -> common.Parser:
         "the like, percent of perplexity, error or loss",
     )
     add("--onnx", metavar="FILE.onnx", type=Path, help="also write the pruned network as ONNX")
-    add(
-        "--checkpoint-key",
-        metavar="KEY",
-        help="which dictionary of a checkpoint with several; default: as exported",
-    )
-    add("--masks", metavar="FILE.safetensors", type=Path, help="write the masks alone, by name of tensor")
     add("--picture", metavar="MASKS.png", type=Path, help="draw the mask of every layer; .png, .svg or .pdf")
     add("--json", metavar="FILE|-", help="write the report as JSON; - for stdout, and nothing else there")
     add("-q", "--quiet", action="store_true", help="log warnings only")
@@ -229,6 +221,8 @@ def _asdict(when: str, score: Score | None) -> dict[str, Any]:
 
 def _sparsest(options: argparse.Namespace, solutions: list[Solution], scores: Scores) -> int | None:
     """The number of the sparsest solution that costs at most `--max-drop`, None without one."""
+    from cbs_opt.instances.scores import cost
+
     if scores.before is None:
         raise UsageError(
             "several solutions are compared on data: name them with `--data`, and the network with `--network`"
@@ -236,13 +230,13 @@ def _sparsest(options: argparse.Namespace, solutions: list[Solution], scores: Sc
     within = []
     lines = []
     for k, (path, solution, after) in enumerate(zip(options.solution, solutions, scores.after, strict=True)):
-        cost = math.inf if after is None else drop(scores.before, after)
-        within += [k] if cost <= options.max_drop else []
-        lines.append((solution.pruned.mean(), f"{path}: {solution.pruned.mean():.2%} pruned, costs {cost:+.2f}"))
+        price = math.inf if after is None else cost(scores.before, after)
+        within += [k] if price <= options.max_drop else []
+        lines.append((solution.pruned.mean(), f"{path}: {solution.pruned.mean():.2%} pruned, costs {price:+.2f}"))
     for _, line in sorted(lines):
         logger.info(line)
     if not within:
-        cheapest = min(drop(scores.before, after) for after in scores.after if after is not None)
+        cheapest = min(cost(scores.before, after) for after in scores.after if after is not None)
         common.say(
             f"no solution costs at most {options.max_drop:g}: the cheapest costs {cheapest:.2f}; nothing is written\n"
         )
@@ -345,6 +339,11 @@ def _text(content: dict[str, Any]) -> str:
         line += f"{zeros_before:>{max(digits, 11)},}  " if old else ""
         lines.append(f"{line}{pruned:>{digits},}  {zeros_after / size:>8.2%}")
     lines.append("")
+    for trial in content.get("path", []):
+        score = trial["score"]
+        value = score["loss"] if score["value"] is None else score["value"]
+        lines.append(f"{trial['sparsity']:>9.2%} pruned: {score['metric'] or 'loss'} {value:.4f}  {trial['solution']}")
+    lines += [""] if "path" in content else []
     lines += score_lines(content)
     lines += [f"WARNING   {text}" for text in content["warnings"]]
     size = content["size"]

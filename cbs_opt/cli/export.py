@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cbs_opt.cli import common
-from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
+from cbs_opt.cli.arguments import add_loss_options, number_option, share_option, whole_option
 from cbs_opt.errors import UsageError
 from cbs_opt.version import __version__
 
@@ -90,7 +90,19 @@ def export_parser() -> common.Parser:
         help="of the stored curvature; default: float32 for gradients, float64 for blocks",
     )
     add("--first-order", action="store_true", help="also store the mean gradient")
-    add("--sparsity", type=number_option(0, 1), metavar="F", help="prune this fraction; default: 0.9")
+    add("--sparsity", type=share_option, metavar="F", help="prune this fraction; default: 0.9")
+    add(
+        "--sparsity-per-layer",
+        nargs="+",
+        metavar="PATTERN=F|FILE.toml",
+        help="sparsity of single layers, 'fc.*=0.9' say; `--sparsity` is that of all others together",
+    )
+    add(
+        "--keep-at-least",
+        type=number_option(0),
+        metavar="N",
+        help="weights that every layer keeps, or below 1 a share of each: no layer dies",
+    )
     add("--per-layer", action="store_true", help="prune the same fraction of every tensor")
     add("--nm", type=_pattern, metavar="N:M", help="keep N of every M consecutive inputs, in place of a sparsity")
     add("--nm-along", choices=("inputs", "outputs"), default="inputs", help="default: inputs, as hardware does")
@@ -139,10 +151,10 @@ def _main(arguments: list[str]) -> int:
             source.labels,
             names,
             recipe,
+            exclude=options.exclude,
             loss=options.loss or network.loss,
             metric=options.metric or network.metric,
             output_key=options.output_key or network.output_key,
-            exclude=options.exclude,
             device=device.type,
             metadata=_origin(options, network),
             progress=progress,
@@ -180,6 +192,7 @@ def _check_output(options: argparse.Namespace) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
+    from cbs_opt.instances.budgets import read_rules
     from cbs_opt.instances.recipe import Recipe
 
     return Recipe(
@@ -193,6 +206,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         sparsity=options.sparsity,
         per_layer=options.per_layer,
         nm=options.nm,
+        layers=None if options.sparsity_per_layer is None else read_rules(options.sparsity_per_layer),
+        keep_at_least=options.keep_at_least,
         first_order=options.first_order,
         keep_mask=options.keep_mask,
         nm_along=options.nm_along,

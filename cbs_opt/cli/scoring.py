@@ -145,6 +145,8 @@ class Scoring:
                 self.take(tensors)
                 try:
                     scores.append(self._score(device, lambda done, k=number: tell(k * len(source) + done)))
+                except InstanceError as error:
+                    raise InstanceError(f"{error} (`--no-score` writes the checkpoint without scores)") from error
                 except UsageError as error:
                     if number or self._declared() != (None, None, None) or self._options.data is not None:
                         raise
@@ -230,21 +232,6 @@ def normalisation(options: argparse.Namespace, instance: Instance) -> tuple[Any,
         new if new is not None else noted.get(key) for key, new in zip(("mean", "std"), given, strict=True)
     )
     return mean, std
-
-
-def drop(before: Score, after: Score) -> float:
-    """How much the pruned network costs, in points or percent: below 0 where it is better.
-
-    A hundredth for metrics that are shares (accuracy, top-5, R², mean IoU and functions); a percent of the dense
-    value for others (perplexity, squared error, the loss where there is no metric).
-    """
-    old, new = (score.loss if score.value is None else score.value for score in (before, after))
-    errors = before.metric is None or before.metric in ("mse", "perplexity")
-    if not np.isfinite(new):
-        return float("inf")
-    if errors:
-        return 100 * (new - old) / max(abs(old), 1e-300)
-    return 100 * (old - new)
 
 
 def score_lines(content: dict[str, Any]) -> list[str]:
