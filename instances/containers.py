@@ -266,7 +266,6 @@ class TorchArchive(Archive):
                 file.write(buffer.getvalue())
             return
         self._check_overlaps(changes)
-        buffer = io.BytesIO()
         with atomic_write(path) as file:
             self._file.write(file, {name: (self._tensors[name], tensor) for name, tensor in changes.items()})
 

@@ -108,9 +108,9 @@ def _norm_axis(g: Tensor, v: Tensor) -> int | None:
 
 def _norms(v: Tensor, g: Tensor) -> Tensor:
     axis = _norm_axis(g, v)
-    if axis is None:
-        return v.norm().reshape(g.shape)
-    return torch.linalg.vector_norm(v, dim=[other for other in range(v.dim()) if other != axis], keepdim=True)
+    others = [other for other in range(v.dim()) if other != axis]
+    norms: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=True)
+    return norms.reshape(g.shape) if axis is None else norms
 
 
 def _normed(g: Tensor, v: Tensor) -> Tensor:
@@ -127,8 +127,8 @@ def _encode_norm(new: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _sigma(weight: Tensor, u: Tensor, v: Tensor) -> tuple[int, float]:
     """The axis of the weight that comes first in the matrix W, and u·(W v).
 
-    For a square weight the shapes leave it open. u points along W v where it is a singular vector: the second axis,
-    that of transposed convolutions, is taken where it fits much better than the first.
+    For a square weight the shapes leave it open. u points along W v where it is a singular vector: the second
+    axis, that of transposed convolutions, is taken where it fits much better than the first.
     """
     found = []
     for axis in range(min(2, weight.dim())):
