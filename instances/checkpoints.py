@@ -60,8 +60,8 @@ def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) 
 
     Every tensor of the network must be there. Of tensors that several layers share one name is enough. Prefixes of
     wrappers are looked through, masks and parametrisations of the file or of the network as well; masks that only
-    the file has become masks of the network. Tensors of the file that are no parameters are ignored, and so is what
-    lies outside the prefix of the network; both are said.
+    the file has become masks of the network. Tensors of the file that are no parameters are ignored, and so is
+    what lies outside the prefix of the network; both are said.
 
     Parameters
     ----------
@@ -99,11 +99,12 @@ def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) 
             full[name] = tensors[source]
     _tell_ignored(path, archive, mapping, tensors, own)
     model.load_state_dict(full, strict=False)
-    masks = [
+    found = [
         LayerMask(name, (parts[form.parts[1]] == 0).cpu().numpy())
         for name, form in forms.items()
         if form.kind == "mask"
     ]
+    masks = [mask for mask in found if mask.count]
     if masks:
         logger.info(f"{path}: its masks are kept: {_listed(mask.name for mask in masks)}")
         add_masks(model, masks)

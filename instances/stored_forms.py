@@ -44,6 +44,7 @@ class Form:
     encode: Callable[..., tuple[Tensor, ...] | None] | None
 
 
+_BESIDE = re.compile(r"(?P<path>(?:.*\.)?)_(?P<leaf>weight|bias)_mask")  # as WoodFisher's checkpoints have them
 _OTHER = re.compile(r"(?P<path>.*?)parametrizations\.(?P<leaf>[^.]+)\.(?P<rest>.+)")
 
 
@@ -61,6 +62,11 @@ def stored_forms(names: Iterable[str]) -> list[Form]:
                 forms.append(Form(stem, parts, kind, value, encode))
                 known -= set(parts)
                 break
+    for name in names:
+        if match := _BESIDE.fullmatch(name):
+            stem = f"{match['path']}{match['leaf']}"
+            if stem in known:
+                forms.append(Form(stem, (stem, name), "mask", _masked, _encode_mask))
     by_leaf: dict[str, list[str]] = {}
     for name in names:
         if name in known and (match := _OTHER.fullmatch(name)):

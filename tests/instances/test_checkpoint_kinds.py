@@ -323,3 +323,28 @@ def test_pickles_that_try_to_reach_out_stay_inert(tmp_path):
         torch.save({"w": torch.ones(2), "again": Reach(call), "deep": {"x": [Reach(call)]}}, path)
         assert read_checkpoint(path)["w"].tolist() == [1, 1]
     assert not sprung.exists()
+
+
+def test_checkpoints_of_woodfisher_are_read_and_written(tmp_path):
+    """Its MLPNet: layers wrapped beside a mask, in DataParallel, beside a pickled optimizer."""
+    model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.randn(5, 5)).sum().backward()
+    optimizer.step()
+    state = {}
+    for name in ("0", "2"):
+        weight = model[int(name)].weight.detach()
+        state[f"module.{name}._weight_mask"] = (torch.arange(weight.numel()).reshape(weight.shape) % 5 > 0).float()
+        state[f"module.{name}._layer.weight"] = weight
+    torch.save(
+        {"epoch": 25, "model_state_dict": state, "optimizer": {"optimizer": optimizer}}, tmp_path / "in.ckpt"
+    )
+    kept = {name: state[f"module.{name}._weight_mask"] for name in ("0", "2")}
+    fresh = nn.Sequential(nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
+    load_checkpoint(fresh, tmp_path / "in.ckpt")
+    assert all(torch.equal(fresh[int(k)].weight, model[int(k)].weight * mask) for k, mask in kept.items())
+    write_checkpoint(tmp_path / "out.ckpt", {"0.weight": torch.zeros(4, 5)}, tmp_path / "in.ckpt")
+    after = torch.load(tmp_path / "out.ckpt", weights_only=False)
+    assert not after["model_state_dict"]["module.0._layer.weight"].any()
+    assert torch.equal(after["model_state_dict"]["module.2._layer.weight"], model[2].weight)
+    assert after["optimizer"]["optimizer"].state_dict()["state"]
