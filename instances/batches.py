@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from cbs_opt.errors import InstanceError
 
@@ -31,7 +32,7 @@ class Samples(Protocol):
 
 def map_leaves(change: Callable[[Any], Any], tree: Any) -> Any:
     """The same tuples, lists, dictionaries and dataclasses with every other object changed."""
-    if isinstance(tree, tuple | list):
+    if isinstance(tree, tuple | list) and not isinstance(tree, PackedSequence):  # sequences packed stay so
         parts = [map_leaves(change, part) for part in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     if isinstance(tree, Mapping):

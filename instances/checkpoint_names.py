@@ -100,12 +100,18 @@ def _splits(name: str) -> list[tuple[str, str]]:
     return [(".".join(parts[:k]) + ".", ".".join(parts[k:])) for k in range(1, len(parts))]
 
 
-def prefix_of(mapping: Mapping[str, str]) -> str:
-    """What the names of the file have before those of the network, for messages."""
+def prefix_of(mapping: Mapping[str, str]) -> tuple[str, str]:
+    """What the names of the file have before those of the network, and the other way round."""
     for plain, raw in mapping.items():
         if plain != raw:
-            return raw.removesuffix(plain) if raw.endswith(plain) else f"−{plain.removesuffix(raw)}"
-    return ""
+            return (raw.removesuffix(plain), "") if raw.endswith(plain) else ("", plain.removesuffix(raw))
+    return "", ""
+
+
+def in_words(prefix: tuple[str, str]) -> str:
+    """A prefix as a part of a sentence; empty where there is none."""
+    removed, added = prefix
+    return f"without '{removed}'" if removed else f"with '{added}' before them" if added else ""
 
 
 def _is_extra(name: str) -> bool:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError
 from cbs_opt.files.instance_file import file_sha256
-from cbs_opt.instances.checkpoint_names import ignorable, matched, prefix_of, without_wrappers
+from cbs_opt.instances.checkpoint_names import ignorable, in_words, matched, prefix_of, without_wrappers
 from cbs_opt.instances.containers import Archive, FolderArchive, container_of, open_file
-from cbs_opt.instances.modes import unwrapped
-from cbs_opt.instances.plain import computed_weights, make_plain
+from cbs_opt.instances.masks import LayerMask, add_masks
+from cbs_opt.instances.plain import computed_weights, make_plain, unwrapped
 from cbs_opt.instances.stored_forms import effective, encoded, stored_forms
 
 __all__ = ["checkpoint_sha256", "container_of", "load_checkpoint", "read_checkpoint", "write_checkpoint"]
@@ -58,8 +58,9 @@ def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) 
     """Load a checkpoint into a network, strictly.
 
     Every tensor of the network must be there. Of tensors that several layers share one name is enough. Prefixes of
-    wrappers are looked through, masks and parametrisations of the file or of the network as well. Tensors of the
-    file that are no parameters are ignored, and so is what lies outside the prefix of the network; both are said.
+    wrappers are looked through, masks and parametrisations of the file or of the network as well; masks that only
+    the file has become masks of the network. Tensors of the file that are no parameters are ignored, and so is what
+    lies outside the prefix of the network; both are said.
 
     Parameters
     ----------
@@ -77,11 +78,12 @@ def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) 
     own = model.state_dict()
     computed = {name: (module, leaf) for name, module, leaf in computed_weights(model)}
     wanted = {*own, *computed}
-    archive = open_file(path, _stored_names(wanted, path, key), key)
+    archive = open_file(path, _stored_names(wanted), key)
     mapping = _mapping(archive, wanted)
     tensors = {plain: archive.read(raw) for plain, raw in mapping.items()}
     # Stored as a parametrisation where the network is plain, and the other way round.
-    tensors, _ = effective(tensors, own.keys() - computed.keys())
+    parts = dict(tensors)
+    tensors, forms = effective(tensors, own.keys() - computed.keys())
     plain_in_file = [name for name in computed if name in tensors]
     _check_fit(path, model, own, tensors, [(*computed[name], name) for name in plain_in_file])
     for name in plain_in_file:
@@ -96,6 +98,14 @@ def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) 
             full[name] = tensors[source]
     _tell_ignored(path, archive, mapping, tensors, own)
     model.load_state_dict(full, strict=False)
+    masks = [
+        LayerMask(name, (parts[form.parts[1]] == 0).cpu().numpy())
+        for name, form in forms.items()
+        if form.kind == "mask"
+    ]
+    if masks:
+        logger.info(f"{path}: its masks are kept: {_listed(mask.name for mask in masks)}")
+        add_masks(model, masks)
 
 
 def write_checkpoint(
@@ -122,8 +132,8 @@ def write_checkpoint(
         When the file cannot be written; `path` is then as it was before.
     """
     path, like = Path(path), Path(like)
-    archive = open_file(like, _stored_names(tensors, like, key), key)
-    mapping = _mapping(archive, tensors)
+    archive = open_file(like, _stored_names(tensors), key, quiet=True)
+    mapping = _mapping(archive, tensors, quiet=True)
     raw_of = {form.name: form for form in stored_forms(mapping)}
     changes: dict[str, Tensor] = {}
     replaced: list[str] = []
@@ -170,7 +180,7 @@ def checkpoint_sha256(path: Path | str) -> str:
         raise InstanceError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _stored_names(wanted: Iterable[str], path: Path, key: str | None) -> set[str]:
+def _stored_names(wanted: Iterable[str]) -> set[str]:
     """The names under which tensors may be stored: their own, and those of masks and parametrisations."""
     out = set()
     for name in wanted:
@@ -180,23 +190,17 @@ def _stored_names(wanted: Iterable[str], path: Path, key: str | None) -> set[str
     return out
 
 
-def _mapping(archive: Archive, wanted: Iterable[str] | None) -> dict[str, str]:
+def _mapping(archive: Archive, wanted: Iterable[str] | None, *, quiet: bool = False) -> dict[str, str]:
     """Plain names to the names of the file."""
     if wanted is None:
         return without_wrappers(archive.shapes)
-    wanted = list(wanted)
+    wanted = set(wanted)
     mapping = matched(archive.shapes, wanted)
-    if len(mapping.keys() & set(wanted)) < len(wanted):
-        more = matched(archive.shapes, _stored_names(wanted, archive.path, None))
-        if len(more) and prefix_of(more) != prefix_of(mapping):
-            mapping = more
-    prefix = prefix_of(mapping)
-    if prefix:
-        logger.info(
-            f"{archive.path}: names are taken without '{prefix}'"
-            if prefix[0] != "−"
-            else f"{archive.path}: names are taken with '{prefix[1:]}' before them"
-        )
+    if not wanted <= mapping.keys():
+        more = matched(archive.shapes, _stored_names(wanted))
+        mapping = more if prefix_of(more) != prefix_of(mapping) else mapping
+    if not quiet and (words := in_words(prefix_of(mapping))):
+        logger.info(f"{archive.path}: names are taken {words}")
     return mapping
 
 

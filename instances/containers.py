@@ -196,17 +196,23 @@ class TorchArchive(Archive):
         Tensors of the network: the dictionary that has most of them is taken.
     key : str, optional
         Path of the dictionary, `state_dict_ema` say, in place of that choice.
+    quiet : bool
+        Do not tell the choice.
     """
 
-    def __init__(self, path: Path, wanted: Collection[str] = (), key: str | None = None) -> None:
+    def __init__(
+        self, path: Path, wanted: Collection[str] = (), key: str | None = None, *, quiet: bool = False
+    ) -> None:
         super().__init__(path)
         self._file = TorchFile(path)
-        self.key, self._tensors = self._choice(wanted, key)
+        self.key, self._tensors = self._choice(wanted, key, quiet)
         for name, stored in self._tensors.items():
             self.shapes[name] = stored.shape
             self.floating[name] = stored.dtype.is_floating_point
 
-    def _choice(self, wanted: Collection[str], key: str | None) -> tuple[str, dict[str, StoredTensor]]:
+    def _choice(
+        self, wanted: Collection[str], key: str | None, quiet: bool
+    ) -> tuple[str, dict[str, StoredTensor]]:
         found = list(dictionaries(self._file.content))
         if key is not None:
             for path, entries in found:
@@ -228,12 +234,12 @@ class TorchArchive(Archive):
         path, entries = ranked[0]
         others = [name for name, _ in ranked[1:] if fit((name, _)) == fit(ranked[0])] if wanted else []
         title = f"`{path}`" if path else "the dictionary at the top"
-        if others:
+        if others and not quiet:
             logger.warning(
                 f"{self.path}: {title} is taken; it also has {', '.join(f'`{name}`' for name in others)} "
                 f"(--checkpoint-key {others[0]} takes that)"
             )
-        elif path:
+        elif path and not quiet:
             logger.info(f"{self.path}: {title} is taken")
         beside = [str(k) for k in entries if not isinstance(entries[k], StoredTensor)]
         content = self._file.content
@@ -291,7 +297,9 @@ class FolderArchive(Archive):
         As for `TorchArchive`.
     """
 
-    def __init__(self, path: Path, wanted: Collection[str] = (), key: str | None = None) -> None:
+    def __init__(
+        self, path: Path, wanted: Collection[str] = (), key: str | None = None, *, quiet: bool = False
+    ) -> None:
         super().__init__(path)
         self.folder = path if path.is_dir() else path.parent
         self._index = path if not path.is_dir() else next(_found(path, _INDICES), None)
@@ -302,7 +310,7 @@ class FolderArchive(Archive):
             names = [single.name]
         else:
             names = sorted(set(_weight_map(self._index).values()))
-        self.files = {name: open_file(self.folder / name, wanted, key) for name in names}
+        self.files = {name: open_file(self.folder / name, wanted, key, quiet=quiet) for name in names}
         self._owner = {tensor: name for name, archive in self.files.items() for tensor in archive.shapes}
         for archive in self.files.values():
             self.shapes |= archive.shapes
@@ -345,13 +353,13 @@ class FolderArchive(Archive):
         return [*([] if self._index is None else [self._index]), *(self.folder / name for name in self.files)]
 
 
-def open_file(path: Path, wanted: Collection[str] = (), key: str | None = None) -> Archive:
+def open_file(path: Path, wanted: Collection[str] = (), key: str | None = None, *, quiet: bool = False) -> Archive:
     """Open a checkpoint of any container; raises `InstanceError` for what is none or is damaged."""
     container = container_of(path)
     if container == "folder":
-        return FolderArchive(path, wanted, key)
+        return FolderArchive(path, wanted, key, quiet=quiet)
     if container == "torch":
-        return TorchArchive(path, wanted, key)
+        return TorchArchive(path, wanted, key, quiet=quiet)
     if key is not None:
         raise InstanceError(f"{path}: has no dictionaries to choose from: it holds its tensors at the top")
     return SafetensorsArchive(path) if container == "safetensors" else NpzArchive(path)

@@ -19,6 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from cbs_opt.errors import UsageError
+from cbs_opt.instances.stored_forms import encoded, stored_forms
 
 logger = logging.getLogger("cbs_opt")
 
@@ -37,6 +38,20 @@ class Plain:
 
     model: nn.Module
     masks: dict[str, Tensor]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside `DataParallel`, `torch.compile` and averaging wrappers."""
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+    from torch.optim.swa_utils import AveragedModel
+
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def computed_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -135,28 +150,50 @@ def set_effective(model: nn.Module, name: str, value: Tensor) -> None:
     if leaf in module._parameters:
         module._parameters[leaf].copy_(value)  # type: ignore[union-attr]
         return
-    for hook in _hooks(module):
-        if hook_leaf(hook) == leaf and isinstance(hook, prune.BasePruningMethod):
-            stored = stored_tensors(module, leaf)
-            stored[f"{leaf}_orig"].copy_(value)
-            stored[f"{leaf}_mask"].mul_(value != 0)
-            setattr(module, leaf, hook.apply_mask(module))  # type: ignore[no-untyped-call]
-            return
-    if parametrize.is_parametrized(module, leaf):
-        before = {key: tensor.clone() for key, tensor in stored_tensors(module, leaf).items()}
+    stored = stored_tensors(module, leaf)
+    before = {key: tensor.clone() for key, tensor in stored.items()}
+    for attempt in (_encode, _assign):
         try:
-            setattr(module, leaf, value)
-            if _same(effective(module, leaf), value):
+            if attempt(module, leaf, value) and _same(effective(module, leaf), value):
+                _refresh(module, leaf)
                 return
         except Exception as error:  # a parametrisation without an inverse, or whose inverse refuses zeros
             logger.debug(f"{name}: {type(error).__name__}: {str(error)[:120]}")
-        for key, tensor in stored_tensors(module, leaf).items():
+        for key, tensor in stored.items():
             tensor.copy_(before[key])
     logger.warning(
-        f"{name}: its parametrisation cannot hold the pruned values: it is removed, the tensor is plain"
+        f"{name}: its parametrisation cannot hold the pruned values: it is removed, and the tensor plain"
     )
     make_plain(module, leaf)
     getattr(module, leaf).copy_(value)
+
+
+def _encode(module: nn.Module, leaf: str, value: Tensor) -> bool:
+    """Store what produces a value, where the form is one that we know."""
+    stored = stored_tensors(module, leaf)
+    names = {(f"parametrizations.{leaf}.{key}" if key[: len(leaf)] != leaf else key): key for key in stored}
+    for form in stored_forms(names):
+        new = encoded(form, value, {name: stored[key] for name, key in names.items()})
+        if new is None:
+            return False
+        for name, tensor in new.items():
+            stored[names[name]].copy_(tensor)
+        return True
+    return False
+
+
+def _assign(module: nn.Module, leaf: str, value: Tensor) -> bool:
+    """Assign a value through the inverse of a parametrisation."""
+    if not parametrize.is_parametrized(module, leaf):
+        return False
+    setattr(module, leaf, value.clone())  # the parametrisation may keep the very tensor that it gets
+    return True
+
+
+def _refresh(module: nn.Module, leaf: str) -> None:
+    """Let the result of a hook, which lies about until the next call, be that of the new tensors."""
+    if not parametrize.is_parametrized(module, leaf):
+        setattr(module, leaf, effective(module, leaf))
 
 
 def make_plain(module: nn.Module, leaf: str) -> None:
@@ -165,6 +202,9 @@ def make_plain(module: nn.Module, leaf: str) -> None:
     module.eval()
     try:
         if parametrize.is_parametrized(module, leaf):
+            # A copy of a parametrised module shares its class, from which torch would take the property away.
+            kind = type(module)
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
             return
         value = effective(module, leaf).clone()
@@ -214,8 +254,8 @@ def _is_weight_hook(hook: Any) -> bool:
 
 
 def _same(value: Tensor, wanted: Tensor) -> bool:
-    """Whether zeros are exact and all else agrees to the precision of the type."""
+    """Whether zeros are exact and all else agrees."""
     if value.shape != wanted.shape or not bool(torch.equal(value == 0, wanted == 0)):
         return False
-    tolerance = 64 * torch.finfo(wanted.dtype).eps
+    tolerance = torch.finfo(wanted.dtype).eps ** 0.5  # norms and singular values carry rounding errors
     return torch.allclose(value.double(), wanted.double(), rtol=tolerance, atol=0)

@@ -34,8 +34,11 @@ class Product:
         Its rows first … last − 1, in the order of the instance.
     inputs : Tensor (K, places), or None
         None for a look-up.
-    counts : Tensor (rows,), or None
-        Of a look-up in an embedding: how often each row was read.
+    counts : Tensor (last − first,), or None
+        What the product adds to every diagonal entry of a row: how often a row of an embedding was read, or the
+        squares of what a row was multiplied by, where the product runs across the rows.
+    across : bool
+        Whether the weight was multiplied from the other side than its layout says.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Product:
     last: int
     inputs: Tensor | None
     counts: Tensor | None = None
+    across: bool = False
 
 
 class NotFollowed(Exception):  # noqa: N818  (no error of the user's)
@@ -85,19 +89,32 @@ class Products(TorchFunctionMode):
         met = {name for value in (*args, *kwargs.values()) for name in self._met(value)}
         result = func(*args, **kwargs)
         if met and not _is_view(result, args):
-            handler = _HANDLERS.get(title)
+            self._followed: set[str] = set()
+            reason = f"torch's '{title}' does not multiply by it"
             try:
-                if title in RECURRENT:
-                    self._recurrent(title, args)
-                elif handler is None:
-                    raise NotFollowed(f"it goes through torch's '{title}'")
-                else:
-                    handler(self, *args, **kwargs)
+                self._follow(title, args, kwargs)
+            except NotFollowed as error:
+                reason = str(error)
             except Exception as error:  # whatever a user's network does that no handler expects
-                reason = str(error) if isinstance(error, NotFollowed) else f"{type(error).__name__} in '{title}'"
-                for name in met:
-                    self._refuse(name, reason)
+                reason = f"{type(error).__name__} in torch's '{title}'"
+            for name in met - self._followed:
+                self._refuse(name, reason)
         return result
+
+    def _follow(self, title: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Report the products of a call."""
+        if title in RECURRENT:
+            for matrix, inputs in recurrent_inputs(title, args):
+                self.met(matrix, lambda inputs=inputs: inputs.T)  # type: ignore[misc]
+            return
+        handler = _HANDLERS.get(title)
+        if handler is None:
+            raise NotFollowed(f"it goes through torch's '{title}'")
+        handler(self, *args, **kwargs)
+
+    def _tell(self, product: Product) -> None:
+        self._followed.add(product.name)
+        self._report(product)
 
     def _met(self, value: Any) -> list[str]:
         if isinstance(value, Tensor):
@@ -131,17 +148,15 @@ class Products(TorchFunctionMode):
             return
         weight, layout = self._weights[name]
         first, last, flipped = _part(matrix, weight)
-        if (flipped != transposed) != layout.inputs_first:
-            raise NotFollowed("it is multiplied from the other side than its layer stores it")
-        if layout.inputs_first and (first, last) != (0, weight.shape[0]):
-            raise NotFollowed("a part of its inputs is multiplied alone")
         if layout.inputs_first:
+            if (first, last) != (0, weight.shape[0]):
+                raise NotFollowed("a part of its inputs is multiplied alone")
             first, last = 0, layout.rows
-        self._report(Product(name, first, last, inputs()))
-
-    def _recurrent(self, kind: str, args: Sequence[Any]) -> None:
-        for matrix, inputs in recurrent_inputs(kind, args):
-            self.met(matrix, lambda inputs=inputs: inputs.T)  # type: ignore[misc]
+        if (flipped != transposed) == layout.inputs_first:
+            self._tell(Product(name, first, last, inputs()))
+        else:  # Σ_j (Σ_r δ_rj x_r)²: of each row's own terms x_r² is what all its weights share
+            squares = inputs().double().square().sum(1)
+            self._tell(Product(name, first, last, None, squares, across=True))
 
     def linear(self, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         """A · weightᵀ."""
@@ -222,7 +237,7 @@ class Products(TorchFunctionMode):
             raise NotFollowed(f"it is convolved in {groups} groups, its layer says {layout.groups}")
         rows = layout.rows // groups
         for g, inputs in enumerate(patches().permute(1, 2, 0, 3).flatten(2)):
-            self._report(Product(name, g * rows, (g + 1) * rows, inputs))
+            self._tell(Product(name, g * rows, (g + 1) * rows, inputs))
 
     def embedding(self, indices: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
         """Rows of the weight by their numbers."""
@@ -232,7 +247,7 @@ class Products(TorchFunctionMode):
         if self._weights[name][1].inputs_first:
             raise NotFollowed("it is looked up by columns")
         counts = torch.bincount(indices.flatten(), minlength=weight.shape[0]).double()
-        self._report(Product(name, 0, weight.shape[0], None, counts))
+        self._tell(Product(name, 0, weight.shape[0], None, counts))
 
     def attention(
         self,

@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.instances.batches import Samples, placed, slices
+from cbs_opt.instances.batches import Samples, checked_call, placed, slices
 from cbs_opt.instances.curvature import cut, singular_sentence, symmetric_inverse
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
-from cbs_opt.instances.modes import evaluation_mode, fewest
+from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.products import Product, Products
 from cbs_opt.instances.prunable import select
-from cbs_opt.instances.scores import runner
 from cbs_opt.instances.tensors import Layout
 from cbs_opt.typing import FloatArray
 
@@ -48,7 +47,7 @@ class RowRange:
     covariance : float64 (K, K)
         XXᵀ/m of the inputs X of these rows.
     shifts : float64 (last − first,), or None
-        Added to the diagonal, row by row: how often each row of an embedding is read, divided by m.
+        Added to the diagonal, row by row, for uses of the weight as an embedding or from the other side.
     """
 
     first: int
@@ -105,13 +104,21 @@ def followed(
     reasons : dict of str to str
         Of all others: why not.
     """
-    seen: set[str] = set()
+    seen: set[tuple[str, bool]] = set()
     reasons: dict[str, str] = {}
-    with evaluation_mode(model), torch.no_grad(), _watched(model, weights, lambda p: seen.add(p.name), reasons):
+
+    def note(product: Product) -> None:
+        seen.add((product.name, product.across))
+
+    with ExitStack() as stack:
+        for state in (evaluation_mode(model), single_precision(model), torch.no_grad()):
+            stack.enter_context(state)
+        stack.enter_context(_watched(model, weights, note, reasons))  # knows the tensors in the state just entered
         run(model)
     for name in weights:
-        if name not in seen and name not in reasons:
-            reasons[name] = "the network does not use it"
+        if (name, False) not in seen and name not in reasons:
+            across = (name, True) in seen
+            reasons[name] = "it is multiplied from the other side" if across else "the network does not use it"
     return [name for name in weights if name not in reasons], reasons
 
 
@@ -156,16 +163,13 @@ def input_covariances(
     layouts = names if isinstance(names, Mapping) else _layouts(model, names)
     sums = {name: _Sums(layout) for name, layout in layouts.items()}
     reasons: dict[str, str] = {}
-    with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model))
-        stack.enter_context(torch.no_grad())
-        run = runner(model, stack)
+    with evaluation_mode(model), single_precision(model), torch.no_grad():
         first = placed(inputs[: fewest(model)], model)
-        run(first)
-        size = max(len(first), chunk_size(model, placed(first, model), (), chunk_bytes))
+        checked_call(model, first)
+        size = max(len(first), chunk_size(model, first, (), chunk_bytes))
         for part in slices(inputs, size):
             with _watched(model, layouts, lambda product: sums[product.name].add(product), reasons):
-                run(placed(inputs[part], model))
+                checked_call(model, placed(inputs[part], model))
             if reasons:
                 name, reason = next(iter(reasons.items()))
                 raise UsageError(f"'{name}' has no reconstruction error that can be computed: {reason}")
@@ -208,7 +212,9 @@ class _Sums:
 
     def add(self, product: Product) -> None:
         if product.counts is not None:
-            self.counts = product.counts if self.counts is None else self.counts + product.counts
+            if self.counts is None:
+                self.counts = torch.zeros(self.layout.rows, dtype=torch.float64, device=product.counts.device)
+            self.counts[product.first : product.last] += product.counts
         if product.inputs is None:
             return
         key, X = (product.first, product.last), product.inputs
@@ -227,7 +233,7 @@ class _Sums:
         if not self.products and self.counts is None:
             raise InstanceError(f"the layer of '{name}' is never called: it has no inputs to reconstruct from")
         edges = sorted({0, rows} | {edge for key in self.products for edge in key})
-        counts = None if self.counts is None else self.counts.double().cpu().numpy() / samples
+        counts = None if self.counts is None else self.counts.cpu().numpy() / samples
         ranges = []
         for first, last in pairwise(edges):
             total = np.zeros((K, K))

@@ -90,7 +90,7 @@ def _masked(original: Tensor, mask: Tensor) -> Tensor:
 
 
 def _encode_mask(new: Tensor, original: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    return new.to(original.dtype), torch.where(new == 0, torch.zeros_like(mask), mask)
+    return new.to(original.dtype), (new != 0).to(mask.dtype)
 
 
 def _norm_axis(g: Tensor, v: Tensor) -> int | None:

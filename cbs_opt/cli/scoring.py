@@ -199,6 +199,7 @@ class Scoring:
         from cbs_opt.instances.plain import effective_tensors, set_effective
         from cbs_opt.instances.tensors import read_places
 
+
         network = self.result.model
         if network is None:
             return

@@ -13,8 +13,8 @@ from cbs_opt.errors import InstanceError, OutputError, SolutionError, UsageError
 from cbs_opt.instances.apply import apply, layer_masks, prune_masks  # noqa: E402
 from cbs_opt.instances.data import open_samples  # noqa: E402
 from cbs_opt.instances.fisher import tensor_table  # noqa: E402
-from cbs_opt.instances.mask_pictures import draw_masks, kept_density
-from cbs_opt.instances.masks import LayerMask  # noqa: E402
+from cbs_opt.instances.mask_pictures import draw_masks, kept_density  # noqa: E402
+from cbs_opt.instances.masks import LayerMask, squash  # noqa: E402
 from cbs_opt.instances.networks import Network  # noqa: E402
 from cbs_opt.instances.scores import evaluate, torch_device  # noqa: E402
 
@@ -76,9 +76,9 @@ def test_masks_hold_through_training(model, instance):
     trained = torch.cat([model[0].weight.flatten(), model[2].weight.flatten()]).detach().numpy()
     assert not trained[result.pruned].any()
     assert (trained != result.weights.astype(np.float32))[~result.pruned].any()
-    for layer in (model[0], model[2]):
-        torch.nn.utils.prune.remove(layer, "weight")
+    assert squash(model) is model and type(model[0]) is torch.nn.Linear
     assert not vector(model)[result.pruned].any()
+    np.testing.assert_array_equal(vector(model), trained)
 
 
 def refused(model, instance, solution, words, error=InstanceError):

@@ -116,13 +116,13 @@ def test_reconstruction_blocks_are_damped_cut_and_inverted():
 
 
 def test_reconstruction_refuses_what_it_is_not_for():
-    model = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3))
-    model.register_module("unused", nn.Identity())
-    model.add_module("aside", nn.ModuleList([nn.Linear(2, 2)]))
     x = torch.randn(4, 5)
+    model = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3))
     for name in ("0.bias", "1.weight"):
-        with pytest.raises(UsageError, match=f"'{name}' is not"):
+        with pytest.raises(UsageError, match=f"'{name}' has no reconstruction error"):
             input_covariances(model, x, [name])
+    with pytest.raises(UsageError, match=r"has no weight '7\.weight'"):
+        input_covariances(model, x, ["7.weight"])
     holder = nn.Module()
     holder.used, holder.aside = nn.Linear(5, 3), nn.Linear(2, 2)
     holder.forward = holder.used.forward
