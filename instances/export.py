@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,18 @@ from cbs_opt.files import read_instance
 from cbs_opt.files.instance_file import instance_arrays
 from cbs_opt.files.npz import Content, Stream, json_text, write_npz
 from cbs_opt.instance import Instance
-from cbs_opt.instances.batches import Samples, placed
+from cbs_opt.instances.batches import Samples, checked_call, placed
 from cbs_opt.instances.budgets import keeping
 from cbs_opt.instances.curvature import fisher_blocks
 from cbs_opt.instances.dense import dense_scores
 from cbs_opt.instances.gradients import CHUNK_BYTES, gradient_rows
 from cbs_opt.instances.losses import LossLike, SampleLoss
 from cbs_opt.instances.metrics import MetricLike
-from cbs_opt.instances.modes import fewest
+from cbs_opt.instances.modes import fewest, single_precision
 from cbs_opt.instances.plan import make_plan, with_zeros
 from cbs_opt.instances.recipe import DAMPING, Along, Form, Recipe, Source, one_of, scratch
 from cbs_opt.instances.reconstruction import input_covariances, reconstruction_blocks
-from cbs_opt.instances.scores import Judge, runner, torch_device
+from cbs_opt.instances.scores import Judge, torch_device
 from cbs_opt.instances.tensors import table_of, to_rows
 from cbs_opt.linalg import is_positive
 from cbs_opt.typing import FloatArray
@@ -475,8 +475,8 @@ class Export:
 
     def _run_one(self, model: nn.Module) -> object:
         """One sample through the network, where it is."""
-        with ExitStack() as stack:
-            return runner(model, stack)(placed(self.inputs[: fewest(model)], model))
+        with single_precision(model):
+            return checked_call(model, placed(self.inputs[: fewest(model)], model))
 
     def _tell_zeros(self) -> None:
         """Say what is zero already, and what becomes of it."""
