@@ -164,9 +164,9 @@ def input_covariances(
     sums = {name: _Sums(layout) for name, layout in layouts.items()}
     reasons: dict[str, str] = {}
     with evaluation_mode(model), single_precision(model), torch.no_grad():
-        few = placed(inputs[: fewest(model)], model)
-        checked_call(model, few)
-        size = max(len(few), chunk_size(model, few, (), chunk_bytes))
+        first = placed(inputs[: fewest(model)], model)
+        checked_call(model, first)
+        size = max(len(first), chunk_size(model, first, (), chunk_bytes))
         for part in slices(inputs, size):
             with _watched(model, layouts, lambda product: sums[product.name].add(product), reasons):
                 checked_call(model, placed(inputs[part], model))
