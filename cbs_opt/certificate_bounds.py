@@ -67,7 +67,11 @@ class SelectionPart:
     needs_diagonal = False
 
     def __init__(self, index: IntArray, Q: FloatArray, c: FloatArray, group: IntArray, left: IntArray) -> None:
-        self.index, self.Q, self.c, self.group, self.left = index, Q, c, group, left
+        # A weight without a term with any other costs c + ½ Q_ii or nothing, as y² = y.
+        diagonal = Q.diagonal()
+        alone = np.count_nonzero(Q, axis=0) == (diagonal != 0)
+        Q = np.where(np.eye(index.size, dtype=bool) & alone, 0.0, Q)
+        self.index, self.Q, self.c, self.group, self.left = index, Q, c + 0.5 * diagonal * alone, group, left
         self.state = np.full(index.size, -1, np.int8)
 
     def frame(self, state: States, diagonal: FloatArray | None, left: IntArray) -> Frame:

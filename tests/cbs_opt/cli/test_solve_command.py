@@ -224,7 +224,7 @@ def test_threads_hold_for_torch_that_the_solver_loads(process_environment, insta
     code = (
         "import sys, cbs_opt\n"
         "seen = []\n"
-        "from cbs_opt.solvers.batch import BatchEvaluator\n"
+        "from cbs_opt.solvers.paper.batch_evaluator import BatchEvaluator\n"
         "values = BatchEvaluator.values\n"
         "def spy(self, selections):\n"
         "    import torch; seen.append(torch.get_num_threads()); return values(self, selections)\n"

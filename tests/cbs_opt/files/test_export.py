@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cbs_opt import UsageError, write_instance
-from cbs_opt.solvers.exact.export import export_instance
+from cbs_opt.solvers.mip.text_formats import export_instance
 
 KINDS = {
     "plain": {"kind": "gradients", "n": 9},
