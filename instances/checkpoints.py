@@ -38,8 +38,8 @@ def read_checkpoint(
     ----------
     path : Path or str
     wanted : collection of str, optional
-        Names of the network's tensors: prefixes that wrappers add to them are taken away, and effective values
-        given of those that are stored as others.
+        Names of the network's tensors: only these are read, prefixes that wrappers add to them are taken away,
+        and effective values given of those that are stored as others.
     key : str, optional
         Of a file with several dictionaries of tensors, the one to take.
 
@@ -49,10 +49,14 @@ def read_checkpoint(
         When the file is no checkpoint, is damaged, or holds no tensors.
     """
     archive = open_file(Path(path), wanted or (), key)
-    tensors = {plain: archive.read(raw) for plain, raw in _mapping(archive, wanted).items()}
-    if not tensors:
+    mapping = _mapping(archive, wanted)
+    if not mapping:
         raise InstanceError(f"{path}: holds no tensors")
-    return tensors if wanted is None else effective(tensors, wanted)[0]
+    if wanted is None:
+        return {plain: archive.read(raw) for plain, raw in mapping.items()}
+    needed = {*wanted, *(part for form in stored_forms(mapping) if form.name in wanted for part in form.parts)}
+    tensors = {plain: archive.read(raw) for plain, raw in mapping.items() if plain in needed}
+    return effective(tensors, wanted)[0]
 
 
 def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) -> None:

@@ -80,7 +80,7 @@ def pruned(name):
     model = network(name)
     x, y = torch.randn(40, 8), torch.randint(8, (40,))
     instance = export(model, x, y, sparsity=0.6, blocks="row", damping=1e-3)
-    return model, x, instance, cbs_opt.solve(instance, "joint", update=True)
+    return model, x, instance, cbs_opt.solve(instance, "magnitude", update=True)
 
 
 @pytest.mark.parametrize("name", [*FORMS, *BAKED])
@@ -164,7 +164,7 @@ def test_masks_of_a_checkpoint_hold_in_a_plain_network(tmp_path):
 def test_names_that_only_look_like_a_form_are_tensors(tmp_path):
     tensors = {"w_g": torch.randn(3, 4), "w_v": torch.randn(3, 4), "x_orig": torch.randn(2)}
     torch.save(tensors, tmp_path / "in.pt")
-    assert set(read_checkpoint(tmp_path / "in.pt", {"w_g", "w_v", "w"})) == set(tensors)
+    assert set(read_checkpoint(tmp_path / "in.pt", {"w_g", "w_v", "w"})) == {"w_g", "w_v"}
     write_checkpoint(tmp_path / "out.pt", {"w_g": torch.zeros(3, 4)}, tmp_path / "in.pt")
     assert not read_checkpoint(tmp_path / "out.pt")["w_g"].any()
     with pytest.raises(InstanceError, match=r"holds no tensor x"):
