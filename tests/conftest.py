@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from cbs_opt import (
     Budget,
@@ -29,6 +29,10 @@ from cbs_opt import (
 ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile("suite", deadline=None, max_examples=40, derandomize=True)
+# A failure is all that tests/mutations asks for: no search for the smallest example.
+settings.register_profile(
+    "mutations", parent=settings.get_profile("suite"), phases=(Phase.explicit, Phase.generate), database=None
+)
 settings.load_profile("suite")
 
 

@@ -34,7 +34,7 @@ def _main(arguments: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE|-", help="write it as JSON; - for stdout")
     parser.add_argument(
         "--export",
-        metavar="OUT.{lp,mps,qplib,ubqp}",
+        metavar="OUT.{lp,mps,qplib,ubqp,qubo}",
         type=Path,
         help="write the selection problem as text for other solvers",
     )

@@ -17,7 +17,7 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
 
 _CHUNK_BYTES = 1 << 26  # float64 copies of large gradients are made in pieces of this size
 _COPY_BYTES = 1 << 29  # and of smaller ones once and for all
-_MOST_COMPONENTS = 64  # connected components of one block that are told apart; the rest is left together
+_MOST_COMPONENTS = 1000  # of more than one weight, of one block; the rest is left together
 
 
 @register_curvature("gradients")
@@ -273,31 +273,31 @@ class GradientFactor(Curvature):
         return np.asarray(self.gradients[:, self.block_slice(k)].any(axis=0))
 
     def connected_components(self, k: int, index: IntArray) -> IntArray:
-        """Components of the graph of weights and samples, grown by one sample after the other; O(m b_k)."""
+        """Components of the graph of weights and samples: each sample joins the weights that it touches.
+
+        O(m b_k). Single weights are always told apart, of the others the largest `_MOST_COMPONENTS`.
+        """
         start = int(self.offsets[k])
         touches = self.gradients[:, start + index[0] : start + index[-1] + 1] != 0
         if index[-1] - index[0] + 1 != index.size:
             touches = np.compress(np.isin(np.arange(index[0], index[-1] + 1), index), touches, axis=1)
-        labels = np.full(index.size, -1, dtype=np.int64)
-        seen = np.zeros(self.m, dtype=bool)
-        untouched = ~touches.any(axis=0)  # only the damping acts on them
-        labels[untouched] = np.arange(int(untouched.sum()))
-        label = int(untouched.sum())
-        last = label + _MOST_COMPONENTS
-        while (labels < 0).any() and label < last:
-            inside = np.zeros(index.size, dtype=bool)
-            inside[int(np.argmax(labels < 0))] = True
-            grows = True
-            while grows and not (inside | (labels >= 0)).all():
-                grows = False
-                for s in np.flatnonzero(~seen):
-                    if (touches[s] & inside).any():
-                        inside |= touches[s]
-                        seen[s] = grows = True
-            labels[inside] = label
-            label += 1
-        labels[labels < 0] = label
-        return labels
+        touched = touches.any(axis=0)  # on the others only the damping acts
+        labels = np.arange(index.size)
+        for sample in touches:
+            joined = np.unique(labels[sample])
+            if joined.size > 1:
+                name = np.arange(index.size)
+                name[joined] = joined[0]
+                labels = name[labels]
+                if (labels[touched] == joined[0]).all():
+                    break
+        sizes = np.bincount(labels, minlength=index.size)
+        coupled = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes > 1)]
+        if coupled.size > _MOST_COMPONENTS:
+            name = np.arange(index.size)
+            name[coupled[_MOST_COMPONENTS:]] = coupled[-1]
+            labels = name[labels]
+        return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
     def empty_columns(self, k: int, index: IntArray) -> BoolArray:
         """Always: a diagonal entry is a sum of squares."""

@@ -17,7 +17,7 @@ from cbs_opt.solvers.joint.swap_search import JointSearch
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.search import Search
-from cbs_opt.solvers.trees.prove import Proof, Report, check_size, warm_up
+from cbs_opt.solvers.trees.prove import MAX_WEIGHTS, Proof, Report, check_size, warm_up
 from cbs_opt.stop import Stop
 
 logger = logging.getLogger("cbs_opt")
@@ -102,6 +102,10 @@ class Exact(Solver):
         from cbs_opt.solvers.exact.certify import certify
 
         try:
+            if self._proof.sorted and self._proof.problem.n > MAX_WEIGHTS:
+                raise SolutionError(
+                    f"{self._proof.problem.n} uncoupled weights in groups are sorted, without a tree to record"
+                )
             found = certify(path, instance, self._proof.problem, context.monitor, self._proof.search)
         except (OutputError, SolutionError) as error:
             logger.warning(f"no certificate: {error}")

@@ -1,15 +1,16 @@
-"""Instances as text for other solvers: LP, MPS, QPLIB and QUBO; `docs/format.md` says what each holds."""
+"""Instances as text for other solvers: LP, MPS, QPLIB, UBQP and QUBO; `docs/format.md` says what each holds."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from cbs_opt.errors import OutputError, SolverError, UsageError
+from cbs_opt.files import quadratic_text
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.instance import Instance
 from cbs_opt.selection import SelectionObjective
@@ -26,7 +27,7 @@ def export_instance(path: Path | str, instance: Instance) -> None:
     Raises
     ------
     UsageError
-        For another ending than .lp, .mps, .qplib or .ubqp, or an instance that is too large.
+        For another ending than .lp, .mps, .qplib, .ubqp or .qubo, or an instance that is too large.
     OutputError
         When the file cannot be written.
     """
@@ -130,36 +131,46 @@ def write_qplib(path: Path | str, instance: Instance) -> None:
 
 
 def write_ubqp(path: Path | str, instance: Instance) -> None:
-    """Write the quadratic form in the QUBO text format, with the budgets stated in comments.
+    """Write the quadratic form in the sparse format of OR-Library and Biq Mac, with the budgets in comments."""
+    _write_form(quadratic_text.write_ubqp, path, instance, first=1)
 
-    After the comments `c` a line `p qubo 0 n n couplers`, then `i i a_i` and `i j b_ij`, i < j, from 0: the loss
-    is Σ a_i y_i + Σ b_ij y_i y_j. The format has no constraints: a reader must take `c cardinality`, `c group`
-    and `c fixed` into account, by a penalty for instance.
+
+def write_qubo(path: Path | str, instance: Instance) -> None:
+    """Write the quadratic form in the format of qbsolv, with the budgets in comments."""
+    _write_form(quadratic_text.write_qubo, path, instance, first=0)
+
+
+def _write_form(
+    write: Callable[[Path | str, int, FloatArray, Iterable[quadratic_text.Term], list[str]], None],
+    path: Path | str,
+    instance: Instance,
+    first: int,
+) -> None:
+    """Write Σ a_i y_i + Σ b_ij y_i y_j, which is the loss; variables count from `first` in the comments.
+
+    The formats have no constraints: a reader must take `cardinality`, `group` and `fixed` into account, for
+    instance by a penalty.
     """
     problem = SelectionObjective(instance)
-    with atomic_write(path) as file:
+    lines = [*_description(instance), f"cardinality {instance.budget.total}"]
+    if instance.budget.groups is not None:
+        members = instance.budget.members(instance.n)
+        for g, (group, p) in enumerate(zip(members, instance.budget.per_group.tolist(), strict=True)):
+            lines.append(f"group {g} cardinality {p} members {' '.join(map(str, (group + first).tolist()))}")
+    if instance.fixed is not None:
+        for value, which in ((1, 1), (0, -1)):
+            lines += [f"fixed {i + first} {value}" for i in np.flatnonzero(instance.fixed == which).tolist()]
+    write(path, instance.n, 0.5 * problem.diagonal + problem.c, _Products(problem), lines)
 
-        def put(*lines: str) -> None:
-            file.write("".join(line + "\n" for line in lines).encode())
 
-        put(*(f"c {line}" for line in _description(instance)))
-        put(f"c cardinality {instance.budget.total}")
-        if instance.budget.groups is not None:
-            for g, (members, p) in enumerate(
-                zip(instance.budget.members(instance.n), instance.budget.per_group.tolist(), strict=True)
-            ):
-                put(f"c group {g} cardinality {p} members {' '.join(map(str, members.tolist()))}")
-        if instance.fixed is not None:
-            for value, which in ((1, 1), (0, -1)):
-                for i in np.flatnonzero(instance.fixed == which).tolist():
-                    put(f"c fixed {i} {value}")
-        couplers = sum(1 for i, j, _ in _quadratic(problem) if i != j)
-        put(f"p qubo 0 {instance.n} {instance.n} {couplers}")
-        diagonal = 0.5 * problem.diagonal + problem.c
-        put(*(f"{i} {i} {value!r}" for i, value in enumerate(diagonal.tolist())))
-        for i, j, value in _quadratic(problem):
-            if i != j:
-                put(f"{j} {i} {value!r}")
+class _Products:
+    """The products of two weights with their coefficients; can be walked through again and again."""
+
+    def __init__(self, problem: SelectionObjective) -> None:
+        self.problem = problem
+
+    def __iter__(self) -> Iterator[quadratic_text.Term]:
+        return ((j, i, value) for i, j, value in _quadratic(self.problem) if i != j)
 
 
 def _quadratic(problem: SelectionObjective) -> Iterator[tuple[int, int, float]]:
@@ -191,5 +202,6 @@ WRITERS: dict[str, Callable[[Path | str, Instance], None]] = {
     ".mps": write_mps,
     ".qplib": write_qplib,
     ".ubqp": write_ubqp,
+    ".qubo": write_qubo,
 }
 """The writer of each ending."""

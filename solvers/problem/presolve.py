@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -34,7 +33,8 @@ class Component:
         return self.block >= 0
 
 
-class Presolved(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Presolved:
     """What is left of the selection problem: min ½ yᵀQy + cᵀy over the open weights, in units of `scale`.
 
     Attributes
@@ -45,8 +45,6 @@ class Presolved(NamedTuple):
         The open weights, component by component.
     linear : float64 (r,)
         c: (g∘w and the terms with what is decided) / scale, and ½ Q_ii / scale on the uncoupled weights.
-    uncoupled_cost : float64 (u,)
-        ½ Q_ii of the uncoupled weights, in units of the instance.
     group : int64 (r,)
     budget : int64 (G,)
         What is left to prune in each group.
@@ -61,7 +59,6 @@ class Presolved(NamedTuple):
     components: tuple[Component, ...]
     index: IntArray
     linear: FloatArray
-    uncoupled_cost: FloatArray
     group: IntArray
     budget: IntArray
     scale: float
@@ -100,13 +97,11 @@ def presolve(objective: SelectionObjective) -> Presolved:
         largest = float(np.abs(gradient[index]).max(initial=0.0))
     scale = float(2.0 ** np.round(np.log2(largest))) if largest > 0 else 1.0
     uncoupled = components[0].index if components and not components[0].coupled else index[:0]
-    cost = 0.5 * diagonal[uncoupled]
-    gradient[uncoupled] += cost
+    gradient[uncoupled] += 0.5 * diagonal[uncoupled]
     return Presolved(
         components=tuple(components),
         index=index,
         linear=gradient[index] / scale,
-        uncoupled_cost=cost,
         group=instance.budget.group_of(instance.n)[index],
         budget=left,
         scale=scale,

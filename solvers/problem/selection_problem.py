@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,8 +18,6 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 THREADED_GRADIENTS = 1 << 25
 """Entries of a gradient factor beyond which losses and bounds are computed in threads."""
-
-_LENGTHS = 24  # points of the line search for the best multiple of a relaxed point
 
 
 @dataclass(frozen=True)
@@ -86,14 +83,16 @@ class SelectionProblem:
         self.group: IntArray = reduced.group
         self.budget: IntArray = reduced.budget
         self.scale, self.offset, self.base = reduced.scale, reduced.offset, reduced.base
-        self._uncoupled_cost = reduced.uncoupled_cost
         self.columns: Columns = columns_of(
             instance, self.components, self.scale, self.threads, storage.dense_bytes, storage.double_bytes
         )
         factor = instance.curvature.as_factor()
         large = factor is not None and factor.gradients.size > storage.threaded_gradients
         self._factor = ThreadedFactor(self.original, self.threads) if large else None
-        self._indefiniteness = instance.curvature.indefiniteness()
+        indefiniteness = instance.curvature.indefiniteness()[self.index] * instance.weights[self.index] ** 2
+        indefiniteness[self.uncoupled] = 0.0
+        self._indefiniteness: FloatArray = indefiniteness
+        self._decided_terms = 1e14 * self.rounding(self.base) if self.base.any() else 0.0
         sizes = np.bincount(self.group, minlength=self.budget.size)
         self._first = np.cumsum(sizes) - sizes
 
@@ -234,16 +233,11 @@ class SelectionProblem:
                 out.append((np.arange(start, start + block.size), 0.5 * (Q + Q.T)))
         return out
 
-    @cached_property
+    @property
     def uncoupled(self) -> IntArray:
-        """The variables that are coupled with no other, int64."""
-        starts = self.columns.starts[:-1].tolist()
-        found = [
-            np.arange(start, start + component.index.size)
-            for component, start in zip(self.components, starts, strict=True)
-            if not component.coupled
-        ]
-        return np.concatenate([np.zeros(0, dtype=np.int64), *found])
+        """The variables that are coupled with no other, int64; they come first."""
+        first = self.components[0] if self.components else None
+        return np.arange(0 if first is None or first.coupled else first.index.size)
 
     @cached_property
     def matrix(self) -> FloatArray:
@@ -272,7 +266,7 @@ class SelectionProblem:
         value = abs(self.value(self.restrict(pruned)))
         factor = max(value, 1e-6 * self.largest) or 1.0
         other = copy.copy(self)
-        for name in ("parts", "matrix", "uncoupled"):
+        for name in ("parts", "matrix"):
             other.__dict__.pop(name, None)
         other.scale, other.linear = self.scale * factor, self.linear / factor
         blocks = [
@@ -287,61 +281,33 @@ class SelectionProblem:
     def certified_bound(self, x: FloatArray) -> float:
         """A lower bound on the loss of every feasible selection, from any x in [0, 1]ʳ.
 
-        With the gradient d = Qx + c over all n weights, convexity gives ½yᵀQy + cᵀy ≥ −½xᵀQx + dᵀy, and the
-        right side is smallest where y takes the smallest d that the budget and `fixed` allow. The diagonal of open
-        weights that are coupled with no other open weight counts in c and not in Q, which is exact for binary y.
-        Computed in float64 from the instance itself, so that neither presolve nor single-precision rows enter, and
-        reduced by a bound on the rounding of the sums. Without a linear term the best multiple of x may take its
-        place, and the bound is never negative. O(m n) for a gradient factor.
+        Convexity gives ½yᵀQy + cᵀy ≥ −½xᵀQx + (Qx + c)ᵀy over the open weights, and the right side is smallest
+        where y takes the smallest entries of Qx + c that the budget allows. Q is zero for the uncoupled weights,
+        whose cost c is exact. Computed in float64 from the instance itself, so that single-precision rows do not
+        enter, and reduced by a bound on the rounding of the sums. Any multiple of x would do: the better of x and
+        of the multiple that is best for its y is taken. O(m n) for a gradient factor.
         """
-        instance = self.instance
-        full = self.expand_fractional(x)
-        Qx = self.original.gradient(full) - self.original.c if self._factor is None else self._factor.product(full)
-        c = self.original.c
-        alone = self.index[self.uncoupled]
-        if alone.size:
-            Qx = Qx.copy()
-            Qx[alone] -= 2.0 * self._uncoupled_cost * full[alone]
-            c = c.copy()
-            c[alone] += self._uncoupled_cost
-
-        def bound_of(length: float) -> float:
-            gradient = length * Qx + c
-            y = instance.budget.cheapest(gradient, instance.fixed)
-            value = -0.5 * length**2 * square + float(gradient[y].sum())
-            terms = length**2 * float(np.abs(full * Qx).sum()) + float(np.abs(gradient[y]).sum())
-            # Blocks that came in single precision may be indefinite by their rounding:
-            # (y−x)ᵀQ(y−x) ≥ −Σ λ w²(y−x)².
-            farthest = np.maximum(np.abs(length * full), np.abs(1.0 - length * full))
-            indefinite = 0.5 * float(self._indefiniteness @ (instance.weights * farthest) ** 2)
-            return value - 1e-14 * terms - indefinite
-
-        square = float(full @ Qx)
-        length = 1.0
-        if self.nonnegative and not alone.size and square > 0:
-            # Along the ray through x the bound is best at this length; at length 0 it is 0.
-            length = max(float(Qx[instance.budget.cheapest(Qx, instance.fixed)].sum()), 0.0) / square
-        bound = bound_of(length)
-        if bound < 0 and self.nonnegative and alone.size and not self.base.any():
-            bound = max(bound, bound_of(_best_length(bound_of)))
+        full = np.zeros(self.base.size)
+        full[self.index] = x
+        full[self.index[self.uncoupled]] = 0.0
+        if self._factor is None:
+            product = self.original.gradient(full) - self.original.c
+        else:
+            product = self._factor.product(full)
+        x, Qx, c = full[self.index], product[self.index], self.scale * self.linear
+        square = float(x @ Qx)
+        y = self.smallest(Qx + c) > 0
+        best = max(float(Qx[y].sum()), 0.0) / square if square > 0 else 0.0
+        bound = max(self._bound_along(length, x, Qx, c, square) for length in (1.0, best))
         return max(bound, 0.0) if self.nonnegative and not self._indefiniteness.any() else bound
 
-
-def _best_length(bound_of: Callable[[float], float]) -> float:
-    """Where a concave function on [0, 1] is nearly largest, by golden sections."""
-    shrink = 0.5 * (np.sqrt(5.0) - 1.0)
-    low, high = 0.0, 1.0
-    a, b = high - shrink * (high - low), low + shrink * (high - low)
-    at_a, at_b = bound_of(a), bound_of(b)
-    for _ in range(_LENGTHS):
-        if at_a < at_b:
-            low, a, at_a = a, b, at_b
-            b = low + shrink * (high - low)
-            at_b = bound_of(b)
-        else:
-            high, b, at_b = b, a, at_a
-            a = high - shrink * (high - low)
-            at_a = bound_of(a)
-        if high - low < 1e-3:
-            break
-    return float(a if at_a > at_b else b)
+    def _bound_along(self, length: float, x: FloatArray, Qx: FloatArray, c: FloatArray, square: float) -> float:
+        """The bound of `certified_bound` from length · x; arrays float64 (r,), in units of the instance."""
+        gradient = length * Qx + c
+        y = self.smallest(gradient) > 0
+        bound = self.offset - 0.5 * length**2 * square + float(gradient[y].sum())
+        rounding = length**2 * float(np.abs(x * Qx).sum()) + float(np.abs(gradient[y]).sum())
+        # Blocks that came in single precision may be indefinite by their rounding: (y−x)ᵀQ(y−x) ≥ −Σ λ w²(y−x)².
+        farthest = np.maximum(np.abs(length * x), np.abs(1.0 - length * x))
+        indefinite = 0.5 * float(self._indefiniteness @ farthest**2)
+        return bound - 1e-14 * (rounding + self._decided_terms) - indefinite

@@ -189,7 +189,7 @@ class _Run:
         tight: Relaxation | None = None
         settled = bound_done = False
         epoch = idle = stale = 0
-        while not monitor.should_stop():
+        while not (monitor.should_stop() or monitor.closed):
             fresh = epoch % 2 == 0
             before, cycles = monitor.objective, monitor.iterations
             self._epoch(relaxed, start if fresh else self.point, fresh, first=epoch == 0)
@@ -208,8 +208,6 @@ class _Run:
                 now = monitor.bound if monitor.bound is not None else -np.inf
                 stale = 0 if now - old > _BOUND_GAIN * abs(monitor.objective or 0.0) else stale + 1
                 bound_done |= stale >= _STALE_BOUNDS  # badly scaled problems may never converge
-                if monitor.closed:
-                    return
             if self.patience is not None and idle >= self.patience and bound_done:
                 return
             if epochs is not None and epoch >= epochs:

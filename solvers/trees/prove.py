@@ -105,7 +105,11 @@ class Proof:
     Attributes
     ----------
     search : BlockSearch or None
-        The tables, where there are several components.
+        The tables, where there are several components under one budget.
+    one_tree : bool
+        Whether one tree takes all open weights.
+    sorted : bool
+        Whether no weight is coupled, so that sorting each group solves the problem.
 
     Raises
     ------
@@ -118,8 +122,9 @@ class Proof:
         self.search: BlockSearch | None = None
         several = int((problem.budget > 0).sum()) > 1
         sizes = problem.component_sizes
+        self.sorted = several and not sizes
         self.one_tree = several or (len(sizes) <= 1 and problem.n <= MAX_WEIGHTS)
-        if self.one_tree and problem.n > MAX_WEIGHTS:
+        if self.one_tree and not self.sorted and problem.n > MAX_WEIGHTS:
             raise _too_large(problem.n, "this instance, whose groups tie all its blocks together,")
         if max(sizes, default=0) > MAX_WEIGHTS:
             raise _too_large(max(sizes), "a block")
@@ -137,6 +142,10 @@ class Proof:
         if problem.n == 0:
             assert monitor.objective is not None
             Report(problem, monitor).bound(monitor.objective)
+            return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+        if isinstance(problem, SelectionProblem) and self.sorted:
+            # The first selection has the cheapest weights of each group.
+            Report(problem, monitor).bound(problem.certified_bound(np.zeros(problem.n)))
             return Status.OPTIMAL if monitor.closed else Status.CONVERGED
         solve = self._one_tree if self.one_tree else self._tables
         tolerance = TOLERANCE

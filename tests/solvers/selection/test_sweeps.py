@@ -221,6 +221,8 @@ def test_path_and_tightening_give_points_and_close_bounds(problem, kind, groups,
     for point in offers:
         assert made.instance.admits(reduced.expand(point.y))
     assert min(reduced.objective(point.y) for point in offers) <= optimum + 0.05 * abs(optimum)
+    after_path = search.monitor.bound
+    assert minimum - 0.1 * abs(minimum) - 1e-2 * reduced.scale <= after_path <= optimum
     for _ in range(60):
         search.tighten()
     assert search.settled
@@ -270,6 +272,28 @@ def test_visits_find_the_best_of_each_block(problem, kind, seed):
         assert made.instance.admits(reduced.expand(point.y))
         assert point.f == pytest.approx(0.5 * point.y @ Q @ point.y + reduced.linear @ point.y)
         np.testing.assert_allclose(point.g, Q @ point.y, atol=1e-6)
+
+
+def test_a_core_holds_what_costs_least_to_change(problem):
+    """With cores of two, the cheapest addition and drop of each block are made where that gains."""
+    moved = 0
+    for seed in range(2, 10):
+        _, reduced = layers(problem, seed)
+        Q = np.array([reduced.columns.product(row) for row in np.eye(reduced.n)])
+        y = reduced.smallest(np.random.default_rng(seed).standard_normal(reduced.n))
+        start = Incumbent(reduced, y)
+        cost, offers = flip_costs(start, Q, reduced.linear), []
+        sweep_search(reduced, offers).visit_blocks(start, SearchParameters(core=2))
+        expected = y.copy()
+        for b in range(len(reduced.columns.blocks)):
+            sides = [np.flatnonzero((reduced.columns.block_of == b) & (y == value)) for value in (0, 1)]
+            if all(side.size for side in sides):
+                i, j = (side[np.argmin(cost[side])] for side in sides)
+                if cost[i] + cost[j] - Q[i, j] < 0:
+                    expected[[i, j]] = 1.0, 0.0
+                    moved += 1
+        np.testing.assert_array_equal(offers[-2].y, expected)
+    assert moved > 3
 
 
 @pytest.mark.parametrize("more", [{}, FACTORS, BY_BLOCKS, SINGLE | BY_BLOCKS], ids=str)
