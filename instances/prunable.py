@@ -169,8 +169,13 @@ def select(model: nn.Module) -> Selection:
     Raises
     ------
     UsageError
-        When a parameter has no shape yet.
+        When a parameter has no shape yet, or the network is TorchScript.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UsageError(
+            "the network is TorchScript, whose layers cannot be looked into: give the Python module; a file of "
+            "torch.jit.save does for its checkpoint"
+        )
     model = plain_model(model).model
     names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,6 +1,7 @@
 """What is pruned by default and by name, in which order its weights lie, and what is zero already."""
 
 import logging
+import warnings
 
 import numpy as np
 import pytest
@@ -128,7 +129,12 @@ def test_the_log_tells_what_is_left_out(caplog):
     assert "multiply by it (its name after --tensors prunes it): cls_token, pos_embed, gain.weight" in caplog.text
 
 
-def test_layers_without_a_shape_are_told():
+def test_layers_without_a_shape_and_scripts_are_told():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is on its way out
+        script = torch.jit.script(nn.Sequential(nn.Linear(3, 2)))
+    with pytest.raises(UsageError, match="is TorchScript, .*: give the Python module"):
+        select(script)
     with pytest.raises(UsageError, match="has no shape yet: let the factory run the network once"):
         select(nn.Sequential(nn.LazyLinear(3)))
 
