@@ -18,7 +18,14 @@ if (_root / "pyproject.toml").is_file() and (_root / "solvers" / "__init__.py").
     __path__.append(str(_root))  # a checkout: the other three rooms are folders beside this one
 
 from cbs_opt.budget import Budget  # noqa: E402
-from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks, InverseHessianBlocks  # noqa: E402
+from cbs_opt.curvature import (  # noqa: E402
+    Curvature,
+    GradientFactor,
+    HessianBlocks,
+    InverseHessianBlocks,
+    SharedBlocks,
+    register_curvature,
+)
 from cbs_opt.errors import (  # noqa: E402
     CbsError,
     InstanceError,
@@ -68,6 +75,7 @@ __all__ = [
     "Losses",
     "Monitor",
     "Result",
+    "SharedBlocks",
     "Solution",
     "SolutionError",
     "Solver",
@@ -91,6 +99,7 @@ __all__ = [
     "read_instance",
     "read_solution",
     "register",
+    "register_curvature",
     "selection_loss",
     "solve",
     "solve_path",

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from cbs_opt.budget import Budget
 from cbs_opt.curvature.base import Curvature
-from cbs_opt.curvature.gradient_factor import GradientFactor
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.typing import FloatArray
 
@@ -120,9 +119,7 @@ class Instance:
     def describe(self) -> str:
         """One line: size, form of the Hessian, budget."""
         curvature = self.curvature
-        form = curvature.kind.replace("_", " ")
-        if isinstance(curvature, GradientFactor):
-            form = f"{curvature.m} gradients, damping {curvature.damping:g}"
+        form = curvature.describe()
         blocks = "1 block" if curvature.number_of_blocks == 1 else f"{curvature.number_of_blocks} blocks"
         extras = "".join(
             [

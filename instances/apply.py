@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from cbs_opt import Instance, Result, Solution
 from cbs_opt.errors import InstanceError, SolutionError
 from cbs_opt.instances.masks import LayerMask, add_masks
-from cbs_opt.instances.plain import effective_tensors, set_effective, unwrapped
+from cbs_opt.instances.modes import unwrapped
+from cbs_opt.instances.plain import effective_tensors, set_effective
 from cbs_opt.instances.tensors import Place, read_places
 
 _RELATIVE = 1e-6  # float32 copies of float64 weights differ by 6e-8

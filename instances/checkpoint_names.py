@@ -6,7 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-_WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Of torch.compile, FSDP, activation checkpoints, and WoodFisher's layers with masks.
+_WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_layer)\.")
 _PARALLEL = "module."
 
 # What profilers, averages and older releases leave beside the parameters.

@@ -20,7 +20,8 @@ from cbs_opt.files.instance_file import file_sha256
 from cbs_opt.instances.checkpoint_names import ignorable, in_words, matched, prefix_of, without_wrappers
 from cbs_opt.instances.containers import Archive, FolderArchive, container_of, open_file
 from cbs_opt.instances.masks import LayerMask, add_masks
-from cbs_opt.instances.plain import computed_weights, make_plain, unwrapped
+from cbs_opt.instances.modes import unwrapped
+from cbs_opt.instances.plain import computed_weights, make_plain
 from cbs_opt.instances.stored_forms import effective, encoded, stored_forms
 
 __all__ = ["checkpoint_sha256", "container_of", "load_checkpoint", "read_checkpoint", "write_checkpoint"]
@@ -37,8 +38,8 @@ def read_checkpoint(
     ----------
     path : Path or str
     wanted : collection of str, optional
-        Names of the network's tensors: prefixes that wrappers add to them are taken away, and effective values
-        given of those that are stored as others.
+        Names of the network's tensors: only these are read, prefixes that wrappers add to them are taken away,
+        and effective values given of those that are stored as others.
     key : str, optional
         Of a file with several dictionaries of tensors, the one to take.
 
@@ -48,10 +49,14 @@ def read_checkpoint(
         When the file is no checkpoint, is damaged, or holds no tensors.
     """
     archive = open_file(Path(path), wanted or (), key)
-    tensors = {plain: archive.read(raw) for plain, raw in _mapping(archive, wanted).items()}
-    if not tensors:
+    mapping = _mapping(archive, wanted)
+    if not mapping:
         raise InstanceError(f"{path}: holds no tensors")
-    return tensors if wanted is None else effective(tensors, wanted)[0]
+    if wanted is None:
+        return {plain: archive.read(raw) for plain, raw in mapping.items()}
+    needed = {*wanted, *(part for form in stored_forms(mapping) if form.name in wanted for part in form.parts)}
+    tensors = {plain: archive.read(raw) for plain, raw in mapping.items() if plain in needed}
+    return effective(tensors, wanted)[0]
 
 
 def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) -> None:
@@ -59,8 +64,8 @@ def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) 
 
     Every tensor of the network must be there. Of tensors that several layers share one name is enough. Prefixes of
     wrappers are looked through, masks and parametrisations of the file or of the network as well; masks that only
-    the file has become masks of the network. Tensors of the file that are no parameters are ignored, and so is what
-    lies outside the prefix of the network; both are said.
+    the file has become masks of the network. Tensors of the file that are no parameters are ignored, and so is
+    what lies outside the prefix of the network; both are said.
 
     Parameters
     ----------
@@ -98,11 +103,12 @@ def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) 
             full[name] = tensors[source]
     _tell_ignored(path, archive, mapping, tensors, own)
     model.load_state_dict(full, strict=False)
-    masks = [
+    found = [
         LayerMask(name, (parts[form.parts[1]] == 0).cpu().numpy())
         for name, form in forms.items()
         if form.kind == "mask"
     ]
+    masks = [mask for mask in found if mask.count]
     if masks:
         logger.info(f"{path}: its masks are kept: {_listed(mask.name for mask in masks)}")
         add_masks(model, masks)

@@ -232,7 +232,8 @@ class TorchArchive(Archive):
 
         ranked = sorted(found, key=lambda item: (-fit(item), *preference(item[0]), -len(_tensors(item[1]))))
         path, entries = ranked[0]
-        others = [name for name, _ in ranked[1:] if fit((name, _)) == fit(ranked[0])] if wanted else []
+        best = fit(ranked[0])
+        others = [other for other, inner in ranked[1:] if fit((other, inner)) == best > 0]
         title = f"`{path}`" if path else "the dictionary at the top"
         if others and not quiet:
             logger.warning(
@@ -266,7 +267,6 @@ class TorchArchive(Archive):
                 file.write(buffer.getvalue())
             return
         self._check_overlaps(changes)
-        buffer = io.BytesIO()
         with atomic_write(path) as file:
             self._file.write(file, {name: (self._tensors[name], tensor) for name, tensor in changes.items()})
 

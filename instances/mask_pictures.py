@@ -131,7 +131,7 @@ def _draw_bars(axes: Any, layers: Sequence[LayerMask], overall: float) -> None:
             color=_INK,
             transform=axes.get_yaxis_transform(),
         )
-    axes.set_yticks(places, [layer.name for layer in layers], fontsize=8, color=_INK)
+    axes.set_yticks(places, [layer.title for layer in layers], fontsize=8, color=_INK)
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -91,7 +91,10 @@ def transposed_patches(
             source.append(slice(first, max(first, last + 1)))
             start = first * s + shift
             target.append(slice(start, start + (last - first) * s + 1, s) if last >= first else slice(0, 0))
-        out[(slice(None), slice(None), *offsets, *target)] = a[(slice(None), slice(None), *source)]
+        view = out
+        for offset in offsets:  # the axes of the kernel come after those of samples and channels
+            view = view.select(2, offset)
+        view[(slice(None), slice(None), *target)] = a[(slice(None), slice(None), *source)]
     return out.reshape(c, groups, channels // groups * _count(kernel), _count(outputs))
 
 

@@ -40,20 +40,6 @@ class Plain:
     masks: dict[str, Tensor]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside `DataParallel`, `torch.compile` and averaging wrappers."""
-    from torch.nn.parallel import DataParallel, DistributedDataParallel
-    from torch.optim.swa_utils import AveragedModel
-
-    while True:
-        if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
-
-
 def computed_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Name, module and attribute of every weight that is computed from other tensors."""
     for path, module in model.named_modules():

@@ -13,7 +13,8 @@ from torch import nn
 
 from cbs_opt.budget import Budget
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.instances.plain import plain_model, unwrapped
+from cbs_opt.instances.modes import unwrapped
+from cbs_opt.instances.plain import plain_model
 from cbs_opt.instances.prunable import Prunable, Selection, select
 from cbs_opt.instances.reconstruction import followed
 from cbs_opt.instances.tensors import Layout, Place, places

@@ -219,9 +219,12 @@ class Products(TorchFunctionMode):
         """A transposed convolution, whose weight is (inputs, outputs per group, …)."""
         dims = weight.dim() - 2
         a = a.unsqueeze(0) if a.dim() == dims + 1 else a
-        options = [_each(value, dims) for value in (stride, padding, output_padding, dilation)]
+        steps, pads, more, spaces = (_each(value, dims) for value in (stride, padding, output_padding, dilation))
         self._grouped(
-            weight, lambda: transposed_patches(a, weight.shape[2:], *options, groups), groups, inputs_first=True
+            weight,
+            lambda: transposed_patches(a, weight.shape[2:], steps, pads, more, spaces, groups),
+            groups,
+            inputs_first=True,
         )
 
     def _grouped(

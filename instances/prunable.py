@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -168,8 +169,13 @@ def select(model: nn.Module) -> Selection:
     Raises
     ------
     UsageError
-        When a parameter has no shape yet.
+        When a parameter has no shape yet, or the network is TorchScript.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UsageError(
+            "the network is TorchScript, whose layers cannot be looked into: give the Python module; a file of "
+            "torch.jit.save does for its checkpoint"
+        )
     model = plain_model(model).model
     names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -268,9 +274,9 @@ def _probed(owner: nn.Module, weight: Tensor) -> bool | None:
     training = owner.training
     owner.eval()
     try:
-        for inputs_first in (False, True):
+        for inputs_first, lead in product((False, True), ((3,), (1, 3))):
             matrix = weight if inputs_first else weight.T
-            x = torch.randn(1, 3, matrix.shape[0], generator=generator).to(weight)
+            x = torch.randn(*lead, matrix.shape[0], generator=generator).to(weight)
             try:
                 y = owner(x)
             except Exception:  # whatever a user's module does with inputs that are not its own

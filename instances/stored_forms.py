@@ -17,6 +17,7 @@ from torch import Tensor
 Stored = Mapping[str, Tensor]
 
 _SMALLEST = 1e-12
+_BETTER = 0.4  # of a cosine
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Form:
     encode: Callable[..., tuple[Tensor, ...] | None] | None
 
 
+_BESIDE = re.compile(r"(?P<path>(?:.*\.)?)_(?P<leaf>weight|bias)_mask")  # as WoodFisher's checkpoints have them
 _OTHER = re.compile(r"(?P<path>.*?)parametrizations\.(?P<leaf>[^.]+)\.(?P<rest>.+)")
 
 
@@ -60,6 +62,11 @@ def stored_forms(names: Iterable[str]) -> list[Form]:
                 forms.append(Form(stem, parts, kind, value, encode))
                 known -= set(parts)
                 break
+    for name in names:
+        if match := _BESIDE.fullmatch(name):
+            stem = f"{match['path']}{match['leaf']}"
+            if stem in known:
+                forms.append(Form(stem, (stem, name), "mask", _masked, _encode_mask))
     by_leaf: dict[str, list[str]] = {}
     for name in names:
         if name in known and (match := _OTHER.fullmatch(name)):
@@ -107,9 +114,9 @@ def _norm_axis(g: Tensor, v: Tensor) -> int | None:
 
 def _norms(v: Tensor, g: Tensor) -> Tensor:
     axis = _norm_axis(g, v)
-    if axis is None:
-        return v.norm().reshape(g.shape)
-    return torch.linalg.vector_norm(v, dim=[other for other in range(v.dim()) if other != axis], keepdim=True)
+    others = [other for other in range(v.dim()) if other != axis]
+    norms: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=True)
+    return norms.reshape(g.shape) if axis is None else norms
 
 
 def _normed(g: Tensor, v: Tensor) -> Tensor:
@@ -124,15 +131,23 @@ def _encode_norm(new: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sigma(weight: Tensor, u: Tensor, v: Tensor) -> tuple[int, float]:
-    """u·(W v), and the axis of the weight that comes first in the matrix W: the one that fits u and v better."""
+    """The axis of the weight that comes first in the matrix W, and u·(W v).
+
+    For a square weight the shapes leave it open. u points along W v where it is a singular vector: the second
+    axis, that of transposed convolutions, is taken where it fits much better than the first.
+    """
     found = []
     for axis in range(min(2, weight.dim())):
         matrix = weight.movedim(axis, 0).flatten(1).double()
         if tuple(matrix.shape) == (u.numel(), v.numel()):
-            found.append((axis, float(u.double() @ (matrix @ v.double()))))
+            product = matrix @ v.double()
+            sigma = float(u.double() @ product)
+            cosine = abs(sigma) / max(float(u.double().norm() * product.norm()), _SMALLEST)
+            found.append((cosine - (_BETTER if axis == 1 else 0.0), axis, sigma))
     if not found:
         raise ValueError("its singular vectors do not fit its shape")
-    return max(found, key=lambda item: abs(item[1]))
+    _, axis, sigma = max(found)
+    return axis, sigma
 
 
 def _spectral(original: Tensor, u: Tensor, v: Tensor) -> Tensor:

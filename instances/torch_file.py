@@ -194,8 +194,8 @@ class TorchFile:
         members = {f"{self._prefix}data/{key}": key for key in by_key}
         with zipfile.ZipFile(self.path) as source_zip, zipfile.ZipFile(file, "w", allowZip64=True) as target:
             for info in source_zip.infolist():
-                key = members.get(info.filename)
-                data = source_zip.read(info) if key is None else self._changed(key, by_key[key])
+                storage = members.get(info.filename)
+                data = source_zip.read(info) if storage is None else self._changed(storage, by_key[storage])
                 fresh = zipfile.ZipInfo(info.filename, info.date_time)
                 fresh.compress_type = info.compress_type
                 # torch maps storages into memory: they start at multiples of 64 bytes, as it writes them itself.

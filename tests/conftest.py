@@ -14,13 +14,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
-from cbs_opt import Budget, GradientFactor, HessianBlocks, Instance, InverseHessianBlocks, write_instance
+from cbs_opt import (
+    Budget,
+    GradientFactor,
+    HessianBlocks,
+    Instance,
+    InverseHessianBlocks,
+    SharedBlocks,
+    write_instance,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile("suite", deadline=None, max_examples=40, derandomize=True)
+# A failure is all that tests/mutations asks for: no search for the smallest example.
+settings.register_profile(
+    "mutations", parent=settings.get_profile("suite"), phases=(Phase.explicit, Phase.generate), database=None
+)
 settings.load_profile("suite")
 
 
@@ -91,8 +103,18 @@ def make_problem(
     weights=None,
     zero_columns=(),
     dtype=np.float64,
+    shared=None,
 ):
-    """A random problem; `groups` is None, "layers" (three, in order), "rows" (interleaved) or "2:4"."""
+    """A random problem; `groups` is None, "layers" (three, in order), "rows" (interleaved) or "2:4".
+
+    With `shared`, (0, 0, 1) for instance, there are as many equal blocks, and block k is a multiple of stored
+    block shared[k].
+    """
+    if shared is not None:
+        return make_shared_problem(
+            seed, n=n, kind=kind, shared=shared, budget=budget, groups=groups, linear=linear, fixed=fixed, m=m,
+            damping=damping,
+        )  # fmt: skip
     rng = np.random.default_rng(seed)
     cuts = np.sort(rng.choice(np.arange(1, n), size=blocks - 1, replace=False)) if blocks > 1 else []
     sizes = np.diff([0, *cuts, n]).astype(np.int64)
@@ -124,6 +146,34 @@ def make_problem(
         H,
         g if linear else np.zeros(n),
     )
+
+
+def make_shared_problem(seed, *, n, kind, shared, budget, groups, linear, fixed, m, damping):
+    """Equal blocks H_k = scale_k · S of a few stored S, beside the dense H that they stand for."""
+    b, rows = n // len(shared), len(shared)
+    stored = make_problem(seed, n=b * (max(shared) + 1), kind="gradients", m=m or b + 2, damping=damping)
+    sizes = np.full(max(shared) + 1, b)
+    curvature = GradientFactor(stored.instance.curvature.gradients, damping, sizes)
+    parts = [curvature.block(s) for s in range(sizes.size)]
+    if kind == "hessian":
+        curvature = HessianBlocks.from_blocks(parts)
+    elif kind == "inverse_hessian":
+        curvature = InverseHessianBlocks.from_blocks([(A + A.T) / 2 for A in map(np.linalg.inv, parts)])
+    rng = np.random.default_rng([seed, 1])
+    scale = rng.uniform(0.25, 4.0, rows)
+    H = np.zeros((b * rows, b * rows))
+    for k, s in enumerate(shared):
+        H[k * b : (k + 1) * b, k * b : (k + 1) * b] = scale[k] * parts[s]
+    n = b * rows
+    g = 0.3 * rng.standard_normal(n) if linear else None
+    instance = Instance(
+        rng.standard_normal(n),
+        SharedBlocks(curvature, shared, scale),
+        _budget(groups, n, n // 2 if budget is None else budget),
+        linear=g,
+        fixed=_fixed(n) if fixed else None,
+    )
+    return Problem(instance, H, np.zeros(n) if g is None else g)
 
 
 def _budget(groups, n, total):

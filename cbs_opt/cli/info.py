@@ -13,7 +13,6 @@ import numpy as np
 
 from cbs_opt.cli import common
 from cbs_opt.cli.report import write_json
-from cbs_opt.curvature import GradientFactor
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import instance_file, read_instance, read_solution, solution_file
 from cbs_opt.files.atomic import check_writable
@@ -35,7 +34,7 @@ def _main(arguments: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE|-", help="write it as JSON; - for stdout")
     parser.add_argument(
         "--export",
-        metavar="OUT.{lp,mps,qplib,ubqp}",
+        metavar="OUT.{lp,mps,qplib,ubqp,qubo}",
         type=Path,
         help="write the selection problem as text for other solvers",
     )
@@ -55,7 +54,7 @@ def _main(arguments: list[str]) -> int:
         instance = read_instance(options.file)
         content = _instance(instance)
         if options.export is not None:
-            from cbs_opt.solvers.exact.export import export_instance
+            from cbs_opt.solvers.mip.text_formats import export_instance
 
             export_instance(options.export, instance)
             content["exported"] = str(options.export)
@@ -108,8 +107,9 @@ def _instance(instance: Instance) -> dict[str, Any]:
         "blocks": sizes.size,
         "block_sizes": _few(sizes.tolist()),
     }
-    if isinstance(curvature, GradientFactor):
-        content |= {"gradients": curvature.m, "damping": curvature.damping}
+    factor = curvature.as_factor()
+    if factor is not None:
+        content |= {"gradients": factor.m, "damping": factor.damping}
     if instance.budget.groups is not None:
         content |= {
             "groups": instance.budget.number_of_groups,

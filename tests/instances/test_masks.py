@@ -58,7 +58,7 @@ def train(model, x, y, steps=3):
 def test_masks_hold_while_a_network_is_trained_on(kind):
     torch.manual_seed(0)
     model, x, y = kind(), torch.randn(20, 5, 8), torch.arange(20) % 4
-    instance = export(model, x, y, sparsity=0.6, blocks="row", damping=1e-3)
+    instance = export(model, x, y, sparsity=0.6, source="reconstruction")
     model.train()
     masks = prune_masks(model, instance, cbs_opt.solve(instance, "magnitude"))
     twin = copy.deepcopy(model)

@@ -1,6 +1,7 @@
 """What is pruned by default and by name, in which order its weights lie, and what is zero already."""
 
 import logging
+import warnings
 
 import numpy as np
 import pytest
@@ -128,7 +129,12 @@ def test_the_log_tells_what_is_left_out(caplog):
     assert "multiply by it (its name after --tensors prunes it): cls_token, pos_embed, gain.weight" in caplog.text
 
 
-def test_layers_without_a_shape_are_told():
+def test_layers_without_a_shape_and_scripts_are_told():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is on its way out
+        script = torch.jit.script(nn.Sequential(nn.Linear(3, 2)))
+    with pytest.raises(UsageError, match="is TorchScript, .*: give the Python module"):
+        select(script)
     with pytest.raises(UsageError, match="has no shape yet: let the factory run the network once"):
         select(nn.Sequential(nn.LazyLinear(3)))
 
@@ -174,7 +180,7 @@ def test_patterns_and_rows_run_along_inputs_whatever_is_stored_first():
         key = "gradients" if "first_order" in options else "flat"
         a, b = (getattr(instance.curvature, key) for instance in (ours, theirs))
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
-    result = cbs_opt.solve(ours, "joint")
+    result = cbs_opt.solve(ours, "magnitude", update=True)
     apply(model, ours, result)
     apply(plain, theirs, result)
     torch.testing.assert_close(model[0].weight.T, plain[0].weight)
@@ -200,7 +206,7 @@ def test_a_tied_tensor_is_one_and_has_all_its_names():
     assert (first["name"], first["aliases"]) == ("a.weight", ["b.weight"])
     G = per_sample_gradients(model.eval(), x, y, ["a.weight"])
     np.testing.assert_allclose(instance.curvature.gradients[:, :64], G.numpy(), atol=1e-6)
-    result = cbs_opt.solve(instance, "search")
+    result = cbs_opt.solve(instance, "magnitude")
     # Copies, as an .npz or safetensors stores them, change under both names; one name is enough.
     copies = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     changed = pruned_tensors(instance, result, copies)
@@ -234,7 +240,7 @@ def test_old_zeros_are_told_and_kept_where_asked(caplog):
     assert kept.budget.total == zeros and int(kept.fixed.sum()) == zeros
     assert f"{zeros} of 144 weights ({zeros / 144:.1%}) are pruned in place of 72 (50.0%)" in caplog.text
     denser = export(model, x, y, sparsity=0.95, keep_mask=True, blocks="layer", damping=1e-3)
-    result = cbs_opt.solve(denser, "joint")
+    result = cbs_opt.solve(denser, "magnitude", update=True)
     assert denser.budget.total == 137 and result.pruned[denser.weights == 0].all()
     groups = export(model, x, y, nm=(2, 4), keep_mask=True)
     assert groups.budget.total >= zeros and (groups.budget.group_budgets >= 2).all()
@@ -247,7 +253,7 @@ def test_masks_of_torch_stay_masks():
     instance = export(model, x, y, sparsity=0.6, blocks="layer", damping=1e-3)
     assert [tensor["name"] for tensor in instance.metadata["tensors"]] == ["0.weight", "2.weight"]
     np.testing.assert_array_equal(instance.fixed[:96].reshape(12, 8) == 1, masked)
-    result = cbs_opt.solve(instance, "joint")
+    result = cbs_opt.solve(instance, "magnitude", update=True)
     masks = apply(model, instance, result)
     assert masks[0].pruned[masked].all()
     np.testing.assert_array_equal(model[0].weight.detach().numpy() == 0, masks[0].pruned)
@@ -255,3 +261,19 @@ def test_masks_of_torch_stay_masks():
     np.testing.assert_array_equal(model[0].weight.detach().numpy() == 0, masks[0].pruned)
     total = int((model[0].weight == 0).sum()) + int((model[2].weight == 0).sum())
     assert total == instance.budget.total == 87
+
+
+def test_a_network_may_be_coarser_than_its_checkpoint():
+    """A float16 network made from a float32 file: kept weights of the file stay as they are, to the last bit."""
+    model, x, y = two_layers(nn.Linear(8, 12), nn.Linear(12, 4))
+    fine = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.half()
+    instance = export(model, x.half(), y, sparsity=0.5, source="reconstruction")
+    assert [entry["dtype"] for entry in instance.metadata["tensors"]] == ["float16", "float16"]
+    result = cbs_opt.solve(instance, "magnitude")
+    for name, new in pruned_tensors(instance, result, fine).items():
+        assert new.dtype == torch.float32 and torch.equal(new[new != 0], fine[name][new != 0])
+    with pytest.raises(InstanceError, match="differs from the instance's weights"):
+        pruned_tensors(instance, result, {**fine, "0.weight": fine["0.weight"] * 1.01})
+    apply(model, instance, result)
+    assert model[0].weight.dtype == torch.float16 and int((model[0].weight == 0).sum()) > 0

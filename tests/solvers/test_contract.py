@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from cbs_opt import CbsError, Instance, SolverError, Status, Stop, evaluate, get_solver, solve, solver_names
+import cbs_opt
+from cbs_opt import CbsError, Instance, SolverError, Status, Stop, evaluate, solver_names
 from cbs_opt.solver import OBJECTIVES
 
 CASES = {
@@ -23,6 +24,17 @@ CASES = {
     "layers": {"kind": "hessian", "blocks": 2, "groups": "layers", "n": 10},
     "rows": {"kind": "gradients", "groups": "rows", "n": 10},
     "2:4": {"kind": "inverse_hessian", "groups": "2:4", "n": 12},
+    "shared hessian": {"kind": "hessian", "shared": (0, 0, 0), "n": 9},
+    "shared inverse hessians": {"kind": "inverse_hessian", "shared": (1, 0, 1, 0), "n": 12},
+    "shared gradients": {"kind": "gradients", "shared": (0, 0), "n": 10, "m": 3},
+    "shared, everything": {
+        "kind": "hessian",
+        "shared": (0, 1, 0),
+        "n": 9,
+        "groups": "layers",
+        "linear": True,
+        "fixed": True,
+    },
     "linear": {"kind": "gradients", "linear": True},
     "linear, blocks": {"kind": "inverse_hessian", "linear": True, "blocks": 3},
     "fixed": {"kind": "hessian", "fixed": True},
@@ -48,12 +60,30 @@ CASES = {
     "ties": {"kind": "hessian", "weights": [1, -1, 1, -1, 1, -1, 1, -1], "zero_columns": range(8)},
     "badly scaled": {"kind": "gradients", "weights": [1e-6, 1e6, -1, 1e3, -1e-3, 1, 1e-6, -2]},
 }
+_SWEPT = {"large": 0, "proof": 0, "patience": 20, "dense_bytes": 0, "threaded_gradients": 0}
+VARIANTS = {
+    "search, swept": ("search", _SWEPT),
+    "search, block by block": ("search", _SWEPT | {"many_blocks": 0, "small_block": 0, "double_bytes": 0}),
+}
+"""Solvers with parameters that send small problems the way of large ones, by a name for the tests."""
+
 REFUSED = {
     "groups": lambda instance: instance.budget.groups is not None,
     "several_blocks": lambda instance: instance.curvature.number_of_blocks > 1,
     "linear": lambda instance: instance.linear is not None,
     "fixed": lambda instance: instance.fixed is not None,
 }
+
+
+def solve(instance, name, **options):
+    """`cbs_opt.solve`, with the parameters of a variant."""
+    solver, parameters = VARIANTS.get(name, (name, None))
+    return cbs_opt.solve(instance, solver, parameters=parameters, **options)
+
+
+def get_solver(name):
+    """`cbs_opt.get_solver`, also by the name of a variant."""
+    return cbs_opt.get_solver(VARIANTS.get(name, (name,))[0])
 
 
 def available(name):
@@ -66,7 +96,7 @@ def available(name):
 def pairs(**wanted):
     """Solver and objective, for each that it minimises and where it `supports` what is wanted."""
     out = []
-    for name in solver_names():
+    for name in (*solver_names(), *VARIANTS):
         solver = available(name)
         if solver is None:
             mark = pytest.mark.skip(reason=f"NOT TESTED: solver '{name}' is not available here")
@@ -153,7 +183,7 @@ def test_result_against_enumeration(name, objective, case, problem):
     assert (result.weights is not None) == (objective == "joint")
     if result.weights is not None:
         assert (result.weights[result.pruned] == 0).all()
-    assert (result.solver, result.objective_kind, result.seed) == (name, objective, 3)
+    assert (result.solver, result.objective_kind, result.seed) == (get_solver(name).name, objective, 3)
     assert result.solve_seconds >= 0
     objectives = [row.objective for row in result.history if row.objective is not None]
     assert objectives == sorted(objectives, reverse=True)
