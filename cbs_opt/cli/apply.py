@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cbs_opt.cli import common
 from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
 from cbs_opt.cli.report import write_json
-from cbs_opt.cli.scoring import Scores, Scoring, checkpoint_key, magnitude_at, normalisation, score_lines
+from cbs_opt.cli.scoring import Scores, Scoring, checkpoint_key, magnitude_at, normalisation, score_lines, trial_line
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance, read_solution
 from cbs_opt.files.library_file import resolve
@@ -130,16 +130,23 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
         raise InstanceError(f"{options.instance}, {options.checkpoint}: {error}") from None
     scoring = Scoring(options, instance, interrupts)
     scoring.open()
-    magnitude = None
-    if not options.no_magnitude and len(solutions) == 1:
-        magnitude = pruned_tensors(
-            instance, Solution(magnitude_at(instance, solutions[0].pruned), instance.sha256 or ""), tensors
-        )
+    magnitude = [
+        pruned_tensors(instance, Solution(magnitude_at(instance, each.pruned), instance.sha256 or ""), tensors)
+        for each in solutions
+        if not options.no_magnitude and not options.no_score
+    ]
     scoring.measure(candidates, magnitude)
     scores = scoring.result
     path_of = [
-        {"solution": str(path), "sparsity": float(solution.pruned.mean()), **_asdict("score", after)}
-        for path, solution, after in zip_longest(options.solution, solutions, scores.after)
+        {
+            "solution": str(path),
+            "sparsity": float(solution.pruned.mean()),
+            **_asdict("score", after),
+            **_asdict("magnitude", simple),
+        }
+        for path, solution, after, simple in zip_longest(
+            options.solution, solutions, scores.after, scores.magnitude
+        )
     ]
     chosen = 0 if len(solutions) == 1 else _sparsest(options, solutions, scores)
     if chosen is None:
@@ -200,7 +207,7 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
         "magnitude": None,
         **_asdict("before", scores.before),
         **_asdict("after", scores.after[chosen] if scores.after else None),
-        **_asdict("magnitude", scores.magnitude),
+        **_asdict("magnitude", scores.magnitude[chosen] if scores.magnitude else None),
         "warnings": scores.worries,
         "size": asdict(sparse_sizes({place.name: changed[place.name] for place in places})),
     }
@@ -339,10 +346,7 @@ def _text(content: dict[str, Any]) -> str:
         line += f"{zeros_before:>{max(digits, 11)},}  " if old else ""
         lines.append(f"{line}{pruned:>{digits},}  {zeros_after / size:>8.2%}")
     lines.append("")
-    for trial in content.get("path", []):
-        score = trial["score"]
-        value = score["loss"] if score["value"] is None else score["value"]
-        lines.append(f"{trial['sparsity']:>9.2%} pruned: {score['metric'] or 'loss'} {value:.4f}  {trial['solution']}")
+    lines += [trial_line(trial) for trial in content.get("path", [])]
     lines += [""] if "path" in content else []
     lines += score_lines(content)
     lines += [f"WARNING   {text}" for text in content["warnings"]]

@@ -49,9 +49,9 @@ class Scores:
     ----------
     network : str or None
         Its name, where it is known.
-    before, magnitude : Score or None
-    after : list of Score or None
-        Of each solution.
+    before : Score or None
+    after, magnitude : list of Score or None
+        Of each solution, and of magnitude's choice at the same budget.
     worries : list of str
         Warnings that belong into the report.
     model : Network or None
@@ -62,7 +62,7 @@ class Scores:
     network: str | None
     before: Score | None = None
     after: list[Score | None] = field(default_factory=list)
-    magnitude: Score | None = None
+    magnitude: list[Score | None] = field(default_factory=list)
     worries: list[str] = field(default_factory=list)
     model: Network | None = None
     source: SampleSource | None = None
@@ -126,8 +126,8 @@ class Scoring:
         load_checkpoint(network.model, options.checkpoint, checkpoint_key(options, self._instance))
         return network
 
-    def measure(self, candidates: Sequence[Tensors], magnitude: Tensors | None) -> None:
-        """Score the network before, with the tensors of every candidate, and with magnitude's."""
+    def measure(self, candidates: Sequence[Tensors], magnitude: Sequence[Tensors]) -> None:
+        """Score the network before, with the tensors of every candidate, and with magnitude's of each."""
         network, source = self.result.model, self.result.source
         if network is None or source is None or self._options.no_score:
             return
@@ -138,7 +138,7 @@ class Scoring:
 
         device = torch_device(self._options.device)
         logger.info(f"{len(source)} samples of {source.name}, {self._options.split} split, on {device}")
-        rounds: list[Tensors] = [{}, *candidates, *([magnitude] if magnitude is not None else [])]
+        rounds: list[Tensors] = [{}, *candidates, *magnitude]
         with _bar(self._options.quiet, len(rounds) * len(source)) as tell:
             scores: list[Score | None] = []
             for number, tensors in enumerate(rounds):
@@ -153,8 +153,7 @@ class Scoring:
                     logger.warning(f"nothing is scored: {error}")
                     return
         self.result.before, self.result.after = scores[0], scores[1 : 1 + len(candidates)]
-        if magnitude is not None:
-            self.result.magnitude = scores[-1]
+        self.result.magnitude = scores[1 + len(candidates) :]
         for after in self.result.after:
             for text in worries(self.result.before, after, network.classes):
                 logger.warning(text)
@@ -260,6 +259,17 @@ def score_lines(content: dict[str, Any]) -> list[str]:
         over = ""
     lines.append(line("loss", lambda score: f"{score['loss']:.4f}", f"  ({over})" if over else ""))
     return lines
+
+
+def trial_line(trial: dict[str, Any]) -> str:
+    """One of several solutions, for a person."""
+
+    def value(score: dict[str, Any]) -> float:
+        return float(score["loss"] if score["value"] is None else score["value"])
+
+    name = trial["score"]["metric"] or "loss"
+    beside = f", {value(trial['magnitude']):.4f} by magnitude" if "magnitude" in trial else ""
+    return f"{trial['sparsity']:>7.2%} pruned: {name} {value(trial['score']):.4f}{beside}  ({trial['solution']})"
 
 
 @contextmanager
