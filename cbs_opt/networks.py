@@ -37,8 +37,8 @@ def export(
     model : torch.nn.Module
         Also compiled, in DataParallel, or of half precision; it is left as it was.
     inputs, labels : tensors, arrays, lists
-        Or `inputs` alone: (inputs, labels), dictionaries, a loader of batches, a data set, a function that runs the
-        model; see `cbs_opt.instances.own_data`. Reconstruction (`source="reconstruction"`) needs no labels.
+        Or `inputs` alone: (inputs, labels), dictionaries, a loader of batches, a data set, a function that runs
+        the model; see `cbs_opt.instances.own_data`. Reconstruction (`source="reconstruction"`) needs no labels.
     names : sequence of str, optional
         What is pruned, by names or patterns; the weights of all layers that multiply by default.
     sparsity : float or str, optional

@@ -18,8 +18,9 @@ from cbs_opt.typing import BoolArray
 def extended(instance: Instance, pruned: BoolArray) -> BoolArray:
     """A selection for the instance's budget that prunes what `pruned` does, and the cheapest others beside it.
 
-    Weight i costs what it adds to the selection loss of those pruned already: w_i (H w_P)_i + ½ H_ii w_i², less its
-    part of a linear term. What is added together is not priced together: the result is a start, not a solution.
+    Weight i costs what it adds to the selection loss of those pruned already: w_i (H w_P)_i + ½ H_ii w_i², less
+    its part of a linear term. What is added together is not priced together: the result is a start, not a
+    solution.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Inputs and targets of a network: a tensor, or tuples and dictionaries of tensors, cut along the samples.
 
-A `Bundle` behaves like a tensor in the few ways that the rest of the room needs: it has a length, slices, and moves
-to a device. `Pieces` holds samples of several shapes, sequences of different lengths say, shape after shape;
+A `Bundle` behaves like a tensor in the few ways that the rest of the room needs: it has a length, slices, and
+moves to a device. `Pieces` holds samples of several shapes, sequences of different lengths say, shape after shape;
 `slices` cuts without crossing a border. `call` runs a model on any of them.
 """
 

@@ -100,7 +100,9 @@ def budget_of_layers(
     for pattern in rules:
         if not any(matches(pattern, name) for name in names):
             listed = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
-            raise UsageError(f"`--sparsity-per-layer`: '{pattern}' is no tensor that is pruned; these are {listed}")
+            raise UsageError(
+                f"`--sparsity-per-layer`: '{pattern}' is no tensor that is pruned; these are {listed}"
+            )
     group, budgets, others = [], [], []
     for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
         found = [share for pattern, share in rules.items() if matches(pattern, name)]
@@ -167,7 +169,8 @@ def keeping(
     if (new == old).all():
         return budget, out
     logger.warning(
-        f"every layer keeps {least:g}{' of its weights' if least < 1 else ' weights'}: {int(new.sum())} are pruned in "
+        f"every layer keeps {least:g}{' of its weights' if least < 1 else ' weights'}: {int(new.sum())} are "
+        "pruned in "
         f"place of {int(old.sum())}"
     )
     if budget.groups is None:

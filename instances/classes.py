@@ -40,7 +40,8 @@ class ClassView:
             if bool((self.target < 0).any()) or bool(((sums - 1).abs() > 1e-3).any()):
                 raise InstanceError(
                     f"the loss {name} needs class numbers or probabilities that sum to 1, the targets sum to "
-                    f"{float(sums.min()):g} … {float(sums.max()):g}: for several labels a sample declare `--loss bce`"
+                    f"{float(sums.min()):g} … {float(sums.max()):g}: for several labels a sample declare "
+                    "`--loss bce`"
                 )
             return
         counted = self.target[self.counted]
@@ -53,7 +54,8 @@ class ClassView:
                 hint = ": they count from 1; subtract 1"
             elif low < 0 and int((counted < 0).sum()) == int((counted == low).sum()) and high < classes:
                 hint = (
-                    f": where {low} marks what to ignore, declare torch.nn.CrossEntropyLoss(ignore_index={low}) as "
+                    f": where {low} marks what to ignore, declare torch.nn.CrossEntropyLoss(ignore_index={low}) "
+                    "as "
                     "the factory's loss"
                 )
             raise InstanceError(

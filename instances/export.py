@@ -338,7 +338,8 @@ class Export:
             yield piece
         if nothing:
             logger.warning(
-                "ALL GRADIENTS ARE ZERO: nothing tells the weights apart; check that the loss is that of the network, "
+                "ALL GRADIENTS ARE ZERO: nothing tells the weights apart; check that the loss is that of the "
+                "network, "
                 "`--loss mse` say, and that its outputs depend on the weights that are pruned"
             )
 

@@ -69,7 +69,8 @@ def parts_of(made: Any, spec: str) -> Made:
     listed = list(made) if isinstance(made, tuple | list) else [made]
     if not 1 <= len(listed) <= 5 or not isinstance(listed[0], nn.Module):
         raise UsageError(
-            f"{spec}: must return a model, (model, data) or (model, training data, test data[, loss[, metric]]), got "
+            f"{spec}: must return a model, (model, data) or (model, training data, test data[, loss[, "
+            "metric]]), got "
             f"{_kind(made)}"
         )
     if (

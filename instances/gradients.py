@@ -1,8 +1,9 @@
 """The gradient of the loss of every sample or mini-batch: the rows of the empirical Fisher matrix.
 
-`per_sample_gradients` holds all of them; `gradient_rows` yields them in pieces, and takes one of three routes to them
-that give the same as automatic differentiation of one sample at a time: the inputs and output gradients of the layers
-(`layers`), `torch.func`, or that very loop, which a timed trial prefers where it is faster, for recurrent networks say.
+`per_sample_gradients` holds all of them; `gradient_rows` yields them in pieces, and takes one of three routes to
+them that give the same as automatic differentiation of one sample at a time: the inputs and output gradients of
+the layers (`layers`), `torch.func`, or that very loop, which a timed trial prefers where it is faster, for
+recurrent networks say.
 """
 
 from __future__ import annotations

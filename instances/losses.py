@@ -1,10 +1,10 @@
 """The loss that a network was trained with, sample by sample.
 
-Everything in this package that differentiates or reports a loss asks a `SampleLoss`. It gives for each sample a sum
-over what counts in it (its tokens, pixels or outputs, each times its class weight) and the weight of that. The sum of
-the sums over the sum of the weights is the loss that PyTorch's `reduction="mean"` reports; a sum over the mean weight
-is the sample's own share of it, so that the gradients of single samples average to the gradient of the loss: no class
-weight is divided away, and ignored tokens count nowhere.
+Everything in this package that differentiates or reports a loss asks a `SampleLoss`. It gives for each sample a
+sum over what counts in it (its tokens, pixels or outputs, each times its class weight) and the weight of that. The
+sum of the sums over the sum of the weights is the loss that PyTorch's `reduction="mean"` reports; a sum over the
+mean weight is the sample's own share of it, so that the gradients of single samples average to the gradient of the
+loss: no class weight is divided away, and ignored tokens count nowhere.
 
 `declared` makes one from a name, a loss of PyTorch (module, function or `functools.partial`, whatever its
 `reduction`), or any function of outputs and targets.
@@ -43,7 +43,8 @@ _MODULES: dict[str, Callable[[], nn.Module]] = {
     "bce": nn.BCEWithLogitsLoss,
 }
 LOSS_NAMES = tuple(_MODULES)
-"""Losses by name: `bce` takes logits, `nll` log-probabilities, `next-token` logits (m, T, V) and the tokens (m, T)."""
+"""Losses by name: `bce` takes logits, `nll` log-probabilities, `next-token` logits (m, T, V) and
+the tokens (m, T)."""
 
 _FUNCTIONS: dict[Any, type[nn.Module]] = {
     functional.cross_entropy: nn.CrossEntropyLoss,
@@ -121,7 +122,8 @@ class ClassLoss(SampleLoss):
         view = self.classes(outputs, targets)
         scores = _precise(view.scores)
         module = self.module
-        if module.weight is not None and (module.weight.device, module.weight.dtype) != (scores.device, scores.dtype):
+        weight = module.weight
+        if weight is not None and (weight.device, weight.dtype) != (scores.device, scores.dtype):
             module = copy.deepcopy(module).to(scores.device, scores.dtype)
         target = view.target.to(scores.dtype) if view.target.is_floating_point() else view.target
         losses = module(scores, target)
@@ -266,7 +268,8 @@ class FunctionLoss(SampleLoss):
             logger.info(f"the loss {self.name} sums over the samples of a batch: reported are means over samples")
         else:
             logger.warning(
-                f"the loss {self.name} of a batch is neither the mean nor the sum of the losses of its samples: each "
+                f"the loss {self.name} of a batch is neither the mean nor the sum of the losses of its samples: "
+                "each "
                 "sample is taken alone; a loss of PyTorch with `weight` or `ignore_index` keeps its weights"
             )
 
@@ -289,7 +292,8 @@ def declared(loss: LossLike, output_key: str | None = None) -> SampleLoss:
 
                 return declared(load_object(loss, "--loss"), output_key)
             raise UsageError(
-                f"`loss` must be one of {', '.join(_MODULES)}, or module:function of (outputs, targets), got '{loss}'"
+                f"`loss` must be one of {', '.join(_MODULES)}, or module:function of (outputs, targets), got "
+                f"'{loss}'"
             )
         module = _MODULES[name]()
         if isinstance(module, _OF_CLASSES):

@@ -1,4 +1,4 @@
-"""How good a network is, beside its loss: accuracy, top-5, R², mean IoU, perplexity, or a function of one's own."""
+"""How good a network is, beside its loss: accuracy, top-5, R², mean IoU, perplexity, or a user's function."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class MeanIoU(_OfClasses):
 
 
 class SquaredError(Metric):
-    """Mean squared error, or R²: the share of the variance of each output that is explained, averaged over them."""
+    """Mean squared error, or R²: the explained share of the variance of each output, averaged over outputs."""
 
     def __init__(self, loss: SampleLoss, name: str) -> None:
         self.name = name

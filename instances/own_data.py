@@ -5,7 +5,7 @@
 | (inputs, labels), arrays or tensors | as they are; inputs may be a tuple or a dictionary of tensors |
 | {"x": …, "labels": …} | labels by one of the usual names, everything else that `forward` takes by keyword |
 | inputs alone | without labels: for `--source reconstruction` |
-| an iterable of such batches, a DataLoader | one after the other; at most `UNSIZED` samples of one without a length |
+| an iterable of such batches, a DataLoader | one after the other, `UNSIZED` samples where it has no length |
 | a `torch.utils.data.Dataset`, or (data set, collate function) | the samples that are drawn, collated |
 | a function of the model | is called with it, and what the model is called with is taken, without labels |
 
@@ -192,7 +192,8 @@ def _recorded(loop: Callable[..., Any], model: nn.Module, name: str, limit: int 
         pass
     except Exception as error:  # whatever a user's loop does
         raise InstanceError(
-            f"{name}: the function fails with {reason(error)}; it is called with the model and must run it on samples"
+            f"{name}: the function fails with {reason(error)}; it is called with the model and must run it on "
+            "samples"
         ) from error
     finally:
         hook.remove()
@@ -364,7 +365,8 @@ class _Fitting:
             ) from None
         if not isinstance(tensor, Tensor):
             raise InstanceError(
-                f"{self._name}: must be tensors or arrays, (inputs, labels) or batches of these, got {type(leaf).__name__}"
+                f"{self._name}: must be tensors or arrays, (inputs, labels) or batches of these, got "
+                f"{type(leaf).__name__}"
             )
         return tensor.detach().cpu()
 

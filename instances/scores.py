@@ -197,7 +197,8 @@ def evaluate(
     """
     if source.labels is None:
         raise UsageError(
-            f"{source.name}: has no labels to score with: give (inputs, labels), or skip the scores with `--no-score`"
+            f"{source.name}: has no labels to score with: give (inputs, labels), or skip the scores with "
+            "`--no-score`"
         )
     judge = Judge(loss, metric, output_key, source.name)
     before = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -244,8 +245,8 @@ def _double(outputs: Any) -> Any:
 def cost(before: Score, after: Score) -> float:
     """How much the pruned network costs, in points or percent: below 0 where it is better.
 
-    A point is a hundredth of metrics that are shares (accuracy, top-5, R², mean IoU, functions); a percent is of the
-    dense value of others (perplexity, squared error, the loss where there is no metric).
+    A point is a hundredth of metrics that are shares (accuracy, top-5, R², mean IoU, functions); a percent is of
+    the dense value of others (perplexity, squared error, the loss where there is no metric).
     """
     old, new = (score.loss if score.value is None else score.value for score in (before, after))
     if not math.isfinite(new):
@@ -280,6 +281,7 @@ def worries(before: Score | None, after: Score | None, classes: float | None = N
         )
     if after.metric == "r2" and after.value is not None and after.value < 0 <= (before.value or 0.0):
         out.append(
-            f"R² FALLS BELOW ZERO, to {after.value:.4g}: the pruned network predicts worse than the mean of the targets"
+            f"R² FALLS BELOW ZERO, to {after.value:.4g}: the pruned network predicts worse than the mean of the "
+            "targets"
         )
     return out

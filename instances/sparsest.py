@@ -104,7 +104,8 @@ def largest_sparsity(
 
     before = scored()
     trials: list[Trial] = []
-    for sparsity, result in zip(sorted(set(sparsities)), solve_path(instance, sparsities, **options), strict=False):
+    results = solve_path(instance, sparsities, **options)
+    for sparsity, result in zip(sorted(set(sparsities)), results, strict=False):
         try:
             apply(model, instance, result)
             after = scored()

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 from cbs_opt.cli import common
 from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
 from cbs_opt.cli.report import write_json
-from cbs_opt.cli.scoring import Scores, Scoring, checkpoint_key, magnitude_at, normalisation, score_lines, trial_line
+from cbs_opt.cli.scoring import (
+    Scores,
+    Scoring,
+    checkpoint_key,
+    magnitude_at,
+    normalisation,
+    score_lines,
+    trial_line,
+)
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance, read_solution
 from cbs_opt.files.library_file import resolve
@@ -73,8 +81,8 @@ def _parser() -> common.Parser:
         "--max-drop",
         metavar="POINTS",
         type=number_option(0),
-        help="of several solutions take the sparsest that costs at most so much on the data: points of accuracy and "
-        "the like, percent of perplexity, error or loss",
+        help="of several solutions take the sparsest that costs at most so much on the data: points of accuracy "
+        "and the like, percent of perplexity, error or loss",
     )
     add("--onnx", metavar="FILE.onnx", type=Path, help="also write the pruned network as ONNX")
     add("--picture", metavar="MASKS.png", type=Path, help="draw the mask of every layer; .png, .svg or .pdf")
@@ -245,7 +253,8 @@ def _sparsest(options: argparse.Namespace, solutions: list[Solution], scores: Sc
     if not within:
         cheapest = min(cost(scores.before, after) for after in scores.after if after is not None)
         common.say(
-            f"no solution costs at most {options.max_drop:g}: the cheapest costs {cheapest:.2f}; nothing is written\n"
+            f"no solution costs at most {options.max_drop:g}: the cheapest costs {cheapest:.2f}; nothing is "
+            "written\n"
         )
         return None
     return max(within, key=lambda k: float(solutions[k].pruned.mean()))
@@ -352,7 +361,8 @@ def _text(content: dict[str, Any]) -> str:
     lines += [f"WARNING   {text}" for text in content["warnings"]]
     size = content["size"]
     lines.append(
-        f"size      {_bytes(size['dense'])} of pruned tensors; {_bytes(size['bitmask'])} as bitmaps and kept values, "
+        f"size      {_bytes(size['dense'])} of pruned tensors; {_bytes(size['bitmask'])} as bitmaps and "
+        f"kept values, "
         f"{_bytes(size['csr'])} as compressed rows"
     )
     updated = "pruned, and the kept weights updated" if content["updated"] else "pruned"

@@ -31,8 +31,8 @@ def solve_parser() -> Parser:
         action="append",
         type=share_option,
         metavar="F",
-        help="prune this fraction, in place of the file's budget; with several, .5 .6 .7 say, each solution is the "
-        "start of the next",
+        help="prune this fraction, in place of the file's budget; with several, .5 .6 .7 say, each solution is "
+        "the start of the next",
     )
     add("--budget", type=whole_option(0), metavar="N", help="prune this many, in place of the file's budget")
     add("--update", action="store_true", help="also give the best update of the kept weights (CBS-U)")

@@ -83,7 +83,8 @@ def run_path(
     content = {
         "schema": SCHEMA,
         "path": [
-            {"sparsity": s, **result_json(instance.with_sparsity(s), result, read_seconds)} for s, result in results
+            {"sparsity": sparsity, **result_json(instance.with_sparsity(sparsity), result, read_seconds)}
+            for sparsity, result in results
         ],
     }
     attempts: list[tuple[Any, Any]] = [
@@ -141,7 +142,10 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def draw_path(
-    path: Path | str, results: list[tuple[float, Result]], scores: list[float] | None = None, name: str = "accuracy"
+    path: Path | str,
+    results: list[tuple[float, Result]],
+    scores: list[float] | None = None,
+    name: str = "accuracy",
 ) -> None:
     """Draw objective and bound over sparsity, and below them a score of the network where it is known.
 

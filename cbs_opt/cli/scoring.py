@@ -169,7 +169,8 @@ class Scoring:
                 value = noted[f"declared_{key}"]
                 if key != "output_key" and ":" in value:
                     raise UsageError(
-                        f"{self._options.instance}: its {key} '{value}' is code: repeat it as `--{key} {value}` to "
+                        f"{self._options.instance}: its {key} '{value}' is code: repeat it as `--{key} {value}` "
+                        "to "
                         "run it"
                     )
             found.append(value)
@@ -197,7 +198,6 @@ class Scoring:
 
         from cbs_opt.instances.plain import effective_tensors, set_effective
         from cbs_opt.instances.tensors import read_places
-
 
         network = self.result.model
         if network is None:

@@ -45,7 +45,18 @@ def test_results_along_a_path(problem):
 def test_table_picture_and_files(instance_file, tmp_path, capsys):
     out = tmp_path / "s.npz"
     options = ["--table", tmp_path / "t.csv", "--picture", tmp_path / "p.svg", "--json", tmp_path / "r.json"]
-    arguments = ["--sparsity", ".25", "50%", "0.75", instance_file, "--solver", "exact", "--solution", out, *options]
+    arguments = [
+        "--sparsity",
+        ".25",
+        "50%",
+        "0.75",
+        instance_file,
+        "--solver",
+        "exact",
+        "--solution",
+        out,
+        *options,
+    ]
     assert main([*map(str, arguments)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[0].split()[:3] == ["sparsity", "pruned", "objective"]

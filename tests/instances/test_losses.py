@@ -35,7 +35,12 @@ def as_torch(module, outputs, targets):
 CASES = {
     "cross-entropy": ("cross-entropy", LOGITS, CLASSES, lambda: functional.cross_entropy(LOGITS, CLASSES)),
     "int32": ("cross-entropy", LOGITS, CLASSES.int(), lambda: functional.cross_entropy(LOGITS, CLASSES)),
-    "one axis more": ("cross-entropy", LOGITS, CLASSES[:, None], lambda: functional.cross_entropy(LOGITS, CLASSES)),
+    "one axis more": (
+        "cross-entropy",
+        LOGITS,
+        CLASSES[:, None],
+        lambda: functional.cross_entropy(LOGITS, CLASSES),
+    ),
     "one-hot": (
         "cross-entropy",
         LOGITS,
@@ -82,7 +87,12 @@ CASES = {
     ),
     "nll": ("nll", LOGITS.log_softmax(1), CLASSES, lambda: functional.cross_entropy(LOGITS, CLASSES)),
     "mse": ("mse", LOGITS, VALUES, lambda: functional.mse_loss(LOGITS, VALUES)),
-    "mse of one value": (functional.mse_loss, LOGITS[:, :1], VALUES[:, 0], lambda: functional.mse_loss(LOGITS[:, 0], VALUES[:, 0])),
+    "mse of one value": (
+        functional.mse_loss,
+        LOGITS[:, :1],
+        VALUES[:, 0],
+        lambda: functional.mse_loss(LOGITS[:, 0], VALUES[:, 0]),
+    ),
     "bce": (
         nn.BCEWithLogitsLoss(pos_weight=WEIGHT),
         LOGITS,

@@ -205,7 +205,11 @@ def test_what_does_not_belong_together_is_refused(trained, tmp_path, monkeypatch
         ({"c": trained / "model.safetensors"}, 3, "SHA-256 .* do not belong together"),
         ({"s": "other.solution"}, 3, "belongs to another instance"),
         ({"i": "first.instance", "s": "first.solution", "c": "small.pt"}, 3, r"0\.weight has shape \(40, 64\)"),
-        ({"i": "first.instance", "s": "first.solution", "c": "trap.pt"}, 3, "is a pickle, but no file of torch.save"),
+        (
+            {"i": "first.instance", "s": "first.solution", "c": "trap.pt"},
+            3,
+            "is a pickle, but no file of torch.save",
+        ),
         ({"s": "no-layers.npz"}, 3, "is not an .npz archive"),
         ({"c": "absent.pt"}, 3, "No such file"),
         ({"i": "absent.npz"}, 3, "no such file"),
