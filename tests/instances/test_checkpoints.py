@@ -139,7 +139,7 @@ def test_pickles_with_code_do_not_run(tmp_path):
             read_checkpoint(whole)
     plain = tmp_path / "plain.pkl"
     plain.write_bytes(pickle.dumps({"w": Trap(sprung)}))
-    with pytest.raises(InstanceError, match="is a pickle, but no file of torch.save"):
+    with pytest.raises(InstanceError, match=r"is a pickle, but no file of torch\.save"):
         read_checkpoint(plain)
     objects = tmp_path / "objects.npz"
     np.savez(objects, w=np.array([Trap(sprung)], dtype=object))
