@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cbs_opt.files import write_solution
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.instance import Instance
 from cbs_opt.path import solve_path
-from cbs_opt.result import Result, Solution
+from cbs_opt.result import Result
 from cbs_opt.stop import Stop
 
 SCHEMA = 1
@@ -57,10 +58,8 @@ def run_path(
             common.say(_line([_text(key, value) for key, value in rows[-1].items()]) + "\n")
         if options.solution is not None:
             (path,) = solution_paths(options.solution, [sparsity])
-            problem = instance.with_sparsity(sparsity)
-            content = result_json(problem, result, read_seconds)
             try:
-                write_solution(path, Solution(result.pruned, instance.sha256 or "", result.weights, content))
+                write_solution(path, replace(result.to_solution(), result=result_json(result, read_seconds)))
             except OutputError as error:
                 failures.append(error)
 
@@ -82,10 +81,7 @@ def run_path(
     )
     content = {
         "schema": SCHEMA,
-        "path": [
-            {"sparsity": sparsity, **result_json(instance.with_sparsity(sparsity), result, read_seconds)}
-            for sparsity, result in results
-        ],
+        "path": [{"sparsity": sparsity, **result_json(result, read_seconds)} for sparsity, result in results],
     }
     attempts: list[tuple[Any, Any]] = [
         (options.table, lambda path: _write_csv(path, rows)),

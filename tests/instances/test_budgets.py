@@ -5,8 +5,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from cbs_opt import Budget, InstanceError, UsageError  # noqa: E402
-from cbs_opt.instances.budgets import budget_of_layers, keeping, read_rules  # noqa: E402
+from cbs_opt import Budget, InstanceError, UsageError
+from cbs_opt.instances.budgets import budget_of_layers, keeping, read_rules
 
 NAMES, SIZES = ["conv.weight", "fc.0.weight", "fc.2.weight", "head.weight"], [10, 20, 30, 40]
 

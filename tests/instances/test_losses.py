@@ -187,7 +187,7 @@ def test_rows_are_gradients_of_the_weighted_loss():
     np.testing.assert_allclose(instance.linear, expected.flatten().numpy(), atol=1e-6)
     rows = instance.curvature.gradients
     assert not rows[(CLASSES == 2).numpy()].any()
-    heavy, light = ((CLASSES == k).numpy() for k in (1, 3))
+    heavy, light = ((k == CLASSES).numpy() for k in (1, 3))
     assert np.abs(rows[heavy]).mean() > 5 * np.abs(rows[light]).mean()
 
 
@@ -205,7 +205,7 @@ METRICS = {
         WORDS,
         lambda: torch.stack(
             [
-                ((TOKENS.argmax(2) == k) & (WORDS == k)).sum() / ((TOKENS.argmax(2) == k) | (WORDS == k)).sum()
+                ((TOKENS.argmax(2) == k) & (k == WORDS)).sum() / ((TOKENS.argmax(2) == k) | (k == WORDS)).sum()
                 for k in range(C)
             ]
         ).mean(),

@@ -39,7 +39,7 @@ class Endless(IterableDataset):
             yield X[0], Y[0]
 
 
-Pair = collections.namedtuple("Pair", "scale x labels")  # noqa: PYI024
+Pair = collections.namedtuple("Pair", "scale x labels")
 
 
 def halves(*parts):
