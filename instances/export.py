@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks, InverseHessianBlocks
+from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks, InverseHessianBlocks, SharedBlocks
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance
+from cbs_opt.files.atomic import check_writable
 from cbs_opt.files.instance_file import instance_arrays
 from cbs_opt.files.npz import Content, Stream, json_text, write_npz
 from cbs_opt.instance import Instance
@@ -28,7 +29,8 @@ from cbs_opt.instances.metrics import MetricLike
 from cbs_opt.instances.modes import fewest, single_precision
 from cbs_opt.instances.plan import make_plan, with_zeros
 from cbs_opt.instances.recipe import DAMPING, Along, Form, Recipe, Source, one_of, scratch
-from cbs_opt.instances.reconstruction import input_covariances, reconstruction_blocks
+from cbs_opt.instances.reconstruction import input_covariances
+from cbs_opt.instances.row_blocks import RowBlocks, row_blocks
 from cbs_opt.instances.scores import Judge, torch_device
 from cbs_opt.instances.tensors import table_of, to_rows
 from cbs_opt.linalg import is_positive
@@ -179,6 +181,10 @@ class Export:
 
     Attributes
     ----------
+    sizes : list of int
+        Of all blocks.
+    stored : int
+        How many blocks are stored, known after the work: rows of a layer may share one.
     facts : dict
         What the work finds out for the metadata: `dense_loss`, `dense_accuracy` of classifiers, `damping`.
     collecting : bool
@@ -238,6 +244,7 @@ class Export:
         self.places, self.names, self.weights = plan.places, plan.names, plan.weights
         self.shapes = [place.layout.rows_shape for place in plan.places]
         self.sizes = recipe.sizes(self.shapes)
+        self.stored = len(self.sizes)
         self.zeros = int(plan.zeros.sum())
         self.fixed = plan.fixed(recipe.keep_mask)
         self.budget = with_zeros(recipe.budget(self.shapes, self.names), self.fixed)
@@ -274,19 +281,22 @@ class Export:
                 G = self._collected(recipe.entry, None)
                 form = GradientFactor(G, self._fisher_damping(), self.sizes)
             else:
-                flat = np.empty(sum(b * b for b in self.sizes), recipe.entry)
+                rows = None if recipe.source == "fisher" else self._rows(None)
+                sizes = self.sizes if rows is None else rows.sizes
+                flat = np.empty(sum(b * b for b in sizes), recipe.entry)
                 start = 0
-                for block in self._blocks(None):
+                for block in self._blocks(rows, None):
                     flat[start : start + block.size] = block.ravel()
                     start += block.size
-                form = (InverseHessianBlocks if recipe.form == "inverse-hessian" else HessianBlocks)(
-                    flat, self.sizes
-                )
+                form = (InverseHessianBlocks if recipe.form == "inverse-hessian" else HessianBlocks)(flat, sizes)
+                if rows is not None and not rows.plain:
+                    form = SharedBlocks(form, rows.shared, rows.scale)
         return Instance(self.weights, form, self.budget, self._linear(), self.fixed, metadata=self._metadata())
 
     def write(self, path: Path | str) -> None:
         """Do the work and write the file, piece by piece: at most the gradients and one block are in memory."""
         path, recipe = Path(path), self.recipe
+        check_writable(path)
         recipe.check_fits(self.shapes, self.samples, path.parent)
         arrays: dict[str, Content] = dict(instance_arrays(self._frame))
         for key in ("gradients", "damping", "metadata"):
@@ -303,8 +313,14 @@ class Export:
                 arrays["damping"] = lambda: np.array(self._fisher_damping())
             else:
                 key = recipe.form.replace("-", "_")
-                count = sum(b * b for b in self.sizes)
-                arrays[key] = Stream(recipe.entry, (count,), self._blocks(path.parent))
+                rows = None if recipe.source == "fisher" else self._rows(path.parent)
+                count = sum(b * b for b in (self.sizes if rows is None else rows.sizes))
+                arrays[key] = Stream(recipe.entry, (count,), self._blocks(rows, path.parent))
+                if rows is not None and not rows.plain:
+                    arrays["version"] = np.array(SharedBlocks.format_version, dtype=np.int64)
+                    arrays["shared"] = rows.shared
+                    if rows.scaled:
+                        arrays["block_scale"] = rows.scale
             arrays |= late
             if recipe.first_order:
                 arrays["linear"] = lambda: self._sum / self.rows
@@ -368,28 +384,29 @@ class Export:
 
     # Blocks -------------------------------------------------------------------------------------------------
 
-    def _blocks(self, folder: Path | None) -> Iterator[NDArray[Any]]:
+    def _blocks(self, rows: RowBlocks | None, folder: Path | None) -> Iterator[NDArray[Any]]:
         """The dense blocks as they are stored, each checked as a reader will."""
         recipe, definite = self.recipe, self.recipe.form == "inverse-hessian"
         precision = float(np.finfo(recipe.entry).eps)
-        if recipe.source == "fisher":
+        if rows is None:
             G = self._collected(np.dtype(np.float32), folder)
             made = fisher_blocks(G, self._fisher_damping(), self.sizes, inverse=definite)
         else:
-            made = self._reconstruction(definite)
-        last: FloatArray | None = None
+            made = rows.matrices(inverse=definite)
         for k, block in enumerate(made):
             stored = block.astype(recipe.entry, copy=False)
-            repeated, last = block is last, block  # the rows of a layer share their reconstruction Hessian
-            if not repeated and not is_positive(
-                stored.astype(np.float64, copy=False), definite=definite, precision=precision
-            ):
+            if not is_positive(stored.astype(np.float64, copy=False), definite=definite, precision=precision):
                 finer = "" if recipe.entry == np.float64 else " or store float64"
-                raise InstanceError(f"block {k} is not positive in {recipe.entry}: raise the damping{finer}")
-            self._progress("blocks", k + 1, len(self.sizes))
+                whose = "" if rows is None else f" of '{rows.stored[k].name}'"
+                raise InstanceError(
+                    f"block {k}{whose} is not positive in {recipe.entry}: raise the damping{finer}"
+                )
+            self._progress("blocks", k + 1, self.stored)
             yield stored
 
-    def _reconstruction(self, inverse: bool) -> Iterator[FloatArray]:
+    def _rows(self, folder: Path | None) -> RowBlocks:
+        """The blocks of all rows, from the inputs of their layers; refused when they do not fit after all."""
+        recipe = self.recipe
         covariances = input_covariances(
             self.model,
             self.inputs,
@@ -397,13 +414,16 @@ class Export:
             chunk_bytes=self._chunk_bytes,
             progress=lambda done: self._progress("inputs", done, self.samples),
         )
-        relative = self.recipe.relative_damping
-        dampings = [DAMPING if self.recipe.damping is None else self.recipe.damping for _ in covariances]
+        relative = recipe.relative_damping
+        dampings = [DAMPING if recipe.damping is None else recipe.damping for _ in covariances]
         if relative is not None:
             dampings = [relative * layer.mean_diagonal for layer in covariances]
         self.facts["damping"] = dampings[0] if relative is None else dampings
-        size = self.recipe.block_rule if isinstance(self.recipe.block_rule, int) else None
-        return reconstruction_blocks(covariances, dampings, size, inverse=inverse)
+        size = recipe.block_rule if isinstance(recipe.block_rule, int) else None
+        rows = row_blocks(covariances, dampings, size)
+        recipe.check_fits(self.shapes, self.samples, folder, rows.sizes)
+        self.stored = len(rows.stored)
+        return rows
 
     def _fisher_damping(self) -> float:
         if self.recipe.relative_damping is None:

@@ -175,21 +175,47 @@ class Recipe:
         """What the export may use."""
         return available_memory() // 2 if self.memory is None else self.memory
 
-    def content_bytes(self, shapes: Sequence[Shape], samples: int) -> int:
-        """Size of the curvature as it is stored."""
+    def stored_sizes(self, shapes: Sequence[Shape], inputs: Sequence[int] | None = None) -> list[int]:
+        """Sizes of the blocks that are stored.
+
+        Parameters
+        ----------
+        shapes : sequence of tuple
+        inputs : sequence of int, optional
+            Of sources whose rows share their Hessians: the number of inputs of each Hessian; by default one for
+            each tensor, which is the least.
+        """
+        if self.source == "fisher":
+            return self.sizes(shapes)
+        if inputs is None:
+            inputs = [int(np.prod(shape[1:])) for shape in shapes]
+        return cut(inputs, self.block_rule) if isinstance(self.block_rule, int) else list(inputs)
+
+    def content_bytes(self, shapes: Sequence[Shape], samples: int, inputs: Sequence[int] | None = None) -> int:
+        """Size of the curvature as it is stored; `inputs` as for `stored_sizes`."""
         if self.form == "gradients":
             return self.entry.itemsize * (samples // self.batch) * sum(int(np.prod(shape)) for shape in shapes)
-        return self.entry.itemsize * sum(b * b for b in self.sizes(shapes))
+        return self.entry.itemsize * sum(b * b for b in self.stored_sizes(shapes, inputs))
 
-    def check_fits(self, shapes: Sequence[Shape], samples: int, folder: Path | None) -> None:
+    def check_fits(
+        self, shapes: Sequence[Shape], samples: int, folder: Path | None, inputs: Sequence[int] | None = None
+    ) -> None:
         """Refuse what fits neither into memory nor, when it goes to a file in `folder`, onto the disk.
+
+        Parameters
+        ----------
+        shapes : sequence of tuple
+        samples : int
+        folder : Path or None
+        inputs : sequence of int, optional
+            As for `stored_sizes`.
 
         Raises
         ------
         UsageError
             With the size needed, what is free, and options that would do.
         """
-        needed = self.content_bytes(shapes, samples)
+        needed = self.content_bytes(shapes, samples, inputs)
         memory = available_memory() if self.memory is None else self.memory
         room = self.memory_bytes() if folder is None else shutil.disk_usage(folder).free
         where = "memory" if folder is None else "the disk"
@@ -197,29 +223,38 @@ class Recipe:
             what = "gradients" if self.form == "gradients" else "blocks"
             raise UsageError(
                 f"the {what} take {_gb(needed)}, of which {where} has {_gb(room)}: "
-                f"{self._what_would_do(shapes, samples, room, memory)}"
+                f"{self._what_would_do(shapes, samples, room, memory, inputs)}"
             )
         if self.form == "gradients":
             return
-        largest = max(self.sizes(shapes))
+        largest = max(self.stored_sizes(shapes, inputs))
         working = self._working_bytes(largest, samples)
         if working > memory:
             raise UsageError(
                 f"a block of {largest} weights needs {_gb(working)} of memory, {_gb(memory)} are free: "
-                f"{self._what_would_do(shapes, samples, room, memory)}"
+                f"{self._what_would_do(shapes, samples, room, memory, inputs)}"
+            )
+        held = 0 if self.source == "fisher" else 8 * sum(int(np.prod(shape[1:])) ** 2 for shape in shapes)
+        if held + working > memory:
+            raise UsageError(
+                f"the covariances of the inputs of all layers take {_gb(held)} of memory, {_gb(memory)} are free: "
+                "prune fewer tensors at a time, or give more by `--memory`"
             )
 
     def _working_bytes(self, block: int, samples: int) -> int:
         rows = samples // self.batch if self.source == "fisher" else block
         return working_bytes(block, rows, inverse=self.form == "inverse-hessian")
 
-    def _what_would_do(self, shapes: Sequence[Shape], samples: int, room: int, memory: int) -> str:
+    def _what_would_do(
+        self, shapes: Sequence[Shape], samples: int, room: int, memory: int, inputs: Sequence[int] | None
+    ) -> str:
         n = sum(int(np.prod(shape)) for shape in shapes)
         out = []
         if self.form != "gradients":
-            longest = max(self.sizes(shapes))
+            stored = self.stored_sizes(shapes, inputs)
+            longest = max(stored)
             for size in _SUGGESTED_SIZES:
-                total = self.entry.itemsize * sum(b * b for b in cut(self.sizes(shapes), size))
+                total = self.entry.itemsize * sum(b * b for b in cut(stored, size))
                 if size < longest and total <= room // 2 and self._working_bytes(size, samples) <= memory:
                     out.append(f"--blocks {size} ({_gb(total)})")
                     break

@@ -14,7 +14,7 @@ that several layers share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.instances.batches import Samples, checked_call, placed, slices
-from cbs_opt.instances.curvature import cut, singular_sentence, symmetric_inverse
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
 from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.products import Product, Products
@@ -174,7 +173,7 @@ def input_covariances(
                 name, reason = next(iter(reasons.items()))
                 raise UsageError(f"'{name}' has no reconstruction error that can be computed: {reason}")
             progress(part.stop)
-    return [total.covariance(name, len(inputs)) for name, total in sums.items()]
+    return [sums.pop(name).covariance(name, len(inputs)) for name in list(sums)]
 
 
 def _layouts(model: nn.Module, names: Sequence[str]) -> dict[str, Layout]:
@@ -247,54 +246,3 @@ class _Sums:
                 )
             ranges.append(RowRange(first, last, total, None if counts is None else counts[first:last]))
         return LayerCovariance(name, self.layout, tuple(ranges))
-
-
-def reconstruction_blocks(
-    layers: Sequence[LayerCovariance], dampings: Sequence[float], size: int | None, *, inverse: bool
-) -> Iterator[FloatArray]:
-    """Yield the blocks of the layer-wise reconstruction Hessians, one for each output row, or their inverses.
-
-    Parameters
-    ----------
-    layers : sequence of LayerCovariance
-    dampings : sequence of float
-        λ of each layer.
-    size : int or None
-        Rows are cut into blocks of at most so many weights.
-    inverse : bool
-
-    Yields
-    ------
-    float64 (b_k, b_k)
-        The very same arrays for all rows that share their inputs.
-
-    Raises
-    ------
-    InstanceError
-        When a block that should be inverted is singular.
-    """
-    for layer, damping in zip(layers, dampings, strict=True):
-        for rows in layer.ranges:
-            if rows.shifts is None:
-                pieces = _pieces(layer.name, rows.covariance, damping, size, inverse)
-                for _ in range(rows.last - rows.first):
-                    yield from pieces
-            else:
-                for shift in rows.shifts:
-                    yield from _pieces(layer.name, rows.covariance, damping + float(shift), size, inverse)
-
-
-def _pieces(name: str, covariance: FloatArray, shift: float, size: int | None, inverse: bool) -> list[FloatArray]:
-    """The blocks of one row."""
-    K = covariance.shape[0]
-    pieces, start = [], 0
-    for b in cut([K], size or K):
-        block: FloatArray | None = covariance[start : start + b, start : start + b].copy()
-        assert block is not None
-        block[np.diag_indices(b)] += shift
-        block = symmetric_inverse(block) if inverse else block
-        if block is None:
-            raise InstanceError(singular_sentence(f"the reconstruction Hessian of '{name}'"))
-        pieces.append(block)
-        start += b
-    return pieces

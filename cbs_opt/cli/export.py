@@ -176,9 +176,10 @@ def _main(arguments: list[str]) -> int:
         elif "dense_metric" in facts:
             dense += f", {facts['dense_metric']} {facts['dense_value']:.4f}"
         dense += "\n"
+    stored = "" if job.stored == len(job.sizes) else f" ({job.stored} stored)"
     common.say(
         f"{options.output}: {job.weights.size} weights, {recipe.form.replace('-', ' ')} in {len(job.sizes)} "
-        f"block{'s' if len(job.sizes) > 1 else ''}, {job.budget.total} to prune\n"
+        f"block{'s' if len(job.sizes) > 1 else ''}{stored}, {job.budget.total} to prune\n"
         f"{dense}"
         f"{options.output.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s\n"
     )

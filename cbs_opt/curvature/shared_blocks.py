@@ -63,7 +63,8 @@ class SharedBlocks(Curvature):
 
     def facts(self) -> text.Facts:
         """Names and values for a person: those of all blocks, and what is stored."""
-        stored = f"{text.count(self.number_of_stored, 'block')}, each times a factor a block"
+        scaled = ", each times a factor a block" if (self.block_scale != 1.0).any() else ", shared"
+        stored = f"{text.count(self.number_of_stored, 'block')}{scaled}"
         return [*super().facts(), ("stored", stored), *self.stored.facts()[2:]]
 
     def rows(self, s: int) -> IntArray:

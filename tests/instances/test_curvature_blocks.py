@@ -10,7 +10,9 @@ from torch import nn  # noqa: E402
 from cbs_opt import InstanceError, UsageError  # noqa: E402
 from cbs_opt.instances import curvature as blocks_module  # noqa: E402
 from cbs_opt.instances.curvature import block_sizes, fisher_blocks  # noqa: E402
-from cbs_opt.instances.reconstruction import input_covariances, reconstruction_blocks  # noqa: E402
+from cbs_opt.instances.reconstruction import LayerCovariance, RowRange, input_covariances  # noqa: E402
+from cbs_opt.instances.row_blocks import row_blocks  # noqa: E402
+from cbs_opt.instances.tensors import Layout  # noqa: E402
 
 
 def gradients(m, n, seed=0):
@@ -88,15 +90,17 @@ def test_reconstruction_loss_is_half_the_squared_error_of_the_output(name):
     x = torch.randn(11, *shape, dtype=torch.float64)
     covariances = input_covariances(nn.Sequential(layer), x, ["0.weight"], chunk_bytes=5_000)
     weight = layer.weight
-    made = list(reconstruction_blocks(covariances, [0.0], None, inverse=False))
-    assert len(made) == weight.shape[0]
+    rows = row_blocks(covariances, [0.0])
+    assert (len(rows.stored), rows.shared.size) == (getattr(layer, "groups", 1), weight.shape[0])
+    stored = list(rows.matrices(inverse=False))
+    made = [stored[s] for s in rows.shared]
     delta = torch.randn_like(weight)
     with torch.no_grad():
         before = layer(x)
         weight += delta
         error = ((layer(x) - before) ** 2).sum() / len(x) / 2
-    rows = delta.flatten(1).numpy()
-    assert sum(row @ H @ row for row, H in zip(rows, made, strict=True)) / 2 == pytest.approx(float(error))
+    moves = delta.flatten(1).numpy()
+    assert sum(move @ H @ move for move, H in zip(moves, made, strict=True)) / 2 == pytest.approx(float(error))
 
 
 def test_reconstruction_blocks_are_damped_cut_and_inverted():
@@ -106,13 +110,35 @@ def test_reconstruction_blocks_are_damped_cut_and_inverted():
     covariances = input_covariances(model, x, ["0.weight", "2.weight"])
     X = x.double().numpy()
     H = X.T @ X / 30
-    made = list(reconstruction_blocks(covariances, [0.1, 0.2], 4, inverse=True))
-    assert [len(block) for block in made] == [4, 1] * 3 + [3] * 2
-    for row in range(3):
-        assert_close(made[2 * row], np.linalg.inv(H[:4, :4] + 0.1 * np.eye(4)))
-        assert_close(made[2 * row + 1], 1 / (H[4:, 4:] + 0.1))
+    rows = row_blocks(covariances, [0.1, 0.2], 4)
+    made = list(rows.matrices(inverse=True))
+    assert rows.sizes == [len(block) for block in made] == [4, 1, 3]
+    assert rows.shared.tolist() == [0, 1] * 3 + [2] * 2 and not rows.plain and not rows.scaled
+    assert_close(made[0], np.linalg.inv(H[:4, :4] + 0.1 * np.eye(4)))
+    assert_close(made[1], 1 / (H[4:, 4:] + 0.1))
     hidden = torch.relu(model[0](x)).detach().double().numpy()
     assert_close(made[-1], np.linalg.inv(hidden.T @ hidden / 30 + 0.2 * np.eye(3)))
+
+
+def test_rows_share_what_they_add_to_their_diagonals():
+    S, T = np.diag([1.0, 2.0, 3.0]), np.eye(3)
+    shifts = np.array([0.5, 0.0, 0.5, 2.0])
+    layer = LayerCovariance("w", Layout((6, 3)), (RowRange(0, 4, S, shifts), RowRange(4, 6, T)))
+    rows = row_blocks([layer], [0.25], 2)
+    assert rows.shared.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 6, 7]
+    assert rows.sizes == [2, 1] * 4
+    stored = list(rows.matrices(inverse=False))
+    assert [block.diagonal().tolist() for block in stored[:4]] == [[1.75, 2.75], [3.75], [1.25, 2.25], [3.25]]
+    scales = {"w": np.array([1.0, 2.0, 0.25, 1.0, 3.0, 3.0])}
+    scaled = row_blocks([layer], [0.25], None, scales)
+    assert scaled.scaled and scaled.scale.tolist() == scales["w"].tolist()
+    made = list(scaled.matrices(inverse=False))
+    for row, H in enumerate(
+        [S + shift * np.eye(3) / f for shift, f in zip(shifts, scaled.scale[:4], strict=True)]
+    ):
+        np.testing.assert_allclose(made[scaled.shared[row]], H + 0.25 * np.eye(3))
+    distinct = LayerCovariance("w", Layout((2, 3)), (RowRange(0, 2, S, np.array([3.0, 1.0])),))
+    assert row_blocks([distinct], [0.0]).plain and row_blocks([distinct], [0.0]).shared.tolist() == [0, 1]
 
 
 def test_reconstruction_refuses_what_it_is_not_for():

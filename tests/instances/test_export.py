@@ -126,7 +126,11 @@ def test_reconstruction(network, tmp_path):
     here = export(model, x, y, source="reconstruction", relative_damping=0.01, blocks=10)
     there = export(model, x, y, source="reconstruction", relative_damping=0.01, blocks=10, path=path)
     assert here.curvature.block_sizes.tolist() == [10, 8] * 4 + [10, 6] * 5
-    np.testing.assert_array_equal(here.curvature.flat, there.curvature.flat)
+    assert here.curvature.shared.tolist() == [0, 1] * 4 + [2, 3] * 5
+    assert there.curvature.stored.block_sizes.tolist() == [10, 8, 10, 6]
+    np.testing.assert_array_equal(here.curvature.stored.flat, there.curvature.stored.flat)
+    cbs_opt.write_instance(tmp_path / "again.npz", here)
+    assert (tmp_path / "again.npz").read_bytes() == path.read_bytes()
     first, second = here.metadata["damping"]
     model.eval()
     with torch.no_grad():

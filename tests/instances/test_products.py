@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa
 
 from cbs_opt.instances.export import export  # noqa: E402
 from cbs_opt.instances.prunable import select  # noqa: E402
-from cbs_opt.instances.reconstruction import followed, input_covariances, reconstruction_blocks  # noqa: E402
+from cbs_opt.instances.reconstruction import followed, input_covariances  # noqa: E402
+from cbs_opt.instances.row_blocks import row_blocks  # noqa: E402
 
 
 class HalfConv(nn.Module):
@@ -80,9 +81,10 @@ def hessian_loss(covariances, deltas):
     for layer in covariances:
         flat = layer.layout.to_rows(deltas[layer.name].reshape(-1).numpy())
         rows = flat.reshape(layer.layout.rows, -1)
-        blocks = list(reconstruction_blocks([layer], [0.0], None, inverse=False))
-        assert len(blocks) == len(rows)
-        total += sum(row @ H @ row for row, H in zip(rows, blocks, strict=True)) / 2
+        made = row_blocks([layer], [0.0])
+        assert len(made.shared) == len(rows)
+        stored = list(made.matrices(inverse=False))
+        total += sum(row @ stored[s] @ row for row, s in zip(rows, made.shared, strict=True)) / 2
     return float(total)
 
 

@@ -1,4 +1,4 @@
-"""Files of format version 1, written once: every release reads them to the same values."""
+"""Files of both format versions, written once: every release reads them to the same values."""
 
 from __future__ import annotations
 
@@ -91,3 +91,27 @@ def test_golden_files_are_small():
     files = list(FOLDER.glob("*.npz"))
     assert len(files) >= 5
     assert all(path.stat().st_size < 20_000 for path in files)
+
+
+def test_version_2_blocks_share_what_is_stored():
+    instance = read_instance(FOLDER.with_name("v2") / "hessian.npz")
+    curvature = instance.curvature
+    assert instance.sha256 == "a3eced54b094712ff87e335edf9fde97e3e4c4ddacfca3c440af67e374139b10"
+    assert instance.weights.tolist() == [1.0, -0.5, 0.25, 2.0, 3.0, -1.0, 0.5]
+    assert curvature.block_sizes.tolist() == [2, 2, 1, 2]
+    assert (curvature.shared.tolist(), curvature.block_scale.tolist()) == ([0, 0, 1, 0], [1.0, 2.0, 1.0, 0.25])
+    assert curvature.stored.flat.tolist() == [2.0, 0.5, 0.5, 1.0, 4.0]
+    assert [curvature.block(k).tolist() for k in (1, 2)] == [[[4.0, 1.0], [1.0, 2.0]], [[4.0]]]
+    assert instance.metadata["network"] == "golden" and instance.metadata["note"] == "ä ½"
+    result = solve(instance, "brute")
+    # ½ (½² · 1 + ¼² · 4 + ½² · ¼)
+    assert (result.objective, np.flatnonzero(result.pruned).tolist()) == (0.28125, [1, 2, 6])
+
+
+def test_version_2_inverse_blocks():
+    instance = read_instance(FOLDER.with_name("v2") / "inverse-hessian.npz")
+    curvature = instance.curvature
+    assert (curvature.kind, curvature.stored.flat.dtype) == ("inverse_hessian", np.float32)
+    assert curvature.stored.flat.tolist() == [4.0, -1.0, -1.0, 0.5]
+    assert (curvature.shared.tolist(), curvature.block_scale.tolist()) == ([0, 0], [1.0, 1.0])
+    assert curvature.block(1) == pytest.approx(np.array([[0.5, 1.0], [1.0, 4.0]]))
