@@ -71,7 +71,6 @@ class JointSearch:
         self.counts = np.zeros(self.n_rows, dtype=np.int64)
         self.price = 0.0
         self._exact: list[tuple[bytes, float]] = [(b"", 0.0)] * self.n_rows
-        self._release: list[tuple[IntArray, int] | None] = [None] * self.n_rows
 
     # Start ---------------------------------------------------------------------------------------------------
 
@@ -278,7 +277,13 @@ class JointSearch:
         state.release[:] = 0
         state.clock = 0
         price = 2.0 * self.price / self.scale[r]
+        tenure = self._tenure(r, tenure)
         state.search(table, price, self.pool.flag, steps, tenure, seed=1 + r + 7919 * round_number)
+
+    def _tenure(self, r: int, tenure: int) -> int:
+        """Shorter where few weights are on one side, so that some may always move."""
+        fewer = min(int(self.counts[r]), self._columns(r) - int(self.counts[r]))
+        return min(tenure, max(1, fewer // 6))
 
     def _state(self, k: int) -> RowState:
         states: dict[int, RowState] = self.pool.local.__dict__.setdefault("states", {})

@@ -10,6 +10,7 @@ from scipy.linalg import lapack
 from cbs_opt.solvers.layers.problem import Layer, row_losses
 from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
 
+_ROW_COST, _LITTLE = 4e6, 8e9  # operations: overhead of a row; what is done exactly at any rate
 _FACTOR_COST = 8.0  # of an operation of a small factorisation beside one of a large single precision product
 
 
@@ -97,7 +98,8 @@ def quick_loss(
     than rounding.
     """
     q, K = float((~pruned).sum(1).mean()), layer.columns
-    if q**3 / 3 * _FACTOR_COST < iterations * 2 * K**2:
+    factor = layer.rows * (q**3 / 3 * _FACTOR_COST + _ROW_COST)
+    if factor < max(iterations * layer.rows * 2 * K**2, _LITTLE):
         weights = refit_layer(layer, pruned)
     else:
         S, W = layer.hessian.astype(np.float32), layer.weights.astype(np.float32)

@@ -76,6 +76,7 @@ class SelectionSearch(JointSearch):
         groups = np.zeros(y.size, dtype=np.int64) if group is None else group
         search_selection_row(
             Q, y, h, locked, groups, group is not None, loss, 2.0 * self.price / self.scale[r], table.lowest,
-            table.values, table.masks, np.zeros(y.size, dtype=np.int64), 0, steps, tenure,
+            table.values, table.masks, np.zeros(y.size, dtype=np.int64), 0, steps,
+            self._tenure(r, tenure),
             1 + r + 7919 * round_number, self.pool.flag,
         )  # fmt: skip
