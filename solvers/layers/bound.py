@@ -1,14 +1,14 @@
 """Lower bounds for layers: one block-diagonal matrix below the stored Hessian serves all its rows.
 
 With S = R + B, R positive semidefinite and B block-diagonal with small blocks, the doubled loss of a row is
-(v − w)ᵀR(v − w) + (v − w)ᵀB(v − w). The first term is at least its tangent at any u, which leaves a problem for each
-block that is solved over all kept sets κ of the block. With h = Bw − R(u − w) and a price λ for each kept weight,
+(v − w)ᵀR(v − w) + (v − w)ᵀB(v − w). The first term is at least its tangent at any u, which leaves a problem for
+each block that is solved over all kept sets κ of the block. With h = Bw − R(u − w) and a price λ for each kept weight,
 
     loss ≥ −(u − w)ᵀR(u − w) − 2 wᵀR(u − w) + wᵀBw − Σ_blocks max_κ (h_κᵀB_κκ⁻¹h_κ − λ|κ|) − λ · (number kept).
 
 With fixed weights (selection) the value of a kept set is 2 h_κᵀw_κ − w_κᵀB_κκ w_κ instead of its maximum over v.
-Blocks of one column give the perspective bound for a diagonal D = B; larger blocks convexify the correlations inside
-of them exactly. The best u is found by block-coordinate Frank-Wolfe steps (`bound_kernels`); B by block-coordinate
+Blocks of one column give the perspective bound for a diagonal D = B; larger blocks convexify the correlations
+inside of them exactly. The best u is found by block-coordinate Frank-Wolfe steps (`bound_kernels`); B by block-coordinate
 ascent in Σ ⟨Ω_k, B_k⟩ + μ log det(S − B), where Ω, the derivative of the bound in B, is the covariance of the
 mixture of kept sets, summed over the rows: the semidefinite program of the best B.
 """
@@ -174,14 +174,14 @@ class LayerRelaxation:
             rows = chunks[i]
             kernels.sweep_rows(
                 self.R, self.B, self.starts, self.inverse_pivot, self.coefficient, self.allowed, self.bits,
-                self.w[rows], self.fixed, self.hw[rows], self.y[rows], self.u[rows], self.M[rows], self.kept[rows], price[rows], sweeps,
-                pool.flag,
+                self.w[rows], self.fixed, self.hw[rows], self.y[rows], self.u[rows], self.M[rows],
+                self.kept[rows], price[rows], sweeps, pool.flag,
             )  # fmt: skip
 
         pool.map(task, range(len(chunks)))
 
     def tables(self) -> tuple[FloatArray, FloatArray, float]:
-        """Constants of the rows (rows,), best block values by number kept (rows, blocks, m + 1), rounding error."""
+        """Constants of the rows (rows,), block values by number kept (rows, blocks, m + 1), rounding error."""
         self.y = (self.u - self.w) @ self.R
         h = self.hw - self.y
         out = np.empty((self.w.shape[0], self.blocks, self.m + 1))
@@ -264,7 +264,7 @@ def lagrangian_bound(
 ) -> tuple[float, float]:
     """The bound on the objective at the best price over all layers, and that price (doubled, with the scale).
 
-    kept : how many weights stay. The price minimises a convex piecewise linear function, by bisection of its slope.
+    kept : how many weights stay. The price minimises a convex piecewise linear function: bisection of its slope.
     """
     values = [scale[:, None, None] * best for (_, best, _), scale in zip(tables, scales, strict=True)]
 

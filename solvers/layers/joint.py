@@ -221,7 +221,7 @@ class JointSearch:
     # Search --------------------------------------------------------------------------------------------------
 
     def estimate_price(self) -> None:
-        """The price of a weight, from the cheapest removal and the best return of some rows of the present masks."""
+        """The price of a weight, from the cheapest removal and the best return of some rows."""
         if self.budget.total is None:
             return
         prices = []

@@ -1,4 +1,4 @@
-"""Best values of the kept weights of many rows: factorisations for small layers, conjugate gradients for large ones."""
+"""Best values of the kept weights of many rows: by factorisations, or by conjugate gradients in large layers."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def refit_layer(layer: Layer, pruned: BoolArray) -> FloatArray:
 def quick_loss(
     layer: Layer, pruned: BoolArray, iterations: int = 30, should_stop: Callable[[], bool] = lambda: False
 ) -> float:
-    """Joint loss of a mask with an exact refit or one by conjugate gradients in float32, whichever takes less time.
+    """Joint loss of a mask with an exact refit or conjugate gradients in float32, whichever takes less time.
 
     The loss of the weights found is exact in float64, so that the value is never below the true joint loss by more
     than rounding.

@@ -65,7 +65,7 @@ def _best_exchange(Q, pruned, p, leave, enter, grouped, group):
 def search_selection_row(
     Q, y, h, locked, group, grouped, loss, price, lowest, values, masks, release, clock, steps, tenure, seed, stop
 ):  # fmt: skip
-    """Up to `steps` moves of a tabu search on yᵀQy − price · Σy; returns (loss, clock). See `kernels.search_row`."""
+    """Up to `steps` moves of a tabu search on yᵀQy − price · Σy; (loss, clock). See `kernels.search_row`."""
     K = y.size
     leave, enter = np.empty(K), np.empty(K)
     pruned = np.empty(K, np.int64)

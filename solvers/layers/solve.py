@@ -73,7 +73,7 @@ def solve_layers(
     threads : int
     seed : int
     bound_share : float
-        Share of the time limit that goes to lower bounds, 0 for none; without a limit bounds run until they settle.
+        Share of the time limit that goes to lower bounds, 0 for none; without a limit they run until settled.
     max_rounds : int, optional
         Rounds of search over all rows; without any limit the search ends when a round gains little.
     refit : bool
@@ -201,7 +201,9 @@ class _Run:
             weights = [np.where(mask, 0.0, layer.weights) for layer, mask in pairs]
         else:
             weights = [refit_layer(layer, mask) for layer, mask in pairs]
-        search = BoundSearch(self.layers, self.budget, self.incumbent, weights, pool, fixed=fixed_weights, price=price)
+        search = BoundSearch(
+            self.layers, self.budget, self.incumbent, weights, pool, fixed=fixed_weights, price=price
+        )
         try:
             if not search.prepare():
                 return

@@ -26,8 +26,8 @@ class PricedSweep:
     """One pass over the columns of a layer that prunes every weight whose removal costs less than a price.
 
     As in SparseGPT, the columns are decided in one fixed order and the columns that come later make up for what is
-    removed, so that the rows share one Cholesky factor U of S⁻¹ and a pass costs rows × K². Unlike there, the price
-    of a weight is one number for all columns, blocks and rows (which settles the budget), and the columns go in
+    removed, so that the rows share one Cholesky factor U of S⁻¹ and a pass costs rows × K². Unlike there, the
+    price of a weight is one number for all columns, blocks and rows (which settles the budget), and the columns go in
     increasing order of S_ii, so that the heavy ones are left to make up.
 
     Raises

@@ -1,4 +1,4 @@
-"""The swap tableau of a row against refits from scratch, elimination against its definition, and the budget's share."""
+"""The swap tableau of a row against refits from scratch, elimination against its definition, allocation."""
 
 import numpy as np
 import pytest
