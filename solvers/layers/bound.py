@@ -2,13 +2,13 @@
 
 With S = R + B, R positive semidefinite and B block-diagonal with small blocks, the doubled loss of a row is
 (v − w)ᵀR(v − w) + (v − w)ᵀB(v − w). The first term is at least its tangent at any u, which leaves a problem for
-each block that is solved over all kept sets κ of the block. With h = Bw − R(u − w) and a price λ for each kept weight,
+each block, solved over all kept sets κ of the block. With h = Bw − R(u − w) and a price λ for each kept weight,
 
     loss ≥ −(u − w)ᵀR(u − w) − 2 wᵀR(u − w) + wᵀBw − Σ_blocks max_κ (h_κᵀB_κκ⁻¹h_κ − λ|κ|) − λ · (number kept).
 
 With fixed weights (selection) the value of a kept set is 2 h_κᵀw_κ − w_κᵀB_κκ w_κ instead of its maximum over v.
 Blocks of one column give the perspective bound for a diagonal D = B; larger blocks convexify the correlations
-inside of them exactly. The best u is found by block-coordinate Frank-Wolfe steps (`bound_kernels`); B by block-coordinate
+inside of them exactly. The best u is found by block-coordinate Frank-Wolfe steps, B by block-coordinate
 ascent in Σ ⟨Ω_k, B_k⟩ + μ log det(S − B), where Ω, the derivative of the bound in B, is the covariance of the
 mixture of kept sets, summed over the rows: the semidefinite program of the best B.
 """

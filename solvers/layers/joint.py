@@ -102,7 +102,7 @@ class JointSearch:
             k, i = self.layer_of[r], self.row_of[r]
             group, quota = self._quota(r)
             paths[r] = elimination_path(
-                inverses[k], self.layers[k].weights[i], self.must_prune[k][i], self.must_stay[k][i],  # type: ignore[arg-type]
+                inverses[k], self.layers[k].weights[i], self.must_prune[k][i], self.must_stay[k][i],
                 group, quota, dearest / self.scale[r],
             )  # fmt: skip
 
@@ -166,7 +166,7 @@ class JointSearch:
         self.counts = np.array(counts)
 
     def _columns(self, r: int) -> int:
-        return self.layers[self.layer_of[r]].columns
+        return int(self.layers[self.layer_of[r]].columns)
 
     # Allocation ----------------------------------------------------------------------------------------------
 

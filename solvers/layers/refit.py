@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import lapack
 
 from cbs_opt.solvers.layers.problem import Layer, row_losses
-from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _ROW_COST, _LITTLE = 4e6, 8e9  # operations: overhead of a row; what is done exactly at any rate
 _FACTOR_COST = 8.0  # of an operation of a small factorisation beside one of a large single precision product
@@ -41,14 +43,14 @@ def _solve(S: FloatArray, b: FloatArray, kept: IntArray) -> FloatArray:
 
 
 def refit_by_gradients(
-    S: RealArray,
-    W: RealArray,
+    S: NDArray[Any],
+    W: NDArray[Any],
     pruned: BoolArray,
-    start: RealArray | None = None,
+    start: NDArray[Any] | None = None,
     iterations: int = 60,
     tolerance: float = 1e-10,
     should_stop: Callable[[], bool] = lambda: False,
-) -> RealArray:
+) -> NDArray[Any]:
     """Preconditioned conjugate gradients on all rows at once, one product with S an iteration.
 
     S : (K, K), W, pruned : (rows, K), in one dtype. The preconditioner is diag(S). A row is left alone once its

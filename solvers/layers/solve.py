@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -260,7 +261,7 @@ class _Run:
     def _gradient_loss(self, masks: list[BoolArray], polite: bool = True) -> float:
         total = 0.0
         for layer, mask in zip(self.layers, masks, strict=True):
-            kind = np.float32 if layer.columns > 1500 else np.float64
+            kind: Any = np.float32 if layer.columns > 1500 else np.float64
             S, W = layer.hessian.astype(kind), layer.weights.astype(kind)
             X = refit_by_gradients(S, W, mask, None, 40, 1e-6, self.stop if polite else lambda: False)
             change = X - W
