@@ -22,9 +22,9 @@ _SINGLE = 1500  # from this many columns on, single precision
 class BulkExchange:
     """Rows of one layer with fixed numbers of pruned weights, improved together.
 
-    A weight s is removed at the estimate x_s²/t_s and a weight r returns at d_r²/a_r, where t and a are the geometric
-    means of the bounds that S_ii and [S⁻¹]_ii give on the diagonals of the tableau. The cheapest removals of a row are
-    paired with its best returns; the row is refitted and keeps the change only if its loss fell.
+    A weight s is removed at the estimate x_s²/t_s and a weight r returns at d_r²/a_r, where t and a are the
+    geometric means of the bounds that S_ii and [S⁻¹]_ii give on the diagonals of the tableau. The cheapest
+    removals of a row are paired with its best returns; it keeps the change only if its loss fell.
     The number of pairs a row may exchange grows with success and is halved without. All rows go through the same
     matrix products.
 
