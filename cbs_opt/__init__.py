@@ -55,7 +55,8 @@ from cbs_opt.monitor import Monitor  # noqa: E402
 from cbs_opt.networks import apply, export, masks  # noqa: E402
 from cbs_opt.path import solve_path  # noqa: E402
 from cbs_opt.registry import get_solver, register, solver_names  # noqa: E402
-from cbs_opt.result import Result, Solution, Status  # noqa: E402
+from cbs_opt.result import Result, Status  # noqa: E402
+from cbs_opt.solution import Solution  # noqa: E402
 from cbs_opt.solve import solve  # noqa: E402
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option  # noqa: E402
 from cbs_opt.stop import Stop  # noqa: E402

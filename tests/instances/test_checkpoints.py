@@ -133,11 +133,13 @@ def test_pickles_with_code_do_not_run(tmp_path):
         assert list(read_checkpoint(beside)) == ["w"] and read_checkpoint(beside)["w"].tolist() == [0, 1]
         write_checkpoint(tmp_path / "out", {"w": torch.zeros(2)}, like=beside)
         assert not read_checkpoint(tmp_path / "out")["w"].any()
-        with pytest.raises(InstanceError, match=r"holds no dictionary of tensors, only io\.open: save torch\.save"):
+        with pytest.raises(
+            InstanceError, match=r"holds no dictionary of tensors, only io\.open: save torch\.save"
+        ):
             read_checkpoint(whole)
     plain = tmp_path / "plain.pkl"
     plain.write_bytes(pickle.dumps({"w": Trap(sprung)}))
-    with pytest.raises(InstanceError, match="is a pickle, but no file of torch.save"):
+    with pytest.raises(InstanceError, match=r"is a pickle, but no file of torch\.save"):
         read_checkpoint(plain)
     objects = tmp_path / "objects.npz"
     np.savez(objects, w=np.array([Trap(sprung)], dtype=object))

@@ -133,7 +133,7 @@ def test_layers_without_a_shape_and_scripts_are_told():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is on its way out
         script = torch.jit.script(nn.Sequential(nn.Linear(3, 2)))
-    with pytest.raises(UsageError, match="is TorchScript, .*: give the Python module"):
+    with pytest.raises(UsageError, match=r"is TorchScript, .*: give the Python module"):
         select(script)
     with pytest.raises(UsageError, match="has no shape yet: let the factory run the network once"):
         select(nn.Sequential(nn.LazyLinear(3)))
