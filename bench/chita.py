@@ -23,7 +23,6 @@ import numpy as np
 from numba import njit
 
 from cbs_opt import Instance, Monitor, best_update, joint_loss
-from cbs_opt.curvature import GradientFactor
 from cbs_opt.errors import InstanceError
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
@@ -49,8 +48,8 @@ class Chita:
     """
 
     def __init__(self, instance: Instance) -> None:
-        curvature = instance.curvature
-        if not isinstance(curvature, GradientFactor) or curvature.number_of_blocks > 1:
+        curvature = instance.curvature.as_factor()
+        if curvature is None or curvature.number_of_blocks > 1:
             raise InstanceError("chita takes a gradient factor of one block")
         if instance.budget.groups is not None or instance.fixed is not None or instance.linear is not None:
             raise InstanceError("chita takes one budget, without `fixed` and `linear`")

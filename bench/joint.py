@@ -18,7 +18,6 @@ from cbs_opt.bench.anytime import CLOCKS, Anytime, load, losses_at, run_solver, 
 from cbs_opt.bench.chita import Chita
 from cbs_opt.bench.startup import machine
 from cbs_opt.cli.common import Parser, run_main
-from cbs_opt.curvature import GradientFactor
 from cbs_opt.errors import CbsError, UsageError
 from cbs_opt.files.atomic import atomic_write
 
@@ -100,7 +99,7 @@ def report(
         whole = read_instance(path)
         for damping, sparsity in cases:
             instance = whole.with_sparsity(sparsity)
-            if isinstance(whole.curvature, GradientFactor):
+            if whole.curvature.damping is not None:
                 instance = instance.with_damping(damping)
             rows, notes = joint_quality(instance, times, seeds, threads, clock)
             yield f"\n## {path.name}: {instance.describe()}\n\n{table(times, rows)}\n"

@@ -16,7 +16,7 @@ import numpy as np
 from cbs_opt import Instance
 from cbs_opt.bench.anytime import Anytime
 from cbs_opt.errors import CbsError
-from cbs_opt.selection import SelectionProblem
+from cbs_opt.selection import SelectionObjective
 from cbs_opt.typing import BoolArray, FloatArray
 
 PEERS = {"dwave-tabu": "tabu", "dwave-annealing": "annealing"}
@@ -62,7 +62,7 @@ class Samplers:
             raise MissingPeerError(
                 'dwave-samplers is not installed, its rows are skipped: pip install "cbs-opt[peers]"'
             ) from None
-        problem = SelectionProblem(instance)
+        problem = SelectionObjective(instance)
         n, p = instance.n, instance.budget.total
         Q = np.zeros((n, n))
         for k in range(instance.curvature.number_of_blocks):

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 from cbs_opt import Budget, GradientFactor, Instance
-from cbs_opt.solvers import joint
-from cbs_opt.solvers.columns import Columns, DenseBlock
-from cbs_opt.solvers.core import Core
+from cbs_opt.solvers.joint import swap_search as joint
+from cbs_opt.solvers.joint.tableau import Tableau
 from cbs_opt.solvers.kernels import selection_numba as kernels
-from cbs_opt.solvers.reduced import ReducedProblem
-from cbs_opt.solvers.relaxation import Relaxation
-from cbs_opt.solvers.tableau import Tableau
-from cbs_opt.solvers.warm_up import warm_up_selection
+from cbs_opt.solvers.kernels.warm_up import warm_up_selection
+from cbs_opt.solvers.problem.columns import Columns, DenseBlock
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
+from cbs_opt.solvers.selection.core import Core
+from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.typing import FloatArray
 
 pytest.importorskip("pytest_benchmark")
@@ -75,7 +75,7 @@ def test_relaxation(benchmark: Any, n: int) -> None:
     """A round of the relaxation of a gradient factor at sparsity .8, everything included."""
     warm_up_selection()
     rng = np.random.default_rng(1)
-    problem = ReducedProblem(
+    problem = SelectionProblem(
         Instance(rng.standard_normal(n), GradientFactor(gradients(n), 0.0), Budget(int(0.8 * n)))
     )
     taken: list[int] = []

@@ -34,10 +34,7 @@ class Losses:
 
 def predicted_loss(instance: Instance, delta: FloatArray) -> float:
     """gᵀδ + ½ δᵀHδ, the predicted rise of the loss when the weights move by `delta`, float64 (n,)."""
-    curvature = instance.curvature
-    value = 0.0
-    for k in range(curvature.number_of_blocks):
-        value += 0.5 * curvature.block_quadratic(k, delta[curvature.block_slice(k)])
+    value = 0.5 * instance.curvature.quadratic(delta)
     return value if instance.linear is None else value + float(instance.linear @ delta)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbs_opt.instance import Instance
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
+if TYPE_CHECKING:
+    from cbs_opt.instance import Instance
 
-class SelectionProblem:
+
+class SelectionObjective:
     """CBS-S (eqs 7-9) of an instance, with c = −g∘w where there is a first-order term.
 
     Solvers work on this view; it forms nothing that the curvature does not.
@@ -48,8 +51,4 @@ class SelectionProblem:
     def value(self, pruned: BoolArray) -> float:
         """½ xᵀQx + cᵀx at a selection, bool (n,)."""
         delta = np.where(pruned, self.w, 0.0)
-        quadratic = sum(
-            self.curvature.block_quadratic(k, delta[self.curvature.block_slice(k)])
-            for k in range(self.curvature.number_of_blocks)
-        )
-        return 0.5 * quadratic + float(self.c[pruned].sum())
+        return 0.5 * self.curvature.quadratic(delta) + float(self.c[pruned].sum())

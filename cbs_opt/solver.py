@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -78,7 +79,7 @@ class Context:
     batch_size : int or None
         Candidates per batch; None lets the solver choose.
     threads : int or None
-        Threads that the run may use; None for all.
+        Threads that the run may use; None for all cores that the process may use, but one for a tree.
     extras : dict
         What the solver wants in `Result.extras`; JSON types only.
     """
@@ -91,6 +92,16 @@ class Context:
     batch_size: int | None = None
     threads: int | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def workers(self) -> int:
+        """Threads for independent pieces of work, whose result does not depend on timing."""
+        return usable_threads(self.threads)
+
+    @property
+    def tree_workers(self) -> int:
+        """Threads of one branch-and-bound tree: one unless asked for, as the order of nodes depends on timing."""
+        return self.threads or 1
 
     def rng(self) -> np.random.Generator:
         """A fresh NumPy generator from the seed."""
@@ -144,6 +155,13 @@ class Solver(abc.ABC):
                 raise SolverError(f"solver '{self.name}' cannot take {what}")
 
 
+def usable_threads(threads: int | None = None) -> int:
+    """`threads`, or where None the number of cores that this process may use."""
+    if threads is not None:
+        return threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def parse_parameters(solver: str, kind: type[Parameters], given: Mapping[str, Any]) -> Parameters:
     """Make the parameters of a solver from names and values; text is converted to the declared type.
 
@@ -151,9 +169,16 @@ def parse_parameters(solver: str, kind: type[Parameters], given: Mapping[str, An
     ------
     UsageError
         For an unknown name, with the known ones listed, or a value of the wrong type.
+    SolverError
+        When `kind` declares parameters but is no dataclass.
     """
     hints = typing.get_type_hints(kind)
     known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    lost = [name for name, hint in hints.items() if name not in known and typing.get_origin(hint) is not ClassVar]
+    if lost:
+        raise SolverError(
+            f"{kind.__name__} must be a @dataclass(frozen=True): '{lost[0]}' is no parameter otherwise"
+        )
     values = {}
     for key, value in given.items():
         name = key.replace("-", "_")

@@ -3,30 +3,82 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from cbs_opt.errors import InstanceError, UnboundedError
+from cbs_opt.errors import InstanceError, UnboundedError, UsageError
 from cbs_opt.linalg import inverse_pd, solve_psd
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.view import html, text
+
+if TYPE_CHECKING:
+    from cbs_opt.curvature.gradient_factor import GradientFactor
+
+_EIGEN_LIMIT = 2000  # blocks up to this size get a diagonal part from an eigenvalue of the scaled Hessian
+
+
+class Member(NamedTuple):
+    """An array of an instance file.
+
+    Attributes
+    ----------
+    type : str
+        "float" (float32 or float64), "integer" or "int8".
+    shape : tuple
+        A number for a fixed length, None for any, "n" for the number of weights that are stored.
+    """
+
+    type: str
+    shape: tuple[int | str | None, ...]
+
+
+class SharedRows(NamedTuple):
+    """Blocks that are multiples of one stored Hessian: the rows of a layer.
+
+    Attributes
+    ----------
+    index : int64 (rows, b)
+        The weights of each row among all n.
+    hessian : float64 (b, b)
+        S. Do not write to it.
+    scale : float64 (rows,)
+        H of row r is scale_r · S.
+    """
+
+    index: IntArray
+    hessian: FloatArray
+    scale: FloatArray
 
 
 class Curvature(abc.ABC):
     """Block-diagonal, symmetric, positive semidefinite Hessian H of the loss at the trained weights.
+
+    A kind of curvature says what it can do: the methods below the abstract ones have defaults for dense blocks,
+    and a kind that knows better overrides them. `register_curvature` makes a kind known to the file
+    format.
 
     Indices named `rows`, `columns` or `index` count within block k; vectors run over all n weights unless a
     method says otherwise. Everything is computed in float64, whatever the entries were stored in.
 
     Attributes
     ----------
+    kind : str
+        Its name in the file format; set by `register_curvature`.
+    members : mapping of str to Member
+        The arrays that hold it in an instance file; the first one tells this kind from the others.
+    format_version : int
+        Version of the file format that can hold it.
     block_sizes : int64 (K,)
     offsets : int64 (K+1,)
         Block k holds the weights offsets[k] … offsets[k+1]-1.
     """
 
     kind: ClassVar[str]
+    members: ClassVar[Mapping[str, Member]] = {}
+    format_version: ClassVar[int] = 1
     block_sizes: IntArray
     offsets: IntArray
 
@@ -55,6 +107,19 @@ class Curvature(abc.ABC):
     def block_slice(self, k: int) -> slice:
         """The weights of block k."""
         return slice(int(self.offsets[k]), int(self.offsets[k + 1]))
+
+    def facts(self) -> text.Facts:
+        """Names and values for a person: the form, the blocks, and whatever a form has of its own."""
+        blocks = f"{text.count(self.number_of_blocks, 'block')}, sizes {text.sizes(self.block_sizes)}"
+        return [("curvature", self.kind.replace("_", " ")), ("blocks", blocks)]
+
+    def __repr__(self) -> str:
+        rest = "".join(f", {name} {value}" for name, value in self.facts()[2:])
+        blocks = text.count(self.number_of_blocks, "block")
+        return f"<{type(self).__name__}: {text.count(self.n, 'weight')} in {blocks}{rest}>"
+
+    def _repr_html_(self) -> str:
+        return html.facts(type(self).__name__, [("weights", f"{self.n:,}"), *self.facts()])
 
     # What a form of the Hessian must give ------------------------------------------------------------------
 
@@ -86,9 +151,101 @@ class Curvature(abc.ABC):
     def block_matmul(self, k: int, x: FloatArray) -> FloatArray:
         """H x for block k; `x` float64 (b_k,) or (b_k, r), the result has its shape."""
 
-    @abc.abstractmethod
+    # How it is stored ---------------------------------------------------------------------------------------
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays of `members`, as an instance file holds them.
+
+        Raises
+        ------
+        InstanceError
+            When this kind of curvature has no place in the file format.
+        """
+        raise InstanceError(
+            f"a curvature of the kind {type(self).__name__} cannot be written: it has no `arrays` method; "
+            "`cbs_opt.register_curvature` and docs/extending.md say what a kind of curvature needs"
+        )
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], block_sizes: ArrayLike) -> Self:
+        """Build from what `arrays` gives; raises `InstanceError` as the constructor does."""
+        raise InstanceError(f"a curvature of the kind {cls.__name__} cannot be read: it lacks `from_arrays`")
+
+    @property
+    def damping(self) -> float | None:
+        """λ of a curvature λI + …, None where a damping, if any, is inside the blocks."""
+        return None
+
     def with_damping(self, damping: float) -> Curvature:
-        """The same curvature with another damping; raises `UsageError` where damping is baked in."""
+        """The same curvature with another damping; raises `UsageError` where damping is inside the blocks."""
+        raise UsageError(f"`damping` is already inside dense `{self.kind}` blocks and cannot be changed")
+
+    def describe(self) -> str:
+        """A few words for a log: the form in which H is given."""
+        return self.kind.replace("_", " ")
+
+    def as_factor(self) -> GradientFactor | None:
+        """H as λI + GᵀG/m with the gradients G, where it has that form; None elsewhere."""
+        return None
+
+    def shared_rows(self) -> list[SharedRows] | None:
+        """All blocks as rows that share stored Hessians, where the curvature is given so; None elsewhere."""
+        return None
+
+    # What is known of its structure -------------------------------------------------------------------------
+
+    def pattern(self, k: int) -> BoolArray:
+        """Which entries of block k may be nonzero, bool (b_k, b_k), up to connected components.
+
+        The connected components of this graph must be those of H; O(b_k²) memory. A default for dense blocks.
+        """
+        return np.asarray(self.block(k) != 0)
+
+    def coupled(self, k: int) -> BoolArray:
+        """Which weights of block k have a second-order term with another one, bool (b_k,)."""
+        pattern = self.pattern(k)
+        return np.asarray(np.count_nonzero(pattern, axis=0) > pattern.diagonal())
+
+    def connected_components(self, k: int, index: IntArray) -> IntArray:
+        """Connected component, 0, 1, …, of each of the weights `index` of block k, int64 (len(index),).
+
+        Two weights in one component may depend on each other; weights in two components never do. Weights outside
+        of `index` may connect others or not: fewer components than there are is allowed.
+        """
+        return components_of(self.submatrix(k, index, index) != 0)
+
+    def empty_columns(self, k: int, index: IntArray) -> BoolArray:
+        """Whether columns of H of block k whose diagonal entry is 0 are 0 throughout, bool (len(index),).
+
+        They are in exact arithmetic; blocks that are semidefinite only up to rounding must look.
+        """
+        return ~np.asarray((self.columns(k, index) != 0).any(axis=0))
+
+    def indefiniteness(self) -> FloatArray:
+        """How far below zero the smallest eigenvalue of the block of each weight may lie, float64 (n,).
+
+        Zero but for stored entries of single precision, whose rounding may leave a block indefinite.
+        """
+        return np.zeros(self.n)
+
+    def check_regular(self) -> None:  # noqa: B027
+        """Raise `InstanceError` where H is known to be singular, with what helps. Dense blocks find out later."""
+
+    def diagonal_split(self, should_stop: Callable[[], bool] = lambda: False) -> FloatArray | None:
+        """A diagonal D > 0 with H − D positive semidefinite, float64 (n,), or None where there is none at hand.
+
+        For a dense block the larger, by its trace, of σ I and θ diag(H), where σ and θ are the smallest
+        eigenvalues of H and of H scaled to a unit diagonal, a little reduced for rounding. O(Σ b_k³).
+        """
+        out = np.empty(self.n)
+        for k in range(self.number_of_blocks):
+            if self.block_sizes[k] > _EIGEN_LIMIT or should_stop():
+                return None
+            part = diagonal_below(self.block(k))
+            if part is None:
+                return None
+            out[self.block_slice(k)] = part
+        return out
 
     # What follows from it ----------------------------------------------------------------------------------
 
@@ -103,6 +260,20 @@ class Curvature(abc.ABC):
     def block_quadratic(self, k: int, x: FloatArray) -> float:
         """xᵀ H x for block k, never negative; `x` float64 (b_k,)."""
         return max(float(x @ self.block_matmul(k, x)), 0.0)
+
+    def quadratic(self, x: FloatArray) -> float:
+        """xᵀ H x over all blocks, never negative; `x` float64 (n,)."""
+        return sum(self.block_quadratic(k, x[self.block_slice(k)]) for k in range(self.number_of_blocks))
+
+    def best_weights(self, w: FloatArray, pruned: BoolArray, linear: FloatArray | None) -> FloatArray:
+        """The weights after the best update of all blocks (CBS-U), float64 (n,); see `best_update`."""
+        updated = np.empty(self.n)
+        for k in range(self.number_of_blocks):
+            part = self.block_slice(k)
+            g = None if linear is None else linear[part]
+            updated[part] = w[part] + self.best_update(k, w[part], pruned[part], g)
+        updated[pruned] = 0.0
+        return updated
 
     def best_update(self, k: int, w: FloatArray, pruned: BoolArray, linear: FloatArray | None) -> FloatArray:
         """The δ that minimises gᵀδ + ½ δᵀHδ with δ = −w on the pruned weights of block k (CBS-U).
@@ -167,3 +338,26 @@ def unbounded_sentence(k: int) -> str:
         f"block {k}: the update has no minimum, because the Hessian is singular and `linear` has a component "
         "in its null space: a positive damping is needed"
     )
+
+
+def components_of(pattern: Any) -> IntArray:
+    """Connected component of each vertex of a graph with a symmetric adjacency matrix, bool (b, b); int64 (b,)."""
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
+
+    if len(pattern) == 0 or pattern[0].all():
+        return np.zeros(len(pattern), dtype=np.int64)
+    return np.asarray(connected_components(csr_array(pattern), directed=False)[1], dtype=np.int64)
+
+
+def diagonal_below(H: FloatArray) -> FloatArray | None:
+    """A diagonal d > 0, float64 (b,), with H − diag(d) positive semidefinite, or None; see `diagonal_split`."""
+    diagonal = H.diagonal()
+    if (diagonal <= 0).any():
+        return None
+    scale = 1.0 / np.sqrt(diagonal)
+    slack = 1e-12 * H.shape[0]
+    theta = float(np.linalg.eigvalsh(H * scale[:, None] * scale)[0]) - slack
+    sigma = float(np.linalg.eigvalsh(H)[0]) - slack * float(diagonal.max())
+    out = theta * diagonal if theta * diagonal.sum() > sigma * diagonal.size else np.full(diagonal.size, sigma)
+    return out if out.min() > 0 else None

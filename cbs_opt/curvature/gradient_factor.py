@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from cbs_opt.curvature.base import Curvature, unbounded_sentence
+from cbs_opt.curvature.base import Curvature, Member, unbounded_sentence
 from cbs_opt.curvature.flat import real_array
+from cbs_opt.curvature.registry import register_curvature
 from cbs_opt.errors import InstanceError, UnboundedError, UsageError
 from cbs_opt.linalg import solve_psd
 from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
+from cbs_opt.view import text
 
 _CHUNK_BYTES = 1 << 26  # float64 copies of large gradients are made in pieces of this size
 _COPY_BYTES = 1 << 29  # and of smaller ones once and for all
+_MOST_COMPONENTS = 1000  # of more than one weight, of one block; the rest is left together
 
 
+@register_curvature("gradients")
 class GradientFactor(Curvature):
     """H = λI + GᵀG/m, with G's columns cut at the block borders and no cross terms between blocks.
 
@@ -40,7 +45,10 @@ class GradientFactor(Curvature):
     larger than memory.
     """
 
-    kind = "gradients"
+    members: ClassVar[Mapping[str, Member]] = {
+        "gradients": Member("float", (None, "n")),
+        "damping": Member("float", ()),
+    }
 
     def __init__(self, gradients: RealArray, damping: float, block_sizes: ArrayLike | None = None) -> None:
         gradients = real_array("gradients", gradients)
@@ -52,7 +60,7 @@ class GradientFactor(Curvature):
                 f"`gradients` must have shape (m, {self.n}), the sum of `block_sizes`, got {gradients.shape}"
             )
         self.gradients = gradients
-        self.damping = _check_damping(damping)
+        self._damping = _check_damping(damping)
         self._float64: FloatArray | None = None
         if gradients.dtype == np.float64:
             self._float64 = np.asarray(gradients, dtype=np.float64)
@@ -63,6 +71,15 @@ class GradientFactor(Curvature):
                 raise InstanceError(
                     f"`gradients` has NaN or infinite entries in columns {columns.start} … {columns.stop - 1}"
                 )
+
+    def facts(self) -> text.Facts:
+        """Names and values for a person."""
+        return [*super().facts(), ("gradients", f"{self.m:,}"), ("damping", f"{self.damping:g}")]
+
+    @property
+    def damping(self) -> float:
+        """λ."""
+        return self._damping
 
     @property
     def m(self) -> int:
@@ -239,13 +256,92 @@ class GradientFactor(Curvature):
         except InstanceError as error:
             raise UsageError(str(error)) from None
         other = object.__new__(GradientFactor)
-        other.gradients, other.damping, other._float64 = self.gradients, damping, self._float64
+        other.gradients, other._damping, other._float64 = self.gradients, damping, self._float64
         other.block_sizes, other.offsets = self.block_sizes, self.offsets
         return other
 
+    def describe(self) -> str:
+        """The number of gradients, and the damping."""
+        return f"{self.m} gradients, damping {self.damping:g}"
+
+    def as_factor(self) -> GradientFactor:
+        """Itself."""
+        return self
+
+    def pattern(self, k: int) -> BoolArray:
+        """Two weights may depend on each other where some sample has a gradient for both; O(m b_k²)."""
+        touches = (self.gradients[:, self.block_slice(k)] != 0).astype(np.float32)
+        return np.asarray(touches.T @ touches > 0)
+
+    def coupled(self, k: int) -> BoolArray:
+        """The weights with a gradient other than zero; O(m b_k). Alone with its gradients a weight counts too."""
+        return np.asarray(self.gradients[:, self.block_slice(k)].any(axis=0))
+
+    def connected_components(self, k: int, index: IntArray) -> IntArray:
+        """Components of the graph of weights and samples: each sample joins the weights that it touches.
+
+        O(m b_k). Single weights are always told apart, of the others the largest `_MOST_COMPONENTS`.
+        """
+        start = int(self.offsets[k])
+        touches = self.gradients[:, start + index[0] : start + index[-1] + 1] != 0
+        if index[-1] - index[0] + 1 != index.size:
+            touches = np.compress(np.isin(np.arange(index[0], index[-1] + 1), index), touches, axis=1)
+        touched = touches.any(axis=0)  # on the others only the damping acts
+        labels = np.arange(index.size)
+        for sample in touches:
+            joined = np.unique(labels[sample])
+            if joined.size > 1:
+                name = np.arange(index.size)
+                name[joined] = joined[0]
+                labels = name[labels]
+                if (labels[touched] == joined[0]).all():
+                    break
+        sizes = np.bincount(labels, minlength=index.size)
+        coupled = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes > 1)]
+        if coupled.size > _MOST_COMPONENTS:
+            name = np.arange(index.size)
+            name[coupled[_MOST_COMPONENTS:]] = coupled[-1]
+            labels = name[labels]
+        return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+
+    def empty_columns(self, k: int, index: IntArray) -> BoolArray:
+        """Always: a diagonal entry is a sum of squares."""
+        return np.ones(index.size, dtype=bool)
+
+    def check_regular(self) -> None:
+        """Without damping a block of more weights than gradients is singular."""
+        largest = int(self.block_sizes.max())
+        if self.damping == 0 and self.m < largest:
+            mean = float(self.diagonal().mean())
+            advice = (
+                f"a damping of {1e-3 * mean:.1g} (a thousandth of the mean diagonal of H) would do"
+                if mean > 0
+                else "all its gradients are zero"
+            )
+            raise InstanceError(
+                f"the joint problem is singular: {self.m} gradients, a block of {largest} weights and no damping; "
+                + advice
+            )
+
+    def diagonal_split(self, should_stop: Callable[[], bool] = lambda: False) -> FloatArray | None:
+        """λI."""
+        return np.full(self.n, self.damping) if self.damping > 0 else None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The gradients and the damping."""
+        return {"gradients": self.gradients, "damping": np.array(self.damping)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], block_sizes: ArrayLike) -> Self:
+        """Build from the arrays `gradients` and `damping`."""
+        return cls(arrays["gradients"], float(arrays["damping"]), block_sizes)
+
 
 def _check_damping(damping: float) -> float:
-    damping = float(damping)
-    if not (np.isfinite(damping) and damping >= 0):
-        raise InstanceError(f"`damping` must be a finite number ≥ 0, got {damping}")
-    return damping
+    try:
+        value = float(damping)
+    except (TypeError, ValueError):
+        value = np.nan
+    if not (np.isfinite(value) and value >= 0):
+        raise InstanceError(f"`damping` must be a finite number ≥ 0, got {damping!r}")
+    return value

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from cbs_opt.curvature.base import Curvature
+from cbs_opt.curvature.base import Curvature, Member
 from cbs_opt.curvature.flat import check_flat, flatten
-from cbs_opt.errors import UsageError
+from cbs_opt.curvature.registry import register_curvature
 from cbs_opt.linalg import inverse_pd
 from cbs_opt.typing import FloatArray, IntArray, RealArray
 
+_EIGEN_LIMIT = 2000  # of larger blocks the tolerance of their check is taken
 
+
+@register_curvature("hessian")
 class HessianBlocks(Curvature):
     """H given as dense blocks.
 
@@ -33,7 +37,7 @@ class HessianBlocks(Curvature):
     Memory: `flat`, and a float64 copy of the block at hand where the entries are float32.
     """
 
-    kind = "hessian"
+    members: ClassVar[Mapping[str, Member]] = {"hessian": Member("float", (None,))}
 
     def __init__(self, flat: RealArray, block_sizes: ArrayLike) -> None:
         self._set_blocks(block_sizes)
@@ -80,6 +84,24 @@ class HessianBlocks(Curvature):
         """H x for block k."""
         return np.asarray(self.block(k) @ x)
 
-    def with_damping(self, damping: float) -> HessianBlocks:
-        """Not possible: dense blocks have their damping inside."""
-        raise UsageError("`damping` is already inside dense `hessian` blocks and cannot be changed")
+    def indefiniteness(self) -> FloatArray:
+        """Blocks of float32 entries are accepted with eigenvalues down to their rounding; float64 (n,)."""
+        out = np.zeros(self.n)
+        if self.flat.dtype == np.float32:
+            for k in range(self.number_of_blocks):
+                H = self.block(k)
+                if H.shape[0] <= _EIGEN_LIMIT:
+                    smallest = float(np.linalg.eigvalsh(H)[0])
+                else:
+                    smallest = -10.0 * H.shape[0] * float(np.finfo(np.float32).eps) * float(H.diagonal().max())
+                out[self.block_slice(k)] = max(-smallest, 0.0)
+        return out
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The blocks one after the other."""
+        return {"hessian": self.flat}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], block_sizes: ArrayLike) -> Self:
+        """Build from the array `hessian`."""
+        return cls(arrays["hessian"], block_sizes)

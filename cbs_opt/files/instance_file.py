@@ -1,4 +1,4 @@
-"""Reading and writing instance files, `cbs-instance` version 1; `docs/format.md` is the specification."""
+"""Reading and writing instance files, `cbs-instance` versions 1 and 2; `docs/format.md` is the specification."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbs_opt.budget import Budget
-from cbs_opt.curvature import Curvature, GradientFactor, HessianBlocks, InverseHessianBlocks
+from cbs_opt.curvature import Curvature, SharedBlocks, curvature_kinds
+from cbs_opt.curvature.shared_blocks import stored_sizes
 from cbs_opt.errors import InstanceError
 from cbs_opt.files.npz import NpzReader, json_text, write_npz
+from cbs_opt.files.paths import as_path
 from cbs_opt.instance import Instance
 
 FORMAT = "cbs-instance"
-VERSION = 1
+VERSION = 2
+"""The newest version; what needs no shared blocks is written as version 1."""
 
 _REQUIRED = {"format", "version", "weights", "block_sizes", "budget", "metadata"}
-_CURVATURES = ("inverse_hessian", "hessian", "gradients")
-_OPTIONAL = {*_CURVATURES, "damping", "groups", "group_budgets", "linear", "fixed"}
+_OPTIONAL = {"groups", "group_budgets", "linear", "fixed"}
+_SHARING = {"shared", "block_scale"}
 
 
 def read_instance(path: Path | str) -> Instance:
@@ -45,40 +48,23 @@ def read_instance(path: Path | str) -> Instance:
     The file is read twice, once for its SHA-256 and once for checksums and values; dense blocks are checked
     by Cholesky, O(Σ b_k³).
     """
-    path = Path(path)
+    path = as_path(path)
     with NpzReader(path, InstanceError) as npz:
         npz.check_format(FORMAT, VERSION)
-        npz.check_keys(_REQUIRED, _OPTIONAL)
-        given = [key for key in _CURVATURES if key in npz.headers]
-        if len(given) != 1:
-            raise InstanceError(
-                f"{path}: exactly one of `inverse_hessian`, `hessian` and `gradients` must be there, got "
-                f"{' and '.join(f'`{key}`' for key in given) or 'none'}"
-            )
-        (kind,) = given
-        if ("damping" in npz.headers) != (kind == "gradients"):
-            raise InstanceError(
-                f"{path}: `damping` comes with `gradients` and only with them; "
-                f"{'it is missing' if kind == 'gradients' else f'the curvature is `{kind}`'}"
-            )
+        kinds = curvature_kinds()
+        members = {key for kind in kinds.values() for key in kind.members}
+        npz.check_keys(_REQUIRED, _OPTIONAL | members | _SHARING)
+        kind = _kind(npz, kinds)
         (n,) = npz.expect("weights", "float", (None,)).shape
         if n < 1:
             raise InstanceError(f"{path}: `weights` must hold at least one weight")
-        _check_shapes(npz, kind, n)
+        _check_shapes(npz, n)
         try:
+            block_sizes = _block_sizes(npz, n)
             arrays = {key: npz.read(key) for key in npz.headers.keys() & (_OPTIONAL | {"weights"})}
-            block_sizes = npz.read("block_sizes")
-            if block_sizes.dtype.kind == "u":
-                block_sizes = block_sizes.astype(np.int64)
-            if block_sizes.size == 0 or block_sizes.min() < 1 or block_sizes.max() > n:
-                raise InstanceError(f"`block_sizes` must hold numbers between 1 and {n}")
-            if int(block_sizes.sum()) != n:
-                raise InstanceError(
-                    f"`block_sizes` must sum to {n}, the number of weights, got {int(block_sizes.sum())}"
-                )
             return Instance(
                 weights=arrays["weights"],
-                curvature=_curvature(kind, arrays, block_sizes),
+                curvature=_curvature(npz, kind, block_sizes),
                 budget=Budget(npz.integer("budget"), arrays.get("groups"), arrays.get("group_budgets")),
                 linear=arrays.get("linear"),
                 fixed=arrays.get("fixed"),
@@ -93,26 +79,68 @@ def read_instance(path: Path | str) -> Instance:
             raise InstanceError(f"{path}: does not fit into memory") from None
 
 
-def _check_shapes(npz: NpzReader, kind: str, n: int) -> None:
-    """Everything that the headers tell, before any data is read."""
-    npz.expect("block_sizes", "integer", (None,))
+def _kind(npz: NpzReader, kinds: dict[str, type[Curvature]]) -> type[Curvature]:
+    """The kind of curvature that the file holds, with all of its members and no other's."""
+    given = [key for key in kinds if key in npz.headers]
+    if len(given) != 1:
+        listed = ", ".join(f"`{key}`" for key in kinds)
+        raise InstanceError(
+            f"{npz.path}: exactly one of {listed} must be there, got "
+            f"{' and '.join(f'`{key}`' for key in given) or 'none'}"
+        )
+    kind = kinds[given[0]]
+    for other in kinds.values():
+        for key in other.members:
+            if (key in npz.headers) != (key in kind.members):
+                problem = "it is missing" if key in kind.members else f"the curvature is `{kind.kind}`"
+                raise InstanceError(f"{npz.path}: `{key}` comes with `{other.kind}` and only with it; {problem}")
+    sharing = sorted(_SHARING & npz.headers.keys())
+    if sharing and npz.integer("version") < 2:
+        raise InstanceError(f"{npz.path}: `{sharing[0]}` needs `version` 2, got 1")
+    if "block_scale" in npz.headers and "shared" not in npz.headers:
+        raise InstanceError(f"{npz.path}: `block_scale` comes with `shared` and only with it")
+    return kind
+
+
+def _check_shapes(npz: NpzReader, n: int) -> None:
+    """What the headers tell of all but the curvature, before any data is read."""
+    (blocks,) = npz.expect("block_sizes", "integer", (None,)).shape
     npz.expect("budget", "integer", ())
-    npz.expect(kind, "float", (None, n) if kind == "gradients" else (None,))
-    if kind == "gradients":
-        npz.expect("damping", "float", ())
-    for key, type_ in (("linear", "float"), ("fixed", "int8"), ("groups", "integer")):
+    optional = {
+        "linear": ("float", (n,)),
+        "fixed": ("int8", (n,)),
+        "groups": ("integer", (n,)),
+        "group_budgets": ("integer", (None,)),
+        "shared": ("integer", (blocks,)),
+        "block_scale": ("float", (blocks,)),
+    }
+    for key, (type_, shape) in optional.items():
         if key in npz.headers:
-            npz.expect(key, type_, (n,))
-    if "group_budgets" in npz.headers:
-        npz.expect("group_budgets", "integer", (None,))
+            npz.expect(key, type_, shape)
 
 
-def _curvature(kind: str, arrays: dict[str, NDArray[Any]], block_sizes: NDArray[Any]) -> Curvature:
-    if kind == "gradients":
-        return GradientFactor(arrays["gradients"], float(arrays["damping"]), block_sizes)
-    if kind == "hessian":
-        return HessianBlocks(arrays["hessian"], block_sizes)
-    return InverseHessianBlocks(arrays["inverse_hessian"], block_sizes)
+def _block_sizes(npz: NpzReader, n: int) -> NDArray[np.int64]:
+    sizes = npz.read("block_sizes")
+    if sizes.dtype.kind == "u":
+        sizes = sizes.astype(np.int64)
+    if sizes.size == 0 or sizes.min() < 1 or sizes.max() > n:
+        raise InstanceError(f"`block_sizes` must hold numbers between 1 and {n}")
+    if int(sizes.sum()) != n:
+        raise InstanceError(f"`block_sizes` must sum to {n}, the number of weights, got {int(sizes.sum())}")
+    return sizes.astype(np.int64)
+
+
+def _curvature(npz: NpzReader, kind: type[Curvature], block_sizes: NDArray[np.int64]) -> Curvature:
+    """Read the curvature, after a look at the shapes of its arrays."""
+    shared = npz.read("shared") if "shared" in npz.headers else None
+    sizes = block_sizes if shared is None else stored_sizes(block_sizes, shared)
+    for key, member in kind.members.items():
+        lengths = tuple(int(sizes.sum()) if length == "n" else length for length in member.shape)
+        npz.expect(key, member.type, tuple(None if isinstance(length, str) else length for length in lengths))
+    stored = kind.from_arrays({key: npz.read(key) for key in kind.members}, sizes)
+    if shared is None:
+        return stored
+    return SharedBlocks(stored, shared, npz.read("block_scale") if "block_scale" in npz.headers else None)
 
 
 def write_instance(path: Path | str, instance: Instance) -> None:
@@ -133,16 +161,12 @@ def instance_arrays(instance: Instance) -> dict[str, NDArray[Any]]:
     curvature = instance.curvature
     arrays: dict[str, NDArray[Any]] = {
         "format": np.array(FORMAT),
-        "version": np.array(VERSION, dtype=np.int64),
+        "version": np.array(curvature.format_version, dtype=np.int64),
         "weights": instance.weights,
         "block_sizes": curvature.block_sizes,
         "budget": np.array(instance.budget.total, dtype=np.int64),
     }
-    if isinstance(curvature, GradientFactor):
-        arrays["gradients"] = curvature.gradients
-        arrays["damping"] = np.array(curvature.damping)
-    elif isinstance(curvature, HessianBlocks | InverseHessianBlocks):
-        arrays[curvature.kind] = curvature.flat
+    arrays |= curvature.arrays()
     if instance.budget.groups is not None and instance.budget.group_budgets is not None:
         arrays |= {"groups": instance.budget.groups, "group_budgets": instance.budget.group_budgets}
     if instance.linear is not None:

@@ -9,9 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cbs_opt.curvature import GradientFactor
 from cbs_opt.errors import InstanceError
 from cbs_opt.files.instance_file import read_instance
+from cbs_opt.files.paths import as_path
 from cbs_opt.instance import Instance
 
 PREFIX = "library:"
@@ -140,8 +140,8 @@ def best_known(instance: Instance, objective: str) -> BestKnown | None:
 
     Instances are recognised by the hash of their file and by their budget.
     """
-    curvature = instance.curvature
-    if isinstance(curvature, GradientFactor) and curvature.damping != instance.metadata.get("damping"):
+    damping = instance.curvature.damping
+    if damping is not None and damping != instance.metadata.get("damping"):
         return None
     entry = next((entry for entry in library_entries() if entry.sha256 == instance.sha256), None)
     groups = 0 if instance.budget.groups is None else instance.budget.number_of_groups
@@ -153,7 +153,7 @@ def best_known(instance: Instance, objective: str) -> BestKnown | None:
 def resolve(path: Path | str) -> Path:
     """The file that `library:NAME` stands for; any other path as it is."""
     text = str(path)
-    return library_path(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else Path(path)
+    return library_path(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else as_path(path)
 
 
 def _entry(item: dict[str, Any]) -> LibraryEntry:

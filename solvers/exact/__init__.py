@@ -1,1 +1,1 @@
-"""What proves optimality: branch and bound of our own, and models for the solvers of others."""
+"""The registered solvers that enumerate: branch and bound with a first selection and certificates, brute force."""

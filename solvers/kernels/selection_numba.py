@@ -2,7 +2,7 @@
 
 A *core* is a list of variables sorted by block and group. Its Q is stored as the dense square of each block, one
 after the other: `q`, from `q_start` on. A *cell* is a run of variables of one block and one group. Exchanges stay
-inside a group. See `cbs_opt.solvers.core.Core`, which makes these arrays.
+inside a group. See `cbs_opt.solvers.selection.core.Core`, which makes these arrays.
 """
 
 from __future__ import annotations

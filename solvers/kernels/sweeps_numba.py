@@ -194,13 +194,3 @@ def back_project(gradients: Any, start: Any, r: Any, out: Any) -> None:
     out[:] = 0.0
     for s in range(gradients.shape[0]):
         _axpy(r[s], gradients[s, start : start + len(out)], out)
-
-
-@njit(cache=True, nogil=True)
-def column_norms(gradients: Any, out: Any) -> None:
-    """out[i] = squared norm of column i, in float64."""
-    out[:] = 0.0
-    for s in range(gradients.shape[0]):
-        for i in range(len(out)):
-            v = np.float64(gradients[s, i])
-            out[i] += v * v

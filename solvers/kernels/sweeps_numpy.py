@@ -152,8 +152,3 @@ def project(gradients: Any, start: Any, v: Any, out: Any) -> None:
 def back_project(gradients: Any, start: Any, r: Any, out: Any) -> None:
     """Out = rᵀ gradients[:, start : start + len(out)], in float64."""
     out[:] = r @ gradients[:, start : start + len(out)].astype(np.float64)
-
-
-def column_norms(gradients: Any, out: Any) -> None:
-    """out[i] = squared norm of column i, in float64."""
-    out[:] = (gradients.astype(np.float64) ** 2).sum(axis=0)

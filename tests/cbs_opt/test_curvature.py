@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cbs_opt import GradientFactor, HessianBlocks, InstanceError, InverseHessianBlocks, UsageError
-from cbs_opt.selection import SelectionProblem
+from cbs_opt.selection import SelectionObjective
 
 KINDS = ("hessian", "inverse_hessian", "gradients")
 
@@ -16,10 +16,18 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture(params=[(1, 20, 1e-3), (3, 20, 1e-3), (3, 2, 0.1)], ids=["one block", "blocks", "m < b"])
+FORMS = {
+    "one block": {"m": 20},
+    "blocks": {"blocks": 3, "m": 20},
+    "m < b": {"blocks": 3, "m": 2, "damping": 0.1},
+    "shared": {"shared": (0, 1, 0), "m": 20},
+    "shared, next to each other": {"shared": (0, 0, 1), "m": 2, "damping": 0.1},
+}
+
+
+@pytest.fixture(params=FORMS.values(), ids=FORMS)
 def given(request, kind, problem):
-    blocks, m, damping = request.param
-    return problem(4, n=12, kind=kind, blocks=blocks, m=m, damping=damping)
+    return problem(4, n=12, kind=kind, **request.param)
 
 
 def test_matrix_of_every_route(given):
@@ -46,7 +54,7 @@ def test_matrix_of_every_route(given):
 def test_selection_problem_is_q_and_c(problem):
     for kind in KINDS:
         given = problem(5, n=9, kind=kind, blocks=2, linear=True)
-        view = SelectionProblem(given.instance)
+        view = SelectionObjective(given.instance)
         Q, c = given.w[:, None] * given.H * given.w, -given.g * given.w
         x = np.random.default_rng(1).random(9)
         assert view.c == pytest.approx(c)

@@ -22,9 +22,9 @@ from cbs_opt import (
     selection_loss,
     solve,
 )
+from cbs_opt.curvature.inverse_hessian_blocks import weight_update
 from cbs_opt.errors import UnboundedError
 from cbs_opt.losses import predicted_loss
-from cbs_opt.update import weight_update
 
 SEEDS = st.integers(0, 2**32 - 1)
 KINDS = st.sampled_from(["hessian", "inverse_hessian", "gradients"])
@@ -159,7 +159,7 @@ def test_blocks_of_many_sizes_mix_batches_and_singles(problem):
 
 
 def test_a_batch_is_cut_where_memory_is_short(problem, monkeypatch):
-    from cbs_opt import update
+    from cbs_opt.curvature import inverse_hessian_blocks as update
 
     case = problem(3, n=12, kind="inverse_hessian", blocks=12)
     pruned = np.arange(12) % 2 == 0

@@ -224,7 +224,7 @@ def test_threads_hold_for_torch_that_the_solver_loads(process_environment, insta
     code = (
         "import sys, cbs_opt\n"
         "seen = []\n"
-        "from cbs_opt.solvers.batch import BatchEvaluator\n"
+        "from cbs_opt.solvers.paper.batch_evaluator import BatchEvaluator\n"
         "values = BatchEvaluator.values\n"
         "def spy(self, selections):\n"
         "    import torch; seen.append(torch.get_num_threads()); return values(self, selections)\n"
@@ -327,6 +327,20 @@ def test_check_finds_what_was_tampered_with(case, solved, instance_file, tmp_pat
     assert any(text in line for line in found["problems"])
     assert text in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("key", ["selection_loss", "joint_loss", "objective"])
+@pytest.mark.parametrize(("factor", "code"), [(1 + 5e-7, 0), (1 - 5e-7, 0), (1 + 2e-6, 3), (1 - 2e-6, 3)])
+def test_check_agrees_to_one_in_a_million(key, factor, code, solved, instance_file, tmp_path, capsys):
+    solved("--solver", "obd", "--update", "--solution", tmp_path / "s.npz")
+    solution = read_solution(tmp_path / "s.npz")
+    result = {**solution.result, key: solution.result[key] * factor}
+    write_solution(tmp_path / "t.npz", spoil(solution, result=result))
+    assert main([str(instance_file), "--check", str(tmp_path / "t.npz"), "-q"]) == code
+    capsys.readouterr()
+    result = {**solution.result, "bound": solution.result["objective"] * factor}
+    write_solution(tmp_path / "t.npz", spoil(solution, result=result))
+    assert main([str(instance_file), "--check", str(tmp_path / "t.npz"), "-q"]) == (code if factor > 1 else 0)
 
 
 def test_check_where_fixed_forbids_the_stored_budget(problem, tmp_path, capsys):

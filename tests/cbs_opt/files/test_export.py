@@ -8,8 +8,9 @@ import highspy
 import numpy as np
 import pytest
 
-from cbs_opt import UsageError, write_instance
-from cbs_opt.solvers.exact.export import export_instance
+from cbs_opt import InstanceError, UsageError, selection_loss, solve, write_instance
+from cbs_opt.files.quadratic_text import read_qubo, read_ubqp
+from cbs_opt.solvers.mip.text_formats import export_instance
 
 KINDS = {
     "plain": {"kind": "gradients", "n": 9},
@@ -70,7 +71,7 @@ def read_qplib(path):
     return Q, c, constant, rows, left, right
 
 
-def read_ubqp(path):
+def qubo_by_hand(path):
     """Upper triangular matrix of the form yᵀUy, and the constraints in the comments."""
     U, constraints = None, []
     for line in path.read_text().splitlines():
@@ -110,17 +111,114 @@ def test_qplib(kind, problem, tmp_path):
         assert value == pytest.approx(given.selection_loss(y > 0.5), rel=1e-9, abs=1e-9 * given.scale())
 
 
+def ubqp_by_hand(path):
+    """Upper triangular matrix of the form yᵀUy, and the constraints in the comments, counted from 0."""
+    lines = path.read_text().splitlines()
+    comments = list(itertools.takewhile(lambda line: line.startswith("# "), lines))
+    constraints = []
+    for fields in (line.split()[1:] for line in comments):
+        if fields[0] == "cardinality":
+            constraints.append((None, int(fields[1])))
+        elif fields[0] == "group":
+            constraints.append(([int(i) - 1 for i in fields[5:]], int(fields[3])))
+        elif fields[0] == "fixed":
+            constraints.append(([int(fields[1]) - 1], int(fields[2])))
+    n, m = map(int, lines[len(comments)].split())
+    entries = lines[len(comments) + 1 :]
+    assert len(entries) == m
+    q = np.zeros((n, n))
+    for i, j, value in map(str.split, entries):
+        assert 1 <= int(i) <= int(j) <= n
+        assert q[int(i) - 1, int(j) - 1] == 0
+        assert float(value) != 0
+        q[int(i) - 1, int(j) - 1] = q[int(j) - 1, int(i) - 1] = float(value)
+    return q, constraints
+
+
+FORMS = {".ubqp": (ubqp_by_hand, read_ubqp), ".qubo": (qubo_by_hand, read_qubo)}
+
+
+@pytest.mark.parametrize("ending", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_ubqp(kind, problem, tmp_path):
+def test_quadratic_forms(kind, ending, problem, tmp_path):
     given = problem(2, **KINDS[kind])
-    export_instance(tmp_path / "out.ubqp", given.instance)
-    U, constraints = read_ubqp(tmp_path / "out.ubqp")
+    path = tmp_path / f"out{ending}"
+    export_instance(path, given.instance)
+    by_hand, read = FORMS[ending]
+    matrix, constraints = by_hand(path)
     points = binary_points(given.instance.n)
     for members, count in constraints:
         points = points[points[:, slice(None) if members is None else members].sum(axis=1) == count]
     assert len(points) == len(list(given.selections()))
-    values = np.einsum("ri,ij,rj->r", points, U, points)
-    assert values.min() == pytest.approx(given.optimum("selection"), rel=1e-9)
+    values = np.einsum("ri,ij,rj->r", points, matrix, points)
+    form = read(path)
+    back = form.to_instance()
+    for y, value in zip(points, values, strict=True):
+        loss = given.selection_loss(y > 0.5)
+        close = pytest.approx(loss, rel=1e-9, abs=1e-12 * given.scale())
+        assert (value, form.objective(y), selection_loss(back, y > 0.5)) == (close, close, close)
+    for pruned in binary_points(given.instance.n) > 0.5:
+        assert back.admits(pruned) == given.instance.admits(pruned)
+    optimum = solve(back, "brute", objective="selection").objective
+    assert optimum == pytest.approx(given.optimum("selection"), rel=1e-9)
+
+
+@pytest.mark.parametrize("ending", FORMS)
+def test_forms_of_others(ending, tmp_path):
+    """Indefinite, without comments, pairs in any order, blank lines; a cardinality is asked for."""
+    path = tmp_path / f"in{ending}"
+    text = {
+        ".ubqp": "\n3 4\n1 1 -2\n3 1 5\n\n2 3 -4\n3 3 1e0\n",
+        ".qubo": "c\nc a comment\np qubo unconstrained 3 2 2\n0 0 -2\n2 2 1\n0 2 10\nc more\n1 2 -8\n",
+    }[ending]
+    path.write_text(text)
+    form = FORMS[ending][1](path)
+    assert form.n == 3
+    assert form.cardinality is None
+    with pytest.raises(UsageError, match="cardinality"):
+        form.to_instance()
+    for y in binary_points(3):
+        value = -2 * y[0] + y[2] + 10 * y[0] * y[2] - 8 * y[1] * y[2]
+        assert form.objective(y) == value
+        instance = form.to_instance(int(y.sum()))
+        assert selection_loss(instance, y > 0.5) == pytest.approx(value, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("ending", "text", "words"),
+    [
+        (".ubqp", "", "no line"),
+        (".ubqp", "10\n50 3\n", "line 1: expected the number of variables"),
+        (".ubqp", "2 2\n1 1 3\n", "announces 2 entries and holds 1"),
+        (".ubqp", "2 1\n1 1 x\n", "line 2: expected two indices and a finite number"),
+        (".ubqp", "2 1\n1 1 nan\n", "finite"),
+        (".ubqp", "2 1\n0 1 3\n", r"indices must be in \[1, 2\], got 0 and 1"),
+        (".ubqp", "2 2\n1 2 3\n2 1 3\n", "line 3: the pair 2 1 is given twice"),
+        (".ubqp", "# cardinality x\n2 0\n", "line 1: the comment `cardinality x`"),
+        (".ubqp", "# fixed 3 1\n2 0\n", "the comment `fixed 3 1`"),
+        (".ubqp", "# group 0 cardinality 1 members 1 2\n# group 1 cardinality 0 members 2\n2 0\n", "two groups"),
+        (".qubo", "2 1\n1 1 3\n", "line 1: expected `p qubo 0 n nodes couplers`, got `2 1`"),
+        (".qubo", "p qubo 0 2 1\n", "three numbers"),
+        (".qubo", "p qubo 0 2 1 0\n", "announces 1 nodes and holds 0"),
+        (".qubo", "p qubo 0 2 0 1\n1 0 3\n", "first index must not be the larger"),
+        (".qubo", "p qubo 0 2 0 1\n0 2 3\n", r"\[0, 1\]"),
+        (".qubo", "c nothing\n", "no line"),
+    ],
+)
+def test_broken_forms_are_refused_in_a_sentence(ending, text, words, tmp_path):
+    path = tmp_path / f"in{ending}"
+    path.write_text(text)
+    with pytest.raises(InstanceError, match=words) as refusal:
+        FORMS[ending][1](path)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "in.ubqp").write_bytes(b"\xff\xfe\x00")
+    for read, name in ((read_ubqp, "in.ubqp"), (read_qubo, "absent.qubo")):
+        with pytest.raises(InstanceError, match=name):
+            read(tmp_path / name)
 
 
 @pytest.mark.parametrize("ending", ["lp", "mps"])
@@ -150,7 +248,7 @@ def test_linear_program(kind, ending, problem, tmp_path):
 
 
 def test_unknown_ending(problem, tmp_path):
-    with pytest.raises(UsageError, match=r"\.lp, \.mps, \.qplib, \.ubqp"):
+    with pytest.raises(UsageError, match=r"\.lp, \.mps, \.qplib, \.ubqp, \.qubo"):
         export_instance(tmp_path / "out.txt", problem(1).instance)
     assert not list(tmp_path.iterdir())
 
@@ -158,7 +256,7 @@ def test_unknown_ending(problem, tmp_path):
 def test_command_line(problem, tmp_path, run):
     given = problem(2, n=6)
     write_instance(tmp_path / "in.npz", given.instance)
-    for ending in ("lp", "mps", "qplib", "ubqp"):
+    for ending in ("lp", "mps", "qplib", "ubqp", "qubo"):
         done = run("info", tmp_path / "in.npz", "--export", tmp_path / f"out.{ending}")
         assert done.returncode == 0, done.stderr
         assert (tmp_path / f"out.{ending}").stat().st_size > 100

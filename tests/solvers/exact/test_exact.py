@@ -21,11 +21,12 @@ from cbs_opt import (
     get_solver,
     solve,
 )
-from cbs_opt.solvers.exact import blocks, subsets
-from cbs_opt.solvers.exact.blocks import BlockSearch, combine, multiplier
-from cbs_opt.solvers.exact.joint import prepare_joint
-from cbs_opt.solvers.exact.selection import prepare_selection
-from cbs_opt.solvers.exact.tables import JointPiece, SelectionPiece, SeparablePiece
+from cbs_opt.solvers.trees import block_search as blocks
+from cbs_opt.solvers.trees import subsets
+from cbs_opt.solvers.trees.block_search import BlockSearch, combine, multiplier
+from cbs_opt.solvers.trees.joint_worker import prepare_joint
+from cbs_opt.solvers.trees.selection_worker import prepare_selection
+from cbs_opt.solvers.trees.tables import JointTable, SelectionTable, SeparableTable
 
 FAMILIES = ("hidden", "output", "low rank", "gaussian", "ill-scaled", "ties", "dead", "collinear")
 
@@ -117,7 +118,7 @@ def test_against_enumeration(objective, chunk, monkeypatch):
     """Half of the runs start from an arbitrary selection; half forbid the enumeration of small blocks."""
     for seed in range(chunk * 16, chunk * 16 + 16):
         instance, _, values, pick = random_case(seed, objective)
-        monkeypatch.setattr("cbs_opt.solvers.exact.tables.MAX_WEIGHTS", 18 if seed % 2 else 2)
+        monkeypatch.setattr("cbs_opt.solvers.trees.tables.MAX_WEIGHTS", 18 if seed % 2 else 2)
         start = pick if seed % 4 < 2 else None
         result = solve(instance, "exact", objective=objective, warm_start=start)
         optimum = values.min()
@@ -182,7 +183,7 @@ def test_one_thread_gives_the_same_nodes(objective):
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("enumerated", [True, False])
 def test_blocks_against_tables_of_their_own(joint, enumerated, monkeypatch):
-    monkeypatch.setattr("cbs_opt.solvers.exact.tables.MAX_WEIGHTS", 18 if enumerated else 1)
+    monkeypatch.setattr("cbs_opt.solvers.trees.tables.MAX_WEIGHTS", 18 if enumerated else 1)
     for seed in range(30):
         rng = np.random.default_rng(seed)
         pieces, tables = [], []
@@ -192,15 +193,15 @@ def test_blocks_against_tables_of_their_own(joint, enumerated, monkeypatch):
             w = rng.normal(size=size)
             every = np.array(list(itertools.product((False, True), repeat=int(size))))
             if joint:
-                pieces.append(JointPiece(np.linalg.inv(H), H, w))
+                pieces.append(JointTable(np.linalg.inv(H), H, w))
                 values = losses(H, w, np.zeros(size), every, "joint")
             else:
                 c = 0.3 * rng.normal(size=size)
-                pieces.append(SelectionPiece(H, c))
+                pieces.append(SelectionTable(H, c))
                 values = 0.5 * np.einsum("ri,ri->r", every @ H, every) + every @ c
             tables.append([values[every.sum(1) == k].min() for k in range(size + 1)])
         price = rng.normal(size=3) ** 2
-        pieces.append(SeparablePiece(price))
+        pieces.append(SeparableTable(price))
         tables.append([0.0, *np.cumsum(np.sort(price))])
         n = sum(piece.n for piece in pieces)
         budget = int(rng.integers(0, n + 1))
@@ -261,8 +262,8 @@ def test_relaxed_diagonals_are_safe():
     H = G.T @ G / len(G) + 1e-5 * np.eye(30)
     group = np.repeat([0, 1], 15)
     search = prepare_selection(H, np.zeros(30), group, np.array([5, 9]), [])
-    worker = search.queue._make_worker(0.0, 0.0, np.array([np.inf]))
-    worker.load(search.queue._heap[0][2])
+    worker = search.queue.new_worker(np.array([np.inf]))
+    worker.load(search.queue.best_open())
     shift = worker.better_diagonal()
     N = np.zeros((30, 28))  # sums of both groups are zero
     for k in range(14):
@@ -270,8 +271,8 @@ def test_relaxed_diagonals_are_safe():
         N[15 + k, 14 + k], N[29, 14 + k] = 1, -1
     assert np.linalg.eigvalsh(N.T @ (search.task.Q - np.diag(shift)) @ N)[0] > -1e-12 * np.trace(search.task.Q)
     joint = prepare_joint(np.linalg.inv(H), H, rng.normal(size=30), group, np.array([5, 9]), [])
-    worker = joint.queue._make_worker(0.0, 0.0, np.array([np.inf]))
-    worker.load(joint.queue._heap[0][2])
+    worker = joint.queue.new_worker(np.array([np.inf]))
+    worker.load(joint.queue.best_open())
     d = worker.better_diagonal()
     assert (d > 0).all()
     assert np.linalg.eigvalsh(np.linalg.inv(joint.task.A) - np.diag(d))[0] > -1e-9
@@ -297,7 +298,7 @@ def test_too_large_is_one_sentence(objective):
     n = 2100
     rng = np.random.default_rng(0)
     instance = Instance(rng.normal(size=n), GradientFactor(rng.normal(size=(3, n)), 1.0, [n]), Budget(n // 2))
-    with pytest.raises(SolverError, match=r"at most 2000 weights.*has 2100") as refusal:
+    with pytest.raises(SolverError, match=r"at most 2000 coupled weights.*has 2100") as refusal:
         solve(instance, "exact", objective=objective)
     assert "\n" not in str(refusal.value)
 

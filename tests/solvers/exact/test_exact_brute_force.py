@@ -38,11 +38,12 @@ def without_heuristics(patch, start):
             at = np.flatnonzero((group == a) & (kept > 0))
             kept[at[np.argsort(np.abs(b[at]), kind="stable")[count:]]] = 0
 
-    patch.setattr("cbs_opt.solvers.exact.selection.take_smallest", largest)
-    patch.setattr("cbs_opt.solvers.exact.selection.improve", improve)
-    patch.setattr("cbs_opt.solvers.exact.joint.eliminate", eliminate)
-    for case in ("SelectionCase", "JointCase"):
-        patch.setattr(f"cbs_opt.solvers.exact.problems.{case}.first", lambda self: start.copy())
+    patch.setattr("cbs_opt.solvers.trees.selection_worker.take_smallest", largest)
+    patch.setattr("cbs_opt.solvers.trees.selection_worker.improve", improve)
+    patch.setattr("cbs_opt.solvers.trees.joint_worker.eliminate", eliminate)
+    for kind in ("selection", "joint"):
+        place = f"cbs_opt.solvers.problem.{kind}_problem.{kind.capitalize()}Problem.first"
+        patch.setattr(place, lambda self: start.copy())
 
 
 def compare(cases, seed, family, kind, objective, monkeypatch):
@@ -75,7 +76,7 @@ def test_against_every_selection(cases, family, objective, monkeypatch):
     for kind in KINDS:
         for seed in range(EACH):
             with monkeypatch.context() as patch:
-                patch.setattr("cbs_opt.solvers.exact.tables.MAX_WEIGHTS", 18 if seed % 4 < 2 else 2)
+                patch.setattr("cbs_opt.solvers.trees.tables.MAX_WEIGHTS", 18 if seed % 4 < 2 else 2)
                 proven += compare(cases, seed, family, kind, objective, patch)
     assert proven >= 0.8 * EACH * len(KINDS)
 

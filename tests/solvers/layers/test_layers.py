@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbs_opt.errors import InstanceError
-from cbs_opt.solvers.layers import Layer, LayerBudget, layer_losses, solve_layers
 from cbs_opt.solvers.layers.bound import BoundSearch
 from cbs_opt.solvers.layers.incumbent import Incumbent
 from cbs_opt.solvers.layers.parallel import RowPool
+from cbs_opt.solvers.layers.problem import Layer, LayerBudget, layer_losses
 from cbs_opt.solvers.layers.refit import refit_layer, refit_row
+from cbs_opt.solvers.layers.solve import solve_layers
 
 
 def random_layer(seed, rows=3, columns=8, damping=0.05, locked=False):

@@ -1,0 +1,129 @@
+"""Enumeration: the oracle of the tests."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from cbs_opt.errors import SolverError, UnboundedError
+from cbs_opt.instance import Instance
+from cbs_opt.losses import evaluate
+from cbs_opt.registry import register
+from cbs_opt.result import Status
+from cbs_opt.selection import SelectionObjective
+from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Solver
+from cbs_opt.typing import BoolArray, FloatArray
+
+MAX_WEIGHTS = 25
+_CHUNK = 1 << 14
+
+
+@register("brute")
+class BruteForce(Solver):
+    """Try every selection that the budget, the groups and `fixed` allow; an iteration is one of them."""
+
+    summary = f"enumeration of every selection, up to {MAX_WEIGHTS} weights"
+    supports = Capabilities(objectives=frozenset(OBJECTIVES), bound=True)
+
+    def check_supports(self, instance: Instance, context: Context) -> None:
+        """Refuse what enumeration would not finish."""
+        super().check_supports(instance, context)
+        if instance.n > MAX_WEIGHTS:
+            raise SolverError(f"solver 'brute' takes at most {MAX_WEIGHTS} weights, the instance has {instance.n}")
+
+    def run(self, instance: Instance, context: Context) -> Status:
+        """O(2ⁿ n²) time for selection, O(2ⁿ n³) for joint; 2ⁿ in the worst case, over all feasible selections."""
+        monitor = context.monitor
+        losses = _SelectionLosses(instance) if context.objective == "selection" else _JointLosses(instance)
+        for chunk in _feasible_selections(instance):
+            values = losses(chunk)
+            best = int(np.argmin(values))
+            monitor.advance(len(chunk))
+            monitor.report(values[best], chunk[best])
+            if monitor.should_stop():
+                return Status.CONVERGED
+        if monitor.objective is None:
+            raise UnboundedError(
+                "the joint loss of no selection has a minimum: the Hessian is singular along `linear`, a positive "
+                "damping is needed"
+            )
+        monitor.report_bound(monitor.objective)
+        return Status.OPTIMAL
+
+
+def _feasible_selections(instance: Instance) -> itertools.chain[BoolArray]:
+    """Every feasible selection, in bool arrays (R, n) of bounded size."""
+    n = instance.n
+    group, per_group = instance.budget.group_of(n), instance.budget.per_group
+    member = np.zeros((n, per_group.size), dtype=np.int64)
+    member[np.arange(n), group] = 1
+
+    def chunks() -> Iterator[BoolArray]:
+        for start in range(0, 1 << n, _CHUNK):
+            code = np.arange(start, min(start + _CHUNK, 1 << n), dtype=np.int64)
+            code = code[np.bitwise_count(code) == instance.budget.total]
+            selections = (code[:, None] >> np.arange(n)) & 1
+            fits = (selections @ member == per_group).all(axis=1)
+            if instance.fixed is not None:
+                fits &= (selections[:, instance.fixed == 1] == 1).all(axis=1)
+                fits &= (selections[:, instance.fixed == -1] == 0).all(axis=1)
+            if fits.any():
+                yield selections[fits].astype(bool)
+
+    return itertools.chain(chunks())
+
+
+class _SelectionLosses:
+    def __init__(self, instance: Instance) -> None:
+        self.problem = SelectionObjective(instance)
+        self.Q = [self.problem.block(k) for k in range(instance.curvature.number_of_blocks)]
+
+    def __call__(self, selections: BoolArray) -> FloatArray:
+        x = selections.astype(np.float64)
+        values = x @ self.problem.c
+        for k, Q in enumerate(self.Q):
+            part = x[:, self.problem.curvature.block_slice(k)]
+            values += 0.5 * np.einsum("ri,ri->r", part @ Q, part)
+        return np.asarray(values)
+
+
+class _JointLosses:
+    """By the kept side: the loss at the δ that solves H_KK δ_K = H_KP w_P − g_K.
+
+    All selections of a chunk are solved at once, with the identity in place of the pruned rows and columns of
+    H, scaled to a unit diagonal. A singular H goes through the evaluator, one selection at a time.
+    """
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+        n, curvature = instance.n, instance.curvature
+        self.H = np.zeros((n, n))
+        for k in range(curvature.number_of_blocks):
+            part = curvature.block_slice(k)
+            self.H[part, part] = curvature.block(k)
+        diagonal = self.H.diagonal()
+        self.scale = 1.0 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+        self.unit = self.H * self.scale[:, None] * self.scale
+        self.regular = bool(np.linalg.eigvalsh(self.unit)[0] > 1e-11)
+        self.g = np.zeros(n) if instance.linear is None else instance.linear
+
+    def __call__(self, selections: BoolArray) -> FloatArray:
+        if not self.regular:
+            return np.array([self._by_evaluator(pruned) for pruned in selections])
+        n = self.H.shape[0]
+        values = np.empty(len(selections))
+        for start in range(0, len(selections), 1024):
+            pruned = selections[start : start + 1024]
+            kept = ~pruned
+            system = np.where(kept[:, :, None] & kept[:, None, :], self.unit, np.eye(n))
+            move = np.where(pruned, -self.instance.weights, 0.0)
+            rhs = np.where(kept, -(move @ self.H + self.g) * self.scale, 0.0)
+            move += np.linalg.solve(system, rhs[:, :, None])[:, :, 0] * self.scale * kept
+            values[start : start + 1024] = 0.5 * np.einsum("ri,ri->r", move @ self.H, move) + move @ self.g
+        return values
+
+    def _by_evaluator(self, pruned: BoolArray) -> float:
+        joint = evaluate(self.instance, pruned).joint_loss
+        return np.inf if joint is None else joint

@@ -1,0 +1,252 @@
+"""Select and update together: swap search on the joint loss itself."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbs_opt.errors import CbsError, UsageError
+from cbs_opt.instance import Instance
+from cbs_opt.losses import joint_loss
+from cbs_opt.registry import register
+from cbs_opt.result import Status
+from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.joint import backward
+from cbs_opt.solvers.joint.bulk_exchange import exchange_in_bulk
+from cbs_opt.solvers.joint.lagrangian_bound import improve_bound
+from cbs_opt.solvers.joint.moves import KEPT_LIMIT, JointMoves
+from cbs_opt.solvers.joint.tableau import Tableau
+from cbs_opt.solvers.kernels.warm_up import compiling
+from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
+from cbs_opt.solvers.layers.warm_up import warm_up_layers
+from cbs_opt.solvers.problem.joint_problem import JointProblem
+from cbs_opt.solvers.trees import prove
+from cbs_opt.typing import BoolArray
+from cbs_opt.update import best_update
+
+logger = logging.getLogger("cbs_opt")
+
+_GAIN = 1e-9  # smallest improvement that counts, relative to the loss
+_REFACTOR = 200  # moves between two fresh factorisations; more where the drift is small, up to sixteen times
+_WORTH_A_WORD = 1e-6  # relative error of the loss
+_SMALL_DRIFT, _LARGE_DRIFT = 1e-10, 1e-8  # relative errors that a fresh factorisation finds
+
+
+@dataclass(frozen=True)
+class JointParameters(Parameters):
+    """Tabu search after the descent."""
+
+    tenure: int = option(10, "moves for which a weight that moved may not move again; a few more at random")
+    patience: int | None = option(
+        None, "moves without improvement after which the search ends; 400 without a limit on time or iterations"
+    )
+    restart: int = option(60, "moves without improvement after which the search goes back to the best, shaken")
+    bound_steps: int = option(200, "steps of the ascent to a lower bound, once a local optimum is found")
+    proof: int = option(100, "weights of a block up to which branch and bound takes over; 0 for never")
+    stage: float = option(0.1, "share of a large block's weights that backward elimination removes at once")
+    bound_share: float = option(0.25, "share of the time limit for bounds, where rows share one Hessian")
+
+    def __post_init__(self) -> None:
+        for name in ("bound_steps", "proof"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"`{name}` must not be negative, got {getattr(self, name)}")
+        for name in ("tenure", "patience", "restart"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.bound_share < 1:
+            raise UsageError(f"`bound_share` must be at least 0 and less than 1, got {self.bound_share}")
+        backward.BackwardParameters(self.stage)
+
+
+@register("joint")
+class JointSearch(Solver):
+    """Minimise the joint loss: backward elimination, best-swap descent, tabu search; an iteration is a move.
+
+    A move returns one pruned weight and removes one kept weight of the same group, in one block or in two, and
+    every price is the exact joint loss, with all other weights updated.
+    """
+
+    summary = "swap search on the loss after the update: backward elimination, descent, tabu"
+    supports = Capabilities(objectives=frozenset({"joint"}), bound=True, warm_start=True)
+    parameters_type = JointParameters
+    parameters: JointParameters
+
+    def check_supports(self, instance: Instance, context: Context) -> None:
+        """Refuse a singular Hessian."""
+        super().check_supports(instance, context)
+        instance.curvature.check_regular()
+
+    def prepare(self, instance: Instance, context: Context) -> None:
+        """Compile; find out whether the rows of layers share Hessians."""
+        self._proof: prove.Proof | None = None
+        self._layered: LayeredInstance | None = None
+        sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
+        provable = prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop)
+        if not provable and (layered := layered_instance(instance, "joint")) is not None:
+            warm_up_layers()
+            self._layered = layered
+            return
+        with compiling():
+            backward.warm_up()
+            warm_up()
+        if provable:
+            # The search itself says what is wrong with an instance, and keeps its incumbent.
+            with suppress(CbsError, np.linalg.LinAlgError):
+                prove.warm_up("joint")
+                self._proof = prove.Proof(JointProblem(instance))
+
+    def run(self, instance: Instance, context: Context) -> Status:
+        """Start, descend, and search until told to stop."""
+        monitor = context.monitor
+        if self._layered is not None:
+            return self._layered.run(context, self.parameters.bound_share if self.parameters.bound_steps else 0.0)
+        pruned = context.warm_start
+        if pruned is None:
+            pruned = backward.eliminate(instance, self.parameters.stage, monitor.should_stop, context.workers)
+        monitor.report(joint_loss(instance, pruned), pruned)
+        if monitor.should_stop():
+            return Status.CONVERGED
+        # After backward elimination single swaps do better, and sooner, wherever there is a tableau.
+        pruned = exchange_in_bulk(instance, pruned, monitor, KEPT_LIMIT if context.warm_start is None else 0)
+        threads = context.workers
+        with ThreadPoolExecutor(threads) as pool:
+            while not monitor.should_stop():
+                # The core of a large block is chosen anew as long as that helps.
+                moves = JointMoves(instance, pruned, pool if threads > 1 else None, threads)
+                context.extras["blocks_without_swaps"] = len(moves.skipped)
+                before = moves.doubled
+                pruned = self._search(moves, context)
+                value = 2 * joint_loss(instance, pruned)
+                self._note_drift(moves, value, context)
+                whole = sum(index.size for index in moves.weights_of) == instance.n
+                if self._proof is not None or whole or not moves.tableaux or value > before - _GAIN * abs(before):
+                    break
+        if self._proof is not None and not monitor.should_stop() and not monitor.closed:
+            return prove.prove_within(self._proof, context)
+        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+
+    def _note_drift(self, moves: JointMoves, value: float, context: Context) -> None:
+        """Keep the largest relative error of the doubled loss that was found, and say so where it is not small.
+
+        `value` is the doubled loss of the best selection by the evaluator.
+        """
+        error = max(moves.drift, abs(self._best_doubled - value) / max(abs(value), 1e-300))
+        drift = context.extras["drift"] = max(context.extras.get("drift", 0.0), float(error))
+        if drift > _WORTH_A_WORD:
+            logger.warning(
+                f"joint: rounding moved the loss by {drift:.1g}, relative, between two factorisations: "
+                f"the Hessian is ill-conditioned, and a larger damping would help"
+            )
+
+    def _bound(self, moves: JointMoves, context: Context) -> None:
+        """Spend a sixth of the remaining time, and ten seconds at most, on a lower bound."""
+        monitor, pruned = context.monitor, moves.pruned()
+        displacement = best_update(moves.instance, pruned) - moves.instance.weights
+        seconds = min(10.0, monitor.remaining / 6)
+        improve_bound(
+            moves.instance, displacement, moves.doubled / 2, monitor, self.parameters.bound_steps, seconds
+        )
+
+    def _search(self, moves: JointMoves, context: Context) -> BoolArray:
+        """Best-swap descent, then tabu search; returns the best selection."""
+        monitor, rng = context.monitor, context.rng()
+        patience = self.parameters.patience
+        if patience is None and (self._proof is not None or not monitor.stop.limits_work):
+            patience = 400
+        handover = monitor.stop.time_limit if self._proof is not None else None
+        best, best_doubled = moves.pruned(), moves.doubled
+        tabu: deque[tuple[int, int, int]] = deque()  # (free again at move, block, weight), in order
+        count = idle = since = 0
+        interval = _REFACTOR
+        descending, at_best = True, True
+        while not monitor.should_stop():
+            if handover is not None and monitor.elapsed > 0.5 * handover:
+                break
+            move = moves.best_move()
+            worth = move is not None and move.change < -_GAIN * abs(moves.doubled)
+            if descending and not worth:
+                moves.refactor()  # a local optimum is declared on fresh numbers only
+                move = moves.best_move()
+                descending = move is not None and move.change < -_GAIN * abs(moves.doubled)
+                if not descending:
+                    self._bound(moves, context)
+                    if monitor.closed:
+                        break
+            if move is None and not tabu:
+                break
+            count += 1
+            since += 1
+            monitor.advance()
+            if move is not None:
+                if at_best and not worth:
+                    moves.save()
+                    at_best = False
+                moved = moves.apply(move)
+                if not descending:
+                    until = count + self.parameters.tenure + int(rng.integers(5))
+                    for block, weight in moved:
+                        moves.forbid(block, weight, True)
+                        tabu.append((until, block, weight))
+            if moves.doubled < best_doubled - _GAIN * abs(best_doubled):
+                best, best_doubled, idle, at_best = moves.pruned(), moves.doubled, 0, True
+                monitor.report(best_doubled / 2.0, best)
+            else:
+                idle += 1
+            while tabu and (tabu[0][0] <= count or move is None):
+                _, block, weight = tabu.popleft()
+                moves.forbid(block, weight, False)
+            if patience is not None and idle >= patience:
+                break
+            if since >= interval:
+                error, since = moves.refactor(), 0
+                if error < _SMALL_DRIFT:
+                    interval = min(2 * interval, 16 * _REFACTOR)
+                elif error > _LARGE_DRIFT:
+                    interval = max(interval // 2, 20)
+            if idle and idle % self.parameters.restart == 0:
+                while tabu:
+                    _, block, weight = tabu.popleft()
+                    moves.forbid(block, weight, False)
+                moves.go_back()
+                _shake(moves, rng, 3 + int(rng.integers(8)))
+                at_best = False
+        self._best_doubled = best_doubled
+        return best
+
+
+def _shake(moves: JointMoves, rng: np.random.Generator, swaps: int) -> None:
+    """Make random cheap swaps: a kept weight among the cheapest third, the best partner in a random tenth."""
+    coupled = [k for k, tableau in enumerate(moves.tableaux) if isinstance(tableau, Tableau)]
+    choices = coupled or range(len(moves.tableaux))
+    for _ in range(swaps):
+        k = choices[int(rng.integers(len(choices)))]
+        tableau = moves.tableaux[k]
+        if tableau.S.size == 0 or tableau.P.size == 0:
+            continue
+        costs = tableau.removal_costs()
+        cheap = np.argsort(costs, kind="stable")[: max(1, costs.size // 3)]
+        s = int(rng.choice(cheap))
+        gains = tableau.return_gains()
+        gains = np.where(tableau.group[tableau.P] == tableau.group[tableau.S[s]], gains, -np.inf)
+        gains[rng.random(gains.size) > 0.1] = -np.inf
+        r = int(np.argmax(gains))
+        if costs[s] < 1e299 and gains[r] > -1e299:
+            tableau.swap(r, s)
+            moves.forget(k)
+
+
+def warm_up() -> None:
+    """Compile the kernels of the tableau."""
+    H = np.diag([1.0, 2.0, 3.0, 4.0])
+    kept, free = np.array([True, False, True, False]), np.ones(4, dtype=bool)
+    for group in (np.zeros(4, dtype=np.int64), np.array([0, 0, 1, 1])):
+        tableau = Tableau(H, np.ones(4), 1.0, kept, group, free)
+        for _ in range(2):  # the first search of all has nothing to bring up to date
+            r, s, _ = tableau.best_swap()
+            tableau.swap(r, s)
+        assert tableau.U.size

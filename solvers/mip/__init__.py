@@ -1,0 +1,1 @@
+"""The problems as models for the solvers of others: HiGHS, Pyomo, text formats."""

@@ -1,0 +1,119 @@
+"""Randomized magnitude pruning: Algorithm 2 of the paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbs_opt.errors import UsageError
+from cbs_opt.instance import Instance
+from cbs_opt.registry import register
+from cbs_opt.result import Status
+from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.paper.batch_evaluator import BatchEvaluator
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
+
+_DEFAULT_BATCH = 64
+
+
+@dataclass(frozen=True)
+class RmpParameters(Parameters):
+    """S and B of Algorithm 2."""
+
+    draws: int = option(50, "selections drawn, the first of them plain magnitude")
+    buckets: int | None = option(None, "buckets per draw; max(1, min(⌊√n⌋, 1000)) of a group when not set")
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise UsageError(f"`draws` must be at least 1, got {self.draws}")
+        if self.buckets is not None and self.buckets < 1:
+            raise UsageError(f"`buckets` must be at least 1, got {self.buckets}")
+
+
+@register("rmp")
+class RandomizedMagnitudePruning(Solver):
+    """Algorithm 2 of the CBS paper, the best draw by the objective; an iteration is a draw.
+
+    The paper judges draws by the network's loss on training images; here the quadratic objective judges.
+    """
+
+    summary = "randomized magnitude pruning, Algorithm 2 of the paper"
+    supports = Capabilities(batched=True)
+    parameters_type = RmpParameters
+    parameters: RmpParameters
+
+    def prepare(self, instance: Instance, context: Context) -> None:
+        """Bring the curvature to the device."""
+        self._evaluator = BatchEvaluator(instance, context)
+
+    def run(self, instance: Instance, context: Context) -> Status:
+        """Draw and evaluate batch by batch."""
+        draws = Draws(instance, self.parameters)
+        evaluate_draws(draws, self._evaluator, context)
+        return Status.CONVERGED
+
+
+def evaluate_draws(draws: Draws, evaluator: BatchEvaluator, context: Context) -> tuple[BoolArray, FloatArray]:
+    """Draw S selections and report each; returns them sorted by value, bool (S, n) and float64 (S,)."""
+    rng, monitor = context.rng(), context.monitor
+    limit = context.batch_size or _DEFAULT_BATCH
+    selections: list[BoolArray] = []
+    values: list[FloatArray] = []
+    drawn = 0
+    while drawn < draws.parameters.draws and not (drawn and monitor.should_stop()):
+        count = min(limit, draws.parameters.draws - drawn)
+        if monitor.stop.max_iterations is not None:
+            count = max(1, min(count, monitor.stop.max_iterations - monitor.iterations))
+        batch = np.stack([draws.draw(rng if drawn + r else None) for r in range(count)])
+        selections.append(batch)
+        values.append(evaluator.values(batch))
+        for value, pruned in zip(values[-1], batch, strict=True):
+            monitor.advance()
+            monitor.report(value, pruned)
+        drawn += count
+    all_values = np.concatenate(values)
+    order = np.argsort(all_values, kind="stable")
+    return np.concatenate(selections)[order], all_values[order]
+
+
+class Draws:
+    """The random selections of Algorithm 2.
+
+    Each splits the weights of every group at random into B buckets of equal size and prunes every bucket by
+    magnitude at the same rate; what rounding leaves over goes to random buckets, so that the budget is met.
+    """
+
+    def __init__(self, instance: Instance, parameters: RmpParameters) -> None:
+        self.parameters = parameters
+        self.magnitude = np.abs(instance.weights)
+        self.fixed = instance.fixed
+        self.budget = instance.budget
+        free = np.ones(instance.n, dtype=bool) if instance.fixed is None else instance.fixed == 0
+        self.always = np.zeros(instance.n, dtype=bool) if instance.fixed is None else instance.fixed == 1
+        self.groups: list[tuple[IntArray, int]] = []
+        for members, p in zip(instance.budget.members(instance.n), instance.budget.per_group, strict=True):
+            self.groups.append((members[free[members]], int(p) - int(self.always[members].sum())))
+
+    def draw(self, rng: np.random.Generator | None) -> BoolArray:
+        """One selection, bool (n,); plain magnitude without a generator. O(n log n)."""
+        if rng is None:
+            return self.budget.cheapest(self.magnitude, self.fixed)
+        pruned = self.always.copy()
+        for members, p in self.groups:
+            size = members.size
+            if p == 0 or size == 0:
+                continue
+            B = self.parameters.buckets or min(int(np.sqrt(size)), 1000)
+            B = max(1, min(B, size))
+            bucket = np.empty(size, dtype=np.int64)
+            bucket[rng.permutation(size)] = np.arange(size) * B // size
+            sizes = np.bincount(bucket, minlength=B)
+            quota = sizes * p // size
+            room = np.flatnonzero(quota < sizes)
+            quota[rng.permutation(room)[: p - int(quota.sum())]] += 1
+            order = np.lexsort((self.magnitude[members], bucket))
+            first = np.cumsum(sizes) - sizes
+            inner = np.arange(size) - first[bucket[order]]
+            pruned[members[order[inner < quota[bucket[order]]]]] = True
+        return pruned

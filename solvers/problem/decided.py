@@ -1,0 +1,46 @@
+"""What `fixed` and the budgets of groups decide before any solver starts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbs_opt.instance import Instance
+from cbs_opt.typing import BoolArray, IntArray
+
+
+class Decided(NamedTuple):
+    """Weights whose fate is known.
+
+    Attributes
+    ----------
+    fixed : int8 (n,)
+        1 pruned, −1 kept, 0 open.
+    base : bool (n,)
+        The pruned ones.
+    left : int64 (G,)
+        What is left to prune among the open weights of each group.
+    """
+
+    fixed: NDArray[np.int8]
+    base: BoolArray
+    left: IntArray
+
+
+def decide(instance: Instance) -> Decided:
+    """Apply `fixed`, then keep what is left of a group whose budget is used up, and prune a group that must go.
+
+    O(n).
+    """
+    budget = instance.budget
+    group = budget.group_of(instance.n)
+    fixed = np.zeros(instance.n, dtype=np.int8) if instance.fixed is None else instance.fixed.copy()
+    left = budget.per_group - np.bincount(group[fixed == 1], minlength=budget.number_of_groups)
+    open_count = np.bincount(group[fixed == 0], minlength=left.size)
+    free = fixed == 0
+    fixed[free & (left == 0)[group]] = -1
+    fixed[free & (left == open_count)[group]] = 1
+    base = fixed == 1
+    return Decided(fixed, base, budget.per_group - np.bincount(group[base], minlength=left.size))

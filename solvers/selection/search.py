@@ -1,0 +1,348 @@
+"""The best selection heuristic of the package: relaxation, concave continuation on cores, tabu swaps, a bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbs_opt.errors import UsageError
+from cbs_opt.instance import Instance
+from cbs_opt.registry import register
+from cbs_opt.result import Status
+from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.kernels.warm_up import warm_up_selection
+from cbs_opt.solvers.kernels.warm_up_sweeps import warm_up_sweeps
+from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
+from cbs_opt.solvers.layers.warm_up import warm_up_layers
+from cbs_opt.solvers.problem.columns import DENSE_BYTES, DOUBLE_BYTES
+from cbs_opt.solvers.problem.selection_problem import THREADED_GRADIENTS, SelectionProblem, Storage
+from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent, candidate_swaps
+from cbs_opt.solvers.selection.relaxation import Relaxation
+from cbs_opt.solvers.selection.sweep_search import LARGE, MANY_BLOCKS, SMALL_BLOCK, SweepSearch, is_large, is_split
+from cbs_opt.solvers.trees import prove
+from cbs_opt.typing import FloatArray, IntArray
+
+PATH = (0.1, 0.03, 0.01, 3e-3, 1e-3)
+"""Concave weights of the path that leads to the relaxation from which cores and starts are taken."""
+
+_EARLY = 0.01  # weight on the path at which a first point is hardened
+_PATH_TOLERANCE = 1e-4
+_PATH_ROUNDS = 24  # at most; fewer where the blocks are small
+_DEEPEN_ROUNDS = 24  # further rounds after every epoch until the path has converged
+_DEEPEN_ROUNDS_LARGE = 4
+_STALE_BOUNDS = 5
+_BOUND_GAIN = 1e-4  # of the objective: a bound that rises by less is stale
+_BOUND_ROUNDS = 10  # of the plain relaxation after every epoch until it has converged
+_START = (1e-3, 3e-2)  # concave weight of a start from the relaxation, log-uniform
+_MELT = (5e-3, 0.2)  # concave weight after melting a binary point, log-uniform
+_MELT_WHOLE = (2e-2, 0.5)  # where a core holds every variable
+_NOISE = (0.3, 1.8)  # log-normal spread of the random concave weights, uniform
+_NOISE_WHOLE = (0.5, 2.0)
+_TENURE = (4, 15)
+_BLOCKS_OF_A_CORE = 8
+_HARDENINGS = 3  # of a large problem by sweeps, with rounds of the relaxation between them
+
+
+@dataclass(frozen=True)
+class SearchParameters(Parameters):
+    """Sizes and patience; all free of scale."""
+
+    core: int = option(700, "variables of a core at most")
+    working_set: int = option(256, "violating variables of a working set of the relaxation")
+    cycles: int = option(12, "cycles without improvement after which a new core is chosen")
+    stall: int = option(500, "tabu steps without improvement that end a cycle")
+    proof: int = option(250, "weights of a piece up to which branch and bound takes over; 0 for never")
+    ratio: float = option(1.6, "growth of the concave weight while a point hardens")
+    patience: int | None = option(
+        None, "cycles without improvement after which the search ends; 150 without a limit on time or iterations"
+    )
+    bound_share: float = option(0.25, "share of the time limit for bounds, where rows share one Hessian")
+    large: int = option(LARGE, "coupled weights beyond which the search starts with sweeps over all of them")
+    many_blocks: int = option(
+        MANY_BLOCKS, "coupled blocks beyond which a large problem is searched block by block"
+    )
+    small_block: int = option(SMALL_BLOCK, "weights of a coupled block, on average, up to which it is not")
+    dense_bytes: int = option(DENSE_BYTES, "bytes up to which the blocks of a gradient matrix are expanded")
+    double_bytes: int = option(DOUBLE_BYTES, "bytes up to which gradients not expanded are copied in float64")
+    threaded_gradients: int = option(
+        THREADED_GRADIENTS, "gradient entries beyond which losses and bounds are computed in threads"
+    )
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("core", 2), ("working_set", 2), ("cycles", 1), ("stall", 1), ("proof", 0)):
+            if getattr(self, name) < smallest:
+                raise UsageError(f"`{name}` must be at least {smallest}, got {getattr(self, name)}")
+        for name in ("large", "many_blocks", "small_block", "dense_bytes", "double_bytes", "threaded_gradients"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"`{name}` must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.bound_share < 1:
+            raise UsageError(f"`bound_share` must be at least 0 and less than 1, got {self.bound_share}")
+        if self.ratio <= 1:
+            raise UsageError(f"`ratio` must be more than 1, got {self.ratio}")
+        if self.patience is not None and self.patience < 1:
+            raise UsageError(f"`patience` must be at least 1, got {self.patience}")
+
+
+@register("search")
+class Search(Solver):
+    """Relaxation, concave continuation, tabu; an iteration is a cycle.
+
+    A cycle melts a binary point (a small weight on the concave term of `Relaxation`, with random weights per
+    variable), lets it harden again while that weight grows, rounds, and repairs by drop/add tabu search. It works
+    on a core: the variables nearest to their threshold in the relaxation. Cycles on one core make an epoch; what
+    an epoch finds is repaired by swaps over all variables with a fresh gradient. Between epochs the relaxation is
+    driven on, and gives a lower bound. A single piece of up to 250 weights goes on to branch and bound after two
+    to eight epochs (100 weights where there is no time limit), whose nodes then count as iterations; so do many
+    such pieces under one budget, where their tables take at most half of the time.
+    """
+
+    summary = "relaxation, concave continuation on cores, tabu swaps; with a lower bound"
+    supports = Capabilities(bound=True, warm_start=True)
+    parameters_type = SearchParameters
+    parameters: SearchParameters
+
+    def prepare(self, instance: Instance, context: Context) -> None:
+        """Compile, presolve, build columns; or find out that the rows of layers share Hessians."""
+        self._layered = self._layers(instance, context)
+        if self._layered is not None:
+            warm_up_layers()
+            return
+        warm_up_selection()
+        given = self.parameters
+        storage = Storage(given.dense_bytes, given.double_bytes, given.threaded_gradients)
+        self._problem = SelectionProblem(instance, context.threads, storage)
+        if self._problem.threaded or is_large(self._problem, given.large):  # loading them takes most of a second
+            warm_up_sweeps()
+        self._proof: prove.Proof | None = None
+        if self._is_provable(context):
+            prove.warm_up("selection")
+            self._proof = prove.Proof(self._problem)
+
+    def run(self, instance: Instance, context: Context) -> Status:
+        """Search until told to stop, or until nothing improves any more."""
+        if self._layered is not None:
+            return self._layered.run(context, self.parameters.bound_share)
+        monitor, problem = context.monitor, self._problem
+        run = _Run(problem, self.parameters, context)
+        # A tree of more weights is longer at work before it meets its best leaf; tables bring their selections.
+        before_proof = 8 if len(problem.component_sizes) == 1 and problem.n >= 160 else 2
+        run.search(epochs=None if self._proof is None else before_proof)
+        if self._proof is None or monitor.should_stop() or monitor.closed:
+            return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+        return prove.prove_within(self._proof, context)
+
+    def _layers(self, instance: Instance, context: Context) -> LayeredInstance | None:
+        """The layers of an instance whose rows share Hessians, unless it is small enough to be proven."""
+        sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
+        if prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop):
+            return None
+        return layered_instance(instance, "selection")
+
+    def _is_provable(self, context: Context) -> bool:
+        """Whether branch and bound proves the optimum of such problems in seconds."""
+        problem, stop, largest = self._problem, context.monitor.stop, self.parameters.proof
+        if stop.time_limit is None:
+            largest = min(largest, prove.WITHOUT_LIMIT)
+        sizes = problem.component_sizes
+        if len(sizes) == 1:
+            return problem.n <= largest
+        groups = int((problem.budget > 0).sum())
+        return prove.is_provable(sizes, groups, largest, stop)
+
+
+class _Run:
+    """The state of one search."""
+
+    def __init__(self, problem: SelectionProblem, parameters: SearchParameters, context: Context) -> None:
+        self.problem, self.parameters = problem, parameters
+        self.split = is_split(problem, parameters.large, parameters.many_blocks, parameters.small_block)
+        self.monitor = context.monitor
+        self.rng = context.rng()
+        self.state = np.uint64(self.rng.integers(1, 2**62))
+        cheapest = problem.cheapest()
+        self.point = Incumbent(problem, cheapest)
+        self._report()
+        instance = problem.instance
+        magnitude = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
+        self._offer(Incumbent(problem, problem.restrict(magnitude)))
+        if context.warm_start is not None:
+            self._offer(Incumbent(problem, problem.restrict(context.warm_start)))
+        self.patience = parameters.patience
+        if self.patience is None and not self.monitor.stop.limits_work:
+            self.patience = 150
+
+    def _report(self) -> None:
+        self.monitor.report(self.problem.objective(self.point.y), self.problem.expand(self.point.y))
+
+    def _offer(self, other: Incumbent) -> None:
+        """Take another point as the incumbent if it is better."""
+        if other.f < self.point.f - GAIN * abs(self.point.f):
+            self.point = other
+            self._report()
+
+    def _improved(self, before: float | None) -> bool:
+        """Whether the incumbent got better by more than rounding."""
+        now, rounding = self.monitor.objective, 1e-15 * self.problem.scale
+        return before is None or (now is not None and now < before - GAIN * abs(before) - rounding)
+
+    def search(self, epochs: int | None = None) -> None:
+        """Path, then epochs, as many as are asked for."""
+        problem, monitor = self.problem, self.monitor
+        if problem.n == 0 or not problem.budget.any():
+            monitor.report_bound(problem.certified_bound(self.point.y))
+            return
+        if monitor.should_stop():
+            return
+        if self.split:
+            self._search_blocks()
+            return
+        large = is_large(problem, self.parameters.large)
+        deepen = _DEEPEN_ROUNDS_LARGE if large else _DEEPEN_ROUNDS
+        relaxed = self._sweep() if large else self._path()
+        if monitor.should_stop():
+            return
+        monitor.report_bound(relaxed.bound())
+        start = Incumbent(problem, problem.smallest(-relaxed.x))
+        tight: Relaxation | None = None
+        settled = bound_done = False
+        epoch = idle = stale = 0
+        while not (monitor.should_stop() or monitor.closed):
+            fresh = epoch % 2 == 0
+            before, cycles = monitor.objective, monitor.iterations
+            self._epoch(relaxed, start if fresh else self.point, fresh, first=epoch == 0)
+            idle = 0 if self._improved(before) else idle + monitor.iterations - cycles
+            epoch += 1
+            if not settled:
+                rounds = self._solve(relaxed, PATH[-1], _PATH_TOLERANCE, deepen)
+                settled = rounds < deepen
+                start = Incumbent(problem, problem.smallest(-relaxed.x))
+            if tight is None and epoch >= 2:
+                tight = relaxed.copy()
+            if tight is not None and not bound_done:
+                bound_done = self._solve(tight, 0.0, 1e-7, _BOUND_ROUNDS) < _BOUND_ROUNDS
+                old = monitor.bound if monitor.bound is not None else -np.inf
+                monitor.report_bound(tight.bound())
+                now = monitor.bound if monitor.bound is not None else -np.inf
+                stale = 0 if now - old > _BOUND_GAIN * abs(monitor.objective or 0.0) else stale + 1
+                bound_done |= stale >= _STALE_BOUNDS  # badly scaled problems may never converge
+            if self.patience is not None and idle >= self.patience and bound_done:
+                return
+            if epochs is not None and epoch >= epochs:
+                return
+
+    def _sweeps(self) -> SweepSearch:
+        seed = int(self.rng.integers(2**62))
+        return SweepSearch(self.problem, self.monitor, self._offer, seed, finely=self.split)
+
+    def _sweep(self) -> Relaxation:
+        """The path by sweeps over all variables; working sets with Newton steps only at its end."""
+        sweeps = self._sweeps()
+        sweeps.path(PATH)
+        relaxed = sweeps.relaxation()
+        for _ in range(_HARDENINGS):
+            if self.monitor.should_stop():
+                break
+            self.monitor.report_bound(relaxed.bound())
+            self._solve(relaxed, PATH[-1], _PATH_TOLERANCE, 2)
+            if not self.monitor.should_stop():
+                sweeps.harden_from(relaxed.x)
+        return relaxed
+
+    def _search_blocks(self) -> None:
+        """Sweeps, then cores of all blocks in turn, while the bound is driven on."""
+        sweeps, monitor, parameters = self._sweeps(), self.monitor, self.parameters
+        sweeps.path(PATH)
+        idle = 0
+        while not monitor.should_stop():
+            before, cycles = monitor.objective, monitor.iterations
+            sweeps.tighten()
+            if monitor.closed:
+                return
+            sweeps.visit_blocks(self.point, parameters)
+            idle = 0 if self._improved(before) else idle + monitor.iterations - cycles
+            if self.patience is not None and idle >= self.patience * sweeps.blocks:
+                return
+
+    def _solve(self, relaxed: Relaxation, t: float, tolerance: float, rounds: int) -> int:
+        return relaxed.solve(
+            t,
+            size=self.parameters.working_set,
+            tolerance=tolerance,
+            rounds=rounds,
+            should_stop=self.monitor.should_stop,
+        )
+
+    def _path(self) -> Relaxation:
+        """Follow the concave weights down from the diagonal start, rounding at every one."""
+        problem, monitor = self.problem, self.monitor
+        relaxed = Relaxation(problem)
+        longest = int(np.diff(problem.columns.starts).max())
+        rounds = min(4 + -(-longest // (4 * self.parameters.working_set)), _PATH_ROUNDS)
+        for t in PATH:
+            self._solve(relaxed, t, _PATH_TOLERANCE, rounds)
+            rounded = Incumbent(problem, problem.smallest(-relaxed.x))
+            if t == _EARLY and not monitor.should_stop():
+                local = CorePoint(rounded, self._choose_core(relaxed, t, min(300, self.parameters.core)))
+                x = local.fit(relaxed.x[local.core.index])
+                y = local.harden(
+                    x, local.core.diagonal, t, self.parameters.ratio, self._tolerance(), monitor.should_stop
+                )
+                rounded.move(local.core.index, y)
+                candidate_swaps(rounded, monitor.should_stop)
+            self._offer(rounded)
+            if monitor.should_stop():
+                break
+        return relaxed
+
+    def _tolerance(self) -> float:
+        return 1e-6 * max(abs(self.point.f), 1e-300)
+
+    def _choose_core(self, relaxed: Relaxation, t: float, size: int) -> IntArray:
+        """The variables nearest to their threshold, from a few blocks."""
+        problem = self.problem
+        h = relaxed.slope(t)
+        distance = np.abs(h - problem.threshold(h))
+        distance[(relaxed.x > 0) & (relaxed.x < 1)] = 0.0
+        starts = problem.columns.starts
+        at = np.arange(problem.n)
+        if starts.size - 1 > _BLOCKS_OF_A_CORE:
+            blocks = np.sort(self.rng.choice(starts.size - 1, _BLOCKS_OF_A_CORE, replace=False))
+            at = np.concatenate([np.arange(starts[b], starts[b + 1]) for b in blocks])
+        return np.sort(at[np.argsort(distance[at], kind="stable")[:size]])
+
+    def _epoch(self, relaxed: Relaxation, base: Incumbent, fresh: bool, first: bool) -> None:
+        """Cycles on one core, from the relaxation if `fresh`, else from the incumbent."""
+        monitor, parameters, rng = self.monitor, self.parameters, self.rng
+        size = int(np.clip(5 * relaxed.fractional, min(300, parameters.core), parameters.core))
+        local = CorePoint(base, self._choose_core(relaxed, PATH[-1], size))
+        core = local.core
+        melt, noise = (_MELT_WHOLE, _NOISE_WHOLE) if core.n == self.problem.n else (_MELT, _NOISE)
+        tolerance = self._tolerance()
+        current: FloatArray | None = None
+        value, idle = np.inf, 0
+        while idle < parameters.cycles and not monitor.should_stop():
+            if current is None and fresh:
+                x = local.fit(relaxed.x[core.index])
+                t = _log_uniform(rng, _START) if not first else _START[0]
+            else:
+                x = local.y if current is None else current
+                t = _log_uniform(rng, melt)
+            weight = core.diagonal * np.exp(rng.uniform(*noise) * rng.standard_normal(core.n))
+            y = local.harden(x, weight, t, parameters.ratio, tolerance, monitor.should_stop)
+            tenure = int(rng.integers(_TENURE[0], _TENURE[1] + 1))
+            y, f, self.state = local.tabu(y, parameters.stall, tenure, self.state, monitor.should_stop)
+            monitor.advance()
+            idle += 1
+            if current is None or f < value - GAIN * abs(value):
+                current, value, idle = y, f, 0
+                if f < self.point.f - GAIN * abs(self.point.f):
+                    everywhere = base.y.copy()
+                    everywhere[core.index] = y
+                    found = Incumbent(self.problem, everywhere)
+                    candidate_swaps(found, monitor.should_stop)
+                    self._offer(found)
+
+
+def _log_uniform(rng: np.random.Generator, limits: tuple[float, float]) -> float:
+    return float(limits[0] * (limits[1] / limits[0]) ** rng.random())

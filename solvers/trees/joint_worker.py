@@ -1,0 +1,292 @@
+"""Exact joint problem of one dense piece: least ½ w_Pᵀ ([H⁻¹]_PP)⁻¹ w_P with numbers to prune per group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbs_opt.solvers.problem.joint_problem import condition
+from cbs_opt.solvers.trees import joint_tree
+from cbs_opt.solvers.trees import selection_tree as tree
+from cbs_opt.solvers.trees.best_first import BestFirst, Int8Array, Subproblem
+from cbs_opt.solvers.trees.joint_diagonal import best_diagonal, safe_diagonal
+from cbs_opt.solvers.trees.joint_start import eliminate
+from cbs_opt.solvers.trees.selection_worker import TOLERANCE
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
+
+_MOST_ENTRIES = 4 * 10**7  # of the stack of levels, where the worst case would take more
+
+
+@dataclass
+class JointTask:
+    """The problem with unit diagonal of A = H⁻¹, sorted by group, in units of the first incumbent's value.
+
+    Attributes
+    ----------
+    A : float64 (n, n)
+    w : float64 (n,)
+        The free minimiser: the weights, less H⁻¹g where there is a linear term.
+    group : int64 (n,), increasing
+    keep : int64 (G,)
+        Weights of each group that stay.
+    """
+
+    A: FloatArray
+    w: FloatArray
+    group: IntArray
+    keep: IntArray
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        return self.w.size
+
+
+class JointWorker:
+    """One tree's arrays over a task; see `best_first.Worker`. Selections hold 1 for kept weights."""
+
+    def __init__(self, task: JointTask, tolerance: float, rounding: float, shared: FloatArray) -> None:
+        self.task, self._tolerance, self._rounding, self._shared = task, tolerance, rounding, shared
+        n, G = task.n, task.keep.size
+        N = n + 2
+        zeros = np.zeros
+        self._state = zeros(4, np.int64)
+        self._state[tree.LEVEL] = -1
+        self._frames = zeros((N, 4), np.int64)
+        self._theta, self._bounds = zeros((N, G)), zeros(N)
+        self._U, self._Y = zeros((N, n)), zeros((N, n))
+        self._kept, self._R = zeros((N, n), np.int8), zeros((N, G), np.int64)
+        worst = n * (n + 1) * (2 * n + 1) // 6 + 4 * n * n + 64
+        self._pool = np.empty(min(worst, max(_MOST_ENTRIES, 16 * n * n)))
+        levels = 2 * N
+        self._levels = (zeros(levels, np.int64), zeros((levels, G + 1), np.int64), zeros((levels, n), np.int64))
+        self._level_data = tuple(zeros((levels, n)) for _ in range(3))
+        self.best, self.selection = np.array([np.inf]), zeros(n, np.int8)
+        self._S, self._A, self._B = zeros(n + 2, np.int64), zeros((n + 2, n + 2)), zeros((n + 2, n + 2))
+        self._work = tuple(zeros(n + 2) for _ in range(7))
+        self._marks = (zeros(n, np.int8), zeros(n, np.int8))
+        self._prices = (zeros(G), zeros(G), zeros(n, np.int64))
+        self._crowded = False
+        self.size = n
+
+    def load(self, subproblem: Subproblem) -> None:
+        """Put the subproblem's relaxation at the root, after fixing what alone costs more than the incumbent."""
+        task, incumbent, G = self.task, self._shared[0], self.task.keep.size
+        fixings = subproblem.fixings.copy()
+        self._state[tree.LEVEL] = -1
+        self._root = None
+        while True:
+            open_, A, v, extra = condition(task.A, task.w, fixings)
+            over = extra + 0.5 * v**2 / np.diag(A) >= incumbent
+            if not over.any() or extra >= incumbent:
+                break
+            fixings[open_[over]] = 1
+        m = self.size = open_.size
+        keep = task.keep - np.bincount(task.group[fixings == 1], minlength=G)
+        counts = np.bincount(task.group[open_], minlength=G)
+        if extra >= incumbent * (1 - self._tolerance) or (keep < 0).any() or (keep > counts).any():
+            return
+        if m == 0:
+            if extra < min(incumbent, self.best[0]):
+                self.best[0], self.selection = extra, fixings.copy()
+            return
+        s = 1 / np.sqrt(np.diag(A))
+        M = np.linalg.inv(A * s[:, None] * s)
+        M = np.ascontiguousarray(0.5 * (M + M.T) * s[:, None] * s)
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self._root = (open_, A, M, v, starts, keep, extra)
+        diagonal = subproblem.diagonal
+        d = safe_diagonal(A) if diagonal is None else diagonal[open_]
+        self._fixings, self._diagonal = fixings, diagonal
+        c = -M @ v
+        self._data = (M, c, v, extra + 0.5 * float(v @ M @ v), extra)
+        offsets, level_starts, index = self._levels
+        diagonals, ds, linear = self._level_data
+        self._pool[: m * m] = M.ravel()
+        offsets[0], level_starts[0], index[0, :m] = 0, starts, np.arange(m)
+        diagonals[0, :m], ds[0, :m], linear[0, :m] = np.diag(M), d, c
+        u = v if subproblem.start is None else subproblem.start[open_]
+        self._U[0, :m], self._Y[0, :m], self._kept[0, :m], self._R[0] = u, M @ u + c, 0, keep
+        self._theta[0] = 0.0
+        self._bounds[0] = subproblem.bound
+        self._frames[0] = (0, 0, tree.ROOT, 0)
+        self._state[tree.LEVEL] = 0
+
+    def run(self, nodes: int) -> bool:
+        """Work on so many nodes; whether something is left."""
+        self._crowded = False
+        if self._state[tree.LEVEL] < 0:
+            return False
+        found = np.zeros(self.size, np.int8)
+        before = self._state[tree.FOUND]
+        outcome = joint_tree.run(
+            nodes, self._tolerance, self._rounding, self._shared, *self._data, self._state, self._frames,
+            self._theta, self._bounds, self._U, self._Y, self._kept, self._R, self._pool, *self._levels,
+            *self._level_data, found, self.best, self._S, self._A, self._B, *self._work, *self._marks,
+            *self._prices,
+        )  # fmt: skip
+        if self._state[tree.FOUND] > before:
+            self.selection = self._fixings.copy()
+            self.selection[self._root[0]] = found
+        self._crowded = outcome == joint_tree.CROWDED
+        return bool(outcome != joint_tree.DONE)
+
+    def take_nodes(self) -> int:
+        """Nodes since the last call."""
+        count = int(self._state[tree.NODES])
+        self._state[tree.NODES] = 0
+        return count
+
+    def crowded(self) -> bool:
+        """Whether the stack of levels is full, so that the tree must be exported."""
+        return self._crowded
+
+    def bound(self) -> float:
+        """Least bound of the open nodes, infinity when there are none."""
+        count = int(self._state[tree.LEVEL]) + 1
+        is_open = self._frames[:count, tree.PENDING] > 0
+        return float(self._bounds[:count][is_open].min()) if is_open.any() else np.inf
+
+    def export(self) -> list[Subproblem]:
+        """The open nodes; the tree is empty afterwards."""
+        out = []
+        _, level_starts, index = self._levels
+        for level in range(int(self._state[tree.LEVEL]) + 1):
+            pending = self._frames[level, tree.PENDING]
+            if not pending:
+                continue
+            q = self._frames[level, tree.QLEVEL]
+            m = level_starts[q, -1]
+            at = self._root[0][index[q, :m]]
+            fixings = self._fixings.copy()
+            fixings[self._root[0]] = 0
+            fixings[at] = np.where(self._kept[level, :m] == 1, 1, -1)
+            if pending == 1:
+                fixings[at[self._frames[level, tree.BRANCH]]] = self._frames[level, tree.VALUE]
+            u = np.zeros(self.task.n)
+            u[at] = self._U[level, :m]
+            out.append(Subproblem(float(self._bounds[level]), fixings, u, self._diagonal))
+        self._state[tree.LEVEL] = -1
+        return out
+
+    def relaxed_point(self) -> FloatArray:
+        """The relaxed point of the last node, float64 (n,); the minimiser where it had none."""
+        level = int(self._state[joint_tree.POINT])
+        if self._root is None or level < 0:
+            return np.asarray(self.task.w)
+        columns = self._levels[2][level, : self._levels[1][level, -1]]
+        u = np.zeros(self.task.n)
+        u[self._root[0][columns]] = self._work[6][: columns.size]
+        return u
+
+    def better_diagonal(self) -> FloatArray | None:
+        """A diagonal for the subproblem; zero on the weights that it decides."""
+        if self._root is None:
+            return None
+        open_, A, M, v, starts, keep, extra = self._root
+        scale = max(self._shared[0] - extra, 1e-3 * self._shared[0])
+        full = np.zeros(self.task.n)
+        full[open_] = best_diagonal(M, A, v, starts, keep, scale)
+        return full
+
+
+@dataclass
+class JointTree:
+    """A prepared branch and bound over one dense piece, in the order and units of the caller."""
+
+    order: IntArray
+    task: JointTask
+    scale: float
+    queue: BestFirst
+    evaluate: Callable[[BoolArray], float]
+    _doubt: float = 0.0
+    _known: tuple[float, float] | None = None
+
+    def selection(self) -> Int8Array:
+        """The incumbent, int8 (n,): 1 = pruned."""
+        out = np.empty(self.task.n, np.int8)
+        out[self.order] = 1 - self.queue.selection
+        return out
+
+    def value(self) -> float:
+        """Its value, by `evaluate`."""
+        inner = self.queue.value
+        if self._known is None or self._known[0] != inner:
+            value = self.evaluate(self.selection() > 0)
+            self._doubt = max(self._doubt, abs(value - self.scale * inner))
+            self._known = (inner, value)
+        return self._known[1]
+
+    def bound(self) -> float:
+        """Lower bound, less what the conditional inverses lose where H is near singular."""
+        value = self.value()
+        return min(max(self.scale * self.queue.bound() - 2 * self._doubt, 0.0), value)
+
+
+def prepare_joint(
+    A: FloatArray,
+    H: FloatArray,
+    w: FloatArray,
+    group: IntArray,
+    keep: IntArray,
+    starts: list[Int8Array],
+    evaluate: Callable[[BoolArray], float] | None = None,
+    tolerance: float = TOLERANCE,
+) -> JointTree:
+    """Find a first selection, scale the problem by its value, and put the root into a queue.
+
+    Parameters
+    ----------
+    A, H : float64 (n, n)
+        Inverse of the Hessian, and the Hessian.
+    w : float64 (n,)
+        Free minimiser.
+    group : int64 (n,)
+    keep : int64 (G,)
+        Weights of each group that stay.
+    starts : list of int8 (n,)
+        Feasible selections, 1 = pruned.
+    evaluate : callable, optional
+        Value of a selection, bool (n,), True = pruned; computed from H where not given.
+    tolerance : float
+    """
+    order = np.argsort(group, kind="stable")
+    s = 1 / np.sqrt(np.diag(A)[order])
+    A_ = np.ascontiguousarray(A[np.ix_(order, order)] * s[:, None] * s)
+    H_ = H[np.ix_(order, order)] / s[:, None] / s
+    H_ = np.ascontiguousarray(0.5 * (H_ + H_.T))
+    w_, group_, keep = w[order] * s, group[order], np.asarray(keep, np.int64)
+    n = w.size
+
+    def by_kept_side(pruned: BoolArray) -> float:
+        kept = (~pruned[order]).astype(np.int8)
+        square, vectors = np.empty((n + 1, n + 1)), [np.empty(n + 1) for _ in range(3)]
+        S = np.empty(n + 1, np.int64)
+        return float(
+            joint_tree.kept_value(H_, -H_ @ w_, w_, kept, n, square, vectors[0], vectors[1], S, vectors[2])
+        )
+
+    candidates = []
+    for pruned in (None, *starts):
+        kept = np.ones(n, np.int8) if pruned is None else (1 - np.asarray(pruned, np.int8)[order]).astype(np.int8)
+        if pruned is not None:
+            candidates.append(kept.copy())
+        eliminate(H_, H_ @ w_, kept, group_, keep)
+        candidates.append(kept)
+    values = [condition(A_, w_, kept)[3] for kept in candidates]
+    best = int(np.argmin(values))
+    kept, value = candidates[best], values[best]
+    scale = value if value > 0 else 1.0
+    task = JointTask(A_, w_ / np.sqrt(scale), group_, keep)
+    root = Subproblem(0.0, np.full(n, -1, np.int8), None, None)
+    queue = BestFirst(
+        lambda tol, atol, shared: JointWorker(task, tol, atol, shared),
+        root,
+        kept,
+        condition(task.A, task.w, kept)[3],
+        tolerance,
+        1e-12,
+    )
+    return JointTree(order, task, scale, queue, evaluate or by_kept_side)

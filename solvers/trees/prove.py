@@ -1,0 +1,324 @@
+"""Proving a problem: one tree over all open weights, or a table for every component."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cbs_opt.errors import SolverError
+from cbs_opt.instance import Instance
+from cbs_opt.monitor import Monitor
+from cbs_opt.result import Status
+from cbs_opt.solver import Context
+from cbs_opt.solvers.problem.decided import decide
+from cbs_opt.solvers.problem.joint_problem import JointProblem
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
+from cbs_opt.solvers.trees.best_first import Int8Array
+from cbs_opt.solvers.trees.block_search import BlockSearch
+from cbs_opt.solvers.trees.joint_worker import JointTree, prepare_joint
+from cbs_opt.solvers.trees.selection_worker import TOLERANCE, SelectionTree, prepare_selection
+from cbs_opt.solvers.trees.tables import JointTable, SelectionTable, SeparableTable, Table
+from cbs_opt.stop import Stop
+from cbs_opt.typing import BoolArray
+
+MAX_WEIGHTS = 2000
+"""Largest dense problem of one tree."""
+
+WITHOUT_LIMIT = 100
+"""Largest component, in weights, without a time limit: most such blocks that we have are proven in a second."""
+
+_TABLE_SPEED = 1e5  # squared component sizes, summed, of which a second of branch and bound proves most
+_TABLE_WORK = 1e6  # the same, as much as is taken on without a time limit
+_NODES = 10**6  # after which a proof without any limit gives up
+_FINEST = 1e-12  # tolerance of a tree
+_ATTEMPTS = 3
+_SLICE_WORK = 4e6  # nodes of a slice times squared variables: some milliseconds
+_STEP = 0.02  # share of the gap that a better bound must close to be reported
+
+Provable = SelectionProblem | JointProblem
+"""What can be proven."""
+
+
+def is_provable(sizes: Sequence[int], groups: int, largest: int, stop: Stop) -> bool:
+    """Whether branch and bound is likely to prove something of components of these sizes under one budget.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Weights of the components.
+    groups : int
+        Groups with a budget of their own; several tie all components together.
+    largest : int
+        Largest component that is taken on.
+    stop : Stop
+        The work must fit into half of the time, which heuristics use better for more; no limit on iterations.
+    """
+    if not sizes or groups != 1 or max(sizes) > largest:
+        return False
+    if stop.time_limit is None:
+        return not stop.limits_work and sum(size**2 for size in sizes) <= _TABLE_WORK
+    return sum(size**2 for size in sizes) <= 0.5 * stop.time_limit * _TABLE_SPEED
+
+
+def check_size(instance: Instance, objective: str) -> None:
+    """Refuse, before any work, a joint problem that is too large for dense trees.
+
+    Raises
+    ------
+    SolverError
+    """
+    if objective == "selection":
+        return
+    curvature = instance.curvature
+    fixed, _, left = decide(instance)
+    sizes = [int((fixed[curvature.block_slice(k)] == 0).sum()) for k in range(curvature.number_of_blocks)]
+    together = int((left > 0).sum()) > 1 or np.count_nonzero(sizes) <= 1
+    largest = sum(sizes) if together else max(sizes)
+    if largest > MAX_WEIGHTS or int(curvature.block_sizes.max()) > 2 * MAX_WEIGHTS:
+        what = "the instance" if together else "a block"
+        raise _too_large(max(largest, int(curvature.block_sizes.max())), what)
+
+
+def _too_large(size: int, what: str) -> SolverError:
+    return SolverError(
+        f"solver 'exact' takes at most {MAX_WEIGHTS} coupled weights, {what} has {size}: "
+        "'search', 'joint' and 'relax' have no such limit"
+    )
+
+
+class Proof:
+    """Branch and bound over a problem; an iteration is a node.
+
+    Selection: the box and budget relaxation of every node by Newton steps on its free variables, a diagonal shift
+    near the semidefinite bound where a subproblem turns out large, reduced costs, warm-started children. Joint:
+    the perspective relaxation, likewise with a diagonal fitted to the subproblem. Several components under one
+    budget: a table of bounds per component over the numbers to prune, joined by dynamic programming; only the
+    entries on which the joined bound rests are solved. With one thread the same problem gives the same nodes.
+
+    Parameters
+    ----------
+    problem : SelectionProblem or JointProblem
+
+    Attributes
+    ----------
+    search : BlockSearch or None
+        The tables, where there are several components under one budget.
+    one_tree : bool
+        Whether one tree takes all open weights.
+    sorted : bool
+        Whether no weight is coupled, so that sorting each group solves the problem.
+
+    Raises
+    ------
+    SolverError
+        When a component is too large.
+    """
+
+    def __init__(self, problem: Provable) -> None:
+        self.problem = problem
+        self.search: BlockSearch | None = None
+        several = int((problem.budget > 0).sum()) > 1
+        sizes = problem.component_sizes
+        self.sorted = several and not sizes
+        self.one_tree = several or (len(sizes) <= 1 and problem.n <= MAX_WEIGHTS)
+        if self.one_tree and not self.sorted and problem.n > MAX_WEIGHTS:
+            raise _too_large(problem.n, "this instance, whose groups tie all its blocks together,")
+        if max(sizes, default=0) > MAX_WEIGHTS:
+            raise _too_large(max(sizes), "a block")
+
+    def start(self, context: Context) -> None:
+        """Report first selections."""
+        report = Report(self.problem, context.monitor)
+        report.selection(self.problem.first())
+        if context.warm_start is not None:
+            report.selection(context.warm_start)
+
+    def run(self, context: Context) -> Status:
+        """Prove the incumbent of the context's monitor until the gap is closed or a rule stops."""
+        problem, monitor = self.problem, context.monitor
+        if problem.n == 0:
+            assert monitor.objective is not None
+            Report(problem, monitor).bound(monitor.objective)
+            return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+        if isinstance(problem, SelectionProblem) and self.sorted:
+            # The first selection has the cheapest weights of each group.
+            Report(problem, monitor).bound(problem.certified_bound(np.zeros(problem.n)))
+            return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+        solve = self._one_tree if self.one_tree else self._tables
+        tolerance = TOLERANCE
+        for _ in range(_ATTEMPTS):
+            # Where an offset cancels most of the loss, a tree is closed to a smaller share of its own value.
+            assert monitor.objective is not None
+            inner = max(abs(monitor.objective - problem.offset), 1e-300)
+            tolerance = max(_FINEST, min(tolerance, TOLERANCE * abs(monitor.objective) / inner))
+            solve(context, Report(problem, monitor), tolerance)
+            if monitor.should_stop() or monitor.closed:
+                break
+            tolerance *= 0.1
+        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+
+    def _one_tree(self, context: Context, report: Report, tolerance: float) -> None:
+        """One tree over all open weights."""
+        problem, monitor, extras = self.problem, context.monitor, context.extras
+        assert monitor.pruned is not None
+        tree = tree_of(problem, monitor.pruned, tolerance, monitor.should_stop)
+        queue = tree.queue
+        seen = [0, np.inf]
+
+        def progress() -> bool:
+            monitor.advance(queue.nodes - int(seen[0]))
+            seen[0] = queue.nodes
+            if queue.value < seen[1]:
+                seen[1] = queue.value
+                report.selection(problem.expand(tree.selection()))
+            report.bound(problem.from_units(tree.bound()), last=queue.finished())
+            extras.update({"nodes": queue.nodes, "open": queue.open, "diagonals": queue.diagonals})
+            return monitor.should_stop()
+
+        size = int(np.clip(_SLICE_WORK / problem.n**2, 1, 200))
+        queue.run(progress, context.tree_workers, _limited(size, monitor.stop))
+        progress()
+        report.bound(problem.from_units(tree.bound()), last=True)
+
+    def _tables(self, context: Context, report: Report, tolerance: float) -> None:
+        """A table for every component under one budget."""
+        problem, monitor, extras = self.problem, context.monitor, context.extras
+        search = BlockSearch(tables_of(problem), int(problem.budget.sum()), tolerance, context.workers)
+        self.search = search
+        seen = [0]
+
+        def progress() -> bool:
+            monitor.advance(search.nodes - seen[0])
+            seen[0] = search.nodes
+            if search.path is not None:
+                report.selection(problem.expand(search.selection()))
+            if np.isfinite(search.bound):
+                report.bound(problem.from_units(search.bound), last=True)
+            extras.update({"nodes": search.nodes, "open": search.open, "rounds": search.rounds})
+            return monitor.should_stop()
+
+        search.run(progress, monitor.should_stop)
+        progress()
+
+
+class Report:
+    """Passes selections and bounds on to the monitor, in units of the instance.
+
+    A bound is lowered by what the sums of the incumbent's loss may lose in float64: the comparison that proves it
+    optimal involves both.
+    """
+
+    def __init__(self, problem: Provable, monitor: Monitor) -> None:
+        self.problem, self.monitor = problem, monitor
+        self._rounding = 0.0 if monitor.pruned is None else problem.rounding(monitor.pruned)
+
+    def selection(self, pruned: BoolArray) -> None:
+        """Offer a selection, bool (n,)."""
+        if self.monitor.report(self.problem.loss(pruned), pruned):
+            self._rounding = self.problem.rounding(pruned)
+
+    def bound(self, bound: float, last: bool = True) -> None:
+        """Offer a bound, unless it is hardly better than the last one and not to be the `last`."""
+        monitor = self.monitor
+        bound -= self._rounding
+        if self.problem.nonnegative:
+            bound = max(bound, 0.0)
+        if monitor.objective is not None:
+            bound = min(bound, monitor.objective)
+            if not last and monitor.bound is not None:
+                missing = monitor.objective - monitor.bound
+                if bound - monitor.bound < _STEP * missing:
+                    return
+        monitor.report_bound(bound)
+
+
+def tree_of(
+    problem: Provable,
+    pruned: BoolArray,
+    tolerance: float = TOLERANCE,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> SelectionTree | JointTree:
+    """A branch and bound over all open weights of a problem, from a feasible selection, bool (n,)."""
+    start: Int8Array = pruned[problem.index].astype(np.int8)
+    if isinstance(problem, SelectionProblem):
+        return prepare_selection(
+            problem.matrix,
+            problem.linear,
+            problem.group,
+            problem.budget,
+            [start],
+            tolerance,
+            should_stop=should_stop,
+        )
+
+    def evaluate(y: BoolArray) -> float:
+        return problem.loss(problem.expand(y)) - problem.offset
+
+    return prepare_joint(*problem.matrices(), problem.group, problem.keep, [start], evaluate, tolerance)
+
+
+def tables_of(problem: Provable) -> list[Table]:
+    """One table a component, in the order of the problem's variables; one for all uncoupled weights."""
+    if isinstance(problem, JointProblem):
+        return [JointTable(block.A, block.H, block.w) for block in problem.blocks]
+    alone = problem.uncoupled
+    tables: list[Table] = [SeparableTable(problem.linear[alone])] if alone.size else []
+    return [*tables, *(SelectionTable(Q, problem.linear[at]) for at, Q in problem.parts)]
+
+
+def prove_within(proof: Proof, context: Context) -> Status:
+    """Prove the incumbent that a heuristic has found, until a rule stops; without any, up to many nodes."""
+    monitor = context.monitor
+    proof.run(context if monitor.stop.limits_work else replace(context, monitor=_limited_monitor(monitor)))
+    return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+
+
+def _limited(size: int, stop: Stop) -> int:
+    """Nodes of a slice: no more than an iteration limit allows."""
+    return size if stop.max_iterations is None else max(1, min(size, stop.max_iterations))
+
+
+def _limited_monitor(outer: Monitor) -> Monitor:
+    """A monitor that starts from what `outer` has, passes everything on to it, and stops after some nodes."""
+    before = outer.iterations
+
+    def pass_on(inner: Monitor) -> None:
+        outer.advance(before + inner.iterations - outer.iterations)
+        if inner.objective is not None and inner.pruned is not None:
+            outer.report(inner.objective, inner.pruned)
+        if inner.bound is not None:
+            outer.report_bound(inner.bound)
+
+    inner = Monitor(Stop(max_iterations=_NODES, should_stop=outer.should_stop), pass_on)
+    if outer.objective is not None and outer.pruned is not None:
+        inner.report(outer.objective, outer.pruned)
+    if outer.bound is not None:
+        inner.report_bound(outer.bound)
+    return inner
+
+
+def warm_up(objective: str) -> None:
+    """Compile the kernels of an objective, by a small problem of every kind."""
+    rng = np.random.default_rng(0)
+    G = rng.standard_normal((16, 14))
+    H, w, group = G.T @ G, rng.standard_normal(14), np.zeros(14, np.int64)
+    never: Callable[[], bool] = lambda: False  # noqa: E731
+    tree: Any
+    if objective == "selection":
+        Q = H * w[:, None] * w
+        tree = prepare_selection(Q, np.zeros(14), group, np.array([7]), [])
+        table: Table = SelectionTable(Q[:3, :3], w[:3])
+        second: Table = SelectionTable(Q[:3, :3], w[:3])
+    else:
+        A = np.linalg.inv(H)
+        tree = prepare_joint(A, H, w, group, np.array([7]), [])
+        table, second = (JointTable(A[:3, :3], np.linalg.inv(A[:3, :3]), w[:3]) for _ in range(2))
+    worker = tree.queue.new_worker(np.array([np.inf]))
+    worker.load(tree.queue.best_open())
+    worker.better_diagonal()
+    tree.queue.run(never)
+    tree.value()
+    BlockSearch([table, second], 3, TOLERANCE).run(never, never)
