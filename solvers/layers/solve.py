@@ -143,6 +143,7 @@ class _Run:
     def joint(self, warm_start: list[BoolArray] | None) -> None:
         """Magnitude first, then better and better; see `solve_layers`."""
         magnitude = self.budget.cheapest(self.layers, [np.abs(layer.weights) for layer in self.layers])
+        self.incumbent.offer(self._zeroed_loss(magnitude), magnitude)  # a first answer at once
         pending = [magnitude] if warm_start is None else [magnitude, warm_start]
         if self.columns > TABLEAU_COLUMNS:
             with threadpool_limits(self.threads):
@@ -238,7 +239,6 @@ class _Run:
                 return
 
     def _joint_large(self, pending: list[list[BoolArray]]) -> None:
-        self.incumbent.offer(self._zeroed_loss(pending[0]), pending[0])
         best, value = None, np.inf
         try:
             for quick in (priced_sweep, admm):
