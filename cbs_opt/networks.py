@@ -38,7 +38,8 @@ def export(
         Also compiled, in DataParallel, or of half precision; it is left as it was.
     inputs, labels : tensors, arrays, lists
         Or `inputs` alone: (inputs, labels), dictionaries, a loader of batches, a data set, a function that runs
-        the model; see `cbs_opt.instances.own_data`. Reconstruction (`source="reconstruction"`) needs no labels.
+        the model; see `cbs_opt.instances.own_data`. Reconstruction (`source="reconstruction"`) and
+        `source="kfac"` with `fisher="exact"` or `"sampled"` need no labels.
     names : sequence of str, optional
         What is pruned, by names or patterns; the weights of all layers that multiply by default.
     sparsity : float or str, optional
@@ -48,9 +49,9 @@ def export(
     samples : int, optional
         How many at most.
     seed : int, optional
-        Draw them at random.
+        Draw them at random; also of labels that `fisher="sampled"` draws, 0 there by default.
     **options
-        `loss`, `metric`, `source`, `blocks`, `damping`, `layers`, `path` and all others of
+        `loss`, `metric`, `source`, `fisher`, `blocks`, `damping`, `layers`, `path` and all others of
         `cbs_opt.instances.export.export`.
 
     Returns
@@ -84,6 +85,7 @@ def export(
         names,
         sparsity=None if sparsity is None else share_of(sparsity, "`sparsity`"),
         nm=None if nm is None else _pattern(nm),
+        seed=0 if seed is None else seed,
         **options,
     )
 

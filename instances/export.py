@@ -23,12 +23,15 @@ from cbs_opt.instances.batches import Samples, checked_call, placed
 from cbs_opt.instances.budgets import keeping
 from cbs_opt.instances.curvature import fisher_blocks
 from cbs_opt.instances.dense import dense_scores
+from cbs_opt.instances.fisher_terms import fisher_terms
 from cbs_opt.instances.gradients import CHUNK_BYTES, gradient_rows
-from cbs_opt.instances.losses import LossLike, SampleLoss
+from cbs_opt.instances.kfac import factored
+from cbs_opt.instances.losses import LossLike, SampleLoss, declared
 from cbs_opt.instances.metrics import MetricLike
 from cbs_opt.instances.modes import fewest, single_precision
+from cbs_opt.instances.output_gradients import row_gradients
 from cbs_opt.instances.plan import make_plan, with_zeros
-from cbs_opt.instances.recipe import DAMPING, Along, Form, Recipe, Source, one_of, scratch
+from cbs_opt.instances.recipe import DAMPING, Along, Fisher, Form, Recipe, Source, one_of, scratch
 from cbs_opt.instances.reconstruction import input_covariances
 from cbs_opt.instances.row_blocks import RowBlocks, row_blocks
 from cbs_opt.instances.scores import Judge, torch_device
@@ -70,6 +73,8 @@ def export(
     nm_along: Along = "inputs",
     layers: Mapping[str, float] | None = None,
     keep_at_least: float | None = None,
+    fisher: Fisher | None = None,
+    seed: int = 0,
     exclude: Sequence[str] | None = None,
     device: str = "auto",
     path: Path | str | None = None,
@@ -98,6 +103,7 @@ def export(
         The part of a structured output that the loss is about, see `cbs_opt.instances.outputs`.
     source, curvature, blocks, batch, damping, relative_damping, dtype : optional
     sparsity, per_layer, nm, first_order, memory, keep_mask, nm_along, layers, keep_at_least : optional
+    fisher, seed : optional
         See `cbs_opt.instances.recipe.Recipe`.
     exclude : sequence of str, optional
         Names or patterns of what is not to be pruned.
@@ -147,6 +153,8 @@ def export(
         nm_along,
         layers,
         keep_at_least,
+        fisher,
+        seed,
     )
     job = Export(
         model,
@@ -215,10 +223,11 @@ class Export:
     ) -> None:
         one_of("device", device, ("auto", "cpu", "cuda"))
         self.device = torch_device(device)
-        if labels is None and recipe.source != "reconstruction":
+        if labels is None and recipe.needs_labels:
+            others = "`--fisher sampled` or `exact`" if recipe.source == "kfac" else "`--source reconstruction`"
             raise InstanceError(
                 "the data have no labels, which the gradients of the loss need: give (inputs, labels), or take "
-                "`--source reconstruction`, which needs none"
+                f"{others}, which needs none"
             )
         if labels is not None and len(inputs) != len(labels):
             raise InstanceError(f"there are {len(inputs)} inputs but {len(labels)} labels")
@@ -241,6 +250,8 @@ class Export:
         self.model, self.recipe = plan.model, recipe
         self.judge = Judge(loss, metric, output_key)
         self._loss_declared = loss is not None
+        if labels is None and self.judge.loss is None:
+            self.judge.loss = declared("cross-entropy", output_key)  # the network's own classes need no labels
         self.places, self.names, self.weights = plan.places, plan.names, plan.weights
         self.shapes = [place.layout.rows_shape for place in plan.places]
         self.sizes = recipe.sizes(self.shapes)
@@ -281,7 +292,7 @@ class Export:
                 G = self._collected(recipe.entry, None)
                 form = GradientFactor(G, self._fisher_damping(), self.sizes)
             else:
-                rows = None if recipe.source == "fisher" else self._rows(None)
+                rows = self._rows(None) if recipe.by_rows else None
                 sizes = self.sizes if rows is None else rows.sizes
                 flat = np.empty(sum(b * b for b in sizes), recipe.entry)
                 start = 0
@@ -313,7 +324,7 @@ class Export:
                 arrays["damping"] = lambda: np.array(self._fisher_damping())
             else:
                 key = recipe.form.replace("-", "_")
-                rows = None if recipe.source == "fisher" else self._rows(path.parent)
+                rows = self._rows(path.parent) if recipe.by_rows else None
                 count = sum(b * b for b in (self.sizes if rows is None else rows.sizes))
                 arrays[key] = Stream(recipe.entry, (count,), self._blocks(rows, path.parent))
                 if rows is not None and not rows.plain:
@@ -415,13 +426,25 @@ class Export:
             chunk_bytes=self._chunk_bytes,
             progress=lambda done: self._progress("inputs", done, self.samples),
         )
+        scales = None
+        if recipe.source == "kfac":
+            gradients = row_gradients(
+                self.model,
+                self.inputs,
+                self.labels,
+                {place.name: place.layout for place in self.places},
+                fisher_terms(recipe.fisher or "empirical", self._loss(), recipe.seed),
+                chunk_bytes=self._chunk_bytes,
+                progress=lambda done: self._progress("output gradients", done, self.samples),
+            )
+            covariances, scales = factored(covariances, gradients)
         relative = recipe.relative_damping
         dampings = [DAMPING if recipe.damping is None else recipe.damping for _ in covariances]
         if relative is not None:
             dampings = [relative * layer.mean_diagonal for layer in covariances]
         self.facts["damping"] = dampings[0] if relative is None else dampings
         size = recipe.block_rule if isinstance(recipe.block_rule, int) else None
-        rows = row_blocks(covariances, dampings, size)
+        rows = row_blocks(covariances, dampings, size, scales)
         recipe.check_fits(self.shapes, self.samples, folder, rows.sizes)
         self.stored = len(rows.stored)
         return rows
@@ -458,6 +481,8 @@ class Export:
     def _loss(self) -> SampleLoss:
         """The loss, each sample of which is a share of the whole."""
         assert self.judge.loss is not None
+        if self.labels is None:
+            return self.judge.loss
         return self.judge.loss.over(self.judge.mean_weight)
 
     def _linear(self) -> FloatArray | None:
@@ -466,12 +491,13 @@ class Export:
     def _metadata(self) -> dict[str, Any]:
         recipe = self.recipe
         loss = "" if self.judge.loss is None else self.judge.loss.name
+        fisher = recipe.fisher or "empirical"
         of = "single samples" if recipe.batch == 1 else f"mini-batches of {recipe.batch}"
-        hessian = (
-            f"empirical Fisher of the gradients of {of}, {loss}"
-            if recipe.source == "fisher"
-            else "XXᵀ/m of each layer's inputs: half the squared error of its output"
-        )
+        hessian = {
+            "fisher": f"empirical Fisher of the gradients of {of}, {loss}",
+            "reconstruction": "XXᵀ/m of each layer's inputs: half the squared error of its output",
+            "kfac": f"E[g²] XXᵀ/m of each row's inputs and output gradients, {fisher} Fisher, {loss}",
+        }[recipe.source]
         facts: dict[str, Any] = {
             "network": type(self.model).__name__,
             "tensors": table_of(self.places),
@@ -483,6 +509,10 @@ class Export:
             "writer": f"cbs-opt {__version__}",
             **self.facts,
         }
+        if recipe.source == "kfac":
+            facts["fisher"] = fisher
+            if fisher == "sampled":
+                facts["label_seed"] = recipe.seed
         if recipe.relative_damping is not None:
             facts["relative_damping"] = recipe.relative_damping
         if recipe.layers:

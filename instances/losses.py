@@ -120,24 +120,29 @@ class ClassLoss(SampleLoss):
     def terms(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Sums and weights of each of m samples."""
         view = self.classes(outputs, targets)
+        losses = self.losses(view)
+        sums = losses.reshape(len(losses), -1).sum(1)
+        if self.total:
+            return sums, torch.ones_like(sums)
+        if view.target.is_floating_point():
+            counts = torch.ones_like(losses)
+        else:
+            counts = view.counted.to(losses)
+            if self.module.weight is not None:
+                index = torch.where(view.counted, view.target, torch.zeros_like(view.target))
+                counts = counts * self.module.weight.to(losses)[index]
+        return sums, counts.reshape(len(losses), -1).sum(1)
+
+    def losses(self, view: ClassView) -> Tensor:
+        """The loss at every place, (m, …)."""
         scores = _precise(view.scores)
         module = self.module
         weight = module.weight
         if weight is not None and (weight.device, weight.dtype) != (scores.device, scores.dtype):
             module = copy.deepcopy(module).to(scores.device, scores.dtype)
         target = view.target.to(scores.dtype) if view.target.is_floating_point() else view.target
-        losses = module(scores, target)
-        sums = losses.reshape(len(scores), -1).sum(1)
-        if self.total:
-            return sums, torch.ones_like(sums)
-        if view.target.is_floating_point():
-            counts = torch.ones_like(losses)
-        else:
-            counts = view.counted.to(scores.dtype)
-            if module.weight is not None:
-                index = torch.where(view.counted, view.target, torch.zeros_like(view.target))
-                counts = counts * module.weight.to(scores)[index]
-        return sums, counts.reshape(len(scores), -1).sum(1)
+        losses: Tensor = module(scores, target)
+        return losses
 
     def check(self, outputs: Any, targets: Any, inputs: Any = None) -> None:
         """Classes, their numbers, and whether the scores look like what the loss takes."""

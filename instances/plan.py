@@ -74,8 +74,8 @@ def make_plan(
     model : torch.nn.Module
     names, exclude : sequence of str, optional
         Names and patterns, see `prunable.matches`. The order of exact names is kept.
-    source : {"fisher", "reconstruction"}
-        Tensors without a reconstruction error that can be computed are left out of the latter.
+    source : {"fisher", "reconstruction", "kfac"}
+        Tensors without a reconstruction error that can be computed are left out of the latter two.
     run : callable
         Runs a network on one sample.
 
@@ -91,8 +91,9 @@ def make_plan(
     chosen = _in_order(default.chosen(names, exclude), names) if names is not None or exclude else default
     if not chosen.tensors:
         raise UsageError(_nothing(default))
-    if source == "reconstruction" or not set(chosen.tensors) <= set(default.tensors):
-        chosen = _followed(plain.model, chosen, run, required=source == "reconstruction")
+    by_rows = source != "fisher"
+    if by_rows or not set(chosen.tensors) <= set(default.tensors):
+        chosen = _followed(plain.model, chosen, run, required=by_rows)
     chosen.log()
     parameters = dict(plain.model.named_parameters())
     for tensor in chosen.tensors:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from cbs_opt.instances.patches import convolution_patches, transposed_patches
 from cbs_opt.instances.recurrent import RECURRENT, recurrent_inputs
 from cbs_opt.instances.tensors import Layout
+from cbs_opt.instances.views import NotFollowed, is_view, memory_of, part_of
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,15 @@ class Product:
         Of the weight.
     first, last : int
         Its rows first … last − 1, in the order of the instance.
-    inputs : Tensor (K, places), or None
-        None for a look-up.
-    counts : Tensor (last − first,), or None
-        What the product adds to every diagonal entry of a row: how often a row of an embedding was read, or the
-        squares of what a row was multiplied by, where the product runs across the rows.
+    outputs : callable
+        Brings a tensor of the shape of the call's result, or its gradient, to (last − first, places), the rows'
+        outputs; to (K, places) where there are `counts`.
+    inputs : callable, or None
+        Gives the Tensor (K, places) of what the rows are multiplied by; None where there are `counts`.
+    counts : callable, or None
+        Gives the Tensor (last − first,) of what the product adds to every diagonal entry of a row: how often a row
+        of an embedding was read, or the squares of what a row was multiplied by, where the product runs across the
+        rows. Takes None, or a factor for each place, Tensor (places,).
     across : bool
         Whether the weight was multiplied from the other side than its layout says.
     """
@@ -44,13 +50,15 @@ class Product:
     name: str
     first: int
     last: int
-    inputs: Tensor | None
-    counts: Tensor | None = None
+    outputs: Callable[[Tensor], Tensor]
+    inputs: Callable[[], Tensor] | None
+    counts: Callable[[Tensor | None], Tensor] | None = None
     across: bool = False
 
 
-class NotFollowed(Exception):  # noqa: N818  (no error of the user's)
-    """A call that multiplies in a way that cannot be followed."""
+def columns_of(a: Tensor) -> Tensor:
+    """Inputs or outputs (…, K) as (K, places)."""
+    return a.reshape(-1, a.shape[-1]).T
 
 
 class Products(TorchFunctionMode):
@@ -76,7 +84,7 @@ class Products(TorchFunctionMode):
         self._weights, self._report, self._refuse = weights, report, refuse
         self._names: dict[tuple[str, int], list[str]] = {}
         for name, (tensor, _) in weights.items():
-            self._names.setdefault(_memory(tensor), []).append(name)
+            self._names.setdefault(memory_of(tensor), []).append(name)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -86,9 +94,9 @@ class Products(TorchFunctionMode):
         title = getattr(func, "__name__", "")
         if title in _HARMLESS:
             return func(*args, **kwargs)
-        met = {name for value in (*args, *kwargs.values()) for name in self._met(value)}
+        met = self.names_in(args, kwargs)
         result = func(*args, **kwargs)
-        if met and not _is_view(result, args):
+        if met and not is_view(result, args):
             self._followed: set[str] = set()
             reason = f"torch's '{title}' does not multiply by it"
             try:
@@ -99,13 +107,18 @@ class Products(TorchFunctionMode):
                 reason = f"{type(error).__name__} in torch's '{title}'"
             for name in met - self._followed:
                 self._refuse(name, reason)
+            return self.result_of(result)
+        return result
+
+    def result_of(self, result: Any) -> Any:
+        """What a call by weights returns to the network, after its products have been reported."""
         return result
 
     def _follow(self, title: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Report the products of a call."""
         if title in RECURRENT:
             for matrix, inputs in recurrent_inputs(title, args):
-                self.met(matrix, lambda inputs=inputs: inputs.T)  # type: ignore[misc]
+                self.met(matrix, lambda inputs=inputs: inputs.T, _unknown)  # type: ignore[misc]
             return
         handler = _HANDLERS.get(title)
         if handler is None:
@@ -115,6 +128,10 @@ class Products(TorchFunctionMode):
     def _tell(self, product: Product) -> None:
         self._followed.add(product.name)
         self._report(product)
+
+    def names_in(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[str]:
+        """The weights among the arguments of a call."""
+        return {name for value in (*args, *kwargs.values()) for name in self._met(value)}
 
     def _met(self, value: Any) -> list[str]:
         if isinstance(value, Tensor):
@@ -126,13 +143,20 @@ class Products(TorchFunctionMode):
 
     def _name(self, tensor: Tensor) -> str | None:
         """The weight that a tensor is, or is a view of: several may lie in one piece of memory."""
-        for name in self._names.get(_memory(tensor), ()):
+        for name in self._names.get(memory_of(tensor), ()):
             start = self._weights[name][0].storage_offset()
             if start <= tensor.storage_offset() < start + self._weights[name][0].numel():
                 return name
         return None
 
-    def met(self, matrix: Tensor, inputs: Callable[[], Tensor], *, transposed: bool = False) -> None:
+    def met(
+        self,
+        matrix: Tensor,
+        inputs: Callable[[], Tensor],
+        outputs: Callable[[Tensor], Tensor] = columns_of,
+        *,
+        transposed: bool = False,
+    ) -> None:
         """Report a product matrix · inputs, or inputsᵀ · matrix with `transposed`, where the matrix is a weight's.
 
         Parameters
@@ -141,37 +165,44 @@ class Products(TorchFunctionMode):
             A weight as it is stored, a range of its rows, or its transpose.
         inputs : callable
             Gives the inputs (K, places); only asked for where they are wanted.
+        outputs : callable, optional
+            Brings a tensor of the shape of the call's result to (outputs, places); by default the outputs are its
+            last axis.
         transposed : bool
         """
         name = self._name(matrix)
         if name is None:
             return
         weight, layout = self._weights[name]
-        first, last, flipped = _part(matrix, weight)
+        first, last, flipped = part_of(matrix, weight)
         if layout.inputs_first:
             if (first, last) != (0, weight.shape[0]):
                 raise NotFollowed("a part of its inputs is multiplied alone")
             first, last = 0, layout.rows
         if (flipped != transposed) == layout.inputs_first:
-            self._tell(Product(name, first, last, inputs()))
+            self._tell(Product(name, first, last, outputs, inputs))
         else:  # Σ_j (Σ_r δ_rj x_r)²: of each row's own terms x_r² is what all its weights share
-            squares = inputs().double().square().sum(1)
-            self._tell(Product(name, first, last, None, squares, across=True))
+            squares = inputs().double().square()
+
+            def counts(factors: Tensor | None) -> Tensor:
+                return squares.sum(1) if factors is None else squares @ factors
+
+            self._tell(Product(name, first, last, outputs, None, counts, across=True))
 
     def linear(self, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         """A · weightᵀ."""
-        self.met(weight, lambda: _columns(a))
+        self.met(weight, lambda: columns_of(a))
 
     def matmul(self, a: Tensor, b: Tensor, **_: Any) -> None:
         """A · b, where either may be the weight."""
         if self._name(b) is not None:
             if b.dim() != 2:
                 raise NotFollowed("it is a stack of matrices")
-            self.met(b, lambda: _columns(a), transposed=True)
+            self.met(b, lambda: columns_of(a), transposed=True)
         if self._name(a) is not None:
             if a.dim() != 2:
                 raise NotFollowed("it is a stack of matrices")
-            self.met(a, lambda: b.unsqueeze(-1) if b.dim() == 1 else b.movedim(-2, 0).flatten(1))
+            self.met(a, lambda: _first(b, b.dim()), lambda result: _first(result, b.dim()))
 
     def addmm(self, added: Tensor, a: Tensor, b: Tensor, **scales: Any) -> None:
         """Added + a · b."""
@@ -234,23 +265,43 @@ class Products(TorchFunctionMode):
         if name is None:
             raise NotFollowed("another argument of a convolution depends on it")
         whole, layout = self._weights[name]
-        if _part(weight, whole) != (0, whole.shape[0], False) or layout.inputs_first != inputs_first:
+        if part_of(weight, whole) != (0, whole.shape[0], False) or layout.inputs_first != inputs_first:
             raise NotFollowed("it is convolved in another order than its layer stores it")
         if inputs_first and layout.groups != groups:
             raise NotFollowed(f"it is convolved in {groups} groups, its layer says {layout.groups}")
-        rows = layout.rows // groups
-        for g, inputs in enumerate(patches().permute(1, 2, 0, 3).flatten(2)):
-            self._tell(Product(name, g * rows, (g + 1) * rows, inputs))
+        rows, dims = layout.rows // groups, weight.dim() - 2
+
+        @cache
+        def inputs() -> Tensor:
+            return patches().permute(1, 2, 0, 3).flatten(2)
+
+        def outputs(result: Tensor) -> Tensor:
+            return result.unsqueeze(0).movedim(-dims - 1, 0).flatten(1)
+
+        for g in range(groups):
+            part = slice(g * rows, (g + 1) * rows)
+            self._tell(
+                Product(
+                    name,
+                    part.start,
+                    part.stop,
+                    lambda result, part=part: outputs(result)[part],  # type: ignore[misc]
+                    lambda g=g: inputs()[g],  # type: ignore[misc]
+                )
+            )
 
     def embedding(self, indices: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
         """Rows of the weight by their numbers."""
         name = self._name(weight)
-        if name is None or _part(weight, self._weights[name][0]) != (0, weight.shape[0], False):
+        if name is None or part_of(weight, self._weights[name][0]) != (0, weight.shape[0], False):
             raise NotFollowed("it is looked up in parts")
         if self._weights[name][1].inputs_first:
             raise NotFollowed("it is looked up by columns")
-        counts = torch.bincount(indices.flatten(), minlength=weight.shape[0]).double()
-        self._tell(Product(name, 0, weight.shape[0], None, counts))
+
+        def counts(factors: Tensor | None) -> Tensor:
+            return torch.bincount(indices.flatten(), factors, minlength=weight.shape[0]).double()
+
+        self._tell(Product(name, 0, weight.shape[0], columns_of, None, counts))
 
     def attention(
         self,
@@ -273,15 +324,15 @@ class Products(TorchFunctionMode):
         separate = options.get("use_separate_proj_weight", False)
         if separate:
             for kind, a in (("q", query), ("k", key), ("v", value)):
-                self.met(options[f"{kind}_proj_weight"], lambda a=a: _columns(a))  # type: ignore[misc]
+                self.met(options[f"{kind}_proj_weight"], lambda a=a: columns_of(a), _unknown)  # type: ignore[misc]
         elif in_proj_weight is not None:
             thirds = (query, key, value)
             if query is key and key is value:
-                self.met(in_proj_weight, lambda: _columns(query))
+                self.met(in_proj_weight, lambda: columns_of(query), _unknown)
             else:
                 for k, a in enumerate(thirds):
                     rows = in_proj_weight[k * embed_dim : (k + 1) * embed_dim]
-                    self.met(rows, lambda a=a: _columns(a))  # type: ignore[misc]
+                    self.met(rows, lambda a=a: columns_of(a), _unknown)  # type: ignore[misc]
 
         def heads_outputs() -> Tensor:
             # With the identity as projection the function gives what the projection multiplies.
@@ -291,15 +342,15 @@ class Products(TorchFunctionMode):
                 query, key, value, embed_dim, heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn,
                 dropout, identity, None, **options,
             )[0]  # fmt: skip
-            return _columns(outputs)
+            return columns_of(outputs)
 
-        self.met(out_proj_weight, heads_outputs)
+        self.met(out_proj_weight, heads_outputs, _unknown)
 
     def cell(self, a: Tensor, states: Any, first: Tensor, second: Tensor, *biases: Any) -> None:
         """One step of a recurrent cell."""
         hidden = states[0] if isinstance(states, list | tuple) else states
-        self.met(first, lambda: _columns(a))
-        self.met(second, lambda: _columns(hidden))
+        self.met(first, lambda: columns_of(a), _unknown)
+        self.met(second, lambda: columns_of(hidden), _unknown)
 
 
 _HANDLERS: dict[str, Callable[..., None]] = {
@@ -326,48 +377,14 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 
 
-def _memory(tensor: Tensor) -> tuple[str, int]:
-    """Which memory a tensor is a view of."""
-    try:
-        return str(tensor.device), tensor.untyped_storage().data_ptr() if tensor.numel() else 0
-    except (RuntimeError, NotImplementedError):  # sparse tensors, and others without memory of their own
-        return "none", id(tensor)
+def _first(a: Tensor, dims: int) -> Tensor:
+    """What a matrix times a vector (K,), `dims` 1, or a stack of matrices (…, K, N) meets, as (K, places)."""
+    return a.unsqueeze(-1) if dims == 1 else a.movedim(-2, 0).flatten(1)
 
 
-def _is_view(result: Any, args: Sequence[Any]) -> bool:
-    """Whether a call only looked at a part of a tensor: the use of that part is what counts."""
-    results = result if isinstance(result, list | tuple) else (result,)
-    tensors = [part for part in results if isinstance(part, Tensor)]
-    if not tensors or not args or not isinstance(args[0], Tensor):
-        return not tensors
-    return all(_memory(part) == _memory(args[0]) for part in tensors)
-
-
-def _part(matrix: Tensor, weight: Tensor) -> tuple[int, int, bool]:
-    """Which rows of a weight a view of it holds, and whether it is transposed."""
-    shapes = [weight]
-    if weight.dim() != 2 and weight.is_contiguous():
-        shapes.append(weight.flatten(1))  # a convolution with kernels of one place, written as a product
-    for whole in shapes:
-        for flipped in (False, True) if whole.dim() == 2 == matrix.dim() else (False,):
-            part = matrix.T if flipped else matrix
-            offset, step = part.storage_offset() - whole.storage_offset(), max(whole.stride(0), 1)
-            if _same_rows(part, whole) and offset % step == 0:
-                return offset // step, offset // step + part.shape[0], flipped
-    raise NotFollowed("a part of it is used in an order of its own")
-
-
-def _same_rows(part: Tensor, whole: Tensor) -> bool:
-    """Whether the rows of both have the same shape and steps in memory."""
-    if part.dim() != whole.dim() or part.shape[1:] != whole.shape[1:]:
-        return False
-    steps = zip(part.shape, part.stride(), whole.stride(), strict=True)
-    return all(length == 1 or a == b for length, a, b in steps)
-
-
-def _columns(a: Tensor) -> Tensor:
-    """Inputs (…, K) as (K, places)."""
-    return a.reshape(-1, a.shape[-1]).T
+def _unknown(result: Tensor) -> Tensor:
+    """Outputs of products within a call of torch: `unfused` forms of these calls show them."""
+    raise NotFollowed("its outputs are hidden within a call of torch")
 
 
 def _each(value: Any, dims: int) -> Sequence[int]:

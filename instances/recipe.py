@@ -19,11 +19,13 @@ from cbs_opt.instances.budgets import budget_of_layers
 from cbs_opt.instances.curvature import Shape, block_sizes, cut, working_bytes
 from cbs_opt.typing import IntArray
 
-Source = Literal["fisher", "reconstruction"]
+Source = Literal["fisher", "reconstruction", "kfac"]
+Fisher = Literal["empirical", "sampled", "exact"]
 Form = Literal["gradients", "hessian", "inverse-hessian"]
 Along = Literal["inputs", "outputs"]
 
 DAMPING = 1e-5
+KFAC_DAMPING = 0.01  # of the mean diagonal
 SPARSITY = 0.9
 
 _SUGGESTED_SIZES = (5000, 2000, 1000, 500, 200, 100, 50, 20)
@@ -35,21 +37,23 @@ class Recipe:
 
     Parameters
     ----------
-    source : {"fisher", "reconstruction"}
-        H = λI + GᵀG/m of the loss's gradients, or H = λI + XXᵀ/m of each layer's inputs; see
-        `cbs_opt.instances.reconstruction` for the latter's scale.
+    source : {"fisher", "reconstruction", "kfac"}
+        H = λI + GᵀG/m of the loss's gradients; or, for each row of a layer, H = λI + XXᵀ/m of the layer's inputs
+        (see `cbs_opt.instances.reconstruction` for the scale), or H = E[g²] (λI + XXᵀ/m) with the gradient g of
+        the loss by the row's output (see `cbs_opt.instances.kfac`).
     curvature : {"gradients", "hessian", "inverse-hessian"}, optional
-        What is stored. By default the gradients where H is one block, and inverse blocks otherwise.
+        What is stored. By default the gradients where H is one block, the Hessian for kfac, and inverse blocks
+        otherwise.
     blocks : {"full", "layer", "row"} or int, optional
         See `curvature.block_sizes`. By default one full block for gradients, one per layer for dense blocks,
-        one per row for the reconstruction error.
+        one per row for the reconstruction error and kfac.
     batch : int
         Samples whose mean gradient is a row of G.
     damping : float, optional
-        λ; 1e-5 when `relative_damping` is not given either.
+        λ; 1e-5 when `relative_damping` is not given either, but for kfac.
     relative_damping : float, optional
-        λ as a multiple of the mean diagonal entry of H, of all weights for the Fisher matrix, of each layer for
-        the reconstruction error.
+        λ as a multiple of the mean diagonal entry: of H and all weights for the Fisher matrix, of each layer's
+        XXᵀ/m for the others; 0.01 for kfac when `damping` is not given either.
     dtype : {"float32", "float64"}, optional
         Of the stored entries; float32 for gradients, float64 for blocks, by default.
     sparsity : float, optional
@@ -71,6 +75,10 @@ class Recipe:
         Sparsities of layers by name or pattern, see `budgets.budget_of_layers`; `sparsity` is that of all others.
     keep_at_least : float, optional
         Weights that every layer keeps, or below 1 a share of each, see `budgets.keeping`.
+    fisher : {"empirical", "sampled", "exact"}, optional
+        Labels that the gradients of kfac are taken for, see `fisher_terms`; empirical by default.
+    seed : int
+        Of the labels that `fisher` sampled draws.
 
     Raises
     ------
@@ -94,12 +102,18 @@ class Recipe:
     nm_along: Along = "inputs"
     layers: Mapping[str, float] | None = None
     keep_at_least: float | None = None
+    fisher: Fisher | None = None
+    seed: int = 0
     form: Form = field(init=False)
     block_rule: str | int = field(init=False)
     entry: np.dtype[Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        one_of("source", self.source, ("fisher", "reconstruction"))
+        one_of("source", self.source, ("fisher", "reconstruction", "kfac"))
+        if self.fisher is not None:
+            one_of("fisher", self.fisher, ("empirical", "sampled", "exact"))
+            if self.source != "kfac":
+                raise UsageError(f"`fisher` chooses the labels of `source` kfac, got {self.source}")
         if self.curvature is not None:
             one_of("curvature", self.curvature, ("gradients", "hessian", "inverse-hessian"))
         if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
@@ -125,22 +139,20 @@ class Recipe:
         if self.dtype is not None:
             one_of("dtype", self.dtype, ("float32", "float64"))
         form, rule = self.curvature, self.blocks
-        if self.source == "reconstruction":
-            form, rule = form or "inverse-hessian", "row" if rule is None else rule
+        if self.by_rows:
+            what = "kfac" if self.source == "kfac" else "the reconstruction error"
+            form = form or ("hessian" if self.source == "kfac" else "inverse-hessian")
+            rule = "row" if rule is None else rule
             if form == "gradients":
-                raise UsageError(
-                    "the reconstruction error has no gradients: `curvature` hessian or inverse-hessian"
-                )
+                raise UsageError(f"{what} has no gradients: `curvature` hessian or inverse-hessian")
             if rule in ("layer", "full"):
-                raise UsageError(
-                    f"the reconstruction error has a block for each output row: `blocks` row or a size, got {rule}"
-                )
+                raise UsageError(f"{what} has a block for each output row: `blocks` row or a size, got {rule}")
             if self.first_order:
-                raise UsageError(
-                    "the reconstruction error has no first-order term: the trained weights are its minimum"
-                )
+                raise UsageError(f"{what} has no first-order term: the trained weights are its minimum")
             if self.batch > 1:
-                raise UsageError("`batch` is for gradients, which the reconstruction error has not")
+                raise UsageError(f"`batch` is for gradients, which {what} has not")
+            if self.source == "kfac" and self.damping is None and self.relative_damping is None:
+                object.__setattr__(self, "relative_damping", KFAC_DAMPING)
         else:
             form = form or ("gradients" if rule in (None, "full") else "inverse-hessian")
             rule = rule if rule is not None else "full" if form == "gradients" else "layer"
@@ -150,9 +162,19 @@ class Recipe:
         default = "float32" if form == "gradients" else "float64"
         object.__setattr__(self, "entry", np.dtype(self.dtype or default))
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether every row of a layer has a block of its own, which it shares with other rows."""
+        return self.source != "fisher"
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the labels of the data enter H."""
+        return self.source == "fisher" or (self.source == "kfac" and self.fisher in (None, "empirical"))
+
     def sizes(self, shapes: Sequence[Shape]) -> list[int]:
         """The block sizes for tensors of these shapes."""
-        if self.source == "reconstruction" and isinstance(self.block_rule, int):
+        if self.by_rows and isinstance(self.block_rule, int):
             return cut(block_sizes(shapes, "row"), self.block_rule)
         return block_sizes(shapes, self.block_rule)
 
@@ -185,7 +207,7 @@ class Recipe:
             Of sources whose rows share their Hessians: the number of inputs of each Hessian; by default one for
             each tensor, which is the least.
         """
-        if self.source == "fisher":
+        if not self.by_rows:
             return self.sizes(shapes)
         if inputs is None:
             inputs = [int(np.prod(shape[1:])) for shape in shapes]
@@ -234,7 +256,7 @@ class Recipe:
                 f"a block of {largest} weights needs {_gb(working)} of memory, {_gb(memory)} are free: "
                 f"{self._what_would_do(shapes, samples, room, memory, inputs)}"
             )
-        held = 0 if self.source == "fisher" else 8 * sum(int(np.prod(shape[1:])) ** 2 for shape in shapes)
+        held = 0 if not self.by_rows else 8 * sum(int(np.prod(shape[1:])) ** 2 for shape in shapes)
         if held + working > memory:
             raise UsageError(
                 f"the covariances of the inputs of all layers take {_gb(held)} of memory, {_gb(memory)} are free: "

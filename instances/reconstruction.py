@@ -107,6 +107,8 @@ def followed(
     reasons: dict[str, str] = {}
 
     def note(product: Product) -> None:
+        if product.inputs is not None:
+            product.inputs()  # whatever cannot be made of this network must show now
         seen.add((product.name, product.across))
 
     with ExitStack() as stack:
@@ -211,12 +213,13 @@ class _Sums:
 
     def add(self, product: Product) -> None:
         if product.counts is not None:
+            counts = product.counts(None)
             if self.counts is None:
-                self.counts = torch.zeros(self.layout.rows, dtype=torch.float64, device=product.counts.device)
-            self.counts[product.first : product.last] += product.counts
+                self.counts = torch.zeros(self.layout.rows, dtype=torch.float64, device=counts.device)
+            self.counts[product.first : product.last] += counts
         if product.inputs is None:
             return
-        key, X = (product.first, product.last), product.inputs
+        key, X = (product.first, product.last), product.inputs()
         K, places = X.shape
         total = self.products.get(key)
         if total is None:

@@ -52,7 +52,7 @@ def recurrent_inputs(kind: str, args: Sequence[Any]) -> Iterator[tuple[Tensor, T
             index = layer * directions + direction
             own = list(weights[index * each : (index + 1) * each])
             start = tuple(state[index : index + 1] for state in states)
-            order = torch.arange(len(data)) if direction == 0 else _reversed(batch_sizes)
+            order = torch.arange(len(data)) if direction == 0 else reversed_steps(batch_sizes)
             order = order.to(data.device)
             inputs = data[order]
             first = start if kind == "lstm" else start[0]
@@ -77,7 +77,7 @@ def _steps(batch_sizes: Tensor) -> list[tuple[int, int]]:
     return out
 
 
-def _reversed(batch_sizes: Tensor) -> Tensor:
+def reversed_steps(batch_sizes: Tensor) -> Tensor:
     """The order of packed rows in which every sequence runs backwards."""
     steps = _steps(batch_sizes)
     lengths = [sum(size > sample for _, size in steps) for sample in range(steps[0][1])]

@@ -110,8 +110,7 @@ def row_blocks(
     size : int, optional
         Rows are cut into blocks of at most so many weights.
     scales : mapping of str to float64 (rows,), optional
-        Positive factor of each row by the name of its layer; 1 by default. The `shifts` of rows are those of their
-        Hessians, so that their stored blocks get the shift divided by the factor.
+        Positive factor of each row by the name of its layer; 1 by default. It multiplies damping and `shifts` too.
 
     Returns
     -------
@@ -127,8 +126,7 @@ def row_blocks(
         for rows in layer.ranges:
             number = rows.last - rows.first
             scale = np.ones(number) if scales is None else scales[layer.name][rows.first : rows.last]
-            shifts = np.zeros(number) if rows.shifts is None else rows.shifts / scale
-            values, which = _in_order(shifts)
+            values, which = _in_order(np.zeros(number) if rows.shifts is None else rows.shifts)
             first = len(stored) + (len(pieces) - 1) * which
             shared.append((first[:, None] + np.arange(len(pieces) - 1)).ravel())
             factors.append(np.repeat(scale, len(pieces) - 1))

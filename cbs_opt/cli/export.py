@@ -63,26 +63,41 @@ def export_parser() -> common.Parser:
         help="mean gradient of B samples as a row; default: 1",
     )
     add(
-        "--source", choices=("fisher", "reconstruction"), default="fisher", help="what H measures; default: fisher"
+        "--source",
+        choices=("fisher", "reconstruction", "kfac"),
+        default="fisher",
+        help="what H measures: the loss by its gradients, each layer's output, or that weighted by the loss's "
+        "gradients; default: fisher",
+    )
+    add(
+        "--fisher",
+        choices=("empirical", "sampled", "exact"),
+        help="labels of the gradients of kfac: those of the data, drawn from the network's predictions, or all "
+        "classes by their probabilities; default: empirical",
     )
     add(
         "--curvature",
         choices=("gradients", "hessian", "inverse-hessian"),
-        help="what is stored; default: gradients for one full block, inverse-hessian otherwise",
+        help="what is stored; default: gradients for one full block, hessian for kfac, inverse-hessian otherwise",
     )
     add(
         "--blocks",
         type=_blocks,
         metavar="full|layer|row|SIZE",
-        help="blocks of H; default: full for gradients, layer for dense blocks, row for reconstruction",
+        help="blocks of H; default: full for gradients, layer for dense blocks, row for reconstruction and kfac",
     )
     add_loss_options(parser)
-    add("--damping", type=number_option(0), metavar="L", help="added to the diagonal of H; default: 1e-5")
+    add(
+        "--damping",
+        type=number_option(0),
+        metavar="L",
+        help="added to the diagonal of H (kfac: of XXᵀ/m); default: 1e-5",
+    )
     add(
         "--relative-damping",
         type=number_option(0),
         metavar="F",
-        help="the same, as a multiple of the mean diagonal entry",
+        help="the same, as a multiple of the mean diagonal entry; default for kfac: 0.01",
     )
     add(
         "--dtype",
@@ -117,7 +132,13 @@ def export_parser() -> common.Parser:
     add("--mean", type=number_option(), nargs="+", metavar="X", help="of the images, one or one a channel")
     add("--std", type=number_option(), nargs="+", metavar="X", help="of the images, one or one a channel")
     add("--memory", type=number_option(0), metavar="GB", help="what may be used; default: half of what is free")
-    add("--seed", type=whole_option(0), default=0, metavar="N", help="of the draw of samples; default: 0")
+    add(
+        "--seed",
+        type=whole_option(0),
+        default=0,
+        metavar="N",
+        help="of the draw of samples, and of labels; default: 0",
+    )
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("-q", "--quiet", action="store_true", help="log warnings only")
     add("-v", "--verbose", action="store_true", help="log more")
@@ -212,6 +233,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         first_order=options.first_order,
         keep_mask=options.keep_mask,
         nm_along=options.nm_along,
+        fisher=options.fisher,
+        seed=options.seed,
         memory=None if options.memory is None else int(options.memory * 1e9),
     )
 

@@ -18,6 +18,7 @@ from cbs_opt.instances.recipe import Recipe, nm_budget, scratch
         ({"curvature": "hessian"}, "hessian", "layer", "float64"),
         ({"blocks": 500, "dtype": "float32"}, "inverse-hessian", 500, "float32"),
         ({"source": "reconstruction"}, "inverse-hessian", "row", "float64"),
+        ({"source": "kfac"}, "hessian", "row", "float64"),
     ],
 )
 def test_defaults(given, form, rule, dtype):
@@ -28,7 +29,7 @@ def test_defaults(given, form, rule, dtype):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"source": "loss"}, "`source` must be one of fisher, reconstruction, got 'loss'"),
+        ({"source": "loss"}, "`source` must be one of fisher, reconstruction, kfac, got 'loss'"),
         ({"curvature": "inverse"}, "`curvature` must be one of"),
         ({"blocks": 0}, "`blocks` must be"),
         ({"blocks": "all"}, "`blocks` must be"),

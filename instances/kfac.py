@@ -1,0 +1,73 @@
+"""Kronecker-factored curvature, row by row: H_r = E[g_r²] · (XXᵀ/m + λI).
+
+K-FAC [1]_ takes the Fisher matrix of a layer with inputs x and gradients g at its outputs for E[ggᵀ] ⊗ E[xxᵀ], as
+if g and x were independent; with several places, those of a convolution [2]_ or the steps of a sequence, for
+(mean of ggᵀ over samples and places) ⊗ (sum of xxᵀ over places, mean over samples). Here the diagonal of ggᵀ is
+kept: rows are not coupled, and all rows of a layer share the second factor.
+
+.. [1] Martens, Grosse: Optimizing Neural Networks with Kronecker-factored Approximate Curvature, ICML 2015.
+.. [2] Grosse, Martens: A Kronecker-factored approximate Fisher matrix for convolution layers, ICML 2016.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from cbs_opt.instances.output_gradients import RowGradients
+from cbs_opt.instances.reconstruction import LayerCovariance
+from cbs_opt.typing import FloatArray
+
+logger = logging.getLogger("cbs_opt")
+
+_SMALLEST = 1e-12  # factor of a row relative to the largest of all rows
+
+
+def factored(
+    layers: Sequence[LayerCovariance], gradients: Mapping[str, RowGradients]
+) -> tuple[list[LayerCovariance], dict[str, FloatArray]]:
+    """The factor of every row, and what is left of its Hessian.
+
+    Parameters
+    ----------
+    layers : sequence of LayerCovariance
+    gradients : mapping of str to RowGradients
+        By the names of the layers.
+
+    Returns
+    -------
+    layers : list of LayerCovariance
+        Their `shifts` are those of the Hessians divided by the factor of the row.
+    factors : dict of str to float64 (rows,)
+        E[g_r²], positive. Rows whose outputs the loss does not depend on get 1e-12 of the largest; the log says
+        so.
+        Tensors that are looked up only have no factor of their own: the largest.
+    """
+    largest = max((float(g.squares.max(initial=0.0)) for g in gradients.values()), default=0.0)
+    if largest == 0.0:
+        logger.warning(
+            "ALL GRADIENTS ARE ZERO: all rows count the same; check the loss, or take `--fisher sampled` or exact"
+        )
+        largest = 1.0
+        gradients = {name: replace(g, squares=np.ones_like(g.squares)) for name, g in gradients.items()}
+    out, factors = [], {}
+    for layer in layers:
+        g = gradients[layer.name]
+        looked_up = not g.places.any()
+        squares = np.full_like(g.squares, largest) if looked_up else g.squares
+        without = int((squares == 0).sum())
+        if without:
+            logger.info(
+                f"{layer.name}: the loss does not depend on the outputs of {without} of {squares.size} rows: "
+                f"their curvature is set to {_SMALLEST:g} of the largest"
+            )
+        factors[layer.name] = factor = np.maximum(squares, _SMALLEST * largest)
+        shifts = g.shifts / factor
+        ranges = tuple(
+            r if r.shifts is None else replace(r, shifts=shifts[r.first : r.last]) for r in layer.ranges
+        )
+        out.append(replace(layer, ranges=ranges))
+    return out, factors
