@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from cbs_opt.errors import InstanceError, UnboundedError, UsageError
 from cbs_opt.linalg import inverse_pd, solve_psd
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.view import html, text
 
 if TYPE_CHECKING:
     from cbs_opt.curvature.gradient_factor import GradientFactor
@@ -88,6 +89,19 @@ class Curvature(abc.ABC):
     def block_slice(self, k: int) -> slice:
         """The weights of block k."""
         return slice(int(self.offsets[k]), int(self.offsets[k + 1]))
+
+    def facts(self) -> text.Facts:
+        """Names and values for a person: the form, the blocks, and whatever a form has of its own."""
+        blocks = f"{text.count(self.number_of_blocks, 'block')}, sizes {text.sizes(self.block_sizes)}"
+        return [("curvature", self.kind.replace("_", " ")), ("blocks", blocks)]
+
+    def __repr__(self) -> str:
+        rest = "".join(f", {name} {value}" for name, value in self.facts()[2:])
+        blocks = text.count(self.number_of_blocks, "block")
+        return f"<{type(self).__name__}: {text.count(self.n, 'weight')} in {blocks}{rest}>"
+
+    def _repr_html_(self) -> str:
+        return html.facts(type(self).__name__, [("weights", f"{self.n:,}"), *self.facts()])
 
     # What a form of the Hessian must give ------------------------------------------------------------------
 

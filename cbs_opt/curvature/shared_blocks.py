@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from cbs_opt.curvature.base import Curvature
 from cbs_opt.errors import InstanceError
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.view import text
 
 _CACHE_BYTES = 1 << 30  # of inverses of stored blocks
 _BATCH_BYTES = 1 << 27  # of the systems of one batch of updates
@@ -59,6 +60,11 @@ class SharedBlocks(Curvature):
     def number_of_stored(self) -> int:
         """Number of stored blocks."""
         return self.stored.number_of_blocks
+
+    def facts(self) -> text.Facts:
+        """Names and values for a person: those of all blocks, and what is stored."""
+        stored = f"{text.count(self.number_of_stored, 'block')}, each times a factor a block"
+        return [*super().facts(), ("stored", stored), *self.stored.facts()[2:]]
 
     def rows(self, s: int) -> IntArray:
         """The blocks that use stored block s, int64, increasing."""
