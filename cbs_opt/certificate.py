@@ -2,6 +2,40 @@
 
 Independent of every solver: the trees are walked, and each bound is computed again from the instance in float64,
 with plain NumPy and a margin for rounding. What the file says only directs where to look.
+
+The rules of soundness
+----------------------
+A file is written by an adversary. Whatever stands in it, the reported bound must not lie above the loss of any
+feasible selection. Each rule has forgeries in ``tests/cbs_opt/certificate`` that would pass without it.
+
+1. *Nothing claimed is used.* Objective and bound are computed afresh; claims are only compared with them. The
+   bound that is reported is the one found, and it is what "optimal" is decided by.
+2. *Same problem.* Hash (where both sides have one), budget, damping, groups and `fixed` are those of the
+   instance given. The open weights are derived from `fixed` and the budgets, never read.
+3. *Pieces are independent.* The pieces name each open weight once. No entry of the Hessian joins two pieces;
+   in the joint problem a piece holds whole blocks. With several groups of open weights there is one piece.
+4. *The leaves cover everything.* Both children of a branching are in the tree, and every node belongs to it.
+   A leaf bounds all selections that agree with the decisions above it. Only counting shows that there are
+   none: the word of the file does not.
+5. *A decision by bound pays for what it excludes.* The selections in which the weight goes the other way are
+   bounded like a leaf, by a point or (joint, kept weights only) by the loss of the pruned weights. A weight
+   is decided once. Where the budgets settle weights by themselves, what they settle is part of the bound.
+6. *No bound, no proof.* A leaf or decision without a point or value above it has the bound −∞. So has every
+   overflow, NaN included.
+7. *Points are free, the inequality is ours.* Any finite point gives a valid bound, if R is semidefinite: that
+   is shown by a Cholesky factorisation with a margin, and what is missing is taken off (selection) or the
+   diagonal is backed off (joint).
+8. *A diagonal that is valid on exact sums only* is used at points that have these sums, within the box, with
+   the rounding of the sums in the margin, and for the numbers it was made for only: it says nothing of other
+   entries of the joined table.
+9. *Tables.* An entry is the best of its own trees, of the root point of any tree of its piece that rule 8
+   allows, and of the cheap bound; no entry is left out or taken from another number. The checker joins them
+   itself.
+10. *Rounding counts against the claim.* Each bound is lowered by the worst case of its sums (`_doubt`), each
+    table entry by its own. Not covered is the rounding of the data that instance and evaluator share: Q =
+    diag(w) H diag(w), the curvature of a gradient factor, the Schur complement of the kept weights, and the
+    loss of decided weights.
+11. *Nothing is left over.* All streams are read to their ends, so that no two readings of one file exist.
 """
 
 from __future__ import annotations

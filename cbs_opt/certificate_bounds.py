@@ -127,26 +127,35 @@ class SelectionFrame:
 
     def prices(self, points: FloatArray, states: States) -> tuple[FloatArray, FloatArray]:
         """O(B m²)."""
-        X = self._with_sums(points) if self.exact_sums else points
+        X, slip = self._with_sums(points) if self.exact_sums else (points, 0.0)
         RX = X @ self.R
         size = np.abs(X) @ np.abs(self.R)
         far = np.where(states < 0, np.maximum(np.abs(X), np.abs(1.0 - X)), np.abs(X - states))
         weight = 0.5 * np.abs(X) + (states != 0)
         lost = (weight * size).sum(1) + np.abs(self.linear) @ (states != 0).T
-        base = -0.5 * (X * RX).sum(1) - 0.5 * (far**2 @ self.lift) - _doubt(X.shape[1]) * lost
+        base = -0.5 * (X * RX).sum(1) - 0.5 * (far**2 @ self.lift) - _doubt(X.shape[1]) * (lost + slip)
         return base, RX + self.linear
 
-    def _with_sums(self, points: FloatArray) -> FloatArray:
-        """The points with what their sums lack put on one fractional entry of each group."""
-        X = points.copy()
+    def _with_sums(self, points: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """The points, clipped to [0, 1], with what their sums lack put on one fractional entry of each group.
+
+        Also returns, float64 (B,), what the rounding of the sums may add to the bound, in units of `_doubt`: R
+        need not be semidefinite off the exact sums. Unclipped, a sum of huge entries could be wrong by anything.
+        """
+        X = np.clip(points, 0.0, 1.0)
         rows = np.arange(len(X))
+        changed = []
         for a in range(self.left.size):
             at = np.flatnonzero(self.open & (self.part.group == a))
             if at.size:
                 part = X[:, at]
                 middle = at[np.argmax(part * (1.0 - part), axis=1)]
+                changed.append((middle, np.abs(part).sum(1) + self.left[a]))
                 X[rows, middle] += self.left[a] - part.sum(1)
-        return X
+        slip = np.zeros(len(X))
+        for middle, size in changed:
+            slip += 2.0 * size * (np.abs(self.R[middle]) * (1.0 + np.abs(X))).sum(1)
+        return X, slip
 
 
 class JointPart:
@@ -174,6 +183,7 @@ class JointPart:
     ) -> None:
         self.index, self.H, self.w, self.g = index, H, w, g
         self.state, self.group, self.left = state, group, left
+        self._sizes = np.abs(H)
 
     def minimum(
         self, state: States, last: BoolArray
@@ -202,7 +212,8 @@ class JointPart:
         delta[rest] = u - self.w[rest]
         Hd = self.H @ delta
         loss = float(0.5 * delta @ Hd + self.g @ delta)
-        lost = float(0.5 * np.abs(delta * Hd).sum() + np.abs(self.g * delta).sum())
+        size = np.abs(delta)
+        lost = float(0.5 * size @ self._sizes @ size + np.abs(self.g) @ size)
         return rest, L, s, u, loss - _doubt(self.w.size) * lost
 
     def frame(self, state: States, diagonal: FloatArray | None, left: IntArray) -> Frame:
@@ -271,8 +282,11 @@ class JointFrame:
 
 
 def _doubt(m: int) -> float:
-    """What sums of m products may lose to rounding, relative to the sum of their sizes."""
-    return 4.0 * _EPS * float(np.sqrt(m) + 1.0)
+    """What sums of m products may lose to rounding, relative to the sum of their sizes.
+
+    The worst case of two nested sums, not the typical one: a forger chooses points whose errors all add up.
+    """
+    return _EPS * (m + 4.0)
 
 
 def _solve(L: FloatArray, b: FloatArray, lower: bool) -> FloatArray:

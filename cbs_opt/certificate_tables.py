@@ -88,7 +88,8 @@ def join(tables: list[FloatArray], budget: int) -> float:
         new = np.full(min(best.size + table.size - 1, budget + 1), np.inf)
         for j, value in enumerate(table[: new.size]):
             part = best[: new.size - j]
-            np.minimum(new[j : j + part.size], part + value, out=new[j : j + part.size])
+            with np.errstate(invalid="ignore"):  # −∞ + ∞: of what is impossible nothing needs to be known
+                np.fmin(new[j : j + part.size], part + value, out=new[j : j + part.size])
         new[: max(budget - room, 0)] = np.inf  # what the tables to come cannot fill up
         best = new
     return float(best[budget]) if best.size > budget else np.inf

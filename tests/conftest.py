@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from cbs_opt import write_instance
 from cbs_opt.testing import make_problem
@@ -19,6 +19,10 @@ from cbs_opt.testing import make_problem
 ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile("suite", deadline=None, max_examples=40, derandomize=True)
+# A failure is all that tests/mutations asks for: no search for the smallest example.
+settings.register_profile(
+    "mutations", parent=settings.get_profile("suite"), phases=(Phase.explicit, Phase.generate), database=None
+)
 settings.load_profile("suite")
 
 

@@ -148,7 +148,7 @@ class JointProblem:
 
     def restrict(self, pruned: BoolArray) -> FloatArray:
         """The open part of a selection, float64 (r,)."""
-        return pruned[self.index].astype(np.float64)
+        return np.asarray(pruned[self.index], dtype=np.float64)
 
     def from_units(self, value: float) -> float:
         """A value of the reduced problem as a loss of the instance."""

@@ -384,3 +384,30 @@ def test_gap():
     assert relative_gap(-1.0, -2.0) == 1.0
     assert relative_gap(0.0, 0.0) == 0.0
     assert relative_gap(1.0, 1.1) == 0.0
+
+
+def test_the_clock_of_a_solve_starts_after_building(problem, monkeypatch):
+    """Building takes 100 s and solving 7 s, by a clock of the test: limits and history count the solving only."""
+    clock = Clock()
+
+    @register("slow builder")
+    class SlowBuilder(Solver):
+        summary = "made for a test"
+        supports = Capabilities()
+
+        def prepare(self, instance, context):
+            clock.now += 100
+
+        def run(self, instance, context):
+            clock.now += 7
+            context.monitor.report(selection_loss(instance, magnitude(instance)), magnitude(instance))
+            return Status.TIME_LIMIT if context.monitor.should_stop() else Status.CONVERGED
+
+    # Where `solve` makes its monitor; it has no argument for a clock.
+    monkeypatch.setitem(solve.__globals__, "Monitor", lambda stop, callback: Monitor(stop, callback, clock))
+    result = solve(problem(1).instance, "slow builder", stop=Stop(time_limit=50))
+    assert result.status is Status.CONVERGED
+    assert (result.build_seconds, result.solve_seconds) == (100, 7)
+    assert [row.seconds for row in result.history] == [7]
+    result = solve(problem(1).instance, "slow builder", stop=Stop(time_limit=7))
+    assert result.status is Status.TIME_LIMIT

@@ -27,10 +27,11 @@ from cbs_opt import (
     solver_names,
     write_instance,
 )
+from cbs_opt.bench.reports.metrics import slack
 from cbs_opt.bench.runs.configuration import read_configuration
 from cbs_opt.bench.runs.engines import Processes, Serial
-from cbs_opt.bench.runs.runner import due, make_plan, run_plan, summary
-from cbs_opt.bench.runs.store import Store, StoreError
+from cbs_opt.bench.runs.runner import due, make_plan, refute, run_plan, summary
+from cbs_opt.bench.runs.store import Row, Store, StoreError
 from cbs_opt.bench.runs.task import TRACE_STEP, run_task, thinned
 from cbs_opt.solver import Capabilities
 
@@ -248,6 +249,27 @@ def test_a_bound_that_another_row_refutes_is_wrong(plan, caplog):
     assert rows["exact"].kind == "ok"
     assert rows["optimist"].kind == "wrong"
     assert "exact has the loss" in rows["optimist"].message
+
+
+@pytest.mark.parametrize(("above", "refuted"), [(0.9, 0), (1.1, 1), (1.9, 1)])
+def test_a_bound_is_refuted_beyond_the_slack(above, refuted, tmp_path):
+    """By the best loss of the same problem, not of another budget or objective, and not by half of the slack."""
+    key = {"instance_sha256": "ab", "parameters": "{}", "objective_kind": "joint", "budget": 4, "seed": 0}
+    common = key | {"time_limit": None, "sparsity": 0.5, "kind": "ok"}
+    best = Row(solver="good", label="good", objective=2.0, **common)
+    bound = 2.0 + above * slack(2.0, 2.0, 3.0)
+    rows = [
+        Row(solver="proud", label="proud", objective=3.0, bound=bound, **common),
+        best,
+        Row(solver="good", label="low", objective=1.0, **common | {"budget": 3}),
+        Row(solver="good", label="low", objective=1.0, **common | {"objective_kind": "selection"}),
+        Row(solver="good", label="low", objective=1.0, **common | {"instance_sha256": "cd"}),
+    ]
+    with Store(tmp_path / "rows.sqlite", "w") as store:
+        for row in rows:
+            store.add(row)
+        assert refute(store) == refuted
+        assert [row.kind for row in store.rows()] == ["wrong" if refuted else "ok", *["ok"] * 4]
 
 
 def test_finished_keys_are_skipped_and_some_are_made_again_on_demand(plan, folder):

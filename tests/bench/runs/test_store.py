@@ -89,6 +89,22 @@ def test_no_key_is_there_twice(path, row):
         assert len(store.rows()) == 2
 
 
+@pytest.mark.parametrize("row", [FULL, BARE], ids=["limit", "no limit"])
+@pytest.mark.parametrize("part", Key._fields)
+def test_every_part_of_the_key_counts(path, row, part):
+    """Two rows that differ in one part are two rows; both are found by their keys."""
+    value = getattr(row, part)
+    other = "another" if isinstance(value, str) else 1.25 if part == "time_limit" else value + 1
+    with Store(path, "w") as store:
+        store.add(row)
+        store.add(replace(row, **{part: other}))
+        assert set(store.keys()) == {row.key, replace(row, **{part: other}).key}
+        for again in (row, replace(row, **{part: other})):
+            with pytest.raises(StoreError, match="already"):
+                store.add(again)
+        assert len(store.rows()) == 2
+
+
 def test_a_second_writer_is_refused_and_readers_are_not(path, process_environment):
     with Store(path, "w") as store:
         store.add(FULL)

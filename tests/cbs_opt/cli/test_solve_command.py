@@ -329,6 +329,20 @@ def test_check_finds_what_was_tampered_with(case, solved, instance_file, tmp_pat
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("key", ["selection_loss", "joint_loss", "objective"])
+@pytest.mark.parametrize(("factor", "code"), [(1 + 5e-7, 0), (1 - 5e-7, 0), (1 + 2e-6, 3), (1 - 2e-6, 3)])
+def test_check_agrees_to_one_in_a_million(key, factor, code, solved, instance_file, tmp_path, capsys):
+    solved("--solver", "obd", "--update", "--solution", tmp_path / "s.npz")
+    solution = read_solution(tmp_path / "s.npz")
+    result = {**solution.result, key: solution.result[key] * factor}
+    write_solution(tmp_path / "t.npz", spoil(solution, result=result))
+    assert main([str(instance_file), "--check", str(tmp_path / "t.npz"), "-q"]) == code
+    capsys.readouterr()
+    result = {**solution.result, "bound": solution.result["objective"] * factor}
+    write_solution(tmp_path / "t.npz", spoil(solution, result=result))
+    assert main([str(instance_file), "--check", str(tmp_path / "t.npz"), "-q"]) == (code if factor > 1 else 0)
+
+
 def test_check_where_fixed_forbids_the_stored_budget(problem, tmp_path, capsys):
     write_instance(tmp_path / "i.npz", problem(1, fixed=True).instance)
     instance = read_instance(tmp_path / "i.npz")

@@ -1,0 +1,260 @@
+"""Layers against their peers: `python -m cbs_opt.bench.layers FOLDER` prints Markdown tables.
+
+`solvers.layers` beside magnitude, SparseGPT and ALPS (`cbs_opt.bench.layer_peers`) on layers of networks, at the
+peers' own time and later, its certified gap, the selection problem beside Wanda with 1-swaps, and generated large
+layers. FOLDER holds `.npz` files of `weight` (rows, K) and `covariance` (K, K); the Hessian is the covariance plus a
+hundredth of its mean diagonal. Errors are relative, Σ (ŵ − w)ᵀH(ŵ − w) / Σ wᵀHw, recomputed in float64.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from cbs_opt.bench import layer_peers as peers
+from cbs_opt.bench.anytime import CLOCKS, load
+from cbs_opt.bench.startup import machine
+from cbs_opt.cli.common import Parser, run_main
+from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.files.atomic import atomic_write
+from cbs_opt.solvers.layers import Layer, LayerBudget, LayerSolution, solve_layers
+from cbs_opt.solvers.layers.warm_up import warm_up_layers
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
+
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+DAMPING = 0.01
+"""Of the mean of the diagonal."""
+
+
+@dataclass
+class Timed:
+    """Relative error of a method and the seconds it took."""
+
+    error: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.error:.4e} ({self.seconds:.2f} s)"
+
+
+@dataclass
+class Case:
+    """A layer with one clock for all methods."""
+
+    name: str
+    weights: FloatArray
+    hessian: FloatArray
+    clock: Callable[[], float]
+    threads: int
+
+    def __post_init__(self) -> None:
+        self.layer = Layer(self.weights, self.hessian)
+        self.reference = float(np.einsum("rk,rk->", self.weights @ self.hessian, self.weights))
+
+    def error(self, weights: FloatArray) -> float:
+        """Relative error of weights of the layer."""
+        change = weights - self.weights
+        return float(np.einsum("rk,rk->", change @ self.hessian, change)) / self.reference
+
+    def timed(self, method: Callable[[], FloatArray]) -> Timed:
+        """Error and seconds of a method that returns weights."""
+        with threadpool_limits(self.threads):
+            began = self.clock()
+            weights = method()
+            seconds = self.clock() - began
+        return Timed(self.error(weights), seconds)
+
+    def solve(self, budget: LayerBudget, seconds: float, **options: object) -> LayerSolution:
+        """Our own answer after so many seconds."""
+        return solve_layers(
+            [self.layer],
+            budget,
+            time_limit=seconds,
+            threads=self.threads,
+            clock=self.clock,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def error_at(self, solution: LayerSolution, seconds: float) -> float:
+        """Relative error of the incumbent after so many seconds; infinite before the first."""
+        found = [objective for at, objective, _ in solution.history if at <= seconds and objective is not None]
+        return 2 * min(found, default=np.inf) / self.reference
+
+    def peers(self, count: int | None, pattern: tuple[int, int] | None = None) -> dict[str, Timed]:
+        """Magnitude and SparseGPT with an exact refit, and ALPS."""
+        W, S = self.weights, self.hessian
+
+        def refitted(mask: BoolArray) -> FloatArray:
+            return peers.refit(W, S, mask)
+
+        return {
+            "magnitude, refit": self.timed(lambda: refitted(peers.magnitude(W, S, count, pattern))),
+            "SparseGPT, refit": self.timed(lambda: refitted(peers.sparsegpt(W, S, count, pattern)[0])),
+            "ALPS": self.timed(lambda: peers.alps(W, S, count, pattern)[1]),
+        }
+
+
+def read_layer(path: Path, clock: Callable[[], float], threads: int) -> Case:
+    """A layer file; raises `InstanceError` where an array is missing."""
+    with np.load(path, allow_pickle=False) as file:
+        missing = [key for key in ("weight", "covariance") if key not in file]
+        if missing:
+            raise InstanceError(f"{path}: no array `{missing[0]}`; a layer needs `weight` and `covariance`")
+        W, S = file["weight"].astype(np.float64), file["covariance"].astype(np.float64)
+    return Case(path.stem, W, S + DAMPING * float(np.mean(np.diag(S))) * np.eye(S.shape[0]), clock, threads)
+
+
+def generated_layer(rows: int, columns: int, samples: int, clock: Callable[[], float], threads: int) -> Case:
+    """Gaussian weights, and inputs whose spectrum falls like 1/k in a random basis."""
+    generator = np.random.default_rng(0)
+    X = generator.standard_normal((samples, columns), dtype=np.float32)
+    X *= np.sqrt(1.0 / np.arange(1, columns + 1)).astype(np.float32)
+    X = X @ np.linalg.qr(generator.standard_normal((columns, columns), dtype=np.float32))[0]
+    S = (X.T @ X / samples).astype(np.float64)
+    S[np.diag_indices(columns)] += DAMPING * float(np.mean(np.diag(S)))
+    W = generator.standard_normal((rows, columns)) / np.sqrt(columns)
+    return Case(f"generated {rows} × {columns}, m = {samples}", W, S, clock, threads)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def joint_rows(case: Case, sparsities: Sequence[float], seconds: float) -> list[list[object]]:
+    """One row for each sparsity: the peers, and our error at their time, at ten times that, and at the end."""
+    out: list[list[object]] = []
+    for sparsity in sparsities:
+        count = int(np.ceil(sparsity * case.weights.size))
+        found = case.peers(count)
+        best = min(found.values(), key=lambda timed: timed.error)
+        solution = case.solve(LayerBudget(total=count), max(seconds, 10 * best.seconds))
+        errors = [case.error_at(solution, t) for t in (best.seconds, 10 * best.seconds, np.inf)]
+        cells = [f"{error:.4e} ({100 * (error / best.error - 1):+.1f} %)" for error in errors]
+        out.append([case.name, f"{sparsity:g}", *found.values(), *cells])
+    return out
+
+
+def gap_rows(case: Case, sparsities: Sequence[float], seconds: float) -> list[list[object]]:
+    """Objective, bound and gap after so many seconds."""
+    out: list[list[object]] = []
+    for sparsity in sparsities:
+        count = int(np.ceil(sparsity * case.weights.size))
+        solution = case.solve(LayerBudget(total=count), seconds, bound_share=0.8)
+        bound = 2 * (solution.bound or 0.0) / case.reference
+        gap = f"{100 * (solution.gap or 1.0):.1f} %"
+        out.append([case.name, f"{sparsity:g}", f"{case.error(solution.weights[0]):.4e}", f"{bound:.4e}", gap])
+    return out
+
+
+def selection_rows(case: Case, sparsities: Sequence[float], seconds: float) -> list[list[object]]:
+    """Selection with budgets for each row: Wanda, Wanda with 1-swaps, and ours at the same time and at the end."""
+    out: list[list[object]] = []
+    W, S = case.weights, case.hessian
+    for sparsity in sparsities:
+        per_row: IntArray = np.full(W.shape[0], int(np.ceil(sparsity * W.shape[1])), dtype=np.int64)
+        start = peers.wanda(W, S, per_row)
+        peers.sparse_swaps(W[:1], S, start[:1], 1)
+        wanda = case.error(np.where(start, 0.0, W))
+        swapped: list[BoolArray] = []
+
+        def swaps(start: BoolArray = start, swapped: list[BoolArray] = swapped) -> FloatArray:
+            swapped.append(peers.sparse_swaps(W, S, start)[0])
+            return np.where(swapped[0], 0.0, W)
+
+        peer = case.timed(swaps)
+        solution = case.solve(
+            LayerBudget(per_row=(per_row,)), max(seconds, peer.seconds), objective="selection", bound_share=0.4
+        )
+        _, exchanges = peers.sparse_swaps(W, S, solution.pruned[0])
+        at = case.error_at(solution, peer.seconds)
+        out.append(
+            [case.name, f"{sparsity:g}", f"{wanda:.4e}", peer]
+            + [f"{e:.4e} ({100 * (e / peer.error - 1):+.1f} %)" for e in (at, case.error(solution.weights[0]))]
+            + [exchanges, f"{100 * (solution.gap or 1.0):.1f} %"]
+        )
+    return out
+
+
+def report(
+    folder: Path, parts: Sequence[str], sparsities: Sequence[float], seconds: float, threads: int, clock: str
+) -> Iterator[str]:
+    """The tables, one piece after the other as they are made."""
+    warm_up_layers()
+    yield f"{machine()}, {threads} thread{'s' if threads > 1 else ''}, {clock} seconds. {load()}\n"
+    paths = sorted(folder.glob("*.npz")) if folder.is_dir() else []
+    if not paths and set(parts) & {"joint", "gap", "row", "selection"}:
+        yield f"\nNOT MEASURED: no layers (*.npz) in {folder}.\n"
+        parts = [part for part in parts if part.startswith("large")]
+    cases = [read_layer(path, CLOCKS[clock], threads) for path in paths]
+    if "joint" in parts:
+        header = ["layer", "sparsity", "magnitude, refit", "SparseGPT, refit", "ALPS"]
+        header += ["ours at the best peer's time", "at 10 × that time", f"after {seconds:g} s or more"]
+        rows = [row for case in cases for row in joint_rows(case, sparsities, seconds)]
+        yield f"\n## Joint: one budget over the layer\n\n{table(header, rows)}"
+    if "gap" in parts:
+        rows = [row for case in cases for row in gap_rows(case, sparsities, 3 * seconds)]
+        header = ["layer", "sparsity", "error", "bound", "gap"]
+        yield f"\n## Certified gaps after {3 * seconds:g} s\n\n{table(header, rows)}"
+    if "row" in parts:
+        rows = []
+        for case in cases:
+            single = Case(f"{case.name}, row 0", case.weights[:1], case.hessian, case.clock, threads)
+            rows += gap_rows(single, sparsities, seconds)
+        header = ["row", "sparsity", "error", "bound", "gap"]
+        yield f"\n## Single rows, {seconds:g} s\n\n{table(header, rows)}"
+    if "selection" in parts:
+        header = ["layer", "sparsity", "Wanda", "Wanda and 1-swaps", "ours at that time", f"after {seconds:g} s"]
+        header += ["1-swaps left", "gap"]
+        rows = [row for case in cases for row in selection_rows(case, (0.5, 0.6), seconds)]
+        yield f"\n## Selection: budgets for each row, fixed weights\n\n{table(header, rows)}"
+    if "large" in parts:
+        header = ["layer", "sparsity", "magnitude, refit", "SparseGPT, refit", "ALPS"]
+        header += ["ours at the best peer's time", "at 10 × that time", f"after {seconds:g} s or more"]
+        rows = joint_rows(generated_layer(512, 2048, 4096, CLOCKS[clock], threads), sparsities, seconds)
+        yield f"\n## A generated layer\n\n{table(header, rows)}"
+
+
+PARTS = ("joint", "gap", "row", "selection", "large")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_main("cbs_opt.bench.layers", _main, arguments)
+
+
+def _main(arguments: list[str]) -> int:
+    parser = Parser("python -m cbs_opt.bench.layers", "Print the errors and gaps of layers beside their peers.")
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="layers as .npz files of `weight` and `covariance`")
+    add("--parts", choices=PARTS, nargs="+", default=["joint", "gap", "row", "selection"], metavar="PART")
+    add("--sparsities", type=float, nargs="+", default=list(SPARSITIES), metavar="F")
+    add("--seconds", type=float, default=20.0, metavar="S", help="of our own runs; gaps take three times as long")
+    add("--threads", type=int, default=1, metavar="N")
+    add("--clock", choices=tuple(CLOCKS), default="processor", help="default: processor")
+    add("-o", "--output", type=Path, metavar="FILE.md", help="also write the tables to a file")
+    options = parser.parse_args(arguments)
+    if options.seconds <= 0 or any(not 0 < s < 1 for s in options.sparsities):
+        raise UsageError("`--seconds` must be positive and `--sparsities` between 0 and 1")
+    pieces = []
+    for piece in report(
+        options.folder, options.parts, options.sparsities, options.seconds, options.threads, options.clock
+    ):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        pieces.append(piece)
+    if options.output is not None:
+        with atomic_write(options.output) as file:
+            file.write("".join(pieces).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Layers, their budget, and the one float64 evaluator of both losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cbs_opt.errors import InstanceError
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Rows that share one stored Hessian.
+
+    Parameters
+    ----------
+    weights : float64 (rows, K)
+    hessian : float64 (K, K)
+        S, symmetric; positive definite for the joint objective, semidefinite for the selection objective.
+    scale : float64 (rows,), optional
+        s_r > 0, H_r = s_r S; ones without.
+    locked : int8 (rows, K), optional
+        1 must be pruned, −1 must stay, 0 free.
+
+    Raises
+    ------
+    InstanceError
+        Shapes that do not fit, values that are not finite, or a scale that is not positive.
+    """
+
+    weights: FloatArray
+    hessian: FloatArray
+    scale: FloatArray = field(default=None)  # type: ignore[assignment]
+    locked: np.ndarray[tuple[int, int], np.dtype[np.int8]] | None = None
+
+    def __post_init__(self) -> None:
+        weights = np.ascontiguousarray(self.weights, dtype=np.float64)
+        hessian = np.ascontiguousarray(self.hessian, dtype=np.float64)
+        if weights.ndim != 2 or hessian.shape != (weights.shape[-1],) * 2:
+            raise InstanceError(
+                f"a layer needs weights (rows, K) and a Hessian (K, K), got {weights.shape} and {hessian.shape}"
+            )
+        scale = np.ones(weights.shape[0]) if self.scale is None else np.asarray(self.scale, dtype=np.float64)
+        if scale.shape != weights.shape[:1] or not (np.isfinite(scale).all() and (scale > 0).all()):
+            raise InstanceError(f"the scale of a layer must be {weights.shape[0]} positive numbers, one a row")
+        if not (np.isfinite(weights).all() and np.isfinite(hessian).all()):
+            raise InstanceError("weights and Hessian of a layer must be finite")
+        if self.locked is not None:
+            locked = np.ascontiguousarray(self.locked, dtype=np.int8)
+            if locked.shape != weights.shape:
+                raise InstanceError(f"`locked` must have the shape {weights.shape} of the weights")
+            object.__setattr__(self, "locked", locked)
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "hessian", hessian)
+        object.__setattr__(self, "scale", scale)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return int(self.weights.shape[0])
+
+    @property
+    def columns(self) -> int:
+        """K, weights of a row."""
+        return int(self.weights.shape[1])
+
+    def must_prune(self) -> BoolArray:
+        """Bool (rows, K)."""
+        return np.zeros(self.weights.shape, dtype=bool) if self.locked is None else self.locked > 0
+
+    def must_stay(self) -> BoolArray:
+        """Bool (rows, K)."""
+        return np.zeros(self.weights.shape, dtype=bool) if self.locked is None else self.locked < 0
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """How many weights to prune: exactly one of the three.
+
+    Parameters
+    ----------
+    total : int, optional
+        Over all layers together.
+    per_row : tuple of int64 (rows,), optional
+        For each row of each layer.
+    pattern : (n, m), optional
+        n of every m consecutive columns of every row, as in 2:4; m divides K.
+    """
+
+    total: int | None = None
+    per_row: tuple[IntArray, ...] | None = None
+    pattern: tuple[int, int] | None = None
+
+    def check(self, layers: list[Layer]) -> None:
+        """Raise `InstanceError` where the budget does not fit the layers."""
+        given = [name for name in ("total", "per_row", "pattern") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InstanceError(f"a layer budget needs one of total, per_row and pattern, got {given or 'none'}")
+        least = sum(int(layer.must_prune().sum()) for layer in layers)
+        most = sum(layer.weights.size - int(layer.must_stay().sum()) for layer in layers)
+        if self.total is not None and not least <= self.total <= most:
+            raise InstanceError(f"the budget must be in [{least}, {most}], got {self.total}")
+        if self.per_row is not None:
+            if len(self.per_row) != len(layers):
+                raise InstanceError(f"per_row needs {len(layers)} arrays, one a layer, got {len(self.per_row)}")
+            for layer, counts in zip(layers, self.per_row, strict=True):
+                counts = np.asarray(counts)
+                if counts.shape != (layer.rows,):
+                    raise InstanceError(f"per_row of a layer must have {layer.rows} entries, got {counts.shape}")
+                low, high = layer.must_prune().sum(1), layer.columns - layer.must_stay().sum(1)
+                if (counts < low).any() or (counts > high).any():
+                    raise InstanceError("the budget of a row is outside of what its fixed weights allow")
+        if self.pattern is not None:
+            n, m = self.pattern
+            for layer in layers:
+                if m < 1 or not 0 <= n <= m or layer.columns % m:
+                    raise InstanceError(
+                        f"the pattern {n}:{m} must prune 0 … {m} of {m} and divide {layer.columns} columns"
+                    )
+                cells = (layer.rows, layer.columns // m, m)
+                low, high = layer.must_prune().reshape(cells).sum(2), m - layer.must_stay().reshape(cells).sum(2)
+                if (low > n).any() or (high < n).any():
+                    raise InstanceError("the pattern is outside of what the fixed weights allow")
+
+    def satisfied(self, pruned: list[BoolArray]) -> bool:
+        """Whether masks of the layers, bool (rows, K), have the numbers asked for."""
+        if self.total is not None:
+            return sum(int(mask.sum()) for mask in pruned) == self.total
+        if self.per_row is not None:
+            return all(bool((m.sum(1) == c).all()) for m, c in zip(pruned, self.per_row, strict=True))
+        assert self.pattern is not None
+        n, m = self.pattern
+        return all(bool((mask.reshape(mask.shape[0], -1, m).sum(2) == n).all()) for mask in pruned)
+
+    def cheapest(self, layers: list[Layer], costs: list[FloatArray]) -> list[BoolArray]:
+        """The feasible masks with the least sum of costs; fixed weights are respected."""
+        costs = [
+            np.where(layer.must_prune(), -np.inf, np.where(layer.must_stay(), np.inf, cost))
+            for layer, cost in zip(layers, costs, strict=True)
+        ]
+        if self.total is not None:
+            flat = np.concatenate([cost.ravel() for cost in costs])
+            chosen = np.zeros(flat.size, dtype=bool)
+            if self.total:
+                chosen[np.argpartition(flat, self.total - 1)[: self.total]] = True
+            ends = np.cumsum([cost.size for cost in costs])[:-1]
+            return [part.reshape(c.shape) for part, c in zip(np.split(chosen, ends), costs, strict=True)]
+        if self.per_row is not None:
+            return [
+                np.argsort(np.argsort(cost, axis=1, kind="stable"), axis=1) < np.asarray(counts)[:, None]
+                for cost, counts in zip(costs, self.per_row, strict=True)
+            ]
+        assert self.pattern is not None
+        n, m = self.pattern
+        out = []
+        for cost in costs:
+            cells = cost.reshape(cost.shape[0], -1, m)
+            out.append((np.argsort(np.argsort(cells, axis=2), axis=2) < n).reshape(cost.shape))
+        return out
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """What `solve_layers` found.
+
+    Attributes
+    ----------
+    pruned : list of bool (rows, K)
+    weights : list of float64 (rows, K)
+        After the best update (joint), or with the pruned weights set to zero (selection).
+    objective : float
+        Recomputed from the data.
+    bound : float or None
+        Proven lower bound.
+    history : tuple of (seconds, objective or None, bound or None)
+    """
+
+    pruned: list[BoolArray]
+    weights: list[FloatArray]
+    objective: float
+    bound: float | None
+    history: tuple[tuple[float, float | None, float | None], ...] = ()
+
+    @property
+    def gap(self) -> float | None:
+        """(objective − bound) / objective, None without a bound."""
+        if self.bound is None:
+            return None
+        return (self.objective - self.bound) / max(abs(self.objective), 1e-300)
+
+
+def row_losses(layer: Layer, weights: FloatArray) -> FloatArray:
+    """½ (ŵ_r − w_r)ᵀ H_r (ŵ_r − w_r) of each row, float64 (rows,); O(rows K²)."""
+    change = weights - layer.weights
+    return np.asarray(0.5 * layer.scale * np.einsum("rk,rk->r", change @ layer.hessian, change))
+
+
+def layer_losses(layers: list[Layer], weights: list[FloatArray]) -> float:
+    """Σ ½ (ŵ_r − w_r)ᵀ H_r (ŵ_r − w_r) over all rows of all layers."""
+    return float(sum(row_losses(layer, w).sum() for layer, w in zip(layers, weights, strict=True)))

@@ -1,0 +1,81 @@
+"""Selection over all rows: the weights stay as they are, and only the pruned set is chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cbs_opt.solvers.layers.joint import JointSearch
+from cbs_opt.solvers.layers.selection_kernels import greedy_row, search_selection_row
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
+
+
+class SelectionSearch(JointSearch):
+    """The search of `JointSearch` with the loss ½ w_Pᵀ H w_P: greedy paths, then tabu exchanges row by row.
+
+    With q the number of kept weights, an exchange costs O(K + p K) in one pass over the pruned rows of
+    Q = diag(w) S diag(w); after a search with tenure 0 no exchange improves a row.
+    """
+
+    def eliminate(self) -> bool:
+        """Greedy paths of all rows, and the budget shared out among them; False if stopped."""
+        paths: list[tuple[IntArray, FloatArray]] = [(np.empty(0, np.int64), np.empty(0))] * self.n_rows
+
+        def follow(r: int) -> None:
+            k, i = self.layer_of[r], self.row_of[r]
+            group, quota = self._quota(r)
+            quota = np.array(quota, dtype=np.int64)
+            Q = self._quadratic(r)
+            must, may = self.must_prune[k][i], ~self.must_stay[k][i]
+            y, h = np.zeros(Q.shape[0], dtype=np.uint8), np.zeros(Q.shape[0])
+            pieces = []
+            for allowed, most in ((must, int(must.sum())), (may, int(quota.sum() - must.sum()))):
+                order, costs = np.empty(most, dtype=np.int64), np.empty(most)
+                done = greedy_row(Q, y, h, allowed.astype(np.uint8), group, quota, order, costs)
+                pieces.append((order[:done], costs[:done]))
+            paths[r] = (np.concatenate([p[0] for p in pieces]), np.concatenate([p[1] for p in pieces]))
+
+        if not self.pool.map(follow, range(self.n_rows)):
+            return False
+        counts = self.low
+        if self.budget.total is not None:
+            counts, self.price = self._merge(paths, self.scale, self.low, self.budget.total)
+        self._follow_paths(paths, counts)
+        return True
+
+    def _quadratic(self, r: int) -> FloatArray:
+        k, i = self.layer_of[r], self.row_of[r]
+        w = self.layers[k].weights[i]
+        return np.asarray(self.layers[k].hessian * w[:, None] * w)
+
+    def _exact_value(self, r: int, mask: BoolArray) -> float:
+        key = np.packbits(mask).tobytes()
+        if self._exact[r][0] != key:
+            layer = self.layers[self.layer_of[r]]
+            w = np.where(mask, layer.weights[self.row_of[r]], 0.0)
+            self._exact[r] = (key, float(w @ layer.hessian @ w))
+        return self._exact[r][1]
+
+    def estimate_price(self) -> None:
+        """The price is known from the greedy paths."""
+
+    def _visit(self, r: int, steps: int, tenure: int, round_number: int) -> None:
+        k, i = int(self.layer_of[r]), int(self.row_of[r])
+        table = self.tables[r]
+        at = int(self.counts[r]) - table.lowest
+        if not np.isfinite(table.values[at]):
+            return
+        layer = self.layers[k]
+        Q = self._quadratic(r)
+        y = table.masks[at].copy()
+        h = Q @ y
+        loss = float(y @ h)
+        locked = (
+            np.zeros(y.size, dtype=np.uint8) if layer.locked is None else (layer.locked[i] != 0).view(np.uint8)
+        )
+        group = self.groups[k]
+        groups = np.zeros(y.size, dtype=np.int64) if group is None else group
+        search_selection_row(
+            Q, y, h, locked, groups, group is not None, loss, 2.0 * self.price / self.scale[r], table.lowest,
+            table.values, table.masks, np.zeros(y.size, dtype=np.int64), 0, steps, tenure,
+            1 + r + 7919 * round_number, self.pool.flag,
+        )  # fmt: skip

@@ -1,0 +1,298 @@
+"""The front door of the room: one call for layers, budget and objective."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from cbs_opt.errors import InstanceError
+from cbs_opt.solvers.layers.bound import BoundSearch
+from cbs_opt.solvers.layers.incumbent import Incumbent, Report
+from cbs_opt.solvers.layers.joint import JointSearch
+from cbs_opt.solvers.layers.large import improve_in_bulk
+from cbs_opt.solvers.layers.parallel import RowPool
+from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution, layer_losses
+from cbs_opt.solvers.layers.refit import quick_loss, refit_by_gradients, refit_layer
+from cbs_opt.solvers.layers.selection import SelectionSearch
+from cbs_opt.solvers.layers.starts import admm, priced_sweep
+from cbs_opt.typing import BoolArray, FloatArray
+
+logger = logging.getLogger("cbs_opt")
+
+TABLEAU_COLUMNS = 1100
+"""Rows up to this long are searched on their own tableau; longer ones are exchanged in bulk."""
+
+_ADMM_COLUMNS = 400  # from here on ADMM is cheaper than the elimination of every row
+_GOOD = 0.93  # of the loss of the priced sweep, or of magnitude: ADMM has then found what elimination would find
+_FIRST_MOVES = 50
+_TENURES = (5, 8, 4, 10)
+_SWEEPS = 10  # of Frank-Wolfe between two steps of the blocks and prices
+_SETTLED = 2e-4  # relative gain of a round that ends a run without limits
+
+
+def solve_layers(
+    layers: list[Layer],
+    budget: LayerBudget,
+    *,
+    objective: str = "joint",
+    warm_start: list[BoolArray] | None = None,
+    report: Report | None = None,
+    report_bound: Callable[[float], object] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    time_limit: float | None = None,
+    threads: int = 1,
+    seed: int = 0,
+    bound_share: float = 0.0,
+    max_rounds: int | None = None,
+    refit: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> LayerSolution:
+    """Prune layers whose rows share Hessians.
+
+    Parameters
+    ----------
+    layers : list of Layer
+    budget : LayerBudget
+    objective : {"joint", "selection"}
+    warm_start : list of bool (rows, K), optional
+        Feasible masks; the answer is never worse.
+    report : callable, optional
+        Given (objective, masks) for every better solution, in the calling thread.
+    report_bound : callable, optional
+        Given every better lower bound.
+    should_stop : callable, optional
+        Asked every 20-50 ms; True ends the run, the incumbent is kept.
+    time_limit : float, optional
+        Seconds.
+    threads : int
+    seed : int
+    bound_share : float
+        Share of the time limit that goes to lower bounds, 0 for none; without a limit bounds run until they settle.
+    max_rounds : int, optional
+        Rounds of search over all rows; without any limit the search ends when a round gains little.
+    refit : bool
+        Whether to compute the weights of the answer (after the clock); without, they are the masked weights.
+    clock : callable
+        Seconds, monotonic, for the limit and the history; `time.process_time` measures processor seconds.
+
+    Returns
+    -------
+    LayerSolution
+
+    Raises
+    ------
+    InstanceError
+        For data, budgets or warm starts that do not fit.
+    """
+    if objective not in ("joint", "selection"):
+        raise InstanceError(f"the objective must be joint or selection, got {objective!r}")
+    budget.check(layers)
+    if warm_start is not None and not (
+        len(warm_start) == len(layers)
+        and all(m.shape == la.weights.shape for m, la in zip(warm_start, layers, strict=True))
+        and budget.satisfied(warm_start)
+    ):
+        raise InstanceError("the warm start does not fit the layers and their budget")
+    started = clock()
+    ends = np.inf if time_limit is None else started + time_limit
+    asked = should_stop or (lambda: False)
+
+    def stop() -> bool:
+        return clock() >= ends or asked()
+
+    run = _Run(layers, budget, Incumbent(layers, report, report_bound, clock), stop, ends, threads, seed, clock)
+    run.started = started
+    run.bound_share, run.max_rounds = bound_share, max_rounds
+    if objective == "selection":
+        run.selection(warm_start)
+    else:
+        run.joint(warm_start)
+    return run.solution(objective, refit)
+
+
+class _Run:
+    def __init__(
+        self,
+        layers: list[Layer],
+        budget: LayerBudget,
+        incumbent: Incumbent,
+        stop: Callable[[], bool],
+        ends: float,
+        threads: int,
+        seed: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.clock = clock
+        self.layers, self.budget, self.incumbent = layers, budget, incumbent
+        self.stop, self.ends, self.threads, self.seed = stop, ends, threads, seed
+        self.started = clock()
+        self.bound_share = 0.0
+        self.max_rounds: int | None = None
+        self.round = 0
+        self.columns = max(layer.columns for layer in layers)
+
+    # Joint ---------------------------------------------------------------------------------------------------
+
+    def joint(self, warm_start: list[BoolArray] | None) -> None:
+        """Magnitude first, then better and better; see `solve_layers`."""
+        magnitude = self.budget.cheapest(self.layers, [np.abs(layer.weights) for layer in self.layers])
+        self.incumbent.offer(self._zeroed_loss(magnitude), magnitude)
+        pending = [magnitude] if warm_start is None else [magnitude, warm_start]
+        if self.columns > TABLEAU_COLUMNS:
+            with threadpool_limits(self.threads):
+                self._joint_large(pending)
+            return
+        with RowPool(self.threads, self.stop) as pool:
+            self._joint_small(pending, pool)
+
+    def _zeroed_loss(self, masks: list[BoolArray]) -> float:
+        zeroed = [np.where(mask, 0.0, layer.weights) for layer, mask in zip(self.layers, masks, strict=True)]
+        return layer_losses(self.layers, zeroed)
+
+    def _joint_small(self, pending: list[list[BoolArray]], pool: RowPool) -> None:
+        search = JointSearch(self.layers, self.budget, self.incumbent, pool, self.seed, self.clock)
+        first, best = np.inf, None
+        try:
+            for quick in (admm, priced_sweep) if self.columns >= _ADMM_COLUMNS else (priced_sweep,):
+                masks = quick(self.layers, self.budget, should_stop=pool.stopped)
+                if masks is None:
+                    continue
+                value = sum(
+                    quick_loss(layer, mask, should_stop=pool.stopped)
+                    for layer, mask in zip(self.layers, masks, strict=True)
+                )
+                self.incumbent.offer(value, masks)
+                if value < first:
+                    first, best = value, quick
+        except np.linalg.LinAlgError:
+            logger.warning("a stored Hessian is not positive definite: starting from magnitude")
+        for masks in pending:  # also when stopped: never worse than these
+            self.incumbent.offer(search.objective_of(masks), masks)
+        if pool.stopped():
+            return
+        if best is not admm:
+            search.eliminate()
+        search.start_from(self.incumbent.pruned)
+        self._search_and_bound(search, pool)
+
+    def _search_and_bound(self, search: JointSearch, pool: RowPool, fixed_weights: bool = False) -> None:
+        """Search, bounds, and search again, by shares of the time limit."""
+        limit = self.ends - self.started
+        if self.bound_share <= 0 or not np.isfinite(limit):
+            self._rounds(search, pool, self.ends)
+            if self.bound_share > 0:
+                self._bounds(pool, np.inf, fixed_weights)
+            return
+        first = 0.6 * (1 - self.bound_share) * limit
+        self._rounds(search, pool, self.started + first)
+        self._bounds(pool, self.started + first + self.bound_share * limit, fixed_weights)
+        self._rounds(search, pool, self.ends)
+
+    def _bounds(self, pool: RowPool, until: float, fixed_weights: bool) -> None:
+        if pool.stopped():
+            return
+        pairs = zip(self.layers, self.incumbent.pruned, strict=True)
+        if fixed_weights:
+            weights = [np.where(mask, 0.0, layer.weights) for layer, mask in pairs]
+        else:
+            weights = [refit_layer(layer, mask) for layer, mask in pairs]
+        search = BoundSearch(self.layers, self.budget, self.incumbent, weights, pool, fixed=fixed_weights)
+        try:
+            if not search.prepare():
+                return
+        except np.linalg.LinAlgError:
+            logger.warning("no bound: a stored Hessian is not positive definite")
+            return
+        before, idle = -np.inf, 0
+        while self.clock() < until and idle < 3:
+            if not search.step(_SWEEPS):
+                return
+            bound = self.incumbent.bound or 0.0
+            idle = idle + 1 if bound - before < 1e-3 * self.incumbent.objective else 0
+            before = bound
+
+    def _rounds(self, search: JointSearch, pool: RowPool, until: float) -> None:
+        if search.price == 0.0:
+            search.estimate_price()
+        before = self.incumbent.objective
+        while not pool.stopped() and (self.max_rounds is None or self.round < self.max_rounds):
+            number = self.round
+            steps = _FIRST_MOVES << min(number - 1, 20) if number else 10_000
+            if not search.search(steps, _TENURES[number % len(_TENURES)] if number else 0, number, until):
+                return
+            self.round += 1
+            gained = (before - self.incumbent.objective) / max(before, 1e-300)
+            before = self.incumbent.objective
+            unlimited = self.max_rounds is None and not np.isfinite(self.ends)
+            if self.clock() >= until or (unlimited and number > 3 and gained < _SETTLED):
+                return
+
+    def _joint_large(self, pending: list[list[BoolArray]]) -> None:
+        best = None
+        value = np.inf
+        try:
+            for quick in (priced_sweep, admm):
+                masks = quick(self.layers, self.budget, should_stop=self.stop)
+                if masks is not None:
+                    loss = self._gradient_loss(masks)
+                    self.incumbent.offer(loss, masks)
+                    if loss < value:
+                        best, value = masks, loss
+        except np.linalg.LinAlgError:
+            logger.warning("a stored Hessian is not positive definite: starting from magnitude")
+        for masks in pending:
+            loss = self._gradient_loss(masks, polite=False)
+            self.incumbent.offer(loss, masks)
+            if loss < value:
+                best, value = masks, loss
+        if best is not None and not self.stop():
+            improve_in_bulk(self.layers, self.budget, best, self.incumbent, self.stop)
+
+    def _gradient_loss(self, masks: list[BoolArray], polite: bool = True) -> float:
+        total = 0.0
+        for layer, mask in zip(self.layers, masks, strict=True):
+            kind = np.float32 if layer.columns > 1500 else np.float64
+            S, W = layer.hessian.astype(kind), layer.weights.astype(kind)
+            X = refit_by_gradients(S, W, mask, None, 40, 1e-6, self.stop if polite else lambda: False)
+            change = X - W
+            total += 0.5 * float(layer.scale @ np.einsum("rk,rk->r", change @ S, change, dtype=np.float64))
+        return total
+
+    # Selection -----------------------------------------------------------------------------------------------
+
+    def selection(self, warm_start: list[BoolArray] | None) -> None:
+        """Wanda's order and the warm start, then greedy paths and exchanges; see `solve_layers`."""
+        diagonal = [layer.weights**2 * np.diag(layer.hessian) for layer in self.layers]
+        scores = [layer.scale[:, None] * d for layer, d in zip(self.layers, diagonal, strict=True)]
+        starts = [self.budget.cheapest(self.layers, scores)]
+        starts += [] if warm_start is None else [warm_start]
+        starts.append(self.budget.cheapest(self.layers, [np.abs(layer.weights) for layer in self.layers]))
+        for masks in starts:
+            self.incumbent.offer(self._zeroed_loss(masks), masks)
+        with RowPool(self.threads, self.stop) as pool:
+            search = SelectionSearch(self.layers, self.budget, self.incumbent, pool, self.seed, self.clock)
+            if not search.eliminate():
+                return
+            search.start_from(self.incumbent.pruned)
+            self._search_and_bound(search, pool, fixed_weights=True)
+
+    # Answer --------------------------------------------------------------------------------------------------
+
+    def solution(self, objective: str, refit: bool) -> LayerSolution:
+        """The incumbent with its weights and recomputed objective."""
+        pruned = self.incumbent.pruned
+        weights: list[FloatArray] = []
+        for layer, mask in zip(self.layers, pruned, strict=True):
+            if objective == "selection" or not refit:
+                weights.append(np.where(mask, 0.0, layer.weights))
+            elif layer.columns > TABLEAU_COLUMNS:
+                with threadpool_limits(self.threads):
+                    weights.append(refit_by_gradients(layer.hessian, layer.weights, mask, None, 100, 1e-14))
+            else:
+                weights.append(refit_layer(layer, mask))
+        value = layer_losses(self.layers, weights) if refit else self.incumbent.objective
+        return LayerSolution(pruned, weights, value, self.incumbent.bound, tuple(self.incumbent.history))
