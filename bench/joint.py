@@ -14,7 +14,7 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 
 from cbs_opt import Instance, Monitor, Stop, read_instance
-from cbs_opt.bench.anytime import CLOCKS, Anytime, load, losses_at, run_solver, spread, table
+from cbs_opt.bench.anytime import CLOCKS, Anytime, load, losses_at, run_for, spread, table
 from cbs_opt.bench.chita import Chita
 from cbs_opt.bench.startup import machine
 from cbs_opt.cli.common import Parser, run_main
@@ -67,7 +67,7 @@ def joint_quality(
     def runs(name: str, objective: str, of: Sequence[int]) -> list[Anytime]:
         most = max(times)
         return [
-            run_solver(instance, name, most, objective=objective, seed=seed, threads=threads, clock=clock)
+            run_for(instance, name, most, objective=objective, seed=seed, threads=threads, clock=clock)
             for seed in of
         ]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cbs_opt import Instance, evaluate, read_instance
-from cbs_opt.bench.anytime import CLOCKS, run_solver
+from cbs_opt.bench.anytime import CLOCKS, run_for
 from cbs_opt.bench.trajectories import few_ticks, label_at_the_right, short
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.errors import CbsError
@@ -66,7 +66,7 @@ def losses_over_sparsity(
     for sparsity in sparsities:
         there = instance.with_sparsity(sparsity)
         for label, (solver, objective, _) in WAYS.items():
-            run = run_solver(there, solver, seconds, objective=objective, seed=seed, threads=threads, clock=clock)
+            run = run_for(there, solver, seconds, objective=objective, seed=seed, threads=threads, clock=clock)
             losses = evaluate(there, run.selections[-1])
             if losses.joint_loss is None:
                 raise CbsError(f"the joint loss at sparsity {sparsity:g} has no minimum")

@@ -14,7 +14,7 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 
 from cbs_opt import Instance, read_instance, solver_names
-from cbs_opt.bench.anytime import CLOCKS, load, losses_at, run_solver, spread, table
+from cbs_opt.bench.anytime import CLOCKS, load, losses_at, run_for, spread, table
 from cbs_opt.bench.peers import PEERS, MissingPeerError, Samplers, run_sampler
 from cbs_opt.bench.startup import machine
 from cbs_opt.cli.common import Parser, run_main
@@ -65,7 +65,7 @@ def quality(
                 runs = [run_sampler(samplers, PEERS[name], times, seed) for seed in seeds]
         else:
             runs = [
-                run_solver(instance, name, max(times), objective="selection", seed=seed, clock=clock)
+                run_for(instance, name, max(times), objective="selection", seed=seed, clock=clock)
                 for seed in seeds
             ]
         losses = [losses_at(instance, run, times, "selection") for run in runs]

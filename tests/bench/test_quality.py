@@ -5,7 +5,7 @@ import pytest
 
 from cbs_opt import Budget, Instance, Monitor, Stop, joint_loss, selection_loss, write_instance
 from cbs_opt.bench import joint, losses, quality
-from cbs_opt.bench.anytime import Anytime, losses_at, run_solver, spread, table
+from cbs_opt.bench.anytime import Anytime, losses_at, run_for, spread, table
 from cbs_opt.bench.chita import Chita
 from cbs_opt.bench.peers import MissingPeerError, Samplers, run_sampler
 from cbs_opt.errors import InstanceError
@@ -17,7 +17,7 @@ def instance(problem):
 
 
 def test_what_a_run_has_at_each_time(instance):
-    run = run_solver(instance, "search", 0.3, objective="selection", seed=0)
+    run = run_for(instance, "search", 0.3, objective="selection", seed=0)
     assert run.at(-1.0) is None
     assert run.bound_at(-1.0) is None
     first, last = losses_at(instance, run, [run.seconds[0], 1.0], "selection")
@@ -73,7 +73,7 @@ def test_samplers_meet_the_budget(name, instance):
     pytest.importorskip("dwave.samplers")
     run = run_sampler(Samplers(instance), name, [0.05], 0)
     assert all(instance.admits(pruned) for pruned in run.selections)
-    best = run_solver(instance, "search", 0.2, objective="selection", seed=0)
+    best = run_for(instance, "search", 0.2, objective="selection", seed=0)
     magnitude = instance.budget.cheapest(np.abs(instance.weights))
     assert selection_loss(instance, best.selections[-1]) <= selection_loss(instance, run.selections[-1]) * (
         1 + 1e-9
