@@ -35,6 +35,24 @@ class Member(NamedTuple):
     shape: tuple[int | str | None, ...]
 
 
+class SharedRows(NamedTuple):
+    """Blocks that are multiples of one stored Hessian: the rows of a layer.
+
+    Attributes
+    ----------
+    index : int64 (rows, b)
+        The weights of each row among all n.
+    hessian : float64 (b, b)
+        S. Do not write to it.
+    scale : float64 (rows,)
+        H of row r is scale_r · S.
+    """
+
+    index: IntArray
+    hessian: FloatArray
+    scale: FloatArray
+
+
 class Curvature(abc.ABC):
     """Block-diagonal, symmetric, positive semidefinite Hessian H of the loss at the trained weights.
 
@@ -168,6 +186,10 @@ class Curvature(abc.ABC):
 
     def as_factor(self) -> GradientFactor | None:
         """H as λI + GᵀG/m with the gradients G, where it has that form; None elsewhere."""
+        return None
+
+    def shared_rows(self) -> list[SharedRows] | None:
+        """All blocks as rows that share stored Hessians, where the curvature is given so; None elsewhere."""
         return None
 
     # What is known of its structure -------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cbs_opt.curvature.base import Curvature
+from cbs_opt.curvature.base import Curvature, SharedRows
 from cbs_opt.errors import InstanceError
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 from cbs_opt.view import text
@@ -96,6 +96,13 @@ class SharedBlocks(Curvature):
         while kept > _CACHE_BYTES and len(self._inverses) > 1:
             kept -= self._inverses.popitem(last=False)[1].nbytes
         return self._inverses[s]
+
+    def shared_rows(self) -> list[SharedRows]:
+        """The rows of each stored block."""
+        return [
+            SharedRows(self.gathered(s), self.stored.block(s), self.block_scale[self._rows[s]])
+            for s in range(self.number_of_stored)
+        ]
 
     # The interface of all kinds ------------------------------------------------------------------------------
 

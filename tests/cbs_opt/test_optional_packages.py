@@ -40,13 +40,8 @@ def command(name, *arguments):
     return f"from cbs_opt.cli.{name} import main\nsys.exit(main({[str(a) for a in arguments]!r}))"
 
 
-@pytest.mark.parametrize(
-    ("solver", "objective"), [("search", "selection"), ("joint", "joint"), ("exact", "joint")]
-)
-def test_main_job_needs_few_packages(without, solver, objective):
-    done = without(
-        LATE, command("solve", "library:mlp-output-20", "--solver", solver, "--objective", objective, "-q")
-    )
+def test_joint_needs_few_packages(without):
+    done = without(LATE, command("solve", "library:mlp-output-20", "--solver", "joint", "-q"))
     assert (done.returncode, done.stderr) == (0, "")
     assert "optimal" in done.stdout
 
@@ -73,7 +68,6 @@ def test_nothing_imports_them_before_they_are_needed(without):
     ("package", "code", "subject"),
     [
         ("torch", command("solve", "library:mlp-output-12", "--solver", "cbs", "-q"), "solver 'cbs'"),
-        ("torch", command("solve", "library:mlp-output-12", "--solver", "rmp", "-q"), "solver 'rmp'"),
         ("highspy", command("solve", "library:mlp-output-12", "--solver", "highs", "-q"), "solver 'highs'"),
         ("pyomo", command("solve", "library:mlp-output-12", "--solver", "pyomo", "-q"), "solver 'pyomo'"),
         ("highspy", command("info", "library:mlp-output-12", "--export", "x.mps"), "the export to .mps"),

@@ -172,12 +172,10 @@ def is_drawn(path):
         return len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50
 
 
-@pytest.mark.parametrize("case", ["plain", "blocks", "no couplings", "one weight", "zero weights", "singular"])
+@pytest.mark.parametrize("case", ["blocks", "one weight", "zero weights", "singular"])
 def test_picture_of_every_kind(case, problem, with_instance, tmp_path, capsys):
     given = {
-        "plain": problem(0, n=9),
         "blocks": problem(1, n=30, blocks=20, kind="inverse_hessian", groups="layers"),
-        "no couplings": problem(2, n=6, blocks=6, kind="hessian"),
         "one weight": problem(3, n=1, budget=1),
         "zero weights": problem(4, n=5, weights=np.zeros(5)),
         "singular": problem(5, n=8, m=2, damping=0.0, zero_columns=(0, 1)),

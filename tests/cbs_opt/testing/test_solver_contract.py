@@ -13,7 +13,7 @@ from cbs_opt import Capabilities, Solver, Status
 from cbs_opt.losses import joint_loss, selection_loss
 from cbs_opt.testing import CASES, ContractError, check_solver, solver_checks, solver_contract
 
-FEW = {case: CASES[case] for case in ("hessian", "gradients", "gradients, blocks", "everything", "2:4", "linear")}
+FEW = {case: CASES[case] for case in ("hessian", "gradients", "everything")}
 
 
 class Honest(Solver):
@@ -149,9 +149,9 @@ def test_dishonest_solver_is_found(solver, sentence, monkeypatch):
         monkeypatch.setattr(solver_contract, "_GRACE", 0.4)
     checks = solver_checks(solver, cases=FEW)
     failures = []
-    wanted = {"TakesItsTime": "selection: time limit"}.get(solver.__name__)
+    wanted = "selection: time limit" if solver is TakesItsTime else ""
     for check in checks:
-        if wanted in (None, check.name):
+        if wanted in check.name and "random" not in check.name:
             try:
                 check()
             except Exception as error:
