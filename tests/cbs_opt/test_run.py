@@ -125,9 +125,8 @@ def test_a_selection_of_a_wrong_shape_has_no_losses(told):
 
 
 def test_an_instance_that_the_solver_cannot_take_is_refused_before_the_run(problem):
-    grouped = problem(4, n=10, groups="rows").instance
-    with pytest.raises(SolverError, match="a budget per group"):
-        run_solver(Told(), grouped, Context())
+    with pytest.raises(SolverError, match="the device 'cuda'"):
+        run_solver(Told(), problem(4).instance, Context(device="cuda"))
 
 
 def test_errors_of_the_package_are_kept_as_they_are(told):
