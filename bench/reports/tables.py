@@ -98,6 +98,8 @@ def machines(analysis: Analysis) -> Table | None:
 def machine_sentence(analysis: Analysis) -> str:
     """The machine that most rows were made on, in one sentence."""
     counts = Counter(row.environment for row in analysis.rows if row.environment in analysis.environments)
+    if not counts:
+        return "The store does not say on which machine."
     number, count = counts.most_common(1)[0]
     facts = analysis.environments[number or 0]
     parts = [

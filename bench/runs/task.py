@@ -221,6 +221,8 @@ def _solver_row(task: Task, instance: Instance, should_stop: Callable[[], bool] 
         None if nodes is None else int(nodes),
     )
     row.build_s, row.solve_s, row.cpu_s = run.build_seconds, run.solve_seconds, run.processor_seconds
+    own = context.extras.get("solver_seconds")
+    row.own_s = None if own is None else float(own)
     row.trace = thinned([(event.seconds, event.objective, event.bound) for event in monitor.history])
     return row, str(context.extras.get("device", "cpu"))
 
