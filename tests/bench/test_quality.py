@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cbs_opt import Budget, Instance, Monitor, Stop, joint_loss, selection_loss, write_instance
-from cbs_opt.bench import joint, losses, quality
+from cbs_opt.bench import losses, quality
 from cbs_opt.bench.anytime import Anytime, losses_at, run_for, spread, table
 from cbs_opt.bench.chita import Chita
 from cbs_opt.bench.peers import MissingPeerError, Samplers, run_sampler
@@ -134,16 +134,40 @@ def test_chita_refuses_other_instances(problem):
         Chita(Instance(base.weights, base.curvature, Budget(2, np.arange(8) % 2, [1, 1])))
 
 
-def test_the_joint_command(tmp_path, capsys, instance):
+def test_the_joint_losses_over_time(tmp_path, capsys, instance):
     path = tmp_path / "instance.npz"
     write_instance(path, instance)
-    assert (
-        joint.main([str(path), "--cases", "1e-2:.5", "--times", "0.3", "--seeds", "0", "--clock", "processor"])
-        == 0
-    )
+    arguments = [
+        "--objective",
+        "joint",
+        "--cases",
+        "1e-2:.5",
+        "--times",
+        "0.3",
+        "--seeds",
+        "0",
+        "--clock",
+        "processor",
+    ]
+    assert quality.main([str(path), *arguments]) == 0
     text = capsys.readouterr().out
     for name in ("magnitude, then update", "search, then update", "chita", "backward", "joint"):
         assert f"| {name} |" in text
+    assert "search, then update, bound" not in text  # it bounds the other loss
+    assert "15 to prune" in text
+
+
+def test_a_peer_of_the_other_loss_is_refused(tmp_path, capsys, instance):
+    path = tmp_path / "instance.npz"
+    write_instance(path, instance)
+    assert quality.main([str(path), "--objective", "joint", "--solvers", "dwave-tabu"]) == 2
+    assert "'dwave-tabu' of the joint loss" in capsys.readouterr().err
+
+
+def test_chita_is_left_out_in_a_sentence(problem):
+    rows, notes = quality.quality(problem(1, kind="hessian").instance, ["chita"], [0.1], [0], objective="joint")
+    assert not rows
+    assert notes == ["chita takes a gradient factor of one block"]
 
 
 def test_losses_over_sparsity(tmp_path, capsys, instance):
