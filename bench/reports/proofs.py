@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 from cbs_opt.bench.reports import tables
 from cbs_opt.bench.reports.analysis import Analysis, Problem, Run, Section
+from cbs_opt.bench.reports.canvas import short
 from cbs_opt.bench.reports.document import Document, Paragraph, Table
 from cbs_opt.bench.reports.metrics import TOLERANCE
-from cbs_opt.bench.trajectories import short
 from cbs_opt.result import Status
 
 MEDIAN_UP_TO = 100

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cbs_opt.bench.anytime import Anytime
+from cbs_opt.bench.anytime import CLOCKS, Anytime
 from cbs_opt.bench.peers import PEERS, MissingPeerError, Samplers, run_sampler
 from cbs_opt.bench.runs import store
 from cbs_opt.bench.runs.store import Key, Row, Trace
@@ -60,7 +60,33 @@ class Task:
     sparsity: float
     seed: int
     time_limit: float | None
-    threads: int = 1
+    threads: int | None = 1
+    clock: str = "wall"
+
+    @classmethod
+    def of(cls, instance: Instance, solver: str, label: str | None = None, **settings: Any) -> Task:
+        """The task of a solver on an instance with its budget.
+
+        Parameters
+        ----------
+        instance : Instance
+        solver : str
+        label : str, optional
+            The solver's name where not given.
+        **settings
+            `parameters`, `objective`, `seed`, `time_limit`, `threads`, `clock`; without them: none, the selection
+            loss, 0, none, 1, the wall.
+        """
+        given: dict[str, Any] = {"parameters": "{}", "objective": "selection", "seed": 0, "time_limit": None}
+        return cls(
+            path=str(instance.path),
+            instance_sha256=instance.sha256 or "",
+            solver=solver,
+            label=label or solver,
+            budget=instance.budget.total,
+            sparsity=instance.budget.total / instance.n,
+            **given | settings,
+        )
 
     @property
     def key(self) -> Key:
@@ -88,7 +114,7 @@ class Made(NamedTuple):
 
 
 def run_task(task: Task, should_stop: Callable[[], bool] | None = None) -> Made:
-    """Run a solver and make the row: this never raises, whatever the solver does.
+    """Run a solver on the file of a task and make the row: this never raises, whatever the solver does.
 
     Losses and feasibility are recomputed by `cbs_opt.evaluate`. Warming up counts neither for the solver nor for
     the row.
@@ -99,13 +125,21 @@ def run_task(task: Task, should_stop: Callable[[], bool] | None = None) -> Made:
     should_stop : callable, optional
         True ends the run with status `interrupted`.
     """
+    return _make(task, lambda: _instance(task.path, task.instance_sha256).with_budget(task.budget), should_stop)
+
+
+def run_on(instance: Instance, task: Task) -> Row:
+    """As `run_task`, for an instance at hand: the row, with all events in its trace."""
+    return _make(task, lambda: instance).row
+
+
+def _make(task: Task, read: Callable[[], Instance], should_stop: Callable[[], bool] | None = None) -> Made:
     started = datetime.now(UTC).isoformat(timespec="milliseconds")
     device = "cpu"
     try:
-        instance = _instance(task.path, task.instance_sha256)
-        _warm_up(task.solver, task.parameters, task.objective, instance.curvature.kind, task.threads)
+        _warm_up(task.solver, task.parameters, task.objective, read().curvature.kind, task.threads)
         clock = time.perf_counter()
-        instance = _instance(task.path, task.instance_sha256).with_budget(task.budget)
+        instance = read()
         if task.solver in PEERS:
             row = _peer_row(task, instance)
         else:
@@ -199,7 +233,7 @@ def _slack(instance: Instance, pruned: BoolArray, value: float | None) -> float:
 def _solver_row(task: Task, instance: Instance, should_stop: Callable[[], bool] | None) -> tuple[Row, str]:
     """The row of a solver of the package, and the device that it ran on."""
     solver = get_solver(task.solver)(json.loads(task.parameters))
-    monitor = Monitor(Stop(time_limit=task.time_limit, should_stop=should_stop))
+    monitor = Monitor(Stop(time_limit=task.time_limit, should_stop=should_stop), clock=CLOCKS[task.clock])
     context = Context(task.objective, task.seed, monitor, threads=task.threads)
     logging.getLogger("pyomo").setLevel(logging.ERROR)  # it warns of every solver that a limit stops
     try:
@@ -223,12 +257,14 @@ def _solver_row(task: Task, instance: Instance, should_stop: Callable[[], bool] 
     row.build_s, row.solve_s, row.cpu_s = run.build_seconds, run.solve_seconds, run.processor_seconds
     own = context.extras.get("solver_seconds")
     row.own_s = None if own is None else float(own)
-    row.trace = thinned([(event.seconds, event.objective, event.bound) for event in monitor.history])
+    row.trace = [(event.seconds, event.objective, event.bound) for event in monitor.history]
     return row, str(context.extras.get("device", "cpu"))
 
 
 def _peer_row(task: Task, instance: Instance) -> Row:
     """The row of one of the samplers; its trace has what it would have had, had it been asked for less time."""
+    if task.objective != "selection":
+        raise _UnsupportedError(f"'{task.solver}' minimises the selection loss")
     if task.time_limit is None:
         raise _UnsupportedError(f"'{task.solver}' needs a time limit: it has no end of its own")
     processor, clock = time.process_time(), time.perf_counter()
@@ -271,7 +307,7 @@ def _instance(path: str, sha256: str) -> Instance:
 
 
 @cache
-def _warm_up(solver: str, parameters: str, objective: str, kind: str, threads: int) -> None:
+def _warm_up(solver: str, parameters: str, objective: str, kind: str, threads: int | None) -> None:
     """Let the solver solve a tiny instance once in this process; whatever goes wrong will go wrong in the row."""
     try:
         tiny = tiny_instance(kind)
