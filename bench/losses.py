@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cbs_opt import Instance, read_instance
 from cbs_opt.bench.anytime import CLOCKS
@@ -60,7 +60,12 @@ def losses_over_sparsity(
     for sparsity in sparsities:
         there = instance.with_sparsity(sparsity)
         for label, (solver, objective, _) in WAYS.items():
-            settings = {"objective": objective, "seed": seed, "time_limit": seconds, "threads": threads}
+            settings: dict[str, Any] = {
+                "objective": objective,
+                "seed": seed,
+                "time_limit": seconds,
+                "threads": threads,
+            }
             row = run_on(there, Task.of(there, solver, label, clock=clock, **settings))
             if row.selection_loss is None or row.joint_loss is None:
                 raise CbsError(row.message or f"the joint loss at sparsity {sparsity:g} has no minimum")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cbs_opt import Instance, read_instance
+from cbs_opt.bench.peers import PEERS
 from cbs_opt.bench.reports.canvas import few_ticks, label_at_the_right, short
 from cbs_opt.bench.runs.store import ERROR, OK, Row, Trace
 from cbs_opt.bench.runs.task import Task, run_on
+from cbs_opt.bench.runs.warm_up import SECONDS
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.errors import CbsError, SolverError
 from cbs_opt.files.atomic import atomic_write
@@ -35,9 +37,14 @@ def trajectories(
     seed: int = 0,
     threads: int | None = None,
 ) -> dict[str, Row]:
-    """Run the solvers one after the other as a benchmark does; their rows, with all events in the traces.
+    """Run the solvers one after the other as a benchmark does, each after a short run that does not count.
 
     A name of `cbs_opt.bench.peers.PEERS` stands for a sampler, which needs a time limit.
+
+    Returns
+    -------
+    dict of str to Row
+        With all events in the traces.
 
     Raises
     ------
@@ -46,13 +53,13 @@ def trajectories(
     """
     rows = {}
     for name in solvers:
-        settings = {"objective": objective, "seed": seed, "threads": threads}
+        settings: dict[str, Any] = {"objective": objective, "seed": seed, "threads": threads}
+        if name not in PEERS:  # what the instance computes once, such as inverses, belongs to no solver
+            run_on(instance, Task.of(instance, name, time_limit=SECONDS, **settings))
         row = run_on(instance, Task.of(instance, name, time_limit=time_limit, **settings))
         if row.objective is None or row.kind not in (OK, ERROR):
             raise SolverError(row.message or f"'{name}' gave no selection")
-        if (
-            name == "dwave-tabu" and time_limit is not None
-        ):  # it has nothing before its end
+        if name == "dwave-tabu" and time_limit is not None:  # it has nothing before its end
             limits = [time_limit / 2**k for k in range(6, 0, -1)]
             shorter = [run_on(instance, Task.of(instance, name, time_limit=t, **settings)) for t in limits]
             row.trace = _falling([event for part in (*shorter, row) for event in part.trace or ()])
