@@ -1,8 +1,9 @@
 """Accuracy of a pruned network: `python -m cbs_opt.bench.accuracy INSTANCE.npz --checkpoint FILE --data PATH`.
 
 For every sparsity and every way of choosing and updating, the network of an exported instance is pruned one-shot,
-without any training, and scored on test images: the columns of the tables 1 to 5 of the CBS paper and of ours. No view of `cbs-bench`: a store
-holds losses of the quadratic model, not selections to apply to a network.
+without any training, and scored on test images: the columns of the tables 1 to 5 of the CBS paper and of ours.
+
+No view of `cbs-bench`: a store holds losses of the quadratic model, not selections to apply to a network.
 """
 
 from __future__ import annotations

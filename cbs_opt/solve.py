@@ -17,8 +17,9 @@ from cbs_opt.errors import CbsError, InstanceError, SolverError
 from cbs_opt.instance import Instance
 from cbs_opt.monitor import Callback, Monitor
 from cbs_opt.optional import missing
-from cbs_opt.result import Result, Solution
+from cbs_opt.result import Result
 from cbs_opt.run import Run, run_solver
+from cbs_opt.solution import Solution
 from cbs_opt.solver import OBJECTIVES, Context, Solver
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray
