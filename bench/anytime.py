@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cbs_opt import Context, Instance, Monitor, Stop, get_solver, joint_loss, selection_loss
+from cbs_opt.bench.reports import canvas
 from cbs_opt.run import run_solver
 from cbs_opt.typing import BoolArray
 
@@ -115,7 +116,7 @@ def spread(values: Sequence[float | None]) -> str:
 
 def short(value: float) -> str:
     """Four digits without the zeros of the exponent: 3.420e-4."""
-    return f"{value:.3e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    return canvas.short(value, 3).replace("e+", "e")
 
 
 def table(times: Sequence[float], rows: Mapping[str, Sequence[str]]) -> str:
