@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cbs_opt import Budget, GradientFactor, HessianBlocks, Instance, InverseHessianBlocks
+from cbs_opt import Budget, Instance
+from cbs_opt.testing import make_curvature
 
 FAMILIES = ("hidden", "output", "low rank", "gaussian", "ill-scaled")
 DEGENERATE = ("ties", "dead", "collinear")
-KINDS = ("hessian", "inverse", "gradients")
+KINDS = ("hessian", "inverse_hessian", "gradients")
 
 
 def factor(rng, n, family):
@@ -48,20 +49,11 @@ def make_case(seed, family, kind, objective, scale=1.0):
     n = size_of(seed)
     G = scale * factor(rng, n, family)
     damping = 0.0
-    if objective == "joint" or kind == "inverse" or rng.random() < 0.3:
+    if objective == "joint" or kind == "inverse_hessian" or rng.random() < 0.3:
         damping = 10.0 ** rng.uniform(-4, 0) * max(float((G**2).mean()), 1e-12 * scale**2)
     cuts = np.sort(rng.choice(np.arange(1, n), rng.integers(0, 3), replace=False)) if n > 4 else []
     sizes = np.diff([0, *cuts, n]).astype(np.int64)
-    of_block = np.repeat(np.arange(sizes.size), sizes)
-    H = (G.T @ G / len(G) + damping * np.eye(n)) * (of_block[:, None] == of_block)
-    parts = [H[np.ix_(at, at)] for at in (np.flatnonzero(of_block == k) for k in range(sizes.size))]
-    if kind == "gradients":
-        curvature = GradientFactor(G, damping, sizes)
-    elif kind == "hessian":
-        curvature = HessianBlocks.from_blocks(parts)
-    else:
-        inverses = [np.linalg.inv(part) for part in parts]
-        curvature = InverseHessianBlocks.from_blocks([(A + A.T) / 2 for A in inverses])
+    curvature, H = make_curvature(kind, G, damping, sizes)
     w = rng.normal(size=n) * 10 ** rng.uniform(-1, 1, n)
     linear = 0.3 * rng.normal(size=n) * np.sqrt(np.diag(H)) if seed % 3 == 1 and damping else None
     pick = rng.random(n) < rng.uniform(0.1, 0.9)
