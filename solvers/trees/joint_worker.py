@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cbs_opt.solvers.kernels import joint_tree
+from cbs_opt.solvers.kernels import selection_tree as tree
+from cbs_opt.solvers.kernels.tableau_elimination import eliminate
 from cbs_opt.solvers.problem.joint_problem import condition
-from cbs_opt.solvers.trees import joint_tree
-from cbs_opt.solvers.trees import selection_tree as tree
 from cbs_opt.solvers.trees.best_first import BestFirst, Int8Array, Subproblem
 from cbs_opt.solvers.trees.joint_diagonal import best_diagonal, safe_diagonal
-from cbs_opt.solvers.trees.joint_start import eliminate
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 

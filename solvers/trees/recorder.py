@@ -16,8 +16,8 @@ import numpy as np
 from cbs_opt.certificate_bounds import Frame, Part, States
 from cbs_opt.certificate_tree import counts, forced, least, settled
 from cbs_opt.files.certificate_file import NOTHING, POINT, VALUE
-from cbs_opt.solvers.trees import joint_tree
-from cbs_opt.solvers.trees import selection_tree as tree
+from cbs_opt.solvers.kernels import joint_tree
+from cbs_opt.solvers.kernels import selection_tree as tree
 from cbs_opt.solvers.trees.best_first import _DIVE_NODES, _SHIFT_NODES, _WORTH, Subproblem, Worker
 from cbs_opt.solvers.trees.joint_worker import JointWorker, condition
 from cbs_opt.solvers.trees.recorded_nodes import Node

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cbs_opt.solvers.trees import selection_tree as tree
+from cbs_opt.solvers.kernels import selection_tree as tree
 from cbs_opt.solvers.trees.best_first import BestFirst, Int8Array, Subproblem
 from cbs_opt.solvers.trees.selection_shift import best_shift
 from cbs_opt.solvers.trees.selection_start import improve, take_smallest

@@ -1,13 +1,11 @@
 """Depth-first tree of the selection problem: explicit stack, compressed levels, resumable after any node."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import numpy as np
 
+from cbs_opt.solvers.kernels.box_relaxation import pair_move, relax, response, responses
 from cbs_opt.solvers.kernels.dense_numba import axpy, entry, inner, kth_largest
-from cbs_opt.solvers.trees.selection_relaxation import pair_move, relax, response, responses
 
 LEVEL, NODES, FOUND = range(3)
 """Entries of the state of a tree: top frame (−1: empty), nodes worked on, incumbents found."""

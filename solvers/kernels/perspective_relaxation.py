@@ -7,8 +7,6 @@ y = Mu + c is kept up to date. θ of a group is the common √d|u|/z of its frac
 price of one more kept weight.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import numpy as np

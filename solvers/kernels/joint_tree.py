@@ -1,14 +1,12 @@
 """Depth-first tree of the joint problem over its perspective relaxation; resumable after any node."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import numpy as np
 
 from cbs_opt.solvers.kernels.dense_numba import cholesky, entry, inner, invert_factor, kth_largest, solve
-from cbs_opt.solvers.trees.joint_relaxation import relax, water
-from cbs_opt.solvers.trees.selection_tree import BRANCH, FOUND, LEVEL, NODES, PENDING, QLEVEL, ROOT, VALUE
+from cbs_opt.solvers.kernels.perspective_relaxation import relax, water
+from cbs_opt.solvers.kernels.selection_tree import BRANCH, FOUND, LEVEL, NODES, PENDING, QLEVEL, ROOT, VALUE
 
 POINT = 3
 """Entry of the state: level of the last relaxed point, −1 where the last node had none."""

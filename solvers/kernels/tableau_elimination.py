@@ -1,7 +1,5 @@
 """A good first selection for small joint problems: backward elimination and swap descent on one tableau."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import numpy as np
