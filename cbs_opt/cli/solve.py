@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from cbs_opt.cli import common
@@ -19,7 +20,7 @@ from cbs_opt.files import read_instance, read_solution, write_solution
 from cbs_opt.files.library_file import best_known, resolve
 from cbs_opt.instance import Instance
 from cbs_opt.registry import get_solver, solver_names
-from cbs_opt.result import Result, Solution
+from cbs_opt.result import Result
 from cbs_opt.solve import environment, solve
 from cbs_opt.solver import parse_parameters
 from cbs_opt.stop import Stop
@@ -112,7 +113,7 @@ def _solve(instance: Instance, options: argparse.Namespace, interrupts: common.I
 def _write(instance: Instance, result: Result, read_seconds: float, options: argparse.Namespace) -> int:
     """Write every output that was asked for, even where one of them fails."""
     known = best_known(instance, result.objective_kind)
-    content = result_json(instance, result, read_seconds, known)
+    content = result_json(result, read_seconds, known)
     failures: list[OutputError] = []
 
     def attempt(target: Any, write: Any, *arguments: Any) -> None:
@@ -122,17 +123,13 @@ def _write(instance: Instance, result: Result, read_seconds: float, options: arg
             except OutputError as error:
                 failures.append(error)
 
-    attempt(
-        options.solution,
-        write_solution,
-        Solution(result.pruned, instance.sha256 or "", result.weights, content),
-    )
+    attempt(options.solution, write_solution, replace(result.to_solution(), result=content))
     attempt(options.history, write_history, result)
     attempt(None if options.json == "-" else options.json, write_json, content)
     if options.json == "-":  # last, so that a reader who has left costs no file
         write_json("-", content)
     else:
-        common.say(result_text(instance, result, read_seconds, known) + "\n")
+        common.say(result_text(result, read_seconds, known) + "\n")
     if failures:
         raise OutputError("; ".join(str(failure) for failure in failures))
     return common.EXIT_OK
