@@ -52,8 +52,11 @@ from cbs_opt.files.certificate_file import read_certificate  # noqa: E402
 from cbs_opt.instance import Instance  # noqa: E402
 from cbs_opt.losses import Losses, evaluate, joint_loss, selection_loss  # noqa: E402
 from cbs_opt.monitor import Monitor  # noqa: E402
+from cbs_opt.networks import apply, export, masks  # noqa: E402
+from cbs_opt.path import solve_path  # noqa: E402
 from cbs_opt.registry import get_solver, register, solver_names  # noqa: E402
-from cbs_opt.result import Result, Solution, Status  # noqa: E402
+from cbs_opt.result import Result, Status  # noqa: E402
+from cbs_opt.solution import Solution  # noqa: E402
 from cbs_opt.solve import solve  # noqa: E402
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option  # noqa: E402
 from cbs_opt.stop import Stop  # noqa: E402
@@ -97,8 +100,10 @@ __all__ = [
     "UsageError",
     "Verification",
     "__version__",
+    "apply",
     "best_update",
     "evaluate",
+    "export",
     "get_solver",
     "joint_loss",
     "library",
@@ -106,6 +111,7 @@ __all__ = [
     "library_entry",
     "library_names",
     "library_path",
+    "masks",
     "option",
     "read_certificate",
     "read_instance",
@@ -114,6 +120,7 @@ __all__ = [
     "register_curvature",
     "selection_loss",
     "solve",
+    "solve_path",
     "solver_names",
     "verify",
     "verify_certificate",

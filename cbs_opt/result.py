@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cbs_opt.errors import UsageError
 from cbs_opt.jsonable import finite
+from cbs_opt.solution import Solution
 from cbs_opt.typing import BoolArray, FloatArray
 from cbs_opt.view import html, text
 
@@ -238,29 +239,3 @@ class Result:
         from cbs_opt.view.convergence import draw_convergence
 
         return draw_convergence(self, axes)
-
-
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """A selection as a file keeps it.
-
-    Attributes
-    ----------
-    pruned : bool (n,)
-    instance_sha256 : str
-        Hash of the instance file that it belongs to; empty for an instance that never was a file.
-    weights : float64 (n,) or None
-    result : mapping
-        The JSON of the run that found it; may be empty.
-    """
-
-    pruned: BoolArray
-    instance_sha256: str = ""
-    weights: FloatArray | None = None
-    result: Mapping[str, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        updated = "" if self.weights is None else ", weights updated"
-        solver = self.result.get("solver")
-        origin = f" of {solver}" if isinstance(solver, str) else ""
-        return f"<Solution{origin}: {int(self.pruned.sum())} of {self.pruned.size} weights pruned{updated}>"

@@ -19,7 +19,8 @@ from cbs_opt.instance import Instance
 from cbs_opt.losses import evaluate
 from cbs_opt.monitor import Callback, Monitor
 from cbs_opt.optional import missing
-from cbs_opt.result import Result, Solution, Status
+from cbs_opt.result import Result, Status
+from cbs_opt.solution import Solution
 from cbs_opt.solver import OBJECTIVES, Context, Solver
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbs_opt.instance import Instance
 from cbs_opt.typing import IntArray
+
+if TYPE_CHECKING:
+    from cbs_opt.instance import Instance
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ from cbs_opt.errors import UsageError
 from cbs_opt.files.solution_file import read_solution
 from cbs_opt.instance import Instance
 from cbs_opt.losses import check_mask, evaluate, predicted_loss
-from cbs_opt.result import Result, Solution
+from cbs_opt.result import Result
+from cbs_opt.solution import Solution
 from cbs_opt.typing import BoolArray
 from cbs_opt.view import html, text
 

@@ -13,7 +13,7 @@ from cbs_opt.files.certificate_file import FORMAT as CERTIFICATE
 from cbs_opt.files.certificate_file import Certificate
 from cbs_opt.files.library_file import BestKnown, best_known
 from cbs_opt.instance import Instance
-from cbs_opt.result import Solution
+from cbs_opt.solution import Solution
 from cbs_opt.solver import OBJECTIVES
 from cbs_opt.tensor_table import TensorEntry, tensor_table
 

@@ -16,7 +16,7 @@ from cbs_opt.files.npz import NpzReader, json_text, write_npz
 from cbs_opt.files.paths import as_path
 from cbs_opt.instance import Instance
 from cbs_opt.jsonable import finite
-from cbs_opt.result import Result, Solution
+from cbs_opt.solution import HasSolution, Solution
 
 FORMAT = "cbs-solution"
 VERSION = 1
@@ -60,7 +60,7 @@ def read_solution(path: Path | str, instance: Instance | None = None) -> Solutio
     return solution
 
 
-def write_solution(path: Path | str, solution: Solution | Result) -> None:
+def write_solution(path: Path | str, solution: Solution | HasSolution) -> None:
     """Write a solution file.
 
     Parameters
@@ -76,7 +76,7 @@ def write_solution(path: Path | str, solution: Solution | Result) -> None:
     OutputError
         When the file cannot be written; nothing is left behind then.
     """
-    if isinstance(solution, Result):
+    if not isinstance(solution, Solution) and hasattr(solution, "to_solution"):
         solution = solution.to_solution()
     if not isinstance(solution, Solution):
         raise UsageError(f"`solution` must be a Result or a Solution, got {type(solution).__name__}")

@@ -15,8 +15,11 @@ import cbs_opt
 from cbs_opt import register, registry
 from cbs_opt.curvature import registry as curvature_registry
 
-EXECUTED = {"README.md", "docs/format.md", "docs/guide.md", "docs/extending.md", "docs/index.md"}
-"""Pages with Python blocks; each has a test below."""
+EXECUTED = {
+    "README.md",
+    *(f"docs/{name}.md" for name in ("extending", "format", "guide", "index", "transformers")),
+}
+"""Pages with Python blocks; each has a test, below or in a file of its own."""
 
 
 @pytest.fixture
