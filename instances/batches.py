@@ -85,6 +85,7 @@ class Bundle:
         self.varying = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == m for leaf in self.leaves]
 
     def like(self, leaves: list[Any], m: int) -> Bundle:
+        """A bundle of the same layout with other leaves, of m samples."""
         other = object.__new__(Bundle)
         other.leaves, other.layout, other.varying, other._m = leaves, self.layout, self.varying, m
         return other
