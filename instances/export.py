@@ -23,17 +23,14 @@ from cbs_opt.instances.batches import Samples, checked_call, placed
 from cbs_opt.instances.budgets import keeping
 from cbs_opt.instances.curvature import fisher_blocks
 from cbs_opt.instances.dense import dense_scores
-from cbs_opt.instances.fisher_terms import fisher_terms
 from cbs_opt.instances.gradients import CHUNK_BYTES, gradient_rows
-from cbs_opt.instances.kfac import factored
 from cbs_opt.instances.losses import LossLike, SampleLoss, declared
 from cbs_opt.instances.metrics import MetricLike
 from cbs_opt.instances.modes import fewest, single_precision
-from cbs_opt.instances.output_gradients import row_gradients
 from cbs_opt.instances.plan import make_plan, with_zeros
 from cbs_opt.instances.recipe import DAMPING, Along, Fisher, Form, Recipe, Source, one_of, scratch
-from cbs_opt.instances.reconstruction import input_covariances
-from cbs_opt.instances.row_blocks import RowBlocks, row_blocks
+from cbs_opt.instances.row_blocks import RowBlocks
+from cbs_opt.instances.row_sources import row_hessians
 from cbs_opt.instances.scores import Judge, torch_device
 from cbs_opt.instances.tensors import table_of, to_rows
 from cbs_opt.linalg import is_positive
@@ -417,35 +414,18 @@ class Export:
             yield stored
 
     def _rows(self, folder: Path | None) -> RowBlocks:
-        """The blocks of all rows, from the inputs of their layers; refused when they do not fit after all."""
-        recipe = self.recipe
-        covariances = input_covariances(
+        """The blocks of all rows; refused when they do not fit after all."""
+        rows, self.facts["damping"] = row_hessians(
             self.model,
             self.inputs,
+            self.labels,
             {place.name: place.layout for place in self.places},
+            self.recipe,
+            self._loss() if self.recipe.source == "kfac" else None,
             chunk_bytes=self._chunk_bytes,
-            progress=lambda done: self._progress("inputs", done, self.samples),
+            progress=lambda what, done: self._progress(what, done, self.samples),
         )
-        scales = None
-        if recipe.source == "kfac":
-            gradients = row_gradients(
-                self.model,
-                self.inputs,
-                self.labels,
-                {place.name: place.layout for place in self.places},
-                fisher_terms(recipe.fisher or "empirical", self._loss(), recipe.seed),
-                chunk_bytes=self._chunk_bytes,
-                progress=lambda done: self._progress("output gradients", done, self.samples),
-            )
-            covariances, scales = factored(covariances, gradients)
-        relative = recipe.relative_damping
-        dampings = [DAMPING if recipe.damping is None else recipe.damping for _ in covariances]
-        if relative is not None:
-            dampings = [relative * layer.mean_diagonal for layer in covariances]
-        self.facts["damping"] = dampings[0] if relative is None else dampings
-        size = recipe.block_rule if isinstance(recipe.block_rule, int) else None
-        rows = row_blocks(covariances, dampings, size, scales)
-        recipe.check_fits(self.shapes, self.samples, folder, rows.sizes)
+        self.recipe.check_fits(self.shapes, self.samples, folder, rows.sizes)
         self.stored = len(rows.stored)
         return rows
 

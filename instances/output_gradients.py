@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.instances.batches import Samples, call, moved, placed, reason, slices
+from cbs_opt.instances.batches import Samples, checked_call, moved, placed, reason, slices
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
 from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.products import Product, Products
@@ -142,7 +142,7 @@ def row_gradients(
             y = None if targets is None else moved(targets[part], device)
             with torch.enable_grad():
                 with traced:
-                    outputs = call(model, x)
+                    outputs = checked_call(model, x)
                 if reasons:
                     name, why = next(iter(reasons.items()))
                     raise UsageError(f"'{name}' has no output gradients that can be computed: {why}")

@@ -4,7 +4,7 @@
 |---|---|
 | (inputs, labels), arrays or tensors | as they are; inputs may be a tuple or a dictionary of tensors |
 | {"x": …, "labels": …} | labels by one of the usual names, everything else that `forward` takes by keyword |
-| inputs alone | without labels: for `--source reconstruction` |
+| inputs alone | without labels: for `--source reconstruction`, or kfac with `--fisher exact` or `sampled` |
 | an iterable of such batches, a DataLoader | one after the other, `UNSIZED` samples where it has no length |
 | a `torch.utils.data.Dataset`, or (data set, collate function) | the samples that are drawn, collated |
 | a function of the model | is called with it, and what the model is called with is taken, without labels |

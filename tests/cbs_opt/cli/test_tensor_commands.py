@@ -110,7 +110,7 @@ def zeros(tensors, *names):
     return [int((torch.as_tensor(np.asarray(tensors[name])) == 0).sum()) for name in names]
 
 
-@pytest.mark.parametrize("source", ["fisher", "reconstruction"])
+@pytest.mark.parametrize("source", ["fisher", "reconstruction", "kfac"])
 def test_tied_tensors_stay_tied_in_every_container(source, nets, tmp_path, capsys):
     model, _ = nets.tied()
     np.savez(tmp_path / "copies.npz", **{name: tensor.numpy() for name, tensor in model.state_dict().items()})
