@@ -34,6 +34,7 @@ def describe_instance(instance: Instance) -> dict[str, Any]:
         "curvature": curvature.kind,
         "blocks": sizes.size,
         "block_sizes": _few(sizes.tolist()),
+        "stored_blocks": curvature.number_of_stored,
     }
     factor = curvature.as_factor()
     if factor is not None:

@@ -106,6 +106,11 @@ class Curvature(abc.ABC):
         """K."""
         return self.block_sizes.size
 
+    @property
+    def number_of_stored(self) -> int:
+        """Number of blocks that are stored: fewer where blocks share one."""
+        return self.number_of_blocks
+
     def block_slice(self, k: int) -> slice:
         """The weights of block k."""
         return slice(int(self.offsets[k]), int(self.offsets[k + 1]))

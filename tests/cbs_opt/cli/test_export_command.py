@@ -12,6 +12,7 @@ import cbs_opt
 torch = pytest.importorskip("torch")
 
 from cbs_opt.cli import export as export_cli  # noqa: E402
+from cbs_opt.cli import info as info_cli  # noqa: E402
 from cbs_opt.cli import solve as solve_cli  # noqa: E402
 
 SCRIPT = """
@@ -104,6 +105,20 @@ def test_reconstruction_and_a_pattern(folder):
     assert instance.curvature.block_sizes.tolist() == [9] * 4 + [36] * 3
     assert instance.metadata["source"] == "reconstruction" and instance.metadata["nm"] == "2:4"
     assert instance.budget.total == 54  # 2 of every 4 of 3 · 36; the convolution has one channel
+
+
+def test_kfac_stores_a_block_a_layer_and_says_so(folder, capsys):
+    arguments = [*MINE, "--source", "kfac", "--fisher", "exact", "--blocks", "20"]
+    assert export_cli.main(arguments) == 0
+    assert "hessian in 10 blocks (3 stored)" in capsys.readouterr().out
+    assert info_cli.main(["instance.npz", "--json", "-"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["blocks"], content["stored_blocks"]) == (10, 3)
+    assert content["metadata"]["fisher"] == "exact" and content["metadata"]["relative_damping"] == 0.01
+    assert info_cli.main(["instance.npz"]) == 0
+    assert "3 blocks, each times a factor a block" in capsys.readouterr().out
+    assert export_cli.main([*MINE, "--fisher", "exact"]) == 2
+    assert "`fisher` chooses the labels of `source` kfac" in capsys.readouterr().err
 
 
 def test_a_network_of_the_package_in_a_process_of_its_own(tmp_path, run):
