@@ -22,7 +22,8 @@ from cbs_opt.bench.startup import machine
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files.atomic import atomic_write
-from cbs_opt.solvers.layers import Layer, LayerBudget, LayerSolution, solve_layers
+from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution
+from cbs_opt.solvers.layers.solve import solve_layers
 from cbs_opt.solvers.layers.warm_up import warm_up_layers
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 

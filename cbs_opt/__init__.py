@@ -18,6 +18,7 @@ if (_root / "pyproject.toml").is_file() and (_root / "solvers" / "__init__.py").
     __path__.append(str(_root))  # a checkout: the other three rooms are folders beside this one
 
 from cbs_opt.budget import Budget  # noqa: E402
+from cbs_opt.certificate import verify as verify_certificate  # noqa: E402
 from cbs_opt.curvature import (  # noqa: E402
     Curvature,
     GradientFactor,
@@ -29,6 +30,8 @@ from cbs_opt.curvature import (  # noqa: E402
 from cbs_opt.errors import (  # noqa: E402
     CbsError,
     InstanceError,
+    OutputError,
+    RequirementError,
     SolutionError,
     SolverError,
     UsageError,
@@ -45,16 +48,27 @@ from cbs_opt.files import (  # noqa: E402
     write_instance,
     write_solution,
 )
+from cbs_opt.files.certificate_file import read_certificate  # noqa: E402
 from cbs_opt.instance import Instance  # noqa: E402
 from cbs_opt.losses import Losses, evaluate, joint_loss, selection_loss  # noqa: E402
 from cbs_opt.monitor import Monitor  # noqa: E402
+from cbs_opt.networks import apply, export, masks  # noqa: E402
+from cbs_opt.path import solve_path  # noqa: E402
 from cbs_opt.registry import get_solver, register, solver_names  # noqa: E402
-from cbs_opt.result import Result, Solution, Status  # noqa: E402
+from cbs_opt.result import Result, Status  # noqa: E402
+from cbs_opt.solution import Solution  # noqa: E402
 from cbs_opt.solve import solve  # noqa: E402
-from cbs_opt.solver import Capabilities, Context, Solver  # noqa: E402
+from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option  # noqa: E402
 from cbs_opt.stop import Stop  # noqa: E402
 from cbs_opt.update import best_update  # noqa: E402
+from cbs_opt.verification import Verification, verify  # noqa: E402
 from cbs_opt.version import __version__  # noqa: E402
+
+
+def __dir__() -> list[str]:
+    """What a user of the package asks for; modules are found by their full names."""
+    return sorted(__all__)
+
 
 logging.getLogger("cbs_opt").addHandler(logging.NullHandler())
 
@@ -72,6 +86,9 @@ __all__ = [
     "LibraryEntry",
     "Losses",
     "Monitor",
+    "OutputError",
+    "Parameters",
+    "RequirementError",
     "Result",
     "SharedBlocks",
     "Solution",
@@ -81,9 +98,12 @@ __all__ = [
     "Status",
     "Stop",
     "UsageError",
+    "Verification",
     "__version__",
+    "apply",
     "best_update",
     "evaluate",
+    "export",
     "get_solver",
     "joint_loss",
     "library",
@@ -91,13 +111,19 @@ __all__ = [
     "library_entry",
     "library_names",
     "library_path",
+    "masks",
+    "option",
+    "read_certificate",
     "read_instance",
     "read_solution",
     "register",
     "register_curvature",
     "selection_loss",
     "solve",
+    "solve_path",
     "solver_names",
+    "verify",
+    "verify_certificate",
     "write_instance",
     "write_solution",
 ]

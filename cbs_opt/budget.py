@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cbs_opt.errors import InstanceError
+from cbs_opt.scalars import is_whole
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.view import html, text
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,7 @@ class Budget:
     group_budgets: IntArray | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.total, bool) or int(self.total) != self.total:
+        if not is_whole(self.total):
             raise InstanceError(f"`budget` must be a whole number, got {self.total!r}")
         object.__setattr__(self, "total", int(self.total))
         if self.total < 0:
@@ -84,6 +86,25 @@ class Budget:
     def per_group(self) -> IntArray:
         """int64 (G,): what to prune in each group; `[total]` when there are no groups."""
         return np.array([self.total], dtype=np.int64) if self.group_budgets is None else self.group_budgets
+
+    def facts(self, n: int | None = None) -> text.Facts:
+        """Names and values for a person; with shares of the `n` weights where n is given."""
+        of = f" of {n:,} ({text.share(self.total, n)})" if n else ""
+        rows = [("budget", f"{self.total:,} to prune{of}")]
+        if self.groups is not None:
+            sizes = text.sizes(self.group_sizes(self.groups.size))
+            prune = text.sizes(self.per_group)
+            rows.append(("groups", f"{self.number_of_groups:,} of {sizes} weights, {prune} to prune in each"))
+        return rows
+
+    def __repr__(self) -> str:
+        if self.groups is None:
+            return f"Budget({self.total})"
+        weights = text.count(self.groups.size, "weight")
+        return f"<Budget: {self.total} of {weights} in {text.count(self.number_of_groups, 'group')}>"
+
+    def _repr_html_(self) -> str:
+        return html.facts("Budget", self.facts(None if self.groups is None else self.groups.size))
 
     def group_of(self, n: int) -> IntArray:
         """int64 (n,): the group of each weight; zeros when there are no groups."""

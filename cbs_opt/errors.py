@@ -41,5 +41,11 @@ class SolverError(CbsError):
     exit_code = 4
 
 
+class RequirementError(CbsError):
+    """A package that the job needs is not installed."""
+
+    exit_code = 4
+
+
 class UnboundedError(CbsError):
     """The update problem has no minimum: H is singular along a direction that the linear term favours."""

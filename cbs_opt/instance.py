@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 from cbs_opt.budget import Budget
 from cbs_opt.curvature.base import Curvature
 from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.scalars import is_finite
 from cbs_opt.typing import FloatArray
+from cbs_opt.view import html, text
+
+if TYPE_CHECKING:
+    from networkx import Graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +68,13 @@ class Instance:
     sha256: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.curvature, Curvature):
+            raise InstanceError(
+                "`curvature` must be a Curvature, such as HessianBlocks.from_blocks([H]), got "
+                f"{type(self.curvature).__name__}"
+            )
+        if not isinstance(self.metadata, Mapping):
+            raise InstanceError(f"`metadata` must be a mapping, got {type(self.metadata).__name__}")
         if not isinstance(self.budget, Budget):
             object.__setattr__(self, "budget", Budget(self.budget))  # type: ignore[unreachable]
         n = self.curvature.n
@@ -101,8 +113,8 @@ class Instance:
 
     def with_sparsity(self, sparsity: float) -> Instance:
         """The same problem with p = ⌈sparsity · n⌉ weights to prune."""
-        if not 0 <= sparsity <= 1:
-            raise UsageError(f"`sparsity` must be between 0 and 1, got {sparsity}")
+        if not is_finite(sparsity) or not 0 <= sparsity <= 1:
+            raise UsageError(f"`sparsity` must be a number between 0 and 1, got {sparsity!r}")
         # The product of a decimal fraction and n may lie a rounding error above a whole number.
         return self.with_budget(min(self.n, math.ceil(sparsity * self.n - 1e-9 * self.n)))
 
@@ -115,6 +127,44 @@ class Instance:
         if pruned.shape != (self.n,) or not self.budget.is_met_by(pruned):
             return False
         return self.fixed is None or not ((self.fixed == 1) & ~pruned | (self.fixed == -1) & pruned).any()
+
+    def identity(self) -> dict[str, Any]:
+        """What results and solutions say about their instance; JSON types only."""
+        return {
+            "path": None if self.path is None else str(self.path),
+            "sha256": self.sha256,
+            "n": self.n,
+            "blocks": self.curvature.number_of_blocks,
+            "budget": self.budget.total,
+        }
+
+    def interaction_graph(self, threshold: float = 0.0, **options: Any) -> Graph:
+        """The pairs of weights that matter to each other, as a networkx graph.
+
+        Takes the options of `cbs_opt.interactions.interaction_graph`, which says what is in the graph.
+        """
+        from cbs_opt.interactions import interaction_graph
+
+        return interaction_graph(self, threshold, **options)
+
+    def facts(self) -> text.Facts:
+        """Names and values of what a person wants to know first, as text."""
+        rows = [("weights", f"{self.n:,}"), *self.curvature.facts(), *self.budget.facts(self.n)]
+        if self.linear is not None:
+            rows.append(("linear", "first-order term"))
+        if self.fixed is not None:
+            must, stay = int((self.fixed == 1).sum()), int((self.fixed == -1).sum())
+            rows.append(("fixed", f"{must:,} must be pruned, {stay:,} must stay"))
+        for name, value in (("network", self.metadata.get("network")), ("file", self.path)):
+            if value is not None:
+                rows.append((name, str(value)))
+        return rows
+
+    def __repr__(self) -> str:
+        return f"<Instance: {self.describe()}>"
+
+    def _repr_html_(self) -> str:
+        return html.facts("Instance", self.facts())
 
     def describe(self) -> str:
         """One line: size, form of the Hessian, budget."""

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from cbs_opt.errors import SolverError
+from cbs_opt.optional import missing
 from cbs_opt.solver import Solver
 
 GROUP = "cbs_opt.solvers"
@@ -19,10 +20,14 @@ _registered: dict[str, type[Solver]] = {}
 
 
 def register(name: str) -> Callable[[S], S]:
-    """Class decorator that makes a solver known under `name` for this process."""
+    """Class decorator that makes a solver known under `name` for this process.
+
+    A class that is defined again, as notebooks do, takes the place of the old one.
+    """
 
     def add(solver: S) -> S:
-        if name in _registered and _registered[name] is not solver:
+        other = _registered.get(name, solver)
+        if (other.__module__, other.__qualname__) != (solver.__module__, solver.__qualname__):
             raise SolverError(f"a solver named '{name}' is registered already")
         solver.name = name
         _registered[name] = solver
@@ -61,9 +66,7 @@ def get_solver(name: str) -> type[Solver]:
         try:
             importlib.import_module(_modules()[name])
         except ModuleNotFoundError as error:
-            raise SolverError(
-                f"solver '{name}' needs the package '{error.name}', which is not installed"
-            ) from error
+            raise SolverError(f"solver '{name}' {missing(error)}") from error
         return _registered[name]
     if name in (foreign := _foreign()):
         try:

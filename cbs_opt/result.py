@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cbs_opt.errors import UsageError
+from cbs_opt.jsonable import finite
+from cbs_opt.solution import Solution
 from cbs_opt.typing import BoolArray, FloatArray
+from cbs_opt.view import html, text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SCHEMA = 1
+"""Version of the JSON of a run."""
 
 
 class Status(StrEnum):
@@ -71,6 +82,17 @@ class Result:
         Versions, threads, device.
     extras : mapping
         What the solver has to say beyond this; JSON types only.
+    instance : mapping
+        Of the instance: `path`, `sha256`, `n`, `blocks`, `budget`; see `Instance.identity`.
+
+    Examples
+    --------
+    >>> import cbs_opt
+    >>> result = cbs_opt.solve("library:mlp-output-12", "brute")
+    >>> result
+    <Result of brute: optimal, selection loss 5.194717e-03, 10 of 12 weights pruned, gap 0.00 %>
+    >>> result.to_dict()["pruned_count"]
+    10
     """
 
     status: Status
@@ -90,6 +112,7 @@ class Result:
     parameters: Mapping[str, Any]
     environment: Mapping[str, Any]
     extras: Mapping[str, Any] = field(default_factory=dict)
+    instance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def gap(self) -> float | None:
@@ -101,22 +124,119 @@ class Result:
         """Seconds of building and solving."""
         return {"build_s": self.build_seconds, "solve_s": self.solve_seconds}
 
+    @property
+    def pruned_count(self) -> int:
+        """Number of weights pruned."""
+        return int(self.pruned.sum())
 
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """A selection as a file keeps it.
+    def __repr__(self) -> str:
+        gap = "no bound" if self.gap is None else f"gap {text.percent(self.gap)}"
+        return (
+            f"<Result of {self.solver}: {self.status}, {self.objective_kind} loss {text.number(self.objective)}, "
+            f"{self.pruned_count} of {self.pruned.size} weights pruned, {gap}>"
+        )
 
-    Attributes
-    ----------
-    pruned : bool (n,)
-    instance_sha256 : str
-        Hash of the instance file that it belongs to; empty for an instance that never was a file.
-    weights : float64 (n,) or None
-    result : mapping
-        The JSON of the run that found it; may be empty.
-    """
+    def _repr_html_(self) -> str:
+        return html.facts(f"Result of {self.solver}", self.facts())
 
-    pruned: BoolArray
-    instance_sha256: str = ""
-    weights: FloatArray | None = None
-    result: Mapping[str, Any] = field(default_factory=dict)
+    def facts(self) -> text.Facts:
+        """Names and values of what a person wants to know first, as text."""
+        updated = "" if self.weights is None else ", weights updated"
+        return [
+            ("status", str(self.status)),
+            ("pruned", f"{self.pruned_count} of {self.pruned.size} weights{updated}"),
+            ("objective", f"{text.number(self.objective)}  ({self.objective_kind})"),
+            ("selection loss", text.number(self.selection_loss)),
+            ("joint loss", text.number(self.joint_loss)),
+            ("bound", text.number(self.bound)),
+            ("gap", text.percent(self.gap)),
+            (
+                "time",
+                f"{self.build_seconds:.2f} s building, {self.solve_seconds:.2f} s solving, "
+                f"{self.iterations} iterations",
+            ),
+        ]
+
+    def summary(self) -> str:
+        """The result in a few lines of text: status, losses, bound, gap, time."""
+        return text.facts([("solver", f"{self.solver}, seed {self.seed}"), *self.facts()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as JSON types, schema 1 of `cbs-solve --json`; every number is finite.
+
+        The selection and the weights are not in it: `save` keeps them.
+        """
+        identity = dict.fromkeys(("path", "sha256", "n", "blocks", "budget"))
+        content: dict[str, Any] = finite(
+            {
+                "schema": SCHEMA,
+                "instance": {**identity, "n": self.pruned.size, **self.instance},
+                "solver": self.solver,
+                "objective_kind": self.objective_kind,
+                "parameters": self.parameters,
+                "seed": self.seed,
+                "status": str(self.status),
+                "objective": self.objective,
+                "selection_loss": self.selection_loss,
+                "joint_loss": self.joint_loss,
+                "bound": self.bound,
+                "gap": self.gap,
+                "pruned_count": self.pruned_count,
+                "iterations": self.iterations,
+                "runtime": self.runtime,
+                "history": [list(row) for row in self.history],
+                "environment": self.environment,
+                "extras": self.extras,
+            }
+        )
+        return content
+
+    def to_solution(self) -> Solution:
+        """What a solution file keeps of this result."""
+        return Solution(self.pruned, self.instance.get("sha256") or "", self.weights, self.to_dict())
+
+    def save(self, path: Path | str) -> None:
+        """Write the result to a file.
+
+        Parameters
+        ----------
+        path : Path or str
+            `.npz` writes a solution file, selection and weights included; `.json` writes `to_dict`.
+
+        Raises
+        ------
+        UsageError
+            For another ending.
+        OutputError
+            When the file cannot be written; nothing is left behind then.
+        """
+        from cbs_opt.files.solution_file import write_json, write_solution
+
+        ending = Path(path).suffix
+        if ending == ".npz":
+            write_solution(path, self)
+        elif ending == ".json":
+            write_json(path, self.to_dict())
+        else:
+            raise UsageError(f"{path}: a result is saved as .npz (a solution file) or .json, not as '{ending}'")
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw incumbent and bound over time.
+
+        Parameters
+        ----------
+        axes : matplotlib.axes.Axes, optional
+            Where to draw; a new figure of `matplotlib.pyplot` when not given.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        RequirementError
+            When matplotlib is not installed.
+        """
+        from cbs_opt.view.convergence import draw_convergence
+
+        return draw_convergence(self, axes)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbs_opt.instance import Instance
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from cbs_opt.instance import Instance
 
 
 class SelectionObjective:

@@ -8,17 +8,20 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cbs_opt.errors import CbsError, InstanceError, SolverError, UsageError
+from cbs_opt.arguments import as_instance, as_selection, as_solver, check_arguments
+from cbs_opt.errors import CbsError, InstanceError, SolverError
 from cbs_opt.instance import Instance
-from cbs_opt.losses import check_mask, evaluate
+from cbs_opt.losses import evaluate
 from cbs_opt.monitor import Callback, Monitor
-from cbs_opt.registry import get_solver
+from cbs_opt.optional import missing
 from cbs_opt.result import Result, Status
-from cbs_opt.solver import OBJECTIVES, Context
+from cbs_opt.solution import Solution
+from cbs_opt.solver import OBJECTIVES, Context, Solver
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray
 from cbs_opt.version import __version__
@@ -33,15 +36,15 @@ _SMALL_BLOCK = 256
 
 
 def solve(
-    instance: Instance,
-    solver: str | None = None,
+    instance: Instance | Path | str,
+    solver: str | type[Solver] | None = None,
     *,
     objective: str | None = None,
     stop: Stop | None = None,
     seed: int = 0,
     parameters: Mapping[str, Any] | None = None,
     update: bool = False,
-    warm_start: BoolArray | None = None,
+    warm_start: BoolArray | Result | Solution | None = None,
     device: str = "auto",
     threads: int | None = None,
     batch_size: int | None = None,
@@ -51,8 +54,9 @@ def solve(
 
     Parameters
     ----------
-    instance : Instance
-    solver : str, optional
+    instance : Instance, Path or str
+        An instance, the path of an instance file, or `library:NAME`.
+    solver : str or subclass of Solver, optional
         A name of `solver_names()`; that of `DEFAULT_SOLVERS` when not given.
     objective : {"selection", "joint"}, optional
         The loss to minimise: of the selection as it stands, or after the best update of the kept weights.
@@ -65,7 +69,7 @@ def solve(
         Parameters of the solver by name.
     update : bool
         Also return the updated weights (CBS-U); always so for the joint objective.
-    warm_start : bool (n,), optional
+    warm_start : bool (n,), Result or Solution, optional
         A feasible selection to start from.
     device : {"auto", "cpu", "cuda"}
         For solvers that work in batches.
@@ -89,24 +93,18 @@ def solve(
         When the solver is unknown, cannot take the instance, or failed before it had a selection. When it
         fails later the incumbent is returned with status `error`.
     """
-    if objective not in (None, *OBJECTIVES):
-        raise UsageError(f"`objective` must be 'selection' or 'joint', got '{objective}'")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"`device` must be 'auto', 'cpu' or 'cuda', got '{device}'")
-    for name, value in (("threads", threads), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise UsageError(f"`{name}` must be at least 1, got {value}")
-    if seed < 0:
-        raise UsageError(f"`seed` must not be negative, got {seed}")
-    if warm_start is not None and not instance.admits(check_mask(instance, warm_start)):
-        raise UsageError("the warm start does not meet the budget, the groups or `fixed` of the instance")
-    if solver is None:
-        solver = DEFAULT_SOLVERS[objective or "selection"]
-    chosen = get_solver(solver)(parameters)
+    check_arguments(
+        objective=objective, stop=stop, seed=seed, parameters=parameters, update=update,
+        device=device, threads=threads, batch_size=batch_size, callback=callback,
+    )  # fmt: skip
+    chosen_type = as_solver(DEFAULT_SOLVERS[objective or "selection"] if solver is None else solver)
+    chosen, solver = chosen_type(parameters), chosen_type.name
+    instance = as_instance(instance)
+    start = None if warm_start is None else as_selection(instance, warm_start)
     if objective is None:
         objective = next(kind for kind in OBJECTIVES if kind in chosen.supports.objectives)
     monitor = Monitor(stop, callback)
-    context = Context(objective, seed, monitor, warm_start, device, batch_size, threads)
+    context = Context(objective, seed, monitor, start, device, batch_size, threads)
     chosen.check_supports(instance, context)
     if monitor.stop.gap is not None and not chosen.supports.bound:
         logger.warning(f"solver '{solver}' proves no bound: the gap of {monitor.stop.gap:g} cannot stop it")
@@ -131,7 +129,10 @@ def solve(
             logger.exception("solver '%s' failed; its incumbent is kept", solver)
         except Exception as error:
             if monitor.pruned is None:
-                raise SolverError(f"solver '{solver}' failed: {type(error).__name__}: {error}") from error
+                reason = f"failed: {type(error).__name__}: {error}"
+                if isinstance(error, ModuleNotFoundError):
+                    reason = missing(error)
+                raise SolverError(f"solver '{solver}' {reason}") from error
             logger.exception("solver '%s' failed; its incumbent is kept", solver)
         solve_seconds = monitor.elapsed
         if status is None:
@@ -202,6 +203,7 @@ def _result(
         parameters=parameters,
         environment=environment(context),
         extras=context.extras,
+        instance=instance.identity(),
     )
 
 

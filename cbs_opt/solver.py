@@ -169,9 +169,16 @@ def parse_parameters(solver: str, kind: type[Parameters], given: Mapping[str, An
     ------
     UsageError
         For an unknown name, with the known ones listed, or a value of the wrong type.
+    SolverError
+        When `kind` declares parameters but is no dataclass.
     """
     hints = typing.get_type_hints(kind)
     known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    lost = [name for name, hint in hints.items() if name not in known and typing.get_origin(hint) is not ClassVar]
+    if lost:
+        raise SolverError(
+            f"{kind.__name__} must be a @dataclass(frozen=True): '{lost[0]}' is no parameter otherwise"
+        )
     values = {}
     for key, value in given.items():
         name = key.replace("-", "_")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from cbs_opt.errors import UsageError
+from cbs_opt.scalars import is_finite
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ class Stop:
     def __post_init__(self) -> None:
         for name in ("time_limit", "max_iterations", "no_improvement", "gap"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"`{name}` must be a finite number ≥ 0, got {value}")
-        if self.target is not None and not math.isfinite(self.target):
-            raise UsageError(f"`target` must be a finite number, got {self.target}")
+            if value is not None and not (is_finite(value) and value >= 0):
+                raise UsageError(f"`{name}` must be a finite number ≥ 0, got {value!r}")
+        if self.target is not None and not is_finite(self.target):
+            raise UsageError(f"`target` must be a finite number, got {self.target!r}")
+        if self.should_stop is not None and not callable(self.should_stop):
+            raise UsageError(
+                f"`should_stop` must be a callable without arguments, got {type(self.should_stop).__name__}"
+            )

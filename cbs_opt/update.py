@@ -7,7 +7,7 @@ from cbs_opt.typing import BoolArray, FloatArray
 
 
 def best_update(instance: Instance, pruned: BoolArray) -> FloatArray:
-    """Best weights once `pruned` are zero; CBS-U, eqs 10-12 of [1]_, with the first-order term.
+    """Best weights once `pruned` are zero; CBS-U, eqs 10-12 of the CBS paper, with the first-order term.
 
     Parameters
     ----------
@@ -31,6 +31,6 @@ def best_update(instance: Instance, pruned: BoolArray) -> FloatArray:
 
     References
     ----------
-    .. [1] Yu, Serra, Ramalingam, Zhe, "The Combinatorial Brain Surgeon", ICML 2022.
+    Yu, Serra, Ramalingam, Zhe, "The Combinatorial Brain Surgeon", ICML 2022.
     """
     return instance.curvature.best_weights(instance.weights, pruned, instance.linear)

@@ -7,6 +7,11 @@ nothing more; its modules load torch, and `cbs_opt.instances.digits` scikit-lear
 - `gradients`: the gradient of every sample or mini-batch, by layers (`layers`) or by `torch.func`;
 - `fisher`, `curvature`: the empirical Fisher matrix of these gradients, as an instance wants it;
 - `reconstruction`: the layer-wise reconstruction error, another source of H;
+- `prunable`, `plan`, `tensors`: which tensors are pruned, and how they lie in an instance;
+- `plain`, `stored_forms`: weights that are computed from others, in networks and in checkpoints;
+- `products`, with `patches` and `recurrent`: what each weight of a network multiplies;
+- `checkpoints`, over `containers`, `checkpoint_names` and `torch_file`: files into a network and out again;
+- `apply`, `masks`: a solution back into the network, and masks to train on with;
 - `dense`: loss and accuracy of the network on the samples of an export;
 - `training`: a small and exactly repeatable training loop;
 - `digits`: the script that makes the files of `library`.

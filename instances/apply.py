@@ -6,51 +6,28 @@ anything changes, names, shapes and values are compared, so that a solution neve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from cbs_opt import Instance, Result, Solution
 from cbs_opt.errors import InstanceError, SolutionError
+from cbs_opt.instances.masks import LayerMask, add_masks
+from cbs_opt.instances.modes import unwrapped
+from cbs_opt.instances.plain import effective_tensors, set_effective
+from cbs_opt.instances.tensors import Place, read_places
 
 _RELATIVE = 1e-6  # float32 copies of float64 weights differ by 6e-8
 _TINY = 1e-37
 
 
-@dataclass(frozen=True)
-class LayerMask:
-    """What is pruned of one tensor.
-
-    Attributes
-    ----------
-    name : str
-    pruned : bool array of the tensor's shape
-        True = removed.
-    """
-
-    name: str
-    pruned: NDArray[np.bool_]
-
-    @property
-    def count(self) -> int:
-        """Number of pruned weights."""
-        return int(self.pruned.sum())
-
-    @property
-    def sparsity(self) -> float:
-        """Pruned fraction."""
-        return self.count / self.pruned.size
-
-
 def layer_masks(instance: Instance, pruned: NDArray[np.bool_]) -> list[LayerMask]:
     """Cut a selection, bool (n,), into the tensors of the network; raises `InstanceError` as `apply` does."""
-    return [LayerMask(name, pruned[part].reshape(shape)) for name, shape, part in _places(instance)]
+    return [LayerMask(place.name, place.tensor(pruned), place.aliases) for place in read_places(instance)]
 
 
 def apply(model: nn.Module, instance: Instance, solution: Result | Solution) -> list[LayerMask]:
@@ -82,26 +59,24 @@ def apply(model: nn.Module, instance: Instance, solution: Result | Solution) -> 
     >>> result = cbs_opt.solve(instance, "search", update=True)      # doctest: +SKIP
     >>> [layer.sparsity for layer in apply(model, instance, result)]  # doctest: +SKIP
     """
-    parameters = dict(model.named_parameters())
-    changed = pruned_tensors(instance, solution, {name: p.detach() for name, p in parameters.items()})
-    with torch.no_grad():
-        for name, tensor in changed.items():
-            parameters[name].copy_(tensor)
+    model = unwrapped(model)
+    changed = pruned_tensors(instance, solution, effective_tensors(model))
+    for place in read_places(instance):
+        set_effective(model, place.name, changed[place.name])
     return layer_masks(instance, solution.pruned)
 
 
-def prune_masks(model: nn.Module, instance: Instance, solution: Result | Solution) -> list[LayerMask]:
+def prune_masks(
+    model: nn.Module, instance: Instance, solution: Result | Solution, *, hooks: bool = False
+) -> list[LayerMask]:
     """Prune a network in place and hold the pruned weights at zero while it is trained on.
 
-    Every pruned tensor becomes a masked parameter of `torch.nn.utils.prune` (`weight_orig`, `weight_mask`);
-    `torch.nn.utils.prune.remove` makes it plain again. Parameters, result and errors are those of `apply`.
+    Every pruned tensor gets a `masks.Mask`, a parametrisation; `masks.squash` bakes them in. With `hooks` they are
+    masks of `torch.nn.utils.prune`. Parameters, result and errors are otherwise those of `apply` and
+    `masks.add_masks`.
     """
     masks = apply(model, instance, solution)
-    parameters = dict(model.named_parameters())
-    for layer in masks:
-        path, _, leaf = layer.name.rpartition(".")
-        mask = torch.from_numpy(~layer.pruned).to(parameters[layer.name])
-        prune.custom_from_mask(model.get_submodule(path), leaf, mask)  # type: ignore[no-untyped-call]
+    add_masks(unwrapped(model), masks, hooks=hooks)
     return masks
 
 
@@ -113,25 +88,40 @@ def pruned_tensors(
     Parameters
     ----------
     tensors : mapping of str to Tensor
-        Of the network before pruning; they stay as they are.
+        Of the network before pruning, by name; they stay as they are. Of several names of one tensor those that
+        are there are compared and pruned alike.
+
+    Returns
+    -------
+    dict
+        The pruned tensors, under each of these names and under that of the instance, in the types that they had.
     """
     _check_belongs(instance, solution)
     out = {}
-    for name, shape, part in _places(instance):
-        if name not in tensors:
-            raise InstanceError(f"the instance prunes the tensor {name}, which the network does not have")
-        old = tensors[name]
-        if tuple(old.shape) != shape:
-            raise InstanceError(f"{name} has shape {shape} in the instance and {tuple(old.shape)} in the network")
-        _check_values(name, instance.weights[part], old)
-        pruned = torch.from_numpy(solution.pruned[part].reshape(shape)).to(old.device)
-        new = old
-        if solution.weights is not None:
-            new = torch.from_numpy(solution.weights[part].reshape(shape)).to(old)
-            if not bool(torch.isfinite(new).all()):
-                raise SolutionError(f"the updated weights of {name} do not fit into the type {old.dtype}")
-        out[name] = new.masked_fill(pruned, 0)
+    for place in read_places(instance):
+        there = [name for name in (place.name, *place.aliases) if name in tensors]
+        if not there:
+            raise InstanceError(f"the instance prunes the tensor {place.name}, which the network does not have")
+        for name in there:
+            out[name] = _pruned(name, place, instance, solution, tensors[name])
+        out.setdefault(place.name, out[there[0]])
     return out
+
+
+def _pruned(name: str, place: Place, instance: Instance, solution: Result | Solution, old: Tensor) -> Tensor:
+    shape = place.layout.shape
+    if tuple(old.shape) != shape:
+        raise InstanceError(f"{name} has shape {shape} in the instance and {tuple(old.shape)} in the network")
+    _check_values(name, place.tensor(instance.weights), old, place.dtype)
+    # Types of eight bits cannot do everything: the work is done in a wider one.
+    new = old if old.dtype.itemsize > 1 else old.float()
+    pruned = torch.from_numpy(place.tensor(solution.pruned)).to(old.device)
+    if solution.weights is not None:
+        new = torch.from_numpy(place.tensor(solution.weights)).to(new)
+    new = new.masked_fill(pruned, 0).to(old.dtype)
+    if not bool(torch.isfinite(new.float()).all()):
+        raise SolutionError(f"the updated weights of {name} do not fit into the type {old.dtype}")
+    return new
 
 
 def _check_belongs(instance: Instance, solution: Result | Solution) -> None:
@@ -148,50 +138,19 @@ def _check_belongs(instance: Instance, solution: Result | Solution) -> None:
         )
 
 
-def _check_values(name: str, weights: NDArray[np.float64], tensor: Tensor) -> None:
-    values = tensor.detach().double().cpu().numpy().ravel()
-    # Written so that NaN counts as different.
-    same = np.abs(values - weights) <= _RELATIVE * np.abs(weights) + _TINY
-    if not same.all():
-        wrong = int(np.count_nonzero(~same))
-        raise InstanceError(
-            f"{name} differs from the instance's weights in {wrong} of {weights.size} places: the instance was "
-            "made from another checkpoint"
-        )
-
-
-def _places(instance: Instance) -> Iterator[tuple[str, tuple[int, ...], slice]]:
-    """Name, shape and place among the weights of each tensor, checked to cover all weights once."""
-    table = instance.metadata.get("tensors")
-    if table is None:
-        raise InstanceError("the instance does not say which tensors its weights are: `metadata` has no `tensors`")
-    end, seen = 0, set()
-    for name, shape, offset in sorted(map(_entry, _list(table)), key=lambda entry: entry[2]):
-        size = int(np.prod(shape, dtype=np.int64))
-        if offset != end or name in seen or end + size > instance.n:
-            raise InstanceError(
-                f"`metadata`: the tensor {name}, {size} weights from {offset} on, does not continue the others, "
-                f"which end at {end} of {instance.n}"
-            )
-        yield name, shape, slice(offset, offset + size)
-        seen.add(name)
-        end += size
-    if end != instance.n:
-        raise InstanceError(f"`metadata`: its tensors hold {end} weights, the instance {instance.n}")
-
-
-def _list(table: Any) -> Sequence[Any]:
-    if not isinstance(table, list | tuple) or not table:
-        raise InstanceError("`metadata`: `tensors` must be a list of name, shape and offset")
-    return table
-
-
-def _entry(item: Any) -> tuple[str, tuple[int, ...], int]:
-    try:
-        name, shape, offset = item["name"], tuple(item["shape"]), item["offset"]
-        whole = all(isinstance(number, int) and number >= 0 for number in (*shape, offset))
-    except (KeyError, TypeError):
-        whole = False
-    if not whole or not isinstance(name, str):
-        raise InstanceError(f"`metadata`: {str(item)[:80]} must be a tensor's name, shape and offset")
-    return name, shape, offset
+def _check_values(name: str, weights: NDArray[np.float64], tensor: Tensor, dtype: str) -> None:
+    """Compare with the instance; a checkpoint may be finer than the network that it was loaded into."""
+    values = tensor.detach().cpu()
+    held: Any = getattr(torch, dtype, None)
+    for form in (values, values.to(held) if isinstance(held, torch.dtype) else values):
+        wide = form.double().numpy().ravel()
+        expected = weights.ravel()
+        # Written so that NaN counts as different.
+        same = np.abs(wide - expected) <= _RELATIVE * np.abs(expected) + _TINY
+        if same.all():
+            return
+    wrong = int(np.count_nonzero(~same))
+    raise InstanceError(
+        f"{name} differs from the instance's weights in {wrong} of {expected.size} places: the instance was "
+        "made from another checkpoint"
+    )

@@ -1,87 +1,122 @@
-"""Checkpoints as files: safetensors, `.npz` of tensors, and what `torch.save` writes, without running its code.
+"""Checkpoints as people have them, into a network and out again.
 
-The container is recognised by its content, not by its name. A file of `torch.save` is read with
-`weights_only=True`: it may hold tensors and plain values, and nothing that would have to be executed. The
-tensors may lie under `state_dict`, `model_state_dict`, `model` or `net`, and their names may all start with
-`module.` (as `DataParallel` leaves them): both are looked through, and kept when such a file is written anew.
+Read are safetensors, `.npz` of tensors, whatever `torch.save` writes, and folders of Hugging Face; see
+`containers` for the files, `checkpoint_names` for prefixes and extras, `stored_forms` for tensors that are stored
+as others. What is not taken from a file is said in the log, and is still there in the file that is written.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import warnings
-import zipfile
-from collections.abc import Iterable, Mapping
+import hashlib
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError
-from cbs_opt.files.atomic import atomic_write
 from cbs_opt.files.instance_file import file_sha256
-from cbs_opt.files.npz import NpzReader, write_npz
+from cbs_opt.instances.checkpoint_names import ignorable, in_words, matched, prefix_of, without_wrappers
+from cbs_opt.instances.containers import Archive, FolderArchive, container_of, open_file
+from cbs_opt.instances.masks import LayerMask, add_masks
+from cbs_opt.instances.modes import unwrapped
+from cbs_opt.instances.plain import computed_weights, make_plain
+from cbs_opt.instances.stored_forms import effective, encoded, stored_forms
 
-Container = Literal["safetensors", "npz", "torch"]
+__all__ = ["checkpoint_sha256", "container_of", "load_checkpoint", "read_checkpoint", "write_checkpoint"]
 
-_NESTS = ("state_dict", "model_state_dict", "model", "net")
-_PARALLEL = "module."
+logger = logging.getLogger("cbs_opt")
 
 
-def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
+def read_checkpoint(
+    path: Path | str, wanted: Collection[str] | None = None, key: str | None = None
+) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint, on the CPU.
+
+    Parameters
+    ----------
+    path : Path or str
+    wanted : collection of str, optional
+        Names of the network's tensors: only these are read, prefixes that wrappers add to them are taken away,
+        and effective values given of those that are stored as others.
+    key : str, optional
+        Of a file with several dictionaries of tensors, the one to take.
 
     Raises
     ------
     InstanceError
-        When the file is no checkpoint, is damaged, holds no tensors, or holds pickled code.
+        When the file is no checkpoint, is damaged, or holds no tensors.
     """
-    path = Path(path)
-    container = container_of(path)
-    if container == "safetensors":
-        tensors = _read_safetensors(path)[0]
-    elif container == "npz":
-        tensors = {key: _tensor(array) for key, array in _read_npz(path).items() if array.dtype.kind in "fiub"}
-    else:
-        tensors = _plain_names(_nested(path, _read_torch(path)))
-    if not tensors:
+    archive = open_file(Path(path), wanted or (), key)
+    mapping = _mapping(archive, wanted)
+    if not mapping:
         raise InstanceError(f"{path}: holds no tensors")
-    return tensors
+    if wanted is None:
+        return {plain: archive.read(raw) for plain, raw in mapping.items()}
+    needed = {*wanted, *(part for form in stored_forms(mapping) if form.name in wanted for part in form.parts)}
+    tensors = {plain: archive.read(raw) for plain, raw in mapping.items() if plain in needed}
+    return effective(tensors, wanted)[0]
 
 
-def load_checkpoint(model: nn.Module, path: Path | str) -> None:
-    """Load a checkpoint into a model, strictly.
+def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) -> None:
+    """Load a checkpoint into a network, strictly.
+
+    Every tensor of the network must be there. Of tensors that several layers share one name is enough. Prefixes of
+    wrappers are looked through, masks and parametrisations of the file or of the network as well; masks that only
+    the file has become masks of the network. Tensors of the file that are no parameters are ignored, and so is
+    what lies outside the prefix of the network; both are said.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    path : Path or str
+    key : str, optional
+        As for `read_checkpoint`.
 
     Raises
     ------
     InstanceError
         With the tensors that are missing, unexpected or of another shape; the model is then unchanged.
     """
-    tensors, own = read_checkpoint(path), model.state_dict()
-    problems = []
-    missing, unexpected = own.keys() - tensors.keys(), tensors.keys() - own.keys()
-    if missing:
-        problems.append(f"it lacks {_listed(name for name in own if name in missing)}")
-    if unexpected:
-        problems.append(f"the network has no {_listed(name for name in tensors if name in unexpected)}")
-    misshapen = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    if misshapen:
-        problems.append(
-            "of another shape are "
-            + _listed(f"{n} ({tuple(tensors[n].shape)}, expected {tuple(own[n].shape)})" for n in misshapen)
-        )
-    if problems:
-        raise InstanceError(f"{path}: does not fit the network: {'; '.join(problems)}")
-    model.load_state_dict(tensors)
+    model, path = unwrapped(model), Path(path)
+    own = model.state_dict()
+    computed = {name: (module, leaf) for name, module, leaf in computed_weights(model)}
+    wanted = {*own, *computed}
+    archive = open_file(path, _stored_names(wanted), key)
+    mapping = _mapping(archive, wanted)
+    tensors = {plain: archive.read(raw) for plain, raw in mapping.items()}
+    # Stored as a parametrisation where the network is plain, and the other way round.
+    parts = dict(tensors)
+    tensors, forms = effective(tensors, own.keys() - computed.keys())
+    plain_in_file = [name for name in computed if name in tensors]
+    _check_fit(path, model, own, tensors, [(*computed[name], name) for name in plain_in_file])
+    for name in plain_in_file:
+        logger.info(f"{path}: {name} is plain there: the network's parametrisation of it is removed")
+        make_plain(*computed[name])
+    own = model.state_dict()
+    groups = _tied(model)
+    full = {}
+    for name in own:
+        source = next((alias for alias in (name, *groups.get(name, ())) if alias in tensors), None)
+        if source is not None:
+            full[name] = tensors[source]
+    _tell_ignored(path, archive, mapping, tensors, own)
+    model.load_state_dict(full, strict=False)
+    found = [
+        LayerMask(name, (parts[form.parts[1]] == 0).cpu().numpy())
+        for name, form in forms.items()
+        if form.kind == "mask"
+    ]
+    masks = [mask for mask in found if mask.count]
+    if masks:
+        logger.info(f"{path}: its masks are kept: {_listed(mask.name for mask in masks)}")
+        add_masks(model, masks)
 
 
-def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], like: Path | str) -> None:
+def write_checkpoint(
+    path: Path | str, tensors: Mapping[str, Tensor], like: Path | str, key: str | None = None
+) -> None:
     """Write a checkpoint in the container of another one, whose other entries are kept.
 
     Parameters
@@ -89,8 +124,11 @@ def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], like: Path
     path : Path or str
         May be `like` itself.
     tensors : mapping of str to Tensor
-        Those that change; they are stored in the type that `like` has.
+        Effective values of those that change; they are stored in the types and forms that `like` has. A form that
+        cannot hold a value (an orthogonal matrix with zeros) is replaced by the plain tensor, with a warning.
     like : Path or str
+    key : str, optional
+        As for `read_checkpoint`.
 
     Raises
     ------
@@ -100,155 +138,166 @@ def write_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], like: Path
         When the file cannot be written; `path` is then as it was before.
     """
     path, like = Path(path), Path(like)
-    container = container_of(like)
-    if container == "npz":
-        arrays = _read_npz(like)
-        old = {key: _tensor(array) for key, array in arrays.items() if array.dtype.kind in "fiub"}
-        new = {key: tensor.numpy() for key, tensor in _fitted(like, tensors, old).items()}
-        write_npz(path, arrays | new)
-        return
-    if container == "safetensors":
-        old, metadata = _read_safetensors(like)
-        data = safetensors_bytes(old | _fitted(like, tensors, old), metadata)
-    else:
-        content = _read_torch(like)
-        nest = _nested(like, content)
-        names = dict(zip(_plain_names(nest), nest, strict=True))
-        fitted = _fitted(like, tensors, _plain_names(nest))
-        # Layers that share a parameter have it under each of their names: the last one loaded would win.
-        shared = {_place(nest[names[name]]): tensor for name, tensor in fitted.items()}
-        for key, old_tensor in list(nest.items()):
-            nest[key] = shared.get(_place(old_tensor), old_tensor)
-        for name, tensor in fitted.items():
-            nest[names[name]] = tensor
-        buffer = io.BytesIO()  # torch would turn an error of the disk into one of its own
-        torch.save(content, buffer)
-        data = buffer.getvalue()
-    with atomic_write(path) as file:
-        file.write(data)
+    archive = open_file(like, _stored_names(tensors), key, quiet=True)
+    mapping = _mapping(archive, tensors, quiet=True)
+    raw_of = {form.name: form for form in stored_forms(mapping)}
+    changes: dict[str, Tensor] = {}
+    replaced: list[str] = []
+    for name, tensor in tensors.items():
+        if name in mapping:
+            raw = mapping[name]
+            changes[raw] = _fitted(like, name, tensor, archive.read(raw))
+        elif name in raw_of:
+            form = raw_of[name]
+            old = {part: archive.read(mapping[part]) for part in form.parts}
+            new = encoded(form, tensor.detach().cpu(), old)
+            if new is None:
+                logger.warning(
+                    f"{path}: {name} is written as a plain tensor: {form.kind} cannot hold the pruned values"
+                )
+                replaced += [mapping[part] for part in form.parts]
+                changes[_raw_name(name, form.parts[0], mapping)] = tensor.detach().cpu().contiguous()
+            else:
+                changes |= {mapping[part]: _fitted(like, part, new[part], old[part]) for part in form.parts}
+        else:
+            raise InstanceError(f"{like}: holds no tensor {name}")
+    archive.write(path, changes, replaced)
 
 
 def checkpoint_sha256(path: Path | str) -> str:
-    """SHA-256 of the file, in hexadecimal; raises `InstanceError` when it cannot be read."""
-    try:
-        return file_sha256(Path(path))
-    except OSError as error:
-        raise InstanceError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def container_of(path: Path | str) -> Container:
-    """Which kind of checkpoint a file is, by its content.
+    """SHA-256 of the file, in hexadecimal; of a folder that of its index and shards.
 
     Raises
     ------
     InstanceError
-        When there is no such file, or it is none of the three.
+        When it cannot be read.
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            head = file.read(9)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                members = archive.namelist()
-            return "npz" if members and all(name.endswith(".npy") for name in members) else "torch"
+        if path.exists() and container_of(path) == "folder":
+            archive = open_file(path)
+            assert isinstance(archive, FolderArchive)
+            total = hashlib.sha256()
+            for member in archive.members():
+                total.update(f"{member.name} {file_sha256(member)}\n".encode())
+            return total.hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise InstanceError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, ValueError, RuntimeError) as error:
-        raise InstanceError(f"{path}: is damaged: {error}") from None
-    if len(head) == 9 and head[8:] == b"{":
-        return "safetensors"
-    if head[:1] == b"\x80":
-        return "torch"
-    if head[:4] == b"PK\x03\x04":
-        raise InstanceError(f"{path}: is damaged: its end is missing")
-    raise InstanceError(
-        f"{path}: is no checkpoint that we know: safetensors, .npz of tensors, or a file of torch.save"
-    )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
-        raise InstanceError(f"{path}: is damaged: {error}") from None
-
-
-def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    with NpzReader(path, InstanceError) as npz:
-        # Copies: what is read must not change when `path` is written anew.
-        return {key: np.array(npz.read(key)) for key in npz.headers}
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual protocols: what they hold is refused or read
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InstanceError(
-            f"{path}: holds pickled objects that only running code could restore{_what(error)}, which is refused: "
-            "save the tensors alone, by torch.save(model.state_dict(), …) or as safetensors"
-        ) from None
-    except MemoryError:
-        raise
-    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, … on damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InstanceError(f"{path}: cannot be read as a checkpoint: {reason[:200]}") from None
-
-
-def _what(error: BaseException) -> str:
-    """The object that torch refused, from its message."""
-    for words in ("GLOBAL ", "global "):
-        _, found, rest = str(error).partition(words)
-        if found and rest:
-            return f" ({rest.split()[0].strip('.,`')[:80]})"
-    return ""
-
-
-def _nested(path: Path, content: Any) -> dict[str, Tensor]:
-    """The dictionary of tensors in what a file of `torch.save` holds."""
-    for key in (None, *_NESTS):
-        nest = content if key is None else content.get(key) if isinstance(content, dict) else None
-        if isinstance(nest, dict) and any(isinstance(value, Tensor) for value in nest.values()):
-            bad = [
-                name for name, value in nest.items() if not isinstance(name, str) or not isinstance(value, Tensor)
-            ]
-            if not bad:
-                return nest
-            raise InstanceError(f"{path}: {_listed(map(str, bad))} must be a tensor")
-    raise InstanceError(
-        f"{path}: holds no dictionary of tensors, at its top or under {', '.join(f'`{key}`' for key in _NESTS)}"
-    )
-
-
-def _place(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Where a tensor lies in memory: equal for two names of the same tensor."""
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
-
-
-def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the prefix that `DataParallel` gives to all their names."""
-    if all(name.startswith(_PARALLEL) for name in tensors):
-        return {name.removeprefix(_PARALLEL): tensor for name, tensor in tensors.items()}
-    return dict(tensors)
-
-
-def _fitted(path: Path, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The new tensors in the types of the old ones, on the CPU."""
-    out = {}
-    for name, tensor in new.items():
-        if name not in old:
-            raise InstanceError(f"{path}: holds no tensor {name}")
-        if tensor.shape != old[name].shape:
-            raise InstanceError(f"{path}: {name} has shape {tuple(old[name].shape)}, not {tuple(tensor.shape)}")
-        out[name] = tensor.detach().to("cpu", old[name].dtype).contiguous()
+def _stored_names(wanted: Iterable[str]) -> set[str]:
+    """The names under which tensors may be stored: their own, and those of masks and parametrisations."""
+    out = set()
+    for name in wanted:
+        stem, _, leaf = name.rpartition(".")
+        base = f"{stem}.parametrizations.{leaf}" if stem else f"parametrizations.{leaf}"
+        out |= {name, f"{name}_orig", f"{name}_g", f"{base}.original", f"{base}.original0"}
     return out
 
 
-def _tensor(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape))
+def _mapping(archive: Archive, wanted: Iterable[str] | None, *, quiet: bool = False) -> dict[str, str]:
+    """Plain names to the names of the file."""
+    if wanted is None:
+        return without_wrappers(archive.shapes)
+    wanted = set(wanted)
+    mapping = matched(archive.shapes, wanted)
+    if not wanted <= mapping.keys():
+        more = matched(archive.shapes, _stored_names(wanted))
+        mapping = more if prefix_of(more) != prefix_of(mapping) else mapping
+    if not quiet and (words := in_words(prefix_of(mapping))):
+        logger.info(f"{archive.path}: names are taken {words}")
+    return mapping
+
+
+def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each name of a tensor that several layers share, the others."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            names.setdefault(id(tensor), []).append(name)
+    return {name: tuple(o for o in group if o != name) for group in names.values() for name in group}
+
+
+def _check_fit(
+    path: Path,
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    made_plain: Sequence[tuple[nn.Module, str, str]],
+) -> None:
+    """Refuse a checkpoint that lacks tensors of the network, has others, or has them in other shapes."""
+    groups = _tied(model)
+    hidden = set()
+    expected = dict(own)
+    for module, leaf, name in made_plain:
+        stem, _, last = name.rpartition(".")
+        base = f"{stem}.parametrizations.{last}." if stem else f"parametrizations.{last}."
+        hidden |= {key for key in own if key.startswith(base)}
+        hidden |= {key for key in own if key in {f"{name}_{e}" for e in ("orig", "mask", "g", "v", "u")}}
+        expected[name] = getattr(module, leaf)
+    problems = []
+    missing = [
+        name
+        for name, tensor in own.items()
+        if isinstance(tensor, Tensor)
+        and name not in hidden
+        and not any(alias in tensors for alias in (name, *groups.get(name, ())))
+        and not name.endswith("num_batches_tracked")
+    ]
+    unexpected = [
+        name for name, t in tensors.items() if name not in expected and not ignorable(name, t.is_floating_point())
+    ]
+    if missing:
+        problems.append(f"it lacks {_listed(missing)}")
+    if unexpected:
+        problems.append(f"the network has no {_listed(unexpected)}")
+    shapes = [
+        f"{name} ({tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)})"
+        for name in expected
+        if name in tensors and isinstance(expected[name], Tensor) and tensors[name].shape != expected[name].shape
+    ]
+    if shapes:
+        problems.append(f"of another shape are {_listed(shapes)}")
+    for name, others in groups.items():
+        for other in others:
+            if (
+                name < other
+                and name in tensors
+                and other in tensors
+                and not torch.equal(tensors[name], tensors[other])
+            ):
+                problems.append(
+                    f"{name} and {other} are one tensor in the network, and two that differ in the file"
+                )
+    if problems:
+        raise InstanceError(f"{path}: does not fit the network: {'; '.join(problems)}")
+
+
+def _tell_ignored(
+    path: Path,
+    archive: Archive,
+    mapping: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+) -> None:
+    outside = [raw for raw in archive.shapes if raw not in set(mapping.values())]
+    extras = [name for name in tensors if name not in own]
+    ignored = [*archive.ignored, *outside, *extras]
+    if ignored:
+        logger.info(f"{path}: ignored, as no part of the network: {_listed(ignored)}")
+
+
+def _raw_name(name: str, part: str, mapping: Mapping[str, str]) -> str:
+    """The name of a plain tensor in the file, with the prefix that the part has there."""
+    return f"{mapping[part].removesuffix(part)}{name}"
+
+
+def _fitted(path: Path, name: str, new: Tensor, old: Tensor) -> Tensor:
+    """A new tensor in the type of the old one, on the CPU."""
+    if new.shape != old.shape:
+        raise InstanceError(f"{path}: {name} has shape {tuple(old.shape)}, not {tuple(new.shape)}")
+    return new.detach().to("cpu", old.dtype).contiguous()
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.instances.fisher import row_blocks
@@ -131,7 +129,7 @@ def _inverse(G: FloatArray, damping: float) -> FloatArray | None:
 
     m, b = G.shape
     if b <= m:
-        return _symmetric_inverse(_hessian(G, damping))
+        return symmetric_inverse(_hessian(G, damping))
     if damping == 0:
         return None
     gram = np.array(G @ G.T)
@@ -145,7 +143,7 @@ def _inverse(G: FloatArray, damping: float) -> FloatArray | None:
     return out
 
 
-def _symmetric_inverse(H: FloatArray) -> FloatArray | None:
+def symmetric_inverse(H: FloatArray) -> FloatArray | None:
     """By Cholesky, symmetric to the last bit: a reader then maps the block and need not copy it."""
     inverse = inverse_pd(H)
     return None if inverse is None else np.asarray((inverse + inverse.T) / 2)
@@ -161,52 +159,3 @@ def _mirrored(A: FloatArray, out: FloatArray) -> FloatArray:
         out[rows, rows] = square + np.triu(square, 1).T
         out[rows.stop :, rows] = out[rows, rows.stop :].T
     return out
-
-
-def reconstruction_blocks(
-    covariances: Sequence[NDArray[Any]],
-    dampings: Sequence[float],
-    rows: Sequence[int],
-    size: int | None,
-    *,
-    inverse: bool,
-) -> Iterator[FloatArray]:
-    """Yield the blocks of the layer-wise reconstruction Hessians, one for each output row, or their inverses.
-
-    Parameters
-    ----------
-    covariances : sequence of float64 (G, K, K)
-        XXᵀ/m of each layer, for each of its G groups of channels; see `reconstruction.input_covariances`.
-    dampings : sequence of float
-        λ of each layer.
-    rows : sequence of int
-        Output rows of each layer, those of a group together; all rows of a group have the same block.
-    size : int or None
-        Rows are cut into blocks of at most so many weights.
-    inverse : bool
-
-    Yields
-    ------
-    float64 (b_k, b_k)
-
-    Raises
-    ------
-    InstanceError
-        When a block that should be inverted is singular.
-    """
-    for layer, (groups, damping, number) in enumerate(zip(covariances, dampings, rows, strict=True)):
-        for covariance in groups:
-            K = covariance.shape[0]
-            pieces = []
-            start = 0
-            for b in cut([K], size or K):
-                block: FloatArray | None = covariance[start : start + b, start : start + b].copy()
-                assert block is not None
-                block[np.diag_indices(b)] += damping
-                block = _symmetric_inverse(block) if inverse else block
-                if block is None:
-                    raise InstanceError(singular_sentence(f"the reconstruction Hessian of layer {layer}"))
-                pieces.append(block)
-                start += b
-            for _ in range(number // len(groups)):
-                yield from pieces

@@ -7,7 +7,7 @@
 | `FILE.npz` | `x_train`/`y_train`/`x_test`/`y_test`, `x`/`y`, `images`/`labels`, or `jpeg`/`offset`/`y` |
 | a folder with a sub-folder of pictures for each class, below `train`, `test` or `val` where these exist | any |
 | `digits` | the digits of scikit-learn, uint8 0 … 16, split as by `cbs_opt.instances.digits` |
-| None | what the network's own factory returned |
+| None | what the network's own factory returned, see `own_data` |
 
 A source without a division serves both splits. Colours are red, green, blue. What happens to the pixels is the
 network's business: `Network.prepare`.
@@ -16,7 +16,7 @@ network's business: `Network.prepare`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.instances.batches import slices
 from cbs_opt.instances.image_files import (
     Images,
     Indices,
@@ -40,6 +41,7 @@ from cbs_opt.instances.image_files import (
     read_npz_images,
 )
 from cbs_opt.instances.networks import Network
+from cbs_opt.instances.own_data import Owned, own_samples
 
 logger = logging.getLogger("cbs_opt")
 
@@ -52,13 +54,14 @@ class Samples:
 
     Attributes
     ----------
-    inputs : Tensor (m, …)
+    inputs : Tensor (m, …), or a bundle or pieces of these
         As the network takes them; float32, unless a factory brought something else.
-    labels : int64 Tensor (m,)
+    labels : Tensor (m, …), a bundle or pieces of these, or None
+        int64 (m,) from files.
     """
 
-    inputs: Tensor
-    labels: Tensor
+    inputs: Any
+    labels: Any
 
 
 class SampleSource:
@@ -77,12 +80,12 @@ class SampleSource:
     def __init__(self, name: str, images: Images, network: Network, chosen: Indices) -> None:
         self.name = name
         self._images, self._network, self._chosen = images, network, chosen
-        self.labels = torch.from_numpy(images.labels[chosen])
+        self.labels: Any = torch.from_numpy(images.labels[chosen])
 
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def batch(self, start: int, stop: int) -> Tensor:
+    def batch(self, start: int, stop: int) -> Any:
         """The inputs of some samples; raises `InstanceError` where the network cannot take them."""
         images = self._images.take(self._chosen[start:stop])
         if images.dtype.kind not in "uifb":
@@ -96,10 +99,15 @@ class SampleSource:
             raise InstanceError(f"{self.name}: {error}") from None
         return x.to(_input_type(self._network))
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def borders(self) -> Sequence[int]:
+        """Where samples of another shape begin."""
+        return getattr(self.labels, "borders", ())
+
+    def batches(self, size: int) -> Iterator[tuple[Any, Any]]:
         """Inputs and labels, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.batch(start, start + size), self.labels[start : start + size]
+        for part in slices(self, size):  # type: ignore[arg-type]
+            yield self.batch(part.start, part.stop), self.labels[part]
 
     def read(self) -> Samples:
         """All of them in memory."""
@@ -110,18 +118,26 @@ class SampleSource:
         return Samples(inputs, self.labels)
 
 
-class _TensorSource(SampleSource):
+class _OwnSource(SampleSource):
     """Samples of a user's factory: inputs are taken as they are."""
 
-    def __init__(self, name: str, inputs: Tensor, labels: Tensor) -> None:
-        self.name, self.labels = name, labels
-        self._inputs = inputs.float() if inputs.dtype in (torch.uint8, torch.bool) else inputs
+    def __init__(self, name: str, samples: Owned) -> None:
+        self.name, self.labels = name, samples.targets
+        self._inputs = samples.inputs
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._inputs)
 
-    def batch(self, start: int, stop: int) -> Tensor:
+    @property
+    def borders(self) -> Sequence[int]:
+        """Where samples of another shape begin."""
+        return getattr(self._inputs, "borders", ())
+
+    def batch(self, start: int, stop: int) -> Any:
         return self._inputs[start:stop]
+
+    def read(self) -> Samples:
+        return Samples(self._inputs, self.labels)
 
 
 def read_samples(
@@ -234,37 +250,10 @@ def _own_samples(network: Network, split: Split, limit: int | None, seed: int | 
     name = f"the data of {network.name}"
     if split == "test" and network.test_data is None:
         logger.warning(f"{name}: there are no test data: the training data stand in for them")
-    batches = [data] if _is_pair(data) else data
-    inputs: list[Tensor] = []
-    labels: list[Tensor] = []
-    count = 0
-    try:
-        for batch in batches:
-            x, y = (torch.as_tensor(part) for part in batch)
-            if len(x) != len(y):
-                raise InstanceError(f"{name}: a batch has {len(x)} inputs and {len(y)} labels")
-            inputs.append(x)
-            labels.append(y)
-            count += len(y)
-            if limit is not None and seed is None and count >= limit:
-                break
-    except (TypeError, ValueError) as error:
-        raise InstanceError(f"{name}: must be (inputs, labels) or batches of these: {error}") from None
-    if not labels or any(y.dim() != 1 or y.is_floating_point() for y in labels):
-        raise InstanceError(f"{name}: labels must be whole numbers, one per input, and at least one")
-    y = torch.cat(labels).to("cpu", torch.int64)
-    chosen = torch.from_numpy(_choose(name, len(y), limit, seed))
-    _check_range(name, y.numpy(), network.classes)
-    return _TensorSource(name, torch.cat(inputs).cpu()[chosen], y[chosen])
-
-
-def _is_pair(data: Any) -> bool:
-    """Whether `data` is (inputs, labels) rather than a loader or a list of batches."""
-    return (
-        isinstance(data, tuple | list)
-        and len(data) == 2
-        and all(isinstance(part, Tensor | np.ndarray) for part in data)
-    )
+    samples = own_samples(data, network.model, name, limit, seed)
+    if isinstance(samples.targets, Tensor) and network.classes is not None:
+        _check_range(name, samples.targets.numpy(), network.classes)
+    return _OwnSource(name, samples)
 
 
 def _choose(name: str, count: int, limit: int | None, seed: int | None) -> Indices:

@@ -1,34 +1,44 @@
-"""The dense network on the samples of an export: its loss and accuracy, and whether they fit each other."""
+"""The dense network on the samples of an export: its loss and metric, and whether they fit each other."""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cbs_opt.errors import InstanceError
-from cbs_opt.instances.gradients import Loss, Samples, chunk_size, evaluation_mode
+from cbs_opt.instances.batches import Samples, moved, placed, slices
+from cbs_opt.instances.gradients import chunk_size
+from cbs_opt.instances.modes import evaluation_mode, fewest
+from cbs_opt.instances.scores import Judge, Score, runner
+
+logger = logging.getLogger("cbs_opt")
+
+_CERTAIN = 1e-6  # mean loss below which gradients hold rounding errors only
 
 
 def dense_scores(
     model: nn.Module,
     inputs: Samples,
     labels: Samples,
+    judge: Judge,
     *,
-    loss: Loss,
     chunk_bytes: int,
     progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, float]:
-    """Mean loss, and for classifiers under cross entropy the accuracy.
+) -> dict[str, float | str]:
+    """Score the network, and warn of data that give no useful gradients.
 
     Parameters
     ----------
     model : torch.nn.Module
         On the device where it is to run; used in evaluation mode.
     inputs, labels : (m, …)
-    loss : callable
-        Mean loss of a batch.
+    judge : Judge
+        With the loss and the metric; knows the loss afterwards.
     chunk_bytes : int
         Memory for the activations of one piece.
     progress : callable, optional
@@ -37,47 +47,52 @@ def dense_scores(
     Returns
     -------
     dict
-        `dense_loss`, and `dense_accuracy` where the outputs are (m, classes).
+        `dense_loss`; `dense_accuracy`, or `dense_metric` and `dense_value`, where there is a metric; `loss`.
 
     Raises
     ------
     InstanceError
-        When the network does not take the inputs, a label is no class of it, or the loss is not finite.
+        When the network does not take the inputs, the labels do not fit its outputs, or the loss is not finite.
+    UsageError
+        When the loss must be declared.
     """
-    m, total, right = len(inputs), 0.0, None
-    classify = loss is nn.functional.cross_entropy
+    m = len(inputs)
     device = next(model.parameters()).device
-    with evaluation_mode(model), torch.no_grad():
-        _try_out(model, inputs[:1].to(device))
-        size = chunk_size(model, inputs[:1].to(device), (), chunk_bytes)
-        for start in range(0, m, size):
-            x, y = inputs[start : start + size].to(device), labels[start : start + size].to(device)
-            outputs = model(x)
-            if classify and isinstance(outputs, Tensor) and outputs.dim() == 2 and y.dim() == 1:
-                _check_labels(y, outputs.shape[1])
-                right = (right or 0) + int((outputs.argmax(1) == y).sum())
-            total += float(loss(outputs, y)) * len(x)
-            progress(min(start + size, m))
-    if not torch.isfinite(torch.tensor(total)):
-        raise InstanceError("the loss of the samples is not finite: check the data and the checkpoint")
-    scores = {"dense_loss": total / m}
-    return scores if right is None else scores | {"dense_accuracy": right / m}
-
-
-def _try_out(model: nn.Module, one: Tensor) -> None:
-    try:
-        model(one)
-    except Exception as error:  # whatever a user's network does with inputs that are not its own
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.no_grad())
+        run = runner(model, stack)
+        first = placed(inputs[: fewest(model)], model)
+        run(first)
+        size = chunk_size(model, placed(first, model), (), chunk_bytes)
+        for part in slices(inputs, max(size, fewest(model))):
+            x = placed(inputs[part], model)
+            judge.take(run(x), moved(labels[part], device), x)
+            progress(part.stop)
+    score = judge.score()
+    if not math.isfinite(score.loss):
         raise InstanceError(
-            f"the network does not take inputs of shape {tuple(one.shape[1:])}, {one.dtype}: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
+            "the loss of the samples is not finite: check the data and the checkpoint"
+            if judge.mean_weight
+            else "no sample counts in the loss: all labels are ignored"
+        )
+    _warn(judge, score, m)
+    assert judge.loss is not None
+    facts: dict[str, float | str] = {"loss": judge.loss.name, "dense_loss": score.loss}
+    if score.metric == "accuracy" and score.value is not None:
+        facts["dense_accuracy"] = score.value
+    elif score.metric is not None and score.value is not None and math.isfinite(score.value):
+        facts |= {"dense_metric": score.metric, "dense_value": score.value}
+    return facts
 
 
-def _check_labels(labels: Tensor, classes: int) -> None:
-    if labels.is_floating_point():
-        raise InstanceError(f"labels must be class numbers, int64, got {labels.dtype}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise InstanceError(f"labels must lie in [0, {classes - 1}], the network's classes, got {low} … {high}")
+def _warn(judge: Judge, score: Score, m: int) -> None:
+    if m > 1 and not judge.targets_vary:
+        logger.warning(f"all {m} samples have the same label: draw them from all classes")
+    if abs(score.loss) < _CERTAIN:
+        right = " and the accuracy 1" if score.accuracy == 1 else ""
+        logger.warning(
+            f"THE LOSS OF THE SAMPLES IS {score.loss:.3g}{right}: its gradients all but vanish, and so do every "
+            "objective and bound; take samples that the network has not learnt by heart, held-out ones say, or "
+            "`--source reconstruction`"
+        )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -19,14 +18,19 @@ from cbs_opt.files import read_instance
 from cbs_opt.files.instance_file import instance_arrays
 from cbs_opt.files.npz import Content, Stream, json_text, write_npz
 from cbs_opt.instance import Instance
-from cbs_opt.instances.curvature import fisher_blocks, reconstruction_blocks
+from cbs_opt.instances.batches import Samples, checked_call, placed
+from cbs_opt.instances.budgets import keeping
+from cbs_opt.instances.curvature import fisher_blocks
 from cbs_opt.instances.dense import dense_scores
-from cbs_opt.instances.fisher import tensor_table
-from cbs_opt.instances.gradients import CHUNK_BYTES, Loss, Samples, gradient_rows
-from cbs_opt.instances.networks import matrices
-from cbs_opt.instances.recipe import DAMPING, Form, Recipe, Source, one_of, scratch
-from cbs_opt.instances.reconstruction import input_covariances, reconstruction_layers
-from cbs_opt.instances.scores import torch_device
+from cbs_opt.instances.gradients import CHUNK_BYTES, gradient_rows
+from cbs_opt.instances.losses import LossLike, SampleLoss
+from cbs_opt.instances.metrics import MetricLike
+from cbs_opt.instances.modes import fewest, single_precision
+from cbs_opt.instances.plan import make_plan, with_zeros
+from cbs_opt.instances.recipe import DAMPING, Along, Form, Recipe, Source, one_of, scratch
+from cbs_opt.instances.reconstruction import input_covariances, reconstruction_blocks
+from cbs_opt.instances.scores import Judge, torch_device
+from cbs_opt.instances.tensors import table_of, to_rows
 from cbs_opt.linalg import is_positive
 from cbs_opt.typing import FloatArray
 from cbs_opt.version import __version__
@@ -45,7 +49,9 @@ def export(
     labels: Samples,
     names: Sequence[str] | None = None,
     *,
-    loss: Loss = nn.functional.cross_entropy,
+    loss: LossLike | None = None,
+    metric: MetricLike | None = None,
+    output_key: str | None = None,
     source: Source = "fisher",
     curvature: Form | None = None,
     blocks: str | int | None = None,
@@ -58,6 +64,11 @@ def export(
     nm: tuple[int, int] | None = None,
     first_order: bool = False,
     memory: int | None = None,
+    keep_mask: bool = False,
+    nm_along: Along = "inputs",
+    layers: Mapping[str, float] | None = None,
+    keep_at_least: float | None = None,
+    exclude: Sequence[str] | None = None,
     device: str = "auto",
     path: Path | str | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -74,13 +85,20 @@ def export(
     labels : (m, …)
         Targets of the loss: int64 (m,) class numbers for cross entropy.
     names : sequence of str, optional
-        Parameters to prune, by their names in `model.named_parameters()`; all with two axes or more,
-        except embeddings, by default.
-    loss : callable
-        Mean loss of a batch.
+        Parameters to prune, by their names in `model.named_parameters()` or by patterns; by default the weights
+        of all layers that multiply, see `cbs_opt.instances.prunable`.
+    loss : str, torch loss or callable, optional
+        "cross-entropy", "mse", "bce" and so on, a loss of PyTorch, or a function of (outputs, targets); see
+        `cbs_opt.instances.losses`. Cross entropy where outputs and targets are those of a classifier.
+    metric : str or callable, optional
+        See `cbs_opt.instances.metrics`.
+    output_key : str, optional
+        The part of a structured output that the loss is about, see `cbs_opt.instances.outputs`.
     source, curvature, blocks, batch, damping, relative_damping, dtype : optional
-    sparsity, per_layer, nm, first_order, memory : optional
+    sparsity, per_layer, nm, first_order, memory, keep_mask, nm_along, layers, keep_at_least : optional
         See `cbs_opt.instances.recipe.Recipe`.
+    exclude : sequence of str, optional
+        Names or patterns of what is not to be pruned.
     device : {"auto", "cpu", "cuda"}
         "auto" takes CUDA where there is one.
     path : Path or str, optional
@@ -123,9 +141,24 @@ def export(
         nm,
         first_order,
         memory,
+        keep_mask,
+        nm_along,
+        layers,
+        keep_at_least,
     )
     job = Export(
-        model, inputs, labels, names, recipe, loss=loss, device=device, metadata=metadata, progress=progress
+        model,
+        inputs,
+        labels,
+        names,
+        recipe,
+        loss=loss,
+        exclude=exclude,
+        metric=metric,
+        output_key=output_key,
+        device=device,
+        metadata=metadata,
+        progress=progress,
     )
     if path is None:
         return job.instance()
@@ -138,7 +171,7 @@ class Export:
 
     Parameters
     ----------
-    model, inputs, labels, names, loss, device, metadata, progress
+    model, inputs, labels, names, loss, exclude, device, metadata, progress
         As for `export`.
     recipe : Recipe
     should_stop : callable, optional
@@ -161,11 +194,14 @@ class Export:
         self,
         model: nn.Module,
         inputs: Samples,
-        labels: Samples,
+        labels: Samples | None,
         names: Sequence[str] | None,
         recipe: Recipe,
         *,
-        loss: Loss = nn.functional.cross_entropy,
+        loss: LossLike | None = None,
+        metric: MetricLike | None = None,
+        output_key: str | None = None,
+        exclude: Sequence[str] | None = None,
         device: str = "auto",
         metadata: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
@@ -173,10 +209,12 @@ class Export:
     ) -> None:
         one_of("device", device, ("auto", "cpu", "cuda"))
         self.device = torch_device(device)
-        parameters = dict(model.named_parameters())
-        self.names = matrices(model) if names is None else list(names)
-        _check_names(self.names, parameters)
-        if len(inputs) != len(labels):
+        if labels is None and recipe.source != "reconstruction":
+            raise InstanceError(
+                "the data have no labels, which the gradients of the loss need: give (inputs, labels), or take "
+                "`--source reconstruction`, which needs none"
+            )
+        if labels is not None and len(inputs) != len(labels):
             raise InstanceError(f"there are {len(inputs)} inputs but {len(labels)} labels")
         self.rows = len(inputs) // recipe.batch
         if self.rows < 1:
@@ -187,14 +225,26 @@ class Export:
                 f"{len(inputs) % recipe.batch} are left out"
             )
         self.inputs, self.labels = inputs, labels
-        self.model, self.recipe, self.loss = model, recipe, loss
-        self.shapes = [tuple(parameters[name].shape) for name in self.names]
+        if recipe.source == "fisher" and recipe.batch == 1 and fewest(model) > 1:
+            raise UsageError(
+                "a batch norm of the network takes its statistics from the batch (it keeps none of its own), "
+                "so that single samples have no gradient: take means over batches, `--batch 50` say (from Python "
+                "`batch=50`)"
+            )
+        plan = make_plan(model, names, exclude, source=recipe.source, run=self._run_one)
+        self.model, self.recipe = plan.model, recipe
+        self.judge = Judge(loss, metric, output_key)
+        self._loss_declared = loss is not None
+        self.places, self.names, self.weights = plan.places, plan.names, plan.weights
+        self.shapes = [place.layout.rows_shape for place in plan.places]
         self.sizes = recipe.sizes(self.shapes)
-        self.budget = recipe.budget(self.shapes)
-        tensors = [parameters[name].detach().flatten().cpu().double() for name in self.names]
-        self.weights: FloatArray = torch.cat(tensors).numpy()
-        if recipe.source == "reconstruction":
-            reconstruction_layers(model, self.names)
+        self.zeros = int(plan.zeros.sum())
+        self.fixed = plan.fixed(recipe.keep_mask)
+        self.budget = with_zeros(recipe.budget(self.shapes, self.names), self.fixed)
+        if recipe.keep_at_least is not None:
+            sizes = [place.layout.size for place in plan.places]
+            self.budget, self.fixed = keeping(self.budget, self.weights, sizes, recipe.keep_at_least, self.fixed)
+        self._tell_zeros()
         self._extra = dict(metadata or {})
         self._progress: Progress = progress or (lambda what, done, total: None)
         self._should_stop = should_stop
@@ -205,7 +255,7 @@ class Export:
         self.collecting = False
         # An instance with the curvature still to come: everything else checks itself now.
         stand_in = GradientFactor(np.zeros((1, self.weights.size), np.float32), 0.0, self.sizes)
-        self._frame = Instance(self.weights, stand_in, self.budget)
+        self._frame = Instance(self.weights, stand_in, self.budget, fixed=self.fixed)
 
     @property
     def samples(self) -> int:
@@ -232,7 +282,7 @@ class Export:
                 form = (InverseHessianBlocks if recipe.form == "inverse-hessian" else HessianBlocks)(
                     flat, self.sizes
                 )
-        return Instance(self.weights, form, self.budget, self._linear(), metadata=self._metadata())
+        return Instance(self.weights, form, self.budget, self._linear(), self.fixed, metadata=self._metadata())
 
     def write(self, path: Path | str) -> None:
         """Do the work and write the file, piece by piece: at most the gradients and one block are in memory."""
@@ -258,6 +308,8 @@ class Export:
             arrays |= late
             if recipe.first_order:
                 arrays["linear"] = lambda: self._sum / self.rows
+            if self.fixed is not None:
+                arrays["fixed"] = arrays.pop("fixed")
             arrays["metadata"] = lambda: json_text(self._metadata())
             write_npz(path, arrays)
 
@@ -265,24 +317,31 @@ class Export:
 
     def _pieces(self) -> Iterator[NDArray[Any]]:
         """Rows of G in order, in the model's precision, with the sums that the rest needs."""
-        done = 0
+        done, nothing = 0, True
         for rows in gradient_rows(
             self.model,
             self.inputs,
             self.labels,
             self.names,
-            loss=self.loss,
+            loss=self._loss(),
             batch=self.recipe.batch,
             chunk_bytes=self._chunk_bytes,
         ):
-            piece = rows.numpy()
+            piece = to_rows(self.places, rows.numpy())
             if self.recipe.first_order:
                 self._sum += piece.sum(axis=0, dtype=np.float64)
             if self.recipe.relative_damping is not None:
                 self._squares += float(np.square(piece, dtype=np.float64).sum())
             done += len(piece)
+            nothing = nothing and not piece.any()
             self._progress("gradients", done, self.rows)
             yield piece
+        if nothing:
+            logger.warning(
+                "ALL GRADIENTS ARE ZERO: nothing tells the weights apart; check that the loss is that of the "
+                "network, "
+                "`--loss mse` say, and that its outputs depend on the weights that are pruned"
+            )
 
     def _collected(self, dtype: np.dtype[Any], folder: Path | None) -> NDArray[Any]:
         """G (m, n); fewer rows than asked for when a stop came."""
@@ -334,18 +393,17 @@ class Export:
         covariances = input_covariances(
             self.model,
             self.inputs,
-            self.names,
+            {place.name: place.layout for place in self.places},
             chunk_bytes=self._chunk_bytes,
             progress=lambda done: self._progress("inputs", done, self.samples),
         )
-        means = [float(np.mean([np.mean(c.diagonal()) for c in groups])) for groups in covariances]
         relative = self.recipe.relative_damping
-        dampings = [DAMPING if self.recipe.damping is None else self.recipe.damping for _ in means]
+        dampings = [DAMPING if self.recipe.damping is None else self.recipe.damping for _ in covariances]
         if relative is not None:
-            dampings = [relative * mean for mean in means]
+            dampings = [relative * layer.mean_diagonal for layer in covariances]
         self.facts["damping"] = dampings[0] if relative is None else dampings
         size = self.recipe.block_rule if isinstance(self.recipe.block_rule, int) else None
-        return reconstruction_blocks(covariances, dampings, [s[0] for s in self.shapes], size, inverse=inverse)
+        return reconstruction_blocks(covariances, dampings, size, inverse=inverse)
 
     def _fisher_damping(self) -> float:
         if self.recipe.relative_damping is None:
@@ -359,23 +417,34 @@ class Export:
 
     def _judge(self) -> None:
         """Score the dense network, which finds data that do not fit before the long work."""
-        self.facts |= dense_scores(
-            self.model,
-            self.inputs,
-            self.labels,
-            loss=self.loss,
-            chunk_bytes=self._chunk_bytes,
-            progress=lambda done: self._progress("checking", done, len(self.inputs)),
-        )
+        if self.labels is None:
+            return
+        needed = self.recipe.source != "reconstruction"
+        try:
+            self.facts |= dense_scores(
+                self.model,
+                self.inputs,
+                self.labels,
+                self.judge,
+                chunk_bytes=self._chunk_bytes,
+                progress=lambda done: self._progress("checking", done, len(self.inputs)),
+            )
+        except (InstanceError, UsageError) as error:
+            if needed or self._loss_declared or str(error).startswith("the network does not take"):
+                raise
+            logger.info(f"the dense network is not scored: {error}")
+
+    def _loss(self) -> SampleLoss:
+        """The loss, each sample of which is a share of the whole."""
+        assert self.judge.loss is not None
+        return self.judge.loss.over(self.judge.mean_weight)
 
     def _linear(self) -> FloatArray | None:
         return self._sum / self.rows if self.recipe.first_order else None
 
     def _metadata(self) -> dict[str, Any]:
         recipe = self.recipe
-        loss = (
-            "cross entropy" if self.loss is nn.functional.cross_entropy else getattr(self.loss, "__name__", "loss")
-        )
+        loss = "" if self.judge.loss is None else self.judge.loss.name
         of = "single samples" if recipe.batch == 1 else f"mini-batches of {recipe.batch}"
         hessian = (
             f"empirical Fisher of the gradients of {of}, {loss}"
@@ -384,7 +453,8 @@ class Export:
         )
         facts: dict[str, Any] = {
             "network": type(self.model).__name__,
-            "tensors": tensor_table(self.names, self.shapes),
+            "tensors": table_of(self.places),
+            "zeros_before": self.zeros,
             "source": recipe.source,
             "hessian": hessian,
             "samples": self.samples,
@@ -394,9 +464,31 @@ class Export:
         }
         if recipe.relative_damping is not None:
             facts["relative_damping"] = recipe.relative_damping
+        if recipe.layers:
+            facts["sparsity_per_layer"] = dict(recipe.layers)
+        if recipe.keep_at_least is not None:
+            facts["keep_at_least"] = recipe.keep_at_least
         if recipe.nm is not None:
             facts["nm"] = f"{recipe.nm[0]}:{recipe.nm[1]}"
+            if recipe.nm_along != "inputs":
+                facts["nm_along"] = recipe.nm_along
         return facts | self._extra
+
+    def _run_one(self, model: nn.Module) -> object:
+        """One sample through the network, where it is."""
+        with single_precision(model):
+            return checked_call(model, placed(self.inputs[: fewest(model)], model))
+
+    def _tell_zeros(self) -> None:
+        """Say what is zero already, and what becomes of it."""
+        n, kept = self.weights.size, 0 if self.fixed is None else int((self.fixed == 1).sum())
+        if self.zeros > kept and self.zeros >= 0.001 * n:
+            logger.warning(
+                f"{self.zeros - kept} of {n} weights ({(self.zeros - kept) / n:.1%}) are zero already and may be "
+                "moved by an update: --keep-mask keeps them at zero and counts them as pruned"
+            )
+        if kept:
+            logger.info(f"{kept} of {n} weights ({kept / n:.1%}) are zero already and stay zero")
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -407,17 +499,3 @@ class Export:
             yield
         finally:
             self.model.to(before)
-
-
-def _check_names(names: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> None:
-    if not names:
-        raise UsageError("no parameter is named, and none of the model has two axes or more")
-    unknown = [name for name in names if name not in parameters]
-    if unknown:
-        known = ", ".join(list(parameters)[:12]) + (" …" if len(parameters) > 12 else "")
-        raise UsageError(f"the network has no parameter '{unknown[0]}'; it has {known}")
-    if len(set(names)) < len(names):
-        raise UsageError("a parameter is named twice")
-    for name in names:
-        if not parameters[name].is_floating_point() or not bool(torch.isfinite(parameters[name]).all()):
-            raise InstanceError(f"'{name}' must hold finite real numbers")

@@ -1,30 +1,32 @@
 """The gradient of the loss of every sample or mini-batch: the rows of the empirical Fisher matrix.
 
-`per_sample_gradients` holds all of them; `gradient_rows` yields them in pieces, and takes the fastest of three
-routes to them that gives the same as automatic differentiation of one sample at a time: the inputs and output
-gradients of the layers (`layers`), `torch.func`, or that very loop.
+`per_sample_gradients` holds all of them; `gradient_rows` yields them in pieces, and takes one of three routes to
+them that give the same as automatic differentiation of one sample at a time: the inputs and output gradients of
+the layers (`layers`), `torch.func`, or that very loop, which a timed trial prefers where it is faster, for
+recurrent networks say.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from cbs_opt.errors import InstanceError
+from cbs_opt.instances.batches import Bundle, Samples, arguments, call, leaves_of, moved, placed, reason, slices
 from cbs_opt.instances.layers import columns, layer_gradients, layer_of, tapped
+from cbs_opt.instances.losses import LossLike, SampleLoss, declared
+from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 
 logger = logging.getLogger("cbs_opt")
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Mean loss of a batch, from outputs (m, …) and targets (m, …)."""
-
-Route = Callable[[Tensor, Tensor], Tensor]
+Route = Callable[[Any, Any], Tensor]
 """Gradients (c, n) of each of c samples, from inputs (c, …) and targets (c, …)."""
 
 CHUNK_BYTES = 1 << 26
@@ -32,41 +34,31 @@ CHUNK_BYTES = 1 << 26
 
 _LARGEST_CHUNK = 512
 _CANDIDATES = 8  # samples among which those with the largest losses try the routes out
+_WORTH_A_SWITCH = 1.5  # a route that is faster by less is not taken: both give the same up to rounding errors
+_TRIAL = 64  # samples that a timed trial differentiates at a time, at most
 _TOLERANCE = 1e-4  # largest relative difference of a route from automatic differentiation, in single precision
-
-
-class Samples(Protocol):
-    """Inputs or targets: a tensor, or whatever gives tensors for slices."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        ...
-
-    def __getitem__(self, part: slice, /) -> Tensor:
-        """The samples of a slice, along the first dimension."""
-        ...
 
 
 def per_sample_gradients(
     model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Any,
+    targets: Any,
     names: Sequence[str],
-    loss: Loss = nn.functional.cross_entropy,
+    loss: LossLike = nn.functional.cross_entropy,
     chunk_size: int = 256,
 ) -> Tensor:
-    """Gradients of the loss of each sample by the parameters that are to be pruned.
+    """Gradients of the loss of each sample by the parameters that are to be pruned, by `torch.func`.
 
     Parameters
     ----------
     model : torch.nn.Module
         In evaluation mode: layers that mix the samples of a batch would mix their gradients.
-    inputs : (m, …)
-    targets : (m, …)
+    inputs : Tensor or Bundle (m, …)
+    targets : Tensor or Bundle (m, …)
     names : sequence of str
         Parameters by their names in `model.named_parameters()`, in the order of the columns.
-    loss : callable, optional
-        Of a batch that holds one sample; cross entropy by default.
+    loss : SampleLoss, name or callable, optional
+        See `losses.declared`; cross entropy by default.
     chunk_size : int
         Samples that are differentiated at a time.
 
@@ -84,23 +76,46 @@ def per_sample_gradients(
     -----
     O(m n) memory for the result, and what the model needs for `chunk_size` samples.
     """
+    criterion = declared(loss)
     parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
     chosen = {name: parameters.pop(name) for name in names}
     others = {**parameters, **dict(model.named_buffers())}
-
-    def loss_of_one(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        outputs = functional_call(model, {**others, **weights}, (x.unsqueeze(0),))
-        return loss(outputs, y.unsqueeze(0))
-
-    gradients_of = vmap(grad(loss_of_one), in_dims=(None, 0, 0))
     n = sum(tensor.numel() for tensor in chosen.values())
     first = next(iter(chosen.values()))
     rows = torch.empty(len(inputs), n, dtype=first.dtype, device=first.device)
     for start in range(0, len(inputs), chunk_size):
         chunk = slice(start, start + chunk_size)
-        by_name = gradients_of(chosen, inputs[chunk], targets[chunk])
+        x, y = _split(inputs[chunk]), _split(targets[chunk])
+
+        def loss_of_one(weights: dict[str, Tensor], xs: tuple[Tensor, ...], ys: tuple[Tensor, ...]) -> Tensor:
+            args, kwargs = arguments(x.joined(xs))  # noqa: B023
+            outputs = functional_call(model, {**others, **weights}, args, kwargs)
+            return criterion.per_sample(outputs, y.joined(ys)).sum()  # noqa: B023
+
+        by_name = vmap(grad(loss_of_one), in_dims=(None, 0, 0))(chosen, x.rows, y.rows)
         rows[chunk] = torch.cat([by_name[name].flatten(1) for name in names], dim=1)
     return rows
+
+
+class _split:  # noqa: N801
+    """Samples as the tensors that have a row for each, for `torch.func`, and back from one row each."""
+
+    def __init__(self, samples: Any) -> None:
+        self._samples = samples
+        leaves = samples.leaves if isinstance(samples, Bundle) else [samples]
+        self._varying = samples.varying if isinstance(samples, Bundle) else [True]
+        self.rows = tuple(leaf for leaf, varies in zip(leaves, self._varying, strict=True) if varies)
+
+    def joined(self, one: tuple[Tensor, ...]) -> Any:
+        """A single sample again, from its row of every tensor."""
+        rows = iter(one)
+        if not isinstance(self._samples, Bundle):
+            return next(rows).unsqueeze(0)
+        leaves = [
+            next(rows).unsqueeze(0) if varies else leaf
+            for leaf, varies in zip(self._samples.leaves, self._varying, strict=True)
+        ]
+        return self._samples[:1].with_leaves(leaves)
 
 
 def gradient_rows(
@@ -109,7 +124,7 @@ def gradient_rows(
     targets: Samples,
     names: Sequence[str],
     *,
-    loss: Loss = nn.functional.cross_entropy,
+    loss: LossLike = nn.functional.cross_entropy,
     batch: int = 1,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[Tensor]:
@@ -124,8 +139,8 @@ def gradient_rows(
     targets : (m, …)
     names : sequence of str
         Parameters by their names in `model.named_parameters()`, in the order of the columns.
-    loss : callable, optional
-        Mean loss of a batch; cross entropy by default.
+    loss : SampleLoss, name or callable, optional
+        See `losses.declared`; cross entropy by default.
     batch : int
         Samples whose mean gradient is a row; an incomplete last batch is left out.
     chunk_bytes : int
@@ -134,7 +149,7 @@ def gradient_rows(
     Yields
     ------
     Tensor (c, n)
-        On the CPU, in the model's precision; ⌊m/batch⌋ rows in all.
+        On the CPU, in the model's precision, float32 for models of half precision; ⌊m/batch⌋ rows in all.
         In single precision the cross entropy of a sample that is all but certain has a gradient of few correct
         digits, by any route: it is tiny, and a model in float64 gives it exactly.
 
@@ -145,23 +160,41 @@ def gradient_rows(
     KeyError
         For a name that is no parameter of the model.
     """
-    with evaluation_mode(model):
+    criterion = declared(loss)
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(single_precision(model))
         device = next(model.parameters()).device
-        size = chunk_size(model, inputs[:1].to(device), names, chunk_bytes)
+        if device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # cuDNN differentiates recurrent layers in training mode only.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        size = chunk_size(model, placed(inputs[: fewest(model)], model), names, chunk_bytes)
         if batch == 1:
-            route = _fastest_route(
-                model, inputs[:_CANDIDATES].to(device), targets[:_CANDIDATES].to(device), names, loss
-            )
-            size = min(size, len(inputs))
-            parts = [slice(start, start + size) for start in range(0, len(inputs), size)]
+            end = next(slices(inputs, min(size, _TRIAL))).stop
+            few = placed(inputs[:end], model), moved(targets[:end], device)
+            route = _fastest_route(model, *few, names, criterion)
+            parts = [[part] for part in slices(inputs, size)]
         else:
-            route = _mean_route(model, names, loss, size)
-            parts = [slice(start, start + batch) for start in range(0, len(inputs) - batch + 1, batch)]
-        for part in parts:
-            rows = route(inputs[part].to(device), targets[part].to(device)).cpu()
+            route = _mean_route(model, names, criterion)
+            last = len(inputs) - batch + 1
+            size = max(size, batch) if fewest(model) > 1 else size
+            parts = [list(slices(inputs, size, start, start + batch)) for start in range(0, last, batch)]
+        for row in parts:
+            rows: Tensor | None = None
+            for part in row:
+                try:
+                    piece = route(placed(inputs[part], model), moved(targets[part], device)).cpu()
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:  # an operator without a derivative, shapes that do not fit
+                    raise InstanceError(f"the loss cannot be differentiated: {reason(error)}") from error
+                if batch > 1:
+                    piece = piece * ((part.stop - part.start) / batch)
+                rows = piece if rows is None else rows + piece
+            assert rows is not None
             if not torch.isfinite(rows).all():
                 bad = int((~torch.isfinite(rows).all(1)).nonzero()[0])
-                first = part.start + bad * batch
+                first = row[0].start + bad * batch
                 which = f"sample {first}" if batch == 1 else f"the samples {first} … {first + batch - 1}"
                 raise InstanceError(
                     f"the gradient of {which} has NaN or infinite entries: check the data and the checkpoint"
@@ -169,26 +202,14 @@ def gradient_rows(
             yield rows
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Let the whole model run in evaluation mode; every module's own mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def chunk_size(model: nn.Module, one: Tensor, names: Sequence[str], chunk_bytes: int) -> int:
+def chunk_size(model: nn.Module, one: Any, names: Sequence[str], chunk_bytes: int) -> int:
     """How many samples fit into `chunk_bytes` with their gradients, activations and patches of convolutions.
 
     Parameters
     ----------
     model : torch.nn.Module
         In evaluation mode.
-    one : (1, …)
+    one : Tensor or Bundle (1, …)
         A sample, on the model's device.
     names : sequence of str
         The parameters whose gradients are kept; may be empty.
@@ -198,15 +219,14 @@ def chunk_size(model: nn.Module, one: Tensor, names: Sequence[str], chunk_bytes:
     activations, patches = [0], [0]
 
     def measure(module: nn.Module, inputs: Any, outputs: Any) -> None:
-        if isinstance(outputs, Tensor):
-            activations.append(outputs.nbytes)
-        if type(module) is nn.Conv2d and isinstance(inputs[0], Tensor):
+        activations.append(sum(leaf.nbytes for leaf in leaves_of(outputs) if isinstance(leaf, Tensor)))
+        if type(module) is nn.Conv2d and inputs and isinstance(inputs[0], Tensor):
             patches.append(columns(module, inputs[0]).nbytes)
 
     hooks = [m.register_forward_hook(measure) for m in model.modules() if not any(m.children())]
     try:
         with torch.no_grad():
-            model(one)
+            call(model, one)
     finally:
         for hook in hooks:
             hook.remove()
@@ -215,18 +235,22 @@ def chunk_size(model: nn.Module, one: Tensor, names: Sequence[str], chunk_bytes:
     return max(1, min(_LARGEST_CHUNK, chunk_bytes // max(needed, 1)))
 
 
-def _fastest_route(model: nn.Module, x: Tensor, y: Tensor, names: Sequence[str], loss: Loss) -> Route:
-    """The first route that agrees with automatic differentiation on the two samples with the largest losses."""
-    with torch.no_grad():
-        losses = [float(loss(model(x[s : s + 1]), y[s : s + 1])) for s in range(len(x))]
-    hardest = sorted(range(len(x)), key=lambda s: -losses[s])[:2]
-    x, y = x[hardest], y[hardest]
-    loop = _mean_route(model, names, loss, 1)
+def _fastest_route(model: nn.Module, x: Any, y: Any, names: Sequence[str], loss: SampleLoss) -> Route:
+    """A route that agrees with automatic differentiation on the two samples with the largest losses, and is fast.
 
-    def one_at_a_time(inputs: Tensor, targets: Tensor) -> Tensor:
+    Layers go first; between `torch.func` and one sample at a time a trial decides.
+    """
+    few = min(_CANDIDATES, len(x))
+    with torch.no_grad():
+        losses = [float(loss.per_sample(call(model, x[s : s + 1]), y[s : s + 1]).sum()) for s in range(few)]
+    hardest = torch.tensor(sorted(range(few), key=lambda s: -losses[s])[:2], device=_device(x))
+    hard_x, hard_y = x[hardest], y[hardest]
+    loop = _mean_route(model, names, loss)
+
+    def one_at_a_time(inputs: Any, targets: Any) -> Tensor:
         return torch.cat([loop(inputs[s : s + 1], targets[s : s + 1]) for s in range(len(inputs))])
 
-    expected = one_at_a_time(x, y)
+    expected = one_at_a_time(hard_x, hard_y)
     routes: dict[str, Route | None] = {
         "layers": _layer_route(model, names, loss),
         "torch.func": lambda a, b: per_sample_gradients(model, a, b, names, loss, len(a)),
@@ -235,21 +259,38 @@ def _fastest_route(model: nn.Module, x: Tensor, y: Tensor, names: Sequence[str],
         if route is None:
             continue
         try:
-            found = route(x, y)
+            found = route(hard_x, hard_y)
         except Exception as error:  # whatever the model does that the route cannot follow
             logger.debug(f"gradients: not by {title}: {type(error).__name__}: {str(error).splitlines()[:1]}")
             continue
-        if found.shape == expected.shape and bool(
-            ((found - expected).norm(dim=1) <= _TOLERANCE * expected.norm(dim=1)).all()
-        ):
-            logger.debug(f"gradients: by {title}")
-            return route
-        logger.debug(f"gradients: not by {title}: differs from automatic differentiation")
+        same = (found - expected).norm(dim=1) <= _TOLERANCE * expected.norm(dim=1)
+        if found.shape != expected.shape or not bool(same.all()):
+            logger.debug(f"gradients: not by {title}: differs from automatic differentiation")
+            continue
+        if title == "torch.func":
+            slower = _seconds(route, x, y) / len(x) / (_seconds(one_at_a_time, x[:few], y[:few]) / few)
+            if slower > _WORTH_A_SWITCH:
+                logger.debug(f"gradients: not by {title}: {slower:.1f} times slower than one sample at a time")
+                continue
+        logger.debug(f"gradients: by {title}")
+        return route
     logger.debug("gradients: by automatic differentiation of one sample at a time")
     return one_at_a_time
 
 
-def _layer_route(model: nn.Module, names: Sequence[str], loss: Loss) -> Route | None:
+def _seconds(route: Route, x: Any, y: Any) -> float:
+    """Seconds that a route takes; it has run before, so that nothing is prepared for the first time."""
+    started = time.perf_counter()
+    float(route(x, y).sum())  # the number comes only when the device is done
+    return time.perf_counter() - started
+
+
+def _device(samples: Any) -> torch.device:
+    leaves = samples.leaves if isinstance(samples, Bundle) else [samples]
+    return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+
+
+def _layer_route(model: nn.Module, names: Sequence[str], loss: SampleLoss) -> Route | None:
     """One forward and one backward pass of the batch, for the plain layers of `layers.layer_of`."""
     found = [layer_of(model, name) for name in names]
     owners = [owner for owner in found if owner is not None]
@@ -257,15 +298,15 @@ def _layer_route(model: nn.Module, names: Sequence[str], loss: Loss) -> Route | 
         return None
     layers = list(dict.fromkeys(layer for layer, _ in owners))
 
-    def of_one(outputs: Tensor, target: Tensor) -> Tensor:
-        return loss(outputs.unsqueeze(0), target.unsqueeze(0))
-
-    def route(x: Tensor, y: Tensor) -> Tensor:
+    def route(x: Any, y: Any) -> Tensor:
         with torch.enable_grad(), tapped(layers, graph=True) as record:
-            losses = vmap(of_one)(model(x), y)
+            losses = loss.per_sample(call(model, x), y)
             nodes = [p.outputs for layer in layers for p in record[layer] if p.outputs is not None]
-            flat = iter(torch.autograd.grad(losses.sum(), nodes))
-        gradients = {layer: [next(flat) for _ in record[layer]] for layer in layers}
+            flat = iter(torch.autograd.grad(losses.sum(), nodes, allow_unused=True))
+        gradients = {
+            layer: [torch.zeros_like(p.outputs) if (g := next(flat)) is None else g for p in record[layer]]
+            for layer in layers
+        }
         with torch.no_grad():
             parts = [layer_gradients(layer, which, record[layer], gradients[layer]) for layer, which in owners]
             return torch.cat(parts, dim=1)
@@ -273,28 +314,24 @@ def _layer_route(model: nn.Module, names: Sequence[str], loss: Loss) -> Route | 
     return route
 
 
-def _mean_route(model: nn.Module, names: Sequence[str], loss: Loss, size: int) -> Route:
-    """The gradient of the mean loss of a batch, (1, n), of `size` samples at a time."""
+def _mean_route(model: nn.Module, names: Sequence[str], loss: SampleLoss) -> Route:
+    """The gradient of the mean loss of a batch, (1, n)."""
     parameters = dict(model.named_parameters())
     weights = {name: parameters[name].detach().requires_grad_() for name in names}
 
-    def route(x: Tensor, y: Tensor) -> Tensor:
-        total: Tensor | None = None
-        for start in range(0, len(x), size):
-            part = slice(start, min(start + size, len(x)))
-            with torch.enable_grad():
-                outputs = functional_call(model, weights, (x[part],))
-                share = (part.stop - part.start) / len(x)
-                value = loss(outputs, y[part]) * share
-                gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-            row = torch.cat(
-                [
-                    torch.zeros_like(w).flatten() if g is None else g.flatten()
-                    for g, w in zip(gradients, weights.values(), strict=True)
-                ]
-            )
-            total = row if total is None else total + row
-        assert total is not None
-        return total.unsqueeze(0)
+    def route(x: Any, y: Any) -> Tensor:
+        with torch.enable_grad():
+            args, kwargs = arguments(x)
+            value = loss.per_sample(functional_call(model, weights, args, kwargs), y).mean()
+            if not value.requires_grad:
+                return torch.zeros(
+                    1, sum(w.numel() for w in weights.values()), dtype=value.dtype, device=value.device
+                )
+            gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+        row = [
+            torch.zeros_like(w).flatten() if g is None else g.flatten()
+            for g, w in zip(gradients, weights.values(), strict=True)
+        ]
+        return torch.cat(row).unsqueeze(0)
 
     return route

@@ -1,155 +1,219 @@
-"""Pictures of what is pruned: the mask of every layer."""
+"""Masks: what is pruned of each tensor, in a network that is trained on, and in files.
+
+A mask in a network is a parametrisation of `torch.nn.utils.parametrize`: the layer multiplies by weight · mask, so
+that no optimiser, weight decay or checkpoint brings a pruned weight back. `squash` bakes the masks in.
+"""
 
 from __future__ import annotations
 
-import io
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
-from cbs_opt.errors import UsageError
+from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files.atomic import atomic_write
-from cbs_opt.instances.apply import LayerMask
-
-FORMATS = (".png", ".svg", ".pdf")
-
-_ROWS, _COLUMNS = 128, 256  # cells of a panel at most
-_ACROSS = 4
-_MOST = 48
-_INK, _FAINT, _BAR = "#1f2933", "#7b8794", "#2a6f97"
+from cbs_opt.instances.plain import make_plain
 
 
-def kept_density(pruned: NDArray[np.bool_], rows: int = _ROWS, columns: int = _COLUMNS) -> NDArray[np.float64]:
-    """The fraction of kept weights in each cell of a grid over a tensor.
+@dataclass(frozen=True)
+class LayerMask:
+    """What is pruned of one tensor.
 
-    Parameters
+    Attributes
     ----------
-    pruned : bool array (out, …)
-        Drawn as a matrix: outputs downwards, everything else across.
-    rows, columns : int
-        Size of the grid at most; a smaller tensor has one cell per weight.
-
-    Returns
-    -------
-    float64 (r, c) in [0, 1], r ≤ rows, c ≤ columns
+    name : str
+    pruned : bool array of the tensor's shape
+        True = removed.
+    aliases : tuple of str
+        Other names of the same tensor.
     """
-    kept = (~pruned.reshape(1 if pruned.ndim < 2 else pruned.shape[0], -1)).astype(np.float64)
-    for axis, most in ((0, rows), (1, columns)):
-        length = kept.shape[axis]
-        if length > most:
-            edges = np.arange(most) * length // most
-            sizes = np.diff(np.append(edges, length))
-            sums = np.add.reduceat(kept, edges, axis)
-            kept = (sums / (sizes[:, None] if axis == 0 else sizes)).astype(np.float64)
-    return kept
+
+    name: str
+    pruned: NDArray[np.bool_]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of pruned weights."""
+        return int(self.pruned.sum())
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned fraction."""
+        return self.count / self.pruned.size
+
+    @property
+    def title(self) -> str:
+        """All its names, for reports."""
+        return " = ".join((self.name, *self.aliases))
 
 
-def check_picture(path: Path) -> None:
-    """Raise `UsageError` unless the name of the file ends in a format that can be drawn."""
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{path}: a picture must end in {', '.join(FORMATS)}, got '{path.suffix}'")
-
-
-def draw_masks(path: Path | str, layers: Sequence[LayerMask], title: str = "") -> None:
-    """Draw sparsity and mask of all layers: dark where weights are kept, white where they are pruned.
-
-    Of more than 48 layers the masks of the 48 largest are drawn.
+class Mask(nn.Module):
+    """A parametrisation that holds weights at zero: the effective tensor is tensor · mask.
 
     Parameters
     ----------
-    path : Path or str
-        `.png`, `.svg` or `.pdf`.
-    layers : sequence of LayerMask
-    title : str
+    kept : bool Tensor
+        Of the shape of the tensor; True = stays.
+    """
+
+    mask: Tensor
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", kept)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The tensor with zeros where the mask is."""
+        return weight * self.mask
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """A tensor that has the given value behind the mask."""
+        return weight * self.mask
+
+
+def add_masks(model: nn.Module, masks: Iterable[LayerMask], *, hooks: bool = False) -> None:
+    """Hold pruned weights at zero while the network is trained on.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Changed in place. `copy.deepcopy`, tied layers, `MultiheadAttention` and recurrent layers are fine; an
+        optimiser made before keeps its parameters.
+    masks : iterable of LayerMask
+    hooks : bool
+        Use the masks of `torch.nn.utils.prune` (`weight_orig`, `weight_mask`), for code that expects them.
 
     Raises
     ------
+    InstanceError
+        For a tensor that the network does not have.
     UsageError
-        For another kind of file.
+        When a tensor is in no state to be masked, or hooks would not hold it at zero.
+    """
+    masks = list(masks)
+    for mask in masks:
+        for name in (mask.name, *mask.aliases):
+            _check(model, name, mask, hooks)
+    for mask in masks:
+        for name in (mask.name, *mask.aliases):
+            module, leaf = _owner(model, name)
+            kept = torch.from_numpy(~mask.pruned).to(getattr(module, leaf).device)
+            if hooks:
+                prune.custom_from_mask(module, leaf, kept.to(getattr(module, leaf)))  # type: ignore[no-untyped-call]
+                continue
+            with torch.no_grad():
+                parametrize.register_parametrization(module, leaf, Mask(kept))
+            if isinstance(module, nn.RNNBase):
+                _keep_flat_weights_fresh(module)
+
+
+def squash(model: nn.Module) -> nn.Module:
+    """Bake all masks in: plain parameters again, with zeros where the masks were.
+
+    Masks made by `add_masks`, by torchao and by `torch.nn.utils.prune` alike; other parametrisations stay. Returns
+    the model, which is changed in place.
+    """
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            lists: Any = module.parametrizations
+            for leaf in list(lists):
+                if all(isinstance(getattr(each, "mask", None), Tensor) for each in lists[leaf]):
+                    make_plain(module, leaf)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
+    return model
+
+
+def masks_of_zeros(tensors: Mapping[str, Tensor]) -> list[LayerMask]:
+    """Masks that keep at zero what is zero in the given tensors."""
+    return [LayerMask(name, (tensor == 0).cpu().numpy()) for name, tensor in tensors.items()]
+
+
+def write_masks(path: Path | str, masks: Iterable[LayerMask]) -> None:
+    """Write masks alone, by name of tensor: bool, True = kept, under each name that a tensor has.
+
+    Raises
+    ------
     OutputError
         When the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    path = Path(path)
-    check_picture(path)
-    drawn = sorted(sorted(range(len(layers)), key=lambda i: -layers[i].pruned.size)[:_MOST])
-    down = math.ceil(len(drawn) / _ACROSS)
-    across = math.ceil(len(drawn) / down)
-    bars = 0.24 * len(layers) + 0.5
-    width = max(2.9 * across, 8.0)
-    figure = Figure(figsize=(width, 1.0 + bars + 2.0 * down), facecolor="white")
-    figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08, hspace=0.04, wspace=0.04))
-    FigureCanvasAgg(figure)
-    halves: Any = figure.subfigures(2, 1, height_ratios=[bars + 0.6, 2.0 * down])
-    top, bottom = halves
-    pruned, size = sum(layer.count for layer in layers), sum(layer.pruned.size for layer in layers)
-    heading = f"{title}: " if title else ""
-    figure.suptitle(
-        f"{heading}{pruned:,} of {size:,} weights pruned ({pruned / size:.2%})",
-        fontsize=12,
-        color=_INK,
-        fontweight="bold",
-    )
-    _draw_bars(top.subplots(), layers, pruned / size)
-    panels = bottom.subplots(down, across, squeeze=False).ravel()
-    scale = max(float(kept_density(layer.pruned).max(initial=0)) for layer in layers) or 1.0
-    image = None
-    for panel, index in zip(panels, drawn, strict=False):
-        image = _draw_mask(panel, layers[index], scale)
-    for panel in panels[len(drawn) :]:
-        panel.set_visible(False)
-    if image is not None:
-        bar = bottom.colorbar(image, ax=panels.tolist(), location="bottom", fraction=0.04, aspect=40, shrink=0.5)
-        bar.set_label("kept fraction of the weights under a cell", fontsize=8, color=_FAINT)
-        bar.ax.tick_params(labelsize=7, colors=_FAINT)
-        bar.outline.set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lower()[1:], dpi=min(130, 12000 / figure.get_figheight()))
+    tensors = {}
+    for mask in masks:
+        for name in (mask.name, *mask.aliases):
+            tensors[name] = torch.from_numpy(~mask.pruned)
+    data = safetensors_bytes(tensors, {"format": "cbs-masks", "version": "1", "true": "kept"})
     with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+        file.write(data)
 
 
-def _draw_bars(axes: Any, layers: Sequence[LayerMask], overall: float) -> None:
-    """Sparsity of each layer beside that of the network."""
-    places = np.arange(len(layers))
-    axes.barh(places, [layer.sparsity for layer in layers], color=_BAR, height=0.68)
-    axes.axvline(overall, color="#d1495b", linewidth=1.2, label=f"whole network {overall:.1%}")
-    for place, layer in zip(places, layers, strict=True):
-        axes.text(
-            1.01,
-            place,
-            f"{layer.sparsity:.1%} of {layer.pruned.size:,}",
-            va="center",
-            fontsize=8,
-            color=_INK,
-            transform=axes.get_yaxis_transform(),
-        )
-    axes.set_yticks(places, [layer.name for layer in layers], fontsize=8, color=_INK)
-    axes.set_ylim(len(layers) - 0.4, -0.6)
-    axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.tick_params(axis="x", labelsize=8, colors=_FAINT)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("pruned", fontsize=8, color=_FAINT)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8, frameon=False, borderaxespad=0.2)
+def read_masks(path: Path | str) -> list[LayerMask]:
+    """Read what `write_masks` wrote.
+
+    Raises
+    ------
+    InstanceError
+        When there is no such file, or it holds something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise InstanceError(f"{path}: no such file") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        raise InstanceError(f"{path}: holds no masks in safetensors: {error}") from None
+    wrong = [name for name, tensor in tensors.items() if tensor.dtype != torch.bool]
+    if metadata.get("format") != "cbs-masks" or wrong:
+        raise InstanceError(f"{path}: holds no masks: they are boolean tensors, as `write_masks` writes them")
+    return [LayerMask(name, ~tensor.numpy()) for name, tensor in tensors.items()]
 
 
-def _draw_mask(axes: Any, layer: LayerMask, scale: float) -> Any:
-    shape = layer.pruned.shape
-    image = axes.imshow(
-        kept_density(layer.pruned), cmap="Blues", vmin=0, vmax=scale, aspect="auto", interpolation="nearest"
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise InstanceError(f"the network has no tensor {name}") from None
+    return module, leaf
+
+
+def _check(model: nn.Module, name: str, mask: LayerMask, hooks: bool) -> None:
+    module, leaf = _owner(model, name)
+    tensor = getattr(module, leaf, None)
+    if not isinstance(tensor, Tensor):
+        raise InstanceError(f"the network has no tensor {name}")
+    if tuple(tensor.shape) != mask.pruned.shape:
+        raise InstanceError(f"{name} has shape {tuple(tensor.shape)}, its mask {mask.pruned.shape}")
+    if not hooks:
+        return
+    parent = name.rpartition(".")[0].rpartition(".")[0]
+    attention = isinstance(module, nn.MultiheadAttention) or isinstance(
+        model.get_submodule(parent), nn.MultiheadAttention
     )
-    axes.set_title(f"{layer.name}  {' × '.join(map(str, shape))}", fontsize=8, color=_INK)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color("#cbd2d9")
-    return image
+    if attention or mask.aliases:
+        why = "several layers share it" if mask.aliases else "attention reads it past its hooks"
+        raise UsageError(f"{name}: hooks would not hold it at zero, as {why}: leave `hooks` out")
+
+
+def _keep_flat_weights_fresh(module: nn.RNNBase) -> None:
+    """Let a recurrent layer read its weights behind their masks: it keeps a list of the parameters themselves."""
+    kind: Any = type(module)
+    if isinstance(vars(kind).get("_flat_weights"), property):
+        return
+
+    def get(self: nn.RNNBase) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    # The class belongs to this module alone: `parametrize` has made it.
+    kind._flat_weights = property(get, lambda self, value: None)

@@ -14,19 +14,20 @@ is that of the public checkpoint that we know (91.4 %); others were trained with
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instances.architectures import CIFARNet, MLPNet, MobileNetV1, ResNet20
+from cbs_opt.instances.factory import parts_of
+from cbs_opt.instances.modes import unwrapped
+from cbs_opt.instances.plugins import call_object, is_object
 from cbs_opt.instances.preparation import Preparation
+from cbs_opt.instances.prunable import select
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Network:
         What the factory brought: (inputs, labels), a loader of such batches, or None.
     image_shape : tuple of int or None
         (H, W) or (H, W, C) of the images that `prepare` takes.
+    loss, metric, output_key : object
+        What the factory declared, see `factory.parts_of`; None otherwise.
     """
 
     name: str
@@ -60,6 +63,9 @@ class Network:
     data: Any = None
     test_data: Any = None
     image_shape: tuple[int, ...] | None = None
+    loss: Any = None
+    metric: Any = None
+    output_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def network_names() -> list[str]:
 
 def is_factory(spec: str) -> bool:
     """Whether `spec` is a user's `module:factory`: loading it runs code."""
-    return ":" in spec
+    return is_object(spec)
 
 
 def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Network:
@@ -116,9 +122,10 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
     ----------
     spec : str
         One of `network_names()`, or `module:factory`: a function without arguments in a module that Python
-        finds, the current directory included. It returns the model, or (model, data), or
-        (model, training data, test data), where data is (inputs, labels) or a loader of such batches. All its
-        parameters with two axes or more are pruned, except embeddings.
+        finds, the current directory included, or in a file, `./nets.py:make` say. It returns the model, (model,
+        data), (model, training data, test data[, loss[, metric]]) or a dictionary of these; data are (inputs,
+        labels), a loader of such batches and much else, see `own_data`. What of it is pruned is told in
+        `cbs_opt.instances.prunable`.
     mean, std : sequence of float, optional
         In place of the network's normalisation, one number or one per channel. Given for a factory, the images
         of a file are scaled to [0, 1], normalised and laid out as (m, C, H, W); without them it takes inputs as
@@ -140,68 +147,31 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
             f"'{spec}' is no network that we know: {', '.join(_NETWORKS)}; for your own, give module:factory"
         )
     model = entry.make().eval()
-    prunable = tuple(name for name in matrices(model) if entry.prunes(name))
+    prunable = tuple(name for name in select(model).names if entry.prunes(name))
     preparation = entry.preparation.normalised(mean, std)
     return Network(spec, model, prunable, preparation, entry.classes, image_shape=preparation.image_shape)
 
 
-def matrices(model: nn.Module) -> list[str]:
-    """Parameters with two axes or more, without embeddings: the weights of linear and convolutional layers."""
-    embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        for parameter in module.parameters()
-    }
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and parameter.is_floating_point() and id(parameter) not in embeddings
-    ]
-
-
 def _from_factory(spec: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Network:
-    made = _call(spec)
-    parts = made if isinstance(made, tuple | list) else (made,)
-    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
-        raise UsageError(
-            f"{spec}: must return a model, (model, data) or (model, training data, test data), got {_kind(made)}"
-        )
-    model = parts[0].eval()
-    prunable = tuple(matrices(model))
-    if not prunable:
+    made = call_object(spec)
+    parts = parts_of(made, spec)
+    model = unwrapped(parts.model).eval()
+    selection = select(model)
+    prunable = selection.names
+    if not prunable and not any(left.tensor and len(left.tensor.layout.shape) > 1 for left in selection.left_out):
         raise UsageError(f"{spec}: the model has no parameter with two axes or more, so nothing to prune")
     preparation = None
     if mean is not None or std is not None:
         preparation = Preparation(None).normalised(mean, std)
-    data, test_data = [*parts[1:], None, None][:2]
-    return Network(spec, model, prunable, preparation, None, data, test_data)
-
-
-def _call(spec: str) -> Any:
-    """Import the module of `module:factory`, from the current directory too, and call the factory."""
-    module_name, _, name = spec.partition(":")
-    if not module_name or not name.isidentifier():
-        raise UsageError(f"'{spec}' must be module:factory, 'mynet:make' say")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        factory = getattr(importlib.import_module(module_name), name, None)
-        if not callable(factory):
-            raise UsageError(f"{spec}: the module has no function '{name}'")
-        return factory()
-    except UsageError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{spec}: there is no module '{error.name}' here or among the installed ones") from error
-    except Exception as error:
-        raise UsageError(f"{spec}: fails with {type(error).__name__}: {error}") from error
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)
-
-
-def _kind(made: Any) -> str:
-    if isinstance(made, tuple | list):
-        return f"({', '.join(type(part).__name__ for part in made[:4])}{', …' if len(made) > 4 else ''})"
-    return type(made).__name__
+    return Network(
+        spec,
+        model,
+        prunable,
+        preparation,
+        None,
+        parts.data,
+        parts.test_data,
+        loss=parts.loss,
+        metric=parts.metric,
+        output_key=parts.output_key,
+    )

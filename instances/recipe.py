@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from cbs_opt.budget import Budget
 from cbs_opt.errors import OutputError, UsageError
+from cbs_opt.instances.budgets import budget_of_layers
 from cbs_opt.instances.curvature import Shape, block_sizes, cut, working_bytes
 from cbs_opt.typing import IntArray
 
 Source = Literal["fisher", "reconstruction"]
 Form = Literal["gradients", "hessian", "inverse-hessian"]
+Along = Literal["inputs", "outputs"]
 
 DAMPING = 1e-5
 SPARSITY = 0.9
@@ -60,6 +62,15 @@ class Recipe:
         Also store the mean gradient, `linear`.
     memory : int, optional
         Bytes that the export may use; half of what is free by default.
+    keep_mask : bool
+        Weights that are zero already stay zero, and count as pruned. Those of masks always do.
+    nm_along : {"inputs", "outputs"}
+        The M weights of an N:M pattern are consecutive inputs of one output, or outputs of one input.
+
+    layers : mapping of str to float, optional
+        Sparsities of layers by name or pattern, see `budgets.budget_of_layers`; `sparsity` is that of all others.
+    keep_at_least : float, optional
+        Weights that every layer keeps, or below 1 a share of each, see `budgets.keeping`.
 
     Raises
     ------
@@ -79,6 +90,10 @@ class Recipe:
     nm: tuple[int, int] | None = None
     first_order: bool = False
     memory: int | None = None
+    keep_mask: bool = False
+    nm_along: Along = "inputs"
+    layers: Mapping[str, float] | None = None
+    keep_at_least: float | None = None
     form: Form = field(init=False)
     block_rule: str | int = field(init=False)
     entry: np.dtype[Any] = field(init=False)
@@ -100,10 +115,13 @@ class Recipe:
             N, M = self.nm
             if not 0 <= N <= M or M < 1:
                 raise UsageError(f"N:M must have 0 ≤ N ≤ M and M ≥ 1, got {N}:{M}")
-            if self.sparsity is not None or self.per_layer:
+            if self.sparsity is not None or self.per_layer or self.layers:
                 raise UsageError(
                     "N:M sets how many weights are pruned: it goes without `sparsity` and `per_layer`"
                 )
+        one_of("nm_along", self.nm_along, ("inputs", "outputs"))
+        if self.nm_along == "outputs" and self.nm is None:
+            raise UsageError("`nm_along` is for N:M patterns: give `nm` too")
         if self.dtype is not None:
             one_of("dtype", self.dtype, ("float32", "float64"))
         form, rule = self.curvature, self.blocks
@@ -138,10 +156,14 @@ class Recipe:
             return cut(block_sizes(shapes, "row"), self.block_rule)
         return block_sizes(shapes, self.block_rule)
 
-    def budget(self, shapes: Sequence[Shape]) -> Budget:
-        """How many weights to prune: over all of them, of each tensor, or N:M."""
+    def budget(self, shapes: Sequence[Shape], names: Sequence[str] = ()) -> Budget:
+        """How many weights to prune: over all of them, of each tensor, of those that `layers` names, or N:M."""
+        if self.layers:
+            default = SPARSITY if self.sparsity is None else self.sparsity
+            rules = {**(dict.fromkeys(names, default) if self.per_layer else {}), **self.layers}
+            return budget_of_layers(names, [int(np.prod(shape)) for shape in shapes], rules, default)
         if self.nm is not None:
-            return nm_budget(shapes, *self.nm)
+            return nm_budget(shapes, *self.nm, along=self.nm_along)
         sparsity = SPARSITY if self.sparsity is None else self.sparsity
         numbers = [int(np.prod(shape)) for shape in shapes]
         if not self.per_layer:
@@ -210,20 +232,23 @@ class Recipe:
         return f"{' or '.join(out)} would do" if out else "prune fewer tensors"
 
 
-def nm_budget(shapes: Sequence[Shape], keep: int, of: int) -> Budget:
-    """Groups of `of` consecutive inputs of the same output, of which `keep` stay.
+def nm_budget(shapes: Sequence[Shape], keep: int, of: int, *, along: Along = "inputs") -> Budget:
+    """Groups of `of` consecutive weights of a row, of which `keep` stay.
 
-    Inputs are counted along the second axis of a tensor, as hardware for 2:4 sparsity does: the features of a
-    linear layer, the channels of a convolution at the same place of its kernel. What is left at the end of a row,
-    r < `of` weights, is a group of its own that loses ⌊r (of − keep)/of⌋.
+    Inputs are counted along the second axis of a tensor in the order of the instance, as hardware for 2:4 sparsity
+    does: the features of a linear layer, the channels of a convolution at the same place of its kernel. What is
+    left at the end of a row, r < `of` weights, is a group of its own that loses ⌊r (of − keep)/of⌋. With `along`
+    outputs the groups run down the columns: consecutive outputs of the same input, for products with the
+    transposed matrix.
     """
     groups, budgets, offset = [], [], 0
     for shape in shapes:
-        inputs = shape[1] if len(shape) > 1 else shape[0]
-        index = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
-        lines = np.moveaxis(index, 1, -1).reshape(-1, inputs) if len(shape) > 1 else index.reshape(1, -1)
-        per_line = -(-inputs // of)
-        of_line = np.arange(inputs) // of
+        index = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape if len(shape) > 1 else (1, -1))
+        line_axis = 1 if along == "inputs" else 0
+        length = index.shape[line_axis]
+        lines = np.moveaxis(index, line_axis, -1).reshape(-1, length)
+        per_line = -(-length // of)
+        of_line = np.arange(length) // of
         layer = np.empty(index.size, dtype=np.int64)
         layer[lines] = offset + np.arange(len(lines))[:, None] * per_line + of_line[None, :]
         groups.append(layer)

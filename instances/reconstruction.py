@@ -5,52 +5,132 @@ output is ‖δᵀX‖² = δᵀXXᵀδ. As ½δᵀHδ is the loss everywhere in
 squared error of the layer's output, summed over places and averaged over samples. Optimal Brain Compression
 [1]_ and SparseGPT [2]_ use the same matrix, up to a constant factor; all rows of a layer share it.
 
+A place is whatever a weight is multiplied at: a place of an image, a time step, a token, and every use of a tensor
+that several layers share.
+
 .. [1] Frantar, Singh, Alistarh: Optimal Brain Compression, NeurIPS 2022.
 .. [2] Frantar, Alistarh: SparseGPT, ICML 2023.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.instances.gradients import CHUNK_BYTES, Samples, chunk_size, evaluation_mode
-from cbs_opt.instances.layers import Layer, columns, layer_of, tapped
+from cbs_opt.instances.batches import Samples, checked_call, placed, slices
+from cbs_opt.instances.curvature import cut, singular_sentence, symmetric_inverse
+from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
+from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
+from cbs_opt.instances.products import Product, Products
+from cbs_opt.instances.prunable import select
+from cbs_opt.instances.tensors import Layout
 from cbs_opt.typing import FloatArray
 
+_PIECE_BYTES = 1 << 27  # of inputs that are converted to double precision at a time
 
-def reconstruction_layers(model: nn.Module, names: Sequence[str]) -> list[Layer]:
-    """The layers whose weights are named.
 
-    Raises
-    ------
-    UsageError
-        For a parameter that is not the weight of a plain linear or two-dimensional convolutional layer.
+@dataclass(frozen=True)
+class RowRange:
+    """Rows of a layer that share their inputs.
+
+    Attributes
+    ----------
+    first, last : int
+        The rows first … last − 1.
+    covariance : float64 (K, K)
+        XXᵀ/m of the inputs X of these rows.
+    shifts : float64 (last − first,), or None
+        Added to the diagonal, row by row, for uses of the weight as an embedding or from the other side.
     """
-    layers = []
-    for name in names:
-        found = layer_of(model, name)
-        if found is None or found[1] != "weight":
-            raise UsageError(
-                f"the reconstruction error needs weights of plain Linear or Conv2d layers, which '{name}' is not"
-            )
-        layers.append(found[0])
-    return layers
+
+    first: int
+    last: int
+    covariance: FloatArray
+    shifts: FloatArray | None = None
+
+
+@dataclass(frozen=True)
+class LayerCovariance:
+    """The reconstruction Hessians of all rows of a layer, before they are copied row by row.
+
+    Attributes
+    ----------
+    name : str
+        Of the weight.
+    layout : Layout
+        `rows` rows of K = `inputs` weights; `to_rows` and `from_rows` lead to the tensor and back.
+    ranges : tuple of RowRange
+        In order; together all rows. One range for a linear layer, one for each group of a convolution, three for
+        the projections of queries, keys and values.
+    """
+
+    name: str
+    layout: Layout
+    ranges: tuple[RowRange, ...]
+
+    @property
+    def mean_diagonal(self) -> float:
+        """Mean diagonal entry of the Hessians of all rows."""
+        total = 0.0
+        for r in self.ranges:
+            shift = 0.0 if r.shifts is None else float(r.shifts.mean())
+            total += (r.last - r.first) * (float(r.covariance.diagonal().mean()) + shift)
+        return total / max(self.layout.rows, 1)
+
+
+def followed(
+    model: nn.Module, run: Callable[[nn.Module], object], weights: Mapping[str, Layout]
+) -> tuple[list[str], dict[str, str]]:
+    """Which weights have a reconstruction error that can be computed, by one sample through the network.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Runs in evaluation mode.
+    run : callable
+        Runs the network on one sample.
+    weights : mapping of str to Layout
+
+    Returns
+    -------
+    names : list of str
+    reasons : dict of str to str
+        Of all others: why not.
+    """
+    seen: set[tuple[str, bool]] = set()
+    reasons: dict[str, str] = {}
+
+    def note(product: Product) -> None:
+        seen.add((product.name, product.across))
+
+    with ExitStack() as stack:
+        for state in (evaluation_mode(model), single_precision(model), torch.no_grad()):
+            stack.enter_context(state)
+        stack.enter_context(_watched(model, weights, note, reasons))  # knows the tensors in the state just entered
+        run(model)
+    for name in weights:
+        if (name, False) not in seen and name not in reasons:
+            across = (name, True) in seen
+            reasons[name] = "it is multiplied from the other side" if across else "the network does not use it"
+    return [name for name in weights if name not in reasons], reasons
 
 
 def input_covariances(
     model: nn.Module,
     inputs: Samples,
-    names: Sequence[str],
+    names: Sequence[str] | Mapping[str, Layout],
     *,
     chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[int], None] = lambda done: None,
-) -> list[FloatArray]:
-    """XXᵀ/m of the inputs X of each named layer.
+) -> list[LayerCovariance]:
+    """XXᵀ/m of the inputs X of each named weight.
 
     Parameters
     ----------
@@ -58,8 +138,8 @@ def input_covariances(
         Runs in evaluation mode.
     inputs : (m, …)
         A tensor, or anything with a length whose slices are tensors.
-    names : sequence of str
-        Weights of linear and convolutional layers.
+    names : sequence of str, or mapping of str to Layout
+        Weights, and how they are laid out where that is known already.
     chunk_bytes : int
         Memory for the activations and patches of one piece.
     progress : callable, optional
@@ -67,51 +147,154 @@ def input_covariances(
 
     Returns
     -------
-    list of float64 (G, K, K)
-        For each layer; G = 1 but for grouped convolutions, K the weights of an output row.
+    list of LayerCovariance
 
     Raises
     ------
     UsageError
-        For a parameter that is not the weight of such a layer.
+        For a weight that is multiplied in a way that cannot be followed.
     InstanceError
-        When a layer is not called, or its inputs are not finite.
+        When a weight is not used, or its inputs are not finite.
 
     Notes
     -----
     Sums are kept in float64. O(m · places · K²) time a layer.
     """
-    layers = reconstruction_layers(model, names)
-    device = next(model.parameters()).device
-    sums: list[Tensor | None] = [None] * len(layers)
-    with evaluation_mode(model), torch.no_grad():
-        size = chunk_size(model, inputs[:1].to(device), (), chunk_bytes)
-        for start in range(0, len(inputs), size):
-            with tapped(layers, graph=False) as record:
-                model(inputs[start : start + size].to(device))
-            for number, layer in enumerate(layers):
-                for passage in record[layer]:
-                    X = _patches(layer, passage.inputs)
-                    product = X @ X.transpose(1, 2)
-                    before = sums[number]
-                    sums[number] = product if before is None else before.add_(product)
-            progress(min(start + size, len(inputs)))
-    out = []
-    for name, total in zip(names, sums, strict=True):
+    layouts = names if isinstance(names, Mapping) else _layouts(model, names)
+    sums = {name: _Sums(layout) for name, layout in layouts.items()}
+    reasons: dict[str, str] = {}
+    with evaluation_mode(model), single_precision(model), torch.no_grad():
+        first = placed(inputs[: fewest(model)], model)
+        checked_call(model, first)
+        size = max(len(first), chunk_size(model, first, (), chunk_bytes))
+        for part in slices(inputs, size):
+            with _watched(model, layouts, lambda product: sums[product.name].add(product), reasons):
+                checked_call(model, placed(inputs[part], model))
+            if reasons:
+                name, reason = next(iter(reasons.items()))
+                raise UsageError(f"'{name}' has no reconstruction error that can be computed: {reason}")
+            progress(part.stop)
+    return [total.covariance(name, len(inputs)) for name, total in sums.items()]
+
+
+def _layouts(model: nn.Module, names: Sequence[str]) -> dict[str, Layout]:
+    selection = select(model)
+    known = {tensor.name: tensor.layout for tensor in selection.tensors}
+    known |= {left.tensor.name: left.tensor.layout for left in selection.left_out if left.tensor is not None}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"the network has no weight '{name}'")
+    return {name: known[name] for name in names}
+
+
+def _watched(
+    model: nn.Module,
+    layouts: Mapping[str, Layout],
+    report: Callable[[Product], None],
+    reasons: dict[str, str],
+) -> Products:
+    parameters = dict(model.named_parameters())
+    weights = {name: (parameters[name].detach(), layout) for name, layout in layouts.items()}
+
+    def refuse(name: str, reason: str) -> None:
+        reasons.setdefault(name, reason)
+
+    return Products(weights, report, refuse)
+
+
+@dataclass
+class _Sums:
+    """What has been seen of the inputs of one weight, by ranges of rows."""
+
+    layout: Layout
+    products: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    counts: Tensor | None = None
+
+    def add(self, product: Product) -> None:
+        if product.counts is not None:
+            if self.counts is None:
+                self.counts = torch.zeros(self.layout.rows, dtype=torch.float64, device=product.counts.device)
+            self.counts[product.first : product.last] += product.counts
+        if product.inputs is None:
+            return
+        key, X = (product.first, product.last), product.inputs
+        K, places = X.shape
+        total = self.products.get(key)
         if total is None:
+            total = self.products[key] = torch.zeros(K, K, dtype=torch.float64, device=X.device)
+        step = max(1, _PIECE_BYTES // (8 * K))
+        for start in range(0, places, step):
+            piece = X[:, start : start + step].double()
+            total.addmm_(piece, piece.T)
+
+    def covariance(self, name: str, samples: int) -> LayerCovariance:
+        """Cut the rows where any of the ranges ends, and add up what each piece has met."""
+        rows, K = self.layout.rows, self.layout.inputs
+        if not self.products and self.counts is None:
             raise InstanceError(f"the layer of '{name}' is never called: it has no inputs to reconstruct from")
-        covariance = (total / len(inputs)).cpu().numpy()
-        if not np.isfinite(covariance).all():
-            raise InstanceError(
-                f"the inputs of the layer of '{name}' are not finite: check the data and the checkpoint"
-            )
-        out.append((covariance + covariance.swapaxes(1, 2)) / 2)
-    return out
+        edges = sorted({0, rows} | {edge for key in self.products for edge in key})
+        counts = None if self.counts is None else self.counts.cpu().numpy() / samples
+        ranges = []
+        for first, last in pairwise(edges):
+            total = np.zeros((K, K))
+            for (low, high), product in self.products.items():
+                if low <= first and last <= high:
+                    total += product.cpu().numpy()
+            total = (total + total.T) / (2 * samples)
+            if not np.isfinite(total).all():
+                raise InstanceError(
+                    f"the inputs of the layer of '{name}' are not finite: check the data and the checkpoint"
+                )
+            ranges.append(RowRange(first, last, total, None if counts is None else counts[first:last]))
+        return LayerCovariance(name, self.layout, tuple(ranges))
 
 
-def _patches(layer: Layer, a: Tensor) -> Tensor:
-    """X (G, K, places of all samples), float64."""
-    if isinstance(layer, nn.Conv2d):
-        patches = columns(layer, a)
-        return patches.permute(1, 2, 0, 3).flatten(2).double()
-    return a.reshape(1, -1, a.shape[-1]).transpose(1, 2).double()
+def reconstruction_blocks(
+    layers: Sequence[LayerCovariance], dampings: Sequence[float], size: int | None, *, inverse: bool
+) -> Iterator[FloatArray]:
+    """Yield the blocks of the layer-wise reconstruction Hessians, one for each output row, or their inverses.
+
+    Parameters
+    ----------
+    layers : sequence of LayerCovariance
+    dampings : sequence of float
+        λ of each layer.
+    size : int or None
+        Rows are cut into blocks of at most so many weights.
+    inverse : bool
+
+    Yields
+    ------
+    float64 (b_k, b_k)
+        The very same arrays for all rows that share their inputs.
+
+    Raises
+    ------
+    InstanceError
+        When a block that should be inverted is singular.
+    """
+    for layer, damping in zip(layers, dampings, strict=True):
+        for rows in layer.ranges:
+            if rows.shifts is None:
+                pieces = _pieces(layer.name, rows.covariance, damping, size, inverse)
+                for _ in range(rows.last - rows.first):
+                    yield from pieces
+            else:
+                for shift in rows.shifts:
+                    yield from _pieces(layer.name, rows.covariance, damping + float(shift), size, inverse)
+
+
+def _pieces(name: str, covariance: FloatArray, shift: float, size: int | None, inverse: bool) -> list[FloatArray]:
+    """The blocks of one row."""
+    K = covariance.shape[0]
+    pieces, start = [], 0
+    for b in cut([K], size or K):
+        block: FloatArray | None = covariance[start : start + b, start : start + b].copy()
+        assert block is not None
+        block[np.diag_indices(b)] += shift
+        block = symmetric_inverse(block) if inverse else block
+        if block is None:
+            raise InstanceError(singular_sentence(f"the reconstruction Hessian of '{name}'"))
+        pieces.append(block)
+        start += b
+    return pieces

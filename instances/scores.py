@@ -1,15 +1,25 @@
-"""How well a classifier does: accuracy and mean cross entropy."""
+"""How well a network does on samples: its loss, and a metric."""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.errors import CbsError, InstanceError, UsageError
+from cbs_opt.instances.batches import call, checked_call, map_leaves, moved, placed, reason
 from cbs_opt.instances.data import SampleSource
+from cbs_opt.instances.losses import ClassLoss, FunctionLoss, LossLike, SampleLoss, declared, guessed
+from cbs_opt.instances.metrics import Metric, MetricLike, declared_metric
+from cbs_opt.instances.modes import evaluation_mode, is_half, single_precision
+
+logger = logging.getLogger("cbs_opt")
 
 BATCH = 100
 """Samples that go through the network at a time."""
@@ -17,11 +27,125 @@ BATCH = 100
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy, mean cross entropy in nats, and the number of samples that they are over."""
+    """How well a network does.
 
-    accuracy: float
+    Attributes
+    ----------
+    accuracy : float or None
+        Where the metric is accuracy.
+    loss : float
+        The mean that PyTorch's `reduction="mean"` gives over all samples.
+    samples : int
+        How many they are.
+    metric, value : str and float, or None
+        Name and value of the metric.
+    """
+
+    accuracy: float | None
     loss: float
     samples: int
+    metric: str | None = None
+    value: float | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers are finite."""
+        return math.isfinite(self.loss) and (self.value is None or math.isfinite(self.value))
+
+
+class Judge:
+    """Gathers loss and metric over batches, which it checks as they come.
+
+    Parameters
+    ----------
+    loss : SampleLoss, name or callable, optional
+        Guessed from the first batch where it is not declared, see `losses.guessed`.
+    metric : Metric, name or callable, optional
+        That of the loss where it is not declared.
+    output_key : str, optional
+        See `outputs.output_tensor`.
+    name : str
+        Of the data, for error messages.
+
+    Attributes
+    ----------
+    loss : SampleLoss or None
+    targets_vary : bool
+        Whether two different targets were seen.
+    """
+
+    def __init__(
+        self,
+        loss: LossLike | None = None,
+        metric: MetricLike | None = None,
+        output_key: str | None = None,
+        name: str = "",
+    ) -> None:
+        self.loss: SampleLoss | None = None if loss is None else declared(loss, output_key)
+        self._declared_metric, self._key, self._where = metric, output_key, f"{name}: " if name else ""
+        self.metric: Metric | None = None
+        self._sums = self._weights = 0.0
+        self.samples = 0
+        self.targets_vary = False
+        self._first: Tensor | None = None
+        self._started = False
+
+    def take(self, outputs: Any, targets: Any, inputs: Any) -> None:
+        """Take in a batch of m samples.
+
+        Raises
+        ------
+        InstanceError, UsageError
+            In one sentence, when outputs and targets do not fit each other or the loss.
+        """
+        try:
+            if self.loss is None:
+                self.loss = guessed(outputs, targets, inputs, self._key)
+            if not self._started:
+                self.metric = declared_metric(self._declared_metric, self.loss)
+                self._started = True
+                self.loss.check(outputs, targets, inputs)
+            elif isinstance(self.loss, ClassLoss):
+                self.loss.classes(outputs, targets).check(self.loss.name)
+            exact = outputs if isinstance(self.loss, FunctionLoss) else _double(outputs)
+            sums, weights = self.loss.terms(exact, targets)
+            if self.metric is not None:
+                self.metric.update(outputs, targets)
+        except CbsError as error:
+            if self._where and not str(error).startswith(self._where):
+                raise type(error)(f"{self._where}{error}") from error
+            raise
+        except Exception as error:  # torch's own words about shapes and types, or a user's loss or metric
+            what = "the loss" if self.loss is None else f"the loss {self.loss.name}"
+            raise InstanceError(
+                f"{self._where}{what} does not take outputs and targets of the network: {reason(error)}; declare "
+                "another with `--loss`, or a function of yours, `--loss module:function`"
+            ) from error
+        self._sums += float(sums.double().sum())
+        self._weights += float(weights.double().sum())
+        self.samples += len(targets)
+        self._watch(targets)
+
+    def _watch(self, targets: Any) -> None:
+        if self.targets_vary or not isinstance(targets, Tensor):
+            self.targets_vary = True
+            return
+        if self._first is None:
+            self._first = targets[:1].clone()
+        if targets.shape[1:] != self._first.shape[1:] or not bool((targets == self._first).all()):
+            self.targets_vary = True
+
+    @property
+    def mean_weight(self) -> float:
+        """Mean weight of a sample, by which single losses are shares of the whole."""
+        return self._weights / self.samples if self.samples else 1.0
+
+    def score(self) -> Score:
+        """Over the samples so far; NaN where none counts."""
+        loss = self._sums / self._weights if self._weights else math.nan
+        value = None if self.metric is None else self.metric.value(loss)
+        name = None if self.metric is None else self.metric.name
+        return Score(value if name == "accuracy" else None, loss, self.samples, name, value)
 
 
 def torch_device(name: str) -> torch.device:
@@ -36,17 +160,22 @@ def evaluate(
     model: nn.Module,
     source: SampleSource,
     *,
+    loss: LossLike | None = None,
+    metric: MetricLike | None = None,
+    output_key: str | None = None,
     device: torch.device | str = "cpu",
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda samples: None,
 ) -> Score | None:
-    """Score a classifier in evaluation mode.
+    """Score a network in evaluation mode.
 
     Parameters
     ----------
     model : torch.nn.Module
-        From inputs (m, …) to logits (m, classes).
     source : SampleSource
+        With labels.
+    loss, metric, output_key : optional
+        See `Judge`.
     device : torch.device or str
         Where it runs; the model stays where it is afterwards.
     should_stop : callable
@@ -62,41 +191,97 @@ def evaluate(
     Raises
     ------
     InstanceError
-        When the network cannot take the inputs, gives no logits, or has fewer classes than the labels.
+        When the network cannot take the inputs, or outputs and targets do not fit each other.
+    UsageError
+        When the loss must be declared, or the source has no labels.
     """
+    if source.labels is None:
+        raise UsageError(
+            f"{source.name}: has no labels to score with: give (inputs, labels), or skip the scores with "
+            "`--no-score`"
+        )
+    judge = Judge(loss, metric, output_key, source.name)
     before = next((p.device for p in model.parameters()), torch.device("cpu"))
-    model.to(device).eval()
-    right, total, done = 0, 0.0, 0
-    try:
-        for inputs, labels in source.batches(BATCH):
+    model.to(device)
+    with ExitStack() as stack:
+        stack.callback(model.to, before)
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.no_grad())
+        run = runner(model, stack)
+        for inputs, targets in source.batches(BATCH):
             if should_stop():
                 break
-            logits = _logits(model, source.name, inputs.to(device))
-            if int(labels.max()) >= logits.shape[1]:
-                raise InstanceError(
-                    f"{source.name}: labels must be between 0 and {logits.shape[1] - 1} for this network, got "
-                    f"{int(labels.max())}"
+            x = placed(inputs, model)
+            judge.take(run(x, source.name), moved(targets, device), x)
+            progress(judge.samples)
+    return judge.score() if judge.samples else None
+
+
+def runner(model: nn.Module, stack: ExitStack) -> Callable[..., Any]:
+    """A function that runs the model: in half precision where that is its own and the device has the operators."""
+    state = {"tried": not is_half(model)}
+
+    def run(x: Any, name: str = "") -> Any:
+        if not state["tried"]:
+            state["tried"] = True
+            try:
+                return call(model, x)
+            except Exception as error:  # whatever operator the device lacks in half precision
+                logger.info(
+                    f"the network does not run in half precision here ({reason(error)}): in float32 instead"
                 )
-            y = labels.to(device)
-            right += int((logits.argmax(1) == y).sum())
-            total += float(nn.functional.cross_entropy(logits.double(), y, reduction="sum"))
-            done += len(labels)
-            progress(done)
-    finally:
-        model.to(before)
-    return Score(right / done, total / done, done) if done else None
+                stack.enter_context(single_precision(model))
+        return checked_call(model, placed(x, model), name)
+
+    return run
 
 
-def _logits(model: nn.Module, name: str, inputs: torch.Tensor) -> torch.Tensor:
-    try:
-        with torch.no_grad():
-            logits = model(inputs)
-    except Exception as error:  # whatever a user's network does with inputs that are not its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InstanceError(
-            f"{name}: the network cannot take inputs of shape {tuple(inputs.shape[1:])}: {reason}"
-        ) from error
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
-        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise InstanceError(f"{name}: the network must give logits (samples, classes), got {shape}")
-    return logits
+def _double(outputs: Any) -> Any:
+    return map_leaves(
+        lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, outputs
+    )
+
+
+def cost(before: Score, after: Score) -> float:
+    """How much the pruned network costs, in points or percent: below 0 where it is better.
+
+    A point is a hundredth of metrics that are shares (accuracy, top-5, R², mean IoU, functions); a percent is of
+    the dense value of others (perplexity, squared error, the loss where there is no metric).
+    """
+    old, new = (score.loss if score.value is None else score.value for score in (before, after))
+    if not math.isfinite(new):
+        return math.inf
+    if before.metric is None or before.metric in ("mse", "perplexity"):
+        return 100 * (new - old) / max(abs(old), 1e-300)
+    return 100 * (old - new)
+
+
+def worries(before: Score | None, after: Score | None, classes: float | None = None) -> list[str]:
+    """Sentences, in capitals, about scores that no reader should overlook.
+
+    Parameters
+    ----------
+    before, after : Score or None
+        Of the dense and of the pruned network.
+    classes : float, optional
+        Number of classes; unknown otherwise.
+    """
+    if after is None:
+        return []
+    if not after.finite:
+        return ["THE SCORE OF THE PRUNED NETWORK IS NOT A FINITE NUMBER: it cannot be used as it is"]
+    if before is None or not before.finite:
+        return []
+    out = []
+    guess = math.log(classes) if classes and classes > 1 else 0.0
+    if after.loss > 10 * max(before.loss, guess) and after.loss > 0:
+        out.append(
+            f"THE LOSS EXPLODES, from {before.loss:.4g} to {after.loss:.4g}: prune less, keep normalisation and "
+            "sensitive layers out, or solve with `--update`"
+        )
+    if after.metric == "r2" and after.value is not None and after.value < 0 <= (before.value or 0.0):
+        out.append(
+            f"R² FALLS BELOW ZERO, to {after.value:.4g}: the pruned network predicts worse than the mean of the "
+            "targets"
+        )
+    return out

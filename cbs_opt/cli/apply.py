@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cbs_opt.cli import common
-from cbs_opt.cli.arguments import number_option, whole_option
+from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
 from cbs_opt.cli.report import write_json
+from cbs_opt.cli.scoring import (
+    Scores,
+    Scoring,
+    checkpoint_key,
+    magnitude_at,
+    normalisation,
+    score_lines,
+    trial_line,
+)
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance, read_solution
 from cbs_opt.files.library_file import resolve
 from cbs_opt.instance import Instance
+from cbs_opt.result import Solution
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
-    from cbs_opt.instances.apply import LayerMask
-    from cbs_opt.instances.networks import Network
     from cbs_opt.instances.scores import Score
+    from cbs_opt.instances.tensors import Place
 
 logger = logging.getLogger("cbs_opt")
 
@@ -45,7 +53,7 @@ def _parser() -> common.Parser:
     )
     add = parser.add_argument
     add("instance", metavar="INSTANCE.npz", type=Path)
-    add("solution", metavar="SOLUTION.npz", type=Path)
+    add("solution", metavar="SOLUTION.npz", type=Path, nargs="+", help="several with `--max-drop`")
     add("--checkpoint", metavar="IN", type=Path, required=True, help="the checkpoint that was exported")
     add("-o", "--output", metavar="OUT", type=Path, required=True, help="pruned checkpoint, of the same container")
     add("--data", metavar="PATH", help="images and labels to score on: file, folder, or digits")
@@ -60,6 +68,23 @@ def _parser() -> common.Parser:
     add("--mean", metavar="X", type=number_option(), nargs="+", help="normalisation in place of the network's")
     add("--std", metavar="X", type=number_option(), nargs="+", help="likewise")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add(
+        "--checkpoint-key",
+        metavar="KEY",
+        help="which of its dictionaries; default: as exported",
+    )
+    add("--masks", metavar="FILE.safetensors", type=Path, help="write the masks alone, by name of tensor")
+    add_loss_options(parser)
+    add("--no-score", action="store_true", help="write the checkpoint, and run no network")
+    add("--no-magnitude", action="store_true", help="leave out the comparison with magnitude pruning")
+    add(
+        "--max-drop",
+        metavar="POINTS",
+        type=number_option(0),
+        help="of several solutions take the sparsest that costs at most so much on the data: points of accuracy "
+        "and the like, percent of perplexity, error or loss",
+    )
+    add("--onnx", metavar="FILE.onnx", type=Path, help="also write the pruned network as ONNX")
     add("--picture", metavar="MASKS.png", type=Path, help="draw the mask of every layer; .png, .svg or .pdf")
     add("--json", metavar="FILE|-", help="write the report as JSON; - for stdout, and nothing else there")
     add("-q", "--quiet", action="store_true", help="log warnings only")
@@ -89,130 +114,170 @@ def _main(arguments: list[str]) -> int:
 
 def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
     instance = read_instance(resolve(options.instance))
-    solution = read_solution(options.solution, instance)
-    if not solution.instance_sha256:
-        logger.warning(f"{options.solution}: does not say which instance it is for: only its size is checked")
+    solutions = [read_solution(path, instance) for path in options.solution]
+    for path, solution in zip(options.solution, solutions, strict=True):
+        if not solution.instance_sha256:
+            logger.warning(f"{path}: does not say which instance it is for: only its size is checked")
 
     from cbs_opt.instances.apply import layer_masks, pruned_tensors
     from cbs_opt.instances.checkpoints import checkpoint_sha256, read_checkpoint, write_checkpoint
+    from cbs_opt.instances.sizes import sparse_sizes
+    from cbs_opt.instances.tensors import names_of, read_places
 
     sha256 = checkpoint_sha256(options.checkpoint)
     _check_hash(instance, options, sha256)
-    tensors = read_checkpoint(options.checkpoint)
+    key = checkpoint_key(options, instance)
+    places = read_places(instance)
+    tensors = read_checkpoint(options.checkpoint, set(names_of(places)), key)
+    hidden = [place.name for place in places if not any(name in tensors for name in (place.name, *place.aliases))]
+    if hidden and options.network is not None:
+        tensors |= _through_network(options, instance, hidden, key)
     try:
-        changed = pruned_tensors(instance, solution, tensors)
+        candidates = [pruned_tensors(instance, solution, tensors) for solution in solutions]
     except InstanceError as error:
         raise InstanceError(f"{options.instance}, {options.checkpoint}: {error}") from None
+    scoring = Scoring(options, instance, interrupts)
+    scoring.open()
+    magnitude = [
+        pruned_tensors(instance, Solution(magnitude_at(instance, each.pruned), instance.sha256 or ""), tensors)
+        for each in solutions
+        if not options.no_magnitude and not options.no_score
+    ]
+    scoring.measure(candidates, magnitude)
+    scores = scoring.result
+    path_of = [
+        {
+            "solution": str(path),
+            "sparsity": float(solution.pruned.mean()),
+            **_asdict("score", after),
+            **_asdict("magnitude", simple),
+        }
+        for path, solution, after, simple in zip_longest(
+            options.solution, solutions, scores.after, scores.magnitude
+        )
+    ]
+    chosen = 0 if len(solutions) == 1 else _sparsest(options, solutions, scores)
+    if chosen is None:
+        return common.EXIT_NONE
+    solution, changed = solutions[chosen], candidates[chosen]
     layers = layer_masks(instance, solution.pruned)
-    network, scores = _scores(options, instance, changed, interrupts)
+    network = scores.network
 
-    write_checkpoint(options.output, changed, options.checkpoint)
+    there = {name: tensor for name, tensor in changed.items() if name in tensors}
+    write_checkpoint(options.output, there, options.checkpoint, key)
     logger.info(f"{options.output}: written")
+    if options.masks is not None:
+        from cbs_opt.instances.masks import write_masks
+
+        write_masks(options.masks, layers)
+        logger.info(f"{options.masks}: written")
+    zeros = [_zeros(place, tensors, changed) for place in places]
     if options.picture is not None:
-        from cbs_opt.instances.masks import draw_masks
+        from cbs_opt.instances.mask_pictures import draw_masks
 
         draw_masks(options.picture, layers, network or "")
         logger.info(f"{options.picture}: drawn")
+    if options.onnx is not None:
+        from cbs_opt.instances.onnx_file import write_onnx
+
+        assert scores.model is not None and scores.source is not None
+        scoring.take(changed)
+        write_onnx(options.onnx, scores.model.model, scores.source.batch(0, 2))
+        logger.info(f"{options.onnx}: written")
     content = {
         "schema": SCHEMA,
         "instance": {"path": str(options.instance), "sha256": instance.sha256, "n": instance.n},
-        "solution": {"path": str(options.solution), "instance_sha256": solution.instance_sha256 or None},
+        "solution": {"path": str(options.solution[chosen]), "instance_sha256": solution.instance_sha256 or None},
         "checkpoint": {"path": str(options.checkpoint), "sha256": sha256},
         "output": {"path": str(options.output), "sha256": checkpoint_sha256(options.output)},
         "network": network,
         "updated": solution.weights is not None,
         "pruned_count": int(solution.pruned.sum()),
-        "sparsity": float(solution.pruned.mean()),
+        "zeros_before": sum(before for before, _ in zeros),
+        "zeros_after": sum(after for _, after in zeros),
+        "sparsity": sum(after for _, after in zeros) / instance.n,
         "layers": [
-            {"name": m.name, "shape": list(m.pruned.shape), "pruned": m.count, "sparsity": m.sparsity}
-            for m in layers
+            {
+                "name": m.name,
+                "aliases": list(m.aliases),
+                "shape": list(m.pruned.shape),
+                "pruned": m.count,
+                "zeros_before": before,
+                "zeros_after": after,
+                "sparsity": after / m.pruned.size,
+            }
+            for m, (before, after) in zip(layers, zeros, strict=True)
         ],
         "data": options.data,
         "split": options.split,
         "before": None,
         "after": None,
-        **{when: asdict(score) for when, score in scores.items() if score is not None},
+        "magnitude": None,
+        **_asdict("before", scores.before),
+        **_asdict("after", scores.after[chosen] if scores.after else None),
+        **_asdict("magnitude", scores.magnitude[chosen] if scores.magnitude else None),
+        "warnings": scores.worries,
+        "size": asdict(sparse_sizes({place.name: changed[place.name] for place in places})),
     }
+    if len(solutions) > 1:
+        content["path"] = path_of
     if options.json not in (None, "-"):
         write_json(options.json, content)
     if options.json == "-":
         write_json("-", content)
     else:
-        common.say(_text(content, layers) + "\n")
+        common.say(_text(content) + "\n")
     return common.EXIT_OK
 
 
-def _scores(
-    options: argparse.Namespace, instance: Instance, changed: dict[str, Tensor], interrupts: common.Interrupts
-) -> tuple[str | None, dict[str, Score | None]]:
-    """The network's name, where it is known, and its score before and after, where there is data."""
-    from cbs_opt.instances.networks import is_factory, load_network, network_names
+def _asdict(when: str, score: Score | None) -> dict[str, Any]:
+    return {} if score is None else {when: asdict(score)}
 
-    said = instance.metadata.get("network")
-    spec = options.network or (said if isinstance(said, str) else None)
-    if options.network is None and options.data is None:
-        return spec, {}
-    if spec is None:
-        raise UsageError(f"{options.instance}: does not name its network: give it with `--network`")
-    if options.network is None and is_factory(spec):
+
+def _sparsest(options: argparse.Namespace, solutions: list[Solution], scores: Scores) -> int | None:
+    """The number of the sparsest solution that costs at most `--max-drop`, None without one."""
+    from cbs_opt.instances.scores import cost
+
+    if scores.before is None:
         raise UsageError(
-            f"{options.instance}: its network '{spec}' is a factory, which is code: repeat it as "
-            f"`--network {spec}` to run it"
+            "several solutions are compared on data: name them with `--data`, and the network with `--network`"
         )
-    try:
-        network = load_network(spec, *_normalisation(options, instance))
-    except UsageError as error:
-        if options.network is not None or spec in network_names():
-            raise
-        raise UsageError(f"{options.instance}: {error}; `--network` overrides what the instance says") from None
+    within = []
+    lines = []
+    for k, (path, solution, after) in enumerate(zip(options.solution, solutions, scores.after, strict=True)):
+        price = math.inf if after is None else cost(scores.before, after)
+        within += [k] if price <= options.max_drop else []
+        lines.append((solution.pruned.mean(), f"{path}: {solution.pruned.mean():.2%} pruned, costs {price:+.2f}"))
+    for _, line in sorted(lines):
+        logger.info(line)
+    if not within:
+        cheapest = min(cost(scores.before, after) for after in scores.after if after is not None)
+        common.say(
+            f"no solution costs at most {options.max_drop:g}: the cheapest costs {cheapest:.2f}; nothing is "
+            "written\n"
+        )
+        return None
+    return max(within, key=lambda k: float(solutions[k].pruned.mean()))
 
+
+def _through_network(
+    options: argparse.Namespace, instance: Instance, names: Sequence[str], key: str | None
+) -> dict[str, Tensor]:
+    """Effective values of tensors that the checkpoint stores in a form of which only the network knows."""
     from cbs_opt.instances.checkpoints import load_checkpoint
-    from cbs_opt.instances.data import open_samples
-    from cbs_opt.instances.scores import evaluate, torch_device
+    from cbs_opt.instances.networks import load_network
+    from cbs_opt.instances.plain import effective_tensors
 
-    device = torch_device(options.device)
-    load_checkpoint(network.model, options.checkpoint)
-    if options.data is None and network.data is None and network.test_data is None:
-        logger.info("no `--data`: accuracy and loss are not measured")
-        return spec, {}
-    source = open_samples(options.data, network, options.split, options.samples, options.seed)
-    logger.info(f"{len(source)} samples of {source.name}, {options.split} split, on {device}")
-    scores: dict[str, Score | None] = {}
-    with _bar(options.quiet, 2 * len(source)) as tell:
-        scores["before"] = evaluate(
-            network.model, source, device=device, should_stop=interrupts, progress=lambda done: tell(done)
-        )
-        _take(network, changed)
-        scores["after"] = evaluate(
-            network.model,
-            source,
-            device=device,
-            should_stop=interrupts,
-            progress=lambda done: tell(len(source) + done),
-        )
-    return spec, scores
+    network = load_network(options.network, *normalisation(options, instance))
+    load_checkpoint(network.model, options.checkpoint, key)
+    known = effective_tensors(network.model)
+    return {name: known[name] for name in names if name in known}
 
 
-def _take(network: Network, changed: dict[str, Tensor]) -> None:
-    import torch
-
-    parameters = dict(network.model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in changed.items():
-            if name not in parameters:
-                raise InstanceError(f"the instance prunes {name}, which is no parameter of {network.name}")
-            parameters[name].copy_(tensor)
-
-
-def _normalisation(options: argparse.Namespace, instance: Instance) -> tuple[Any, Any]:
-    """Mean and standard deviation as given, or as the exporter noted them."""
-    given = (options.mean, options.std)
-    noted = instance.metadata.get("normalisation")
-    noted = noted if isinstance(noted, dict) else {}
-    mean, std = (
-        new if new is not None else noted.get(key) for key, new in zip(("mean", "std"), given, strict=True)
-    )
-    return mean, std
+def _zeros(place: Place, before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple[int, int]:
+    """How many weights of a tensor are zero before and after."""
+    old = next(before[name] for name in (place.name, *place.aliases) if name in before)
+    return int((old.float() == 0).sum()), int((after[place.name].float() == 0).sum())
 
 
 def _check_hash(instance: Instance, options: argparse.Namespace, sha256: str) -> None:
@@ -232,52 +297,81 @@ def _check_hash(instance: Instance, options: argparse.Namespace, sha256: str) ->
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Find out before the work whether its results can be written."""
+    # A checkpoint in shards becomes a folder of shards.
+    folder = options.checkpoint.is_dir() or options.checkpoint.name.endswith(".index.json")
+    if folder and options.output.exists() and not options.output.is_dir():
+        raise UsageError(f"{options.output}: must be a folder, as the checkpoint is one of shards")
+    source = options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent
+    if folder and options.output.resolve() == source.resolve():
+        raise UsageError(f"{options.output}: is an input; the output would overwrite it")
     common.check_outputs(
-        (options.instance, options.solution, options.checkpoint, options.data),
-        (options.output, options.picture, None if options.json == "-" else options.json),
+        (options.instance, *options.solution, options.checkpoint, options.data),
+        (
+            None if folder else options.output,
+            options.picture,
+            options.onnx,
+            options.masks,
+            options.onnx,
+            None if options.json == "-" else options.json,
+        ),
     )
+    if len(options.solution) > 1 and options.max_drop is None:
+        raise UsageError("several solutions need `--max-drop`, which chooses one of them")
+    if options.max_drop is not None and options.no_score:
+        raise UsageError("`--max-drop` needs scores: it goes without `--no-score`")
+    if options.onnx is not None:
+        from cbs_opt.instances.onnx_file import check_onnx
+
+        check_onnx()
     if options.picture is not None:
-        from cbs_opt.instances.masks import check_picture
+        from cbs_opt.instances.mask_pictures import check_picture
 
         check_picture(options.picture)
 
 
-def _text(content: dict[str, Any], layers: list[LayerMask]) -> str:
+def _text(content: dict[str, Any]) -> str:
     """The report for a person."""
-    rows = [(m.name, " × ".join(map(str, m.pruned.shape)), m.count, m.pruned.size) for m in layers]
-    rows.append(("all", "", content["pruned_count"], content["instance"]["n"]))
-    wide = max(len("layer"), *(len(row[0]) for row in rows)), max(len("shape"), *(len(row[1]) for row in rows))
-    digits = max(len("weights"), len(f"{rows[-1][3]:,}"))
-    lines = [f"{'layer':<{wide[0]}}  {'shape':<{wide[1]}}  {'weights':>{digits}}  {'pruned':>{digits}}  sparsity"]
-    for name, shape, pruned, size in rows:
-        lines.append(
-            f"{name:<{wide[0]}}  {shape:<{wide[1]}}  {size:>{digits},}  {pruned:>{digits},}  {pruned / size:>8.2%}"
+    n = content["instance"]["n"]
+    rows = [
+        (
+            " = ".join((layer["name"], *layer["aliases"])),
+            " × ".join(map(str, layer["shape"])),
+            math.prod(layer["shape"]),
+            layer["zeros_before"],
+            layer["pruned"],
+            layer["zeros_after"],
         )
-    before, after = content["before"], content["after"]
+        for layer in content["layers"]
+    ]
+    rows.append(("all", "", n, content["zeros_before"], content["pruned_count"], content["zeros_after"]))
+    wide = max(len("layer"), *(len(row[0]) for row in rows)), max(len("shape"), *(len(row[1]) for row in rows))
+    digits = max(len("weights"), len(f"{n:,}"))
+    old = content["zeros_before"] > 0  # a column of its own only where there were zeros before
+    head = f"{'layer':<{wide[0]}}  {'shape':<{wide[1]}}  {'weights':>{digits}}  "
+    head += f"{'zero before':>{max(digits, 11)}}  " if old else ""
+    lines = [f"{head}{'pruned':>{digits}}  sparsity"]
+    for name, shape, size, zeros_before, pruned, zeros_after in rows:
+        line = f"{name:<{wide[0]}}  {shape:<{wide[1]}}  {size:>{digits},}  "
+        line += f"{zeros_before:>{max(digits, 11)},}  " if old else ""
+        lines.append(f"{line}{pruned:>{digits},}  {zeros_after / size:>8.2%}")
     lines.append("")
-    if before is not None and after is not None:
-        over = f"{after['samples']} samples, {content['split']} split"
-        if before["samples"] != after["samples"]:
-            over = f"interrupted: {before['samples']} samples before, {after['samples']} after"
-        lines.append(f"accuracy  {before['accuracy']:.2%} before, {after['accuracy']:.2%} after  ({over})")
-        lines.append(f"loss      {before['loss']:.4f} before, {after['loss']:.4f} after")
+    lines += [trial_line(trial) for trial in content.get("path", [])]
+    lines += [""] if "path" in content else []
+    lines += score_lines(content)
+    lines += [f"WARNING   {text}" for text in content["warnings"]]
+    size = content["size"]
+    lines.append(
+        f"size      {_bytes(size['dense'])} of pruned tensors; {_bytes(size['bitmask'])} as bitmaps and "
+        f"kept values, "
+        f"{_bytes(size['csr'])} as compressed rows"
+    )
     updated = "pruned, and the kept weights updated" if content["updated"] else "pruned"
     lines.append(f"written   {content['output']['path']}  ({updated})")
     return "\n".join(lines)
 
 
-@contextmanager
-def _bar(quiet: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal's stderr, else nothing."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("scoring", total=total)
-        yield lambda done: progress.update(task, completed=done)
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 if __name__ == "__main__":

@@ -28,9 +28,11 @@ def solve_parser() -> Parser:
     )
     add(
         "--sparsity",
-        type=number_option(0, 1),
+        action="append",
+        type=share_option,
         metavar="F",
-        help="prune this fraction, in place of the file's budget",
+        help="prune this fraction, in place of the file's budget; with several, .5 .6 .7 say, each solution is "
+        "the start of the next",
     )
     add("--budget", type=whole_option(0), metavar="N", help="prune this many, in place of the file's budget")
     add("--update", action="store_true", help="also give the best update of the kept weights (CBS-U)")
@@ -60,6 +62,8 @@ def solve_parser() -> Parser:
     add("--warm-start", type=Path, metavar="FILE.npz", help="solution to start from")
     add("--solution", type=Path, metavar="FILE.npz", help="write the selection")
     add("--json", metavar="FILE|-", help="write the result as JSON; - for stdout, and nothing else there")
+    add("--table", type=Path, metavar="FILE.csv", help="of several sparsities: write the table")
+    add("--picture", type=Path, metavar="FILE.png", help="of several sparsities: draw objective and bound")
     add("--history", type=Path, metavar="FILE.csv", help="write objective and bound over time")
     add(
         "--check",
@@ -73,6 +77,23 @@ def solve_parser() -> Parser:
     return parser
 
 
+def add_loss_options(parser: Parser) -> None:
+    """The options that declare what a network was trained for; of `cbs-export` and `cbs-apply`."""
+    add = parser.add_argument
+    add(
+        "--loss",
+        metavar="NAME|module:function",
+        help="cross-entropy, next-token, nll, mse, l1, huber, bce (logits), or a function of (outputs, targets); "
+        "default: what the factory declares, else cross-entropy where outputs and labels are a classifier's",
+    )
+    add(
+        "--metric",
+        metavar="NAME|module:function",
+        help="accuracy, top-5, r2, mse, mean-iou, perplexity, none, or a function; default: that of the loss",
+    )
+    add("--output-key", metavar="NAME", help="the part of a structured output that the loss is about")
+
+
 def parse_solve(arguments: list[str]) -> argparse.Namespace:
     """Parse the options, those of `--config` included.
 
@@ -82,11 +103,16 @@ def parse_solve(arguments: list[str]) -> argparse.Namespace:
         With one sentence.
     """
     parser = solve_parser()
+    arguments = _one_by_one(arguments)
     options = parser.parse_args(arguments)
     if options.config is not None:
         options = parser.parse_args(_from_toml(parser, options.config, arguments) + arguments)
     if options.sparsity is not None and options.budget is not None:
         raise UsageError("`--sparsity` and `--budget` exclude each other")
+    if options.sparsity is None or len(options.sparsity) < 2:
+        for name in ("table", "picture"):
+            if getattr(options, name) is not None:
+                raise UsageError(f"`--{name}` shows several sparsities: give two or more, `--sparsity .5 .6` say")
     if options.quiet and options.verbose:
         raise UsageError("`-q` and `-v` exclude each other")
     if options.instance is None and not options.list_solvers:
@@ -95,6 +121,36 @@ def parse_solve(arguments: list[str]) -> argparse.Namespace:
         options.solver = DEFAULT_SOLVERS[options.objective or "selection"]
     options.set = dict(_key_value(text) for text in options.set)
     return options
+
+
+def _one_by_one(arguments: list[str]) -> list[str]:
+    """`--sparsity .5 .6 FILE` as `--sparsity=.5 --sparsity=.6 FILE`: the numbers end where the file begins."""
+    out: list[str] = []
+    values: int | None = None  # of the `--sparsity` that is being read
+    for argument in arguments:
+        if values is not None and _is_share(argument):
+            out.append(f"--sparsity={argument}")
+            values += 1
+            continue
+        out += ["--sparsity"] if values == 0 else []  # without a number: argparse says so
+        values = 0 if argument == "--sparsity" else None
+        out += [] if values == 0 else [argument]
+    return out + (["--sparsity"] if values == 0 else [])
+
+
+def _is_share(text: str) -> bool:
+    try:
+        float(text.removesuffix("%"))
+    except ValueError:
+        return False
+    return True
+
+
+def share_option(text: str) -> float:
+    """The type of an option that takes a fraction, 0.5 or 50%."""
+    if text.endswith("%"):
+        return number_option(0, 100)(text[:-1]) / 100
+    return number_option(0, 1)(text)
 
 
 def _from_toml(parser: Parser, path: Path, arguments: list[str]) -> list[str]:
@@ -126,6 +182,8 @@ def _from_toml(parser: Parser, path: Path, arguments: list[str]) -> list[str]:
             if not isinstance(value, bool):
                 raise UsageError(f"{path}: '{key}' must be true or false, got {value!r}")
             out += [option] if value else []
+        elif name == "sparsity" and isinstance(value, list):
+            out += [f"{option}={_toml_text(path, key, item)}" for item in value]
         else:
             out.append(f"{option}={_toml_text(path, key, value)}")
     return out

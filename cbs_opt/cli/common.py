@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from cbs_opt.errors import CbsError, OutputError, UsageError
 from cbs_opt.files.atomic import check_writable
+from cbs_opt.optional import missing
 from cbs_opt.version import __version__
 
 logger = logging.getLogger("cbs_opt")
@@ -65,6 +66,11 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
         return EXIT_OK
     except KeyboardInterrupt:
         return EXIT_KILLED
+    except ModuleNotFoundError as error:
+        if "--debug" in given:
+            raise
+        print(f"{program}: this {missing(error)}", file=sys.stderr)  # noqa: T201
+        return EXIT_SOLVER
     except MemoryError:
         if "--debug" in given:
             raise

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cbs_opt.cli import common
-from cbs_opt.cli.arguments import number_option, whole_option
+from cbs_opt.cli.arguments import add_loss_options, number_option, share_option, whole_option
 from cbs_opt.errors import UsageError
 from cbs_opt.version import __version__
 
@@ -45,7 +45,13 @@ def export_parser() -> common.Parser:
         help="a network of the package, or a function that makes yours",
     )
     add("-o", "--output", type=Path, required=True, metavar="INSTANCE.npz", help="the file to write")
-    add("--checkpoint", type=Path, metavar="FILE", help=".safetensors, .npz, or a state dict of torch.save")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors, .npz, a file of torch.save, or a folder of Hugging Face",
+    )
+    add("--checkpoint-key", metavar="KEY", help="which of its dictionaries of tensors, state_dict_ema say")
     add("--data", metavar="PATH", help="IDX, CIFAR-10 batches, .npz, an image folder, or `digits`")
     add("--split", choices=("train", "test"), default="train", help="default: train")
     add("--samples", type=whole_option(1), default=1000, metavar="M", help="drawn at random; default: 1000")
@@ -70,6 +76,7 @@ def export_parser() -> common.Parser:
         metavar="full|layer|row|SIZE",
         help="blocks of H; default: full for gradients, layer for dense blocks, row for reconstruction",
     )
+    add_loss_options(parser)
     add("--damping", type=number_option(0), metavar="L", help="added to the diagonal of H; default: 1e-5")
     add(
         "--relative-damping",
@@ -83,10 +90,30 @@ def export_parser() -> common.Parser:
         help="of the stored curvature; default: float32 for gradients, float64 for blocks",
     )
     add("--first-order", action="store_true", help="also store the mean gradient")
-    add("--sparsity", type=number_option(0, 1), metavar="F", help="prune this fraction; default: 0.9")
+    add("--sparsity", type=share_option, metavar="F", help="prune this fraction; default: 0.9")
+    add(
+        "--sparsity-per-layer",
+        nargs="+",
+        metavar="PATTERN=F|FILE.toml",
+        help="sparsity of single layers, 'fc.*=0.9' say; `--sparsity` is that of all others together",
+    )
+    add(
+        "--keep-at-least",
+        type=number_option(0),
+        metavar="N",
+        help="weights that every layer keeps, or below 1 a share of each: no layer dies",
+    )
     add("--per-layer", action="store_true", help="prune the same fraction of every tensor")
     add("--nm", type=_pattern, metavar="N:M", help="keep N of every M consecutive inputs, in place of a sparsity")
-    add("--tensors", nargs="+", metavar="NAME", help="parameters to prune; default: those of the network")
+    add("--nm-along", choices=("inputs", "outputs"), default="inputs", help="default: inputs, as hardware does")
+    add(
+        "--tensors",
+        nargs="+",
+        metavar="NAME",
+        help="what to prune: names, patterns with *, or re:EXPRESSION; default: weights of layers that multiply",
+    )
+    add("--exclude", nargs="+", metavar="NAME", help="what not to prune: names and patterns, 're:.*lm_head' say")
+    add("--keep-mask", action="store_true", help="weights that are zero already stay zero and count as pruned")
     add("--mean", type=number_option(), nargs="+", metavar="X", help="of the images, one or one a channel")
     add("--std", type=number_option(), nargs="+", metavar="X", help="of the images, one or one a channel")
     add("--memory", type=number_option(0), metavar="GB", help="what may be used; default: half of what is free")
@@ -106,12 +133,13 @@ def _main(arguments: list[str]) -> int:
 
     from cbs_opt.instances.data import open_samples
     from cbs_opt.instances.export import Export
+    from cbs_opt.instances.networks import is_factory
     from cbs_opt.instances.scores import torch_device
 
     device = torch_device(options.device)
     recipe = _recipe(options)
     network = _network(options)
-    names = network.prunable if options.tensors is None else _chosen(options.tensors, network)
+    names = options.tensors or (None if is_factory(options.network) else network.prunable)
     limit = options.samples - options.samples % options.batch
     if limit == 0:
         raise UsageError(f"`--samples` {options.samples} is less than one `--batch` of {options.batch}")
@@ -123,6 +151,10 @@ def _main(arguments: list[str]) -> int:
             source.labels,
             names,
             recipe,
+            exclude=options.exclude,
+            loss=options.loss or network.loss,
+            metric=options.metric or network.metric,
+            output_key=options.output_key or network.output_key,
             device=device.type,
             metadata=_origin(options, network),
             progress=progress,
@@ -136,11 +168,18 @@ def _main(arguments: list[str]) -> int:
         started = time.perf_counter()
         job.write(options.output)
     facts = job.facts
-    accuracy = f", accuracy {facts['dense_accuracy']:.4f}" if "dense_accuracy" in facts else ""
+    dense = ""
+    if "dense_loss" in facts:
+        dense = f"dense network on {len(source)} samples: {facts['loss']} {facts['dense_loss']:.6f}"
+        if "dense_accuracy" in facts:
+            dense += f", accuracy {facts['dense_accuracy']:.4f}"
+        elif "dense_metric" in facts:
+            dense += f", {facts['dense_metric']} {facts['dense_value']:.4f}"
+        dense += "\n"
     common.say(
         f"{options.output}: {job.weights.size} weights, {recipe.form.replace('-', ' ')} in {len(job.sizes)} "
         f"block{'s' if len(job.sizes) > 1 else ''}, {job.budget.total} to prune\n"
-        f"dense network on {len(source)} samples: loss {facts['dense_loss']:.6f}{accuracy}\n"
+        f"{dense}"
         f"{options.output.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s\n"
     )
     return common.EXIT_OK
@@ -153,6 +192,7 @@ def _check_output(options: argparse.Namespace) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
+    from cbs_opt.instances.budgets import read_rules
     from cbs_opt.instances.recipe import Recipe
 
     return Recipe(
@@ -166,7 +206,11 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         sparsity=options.sparsity,
         per_layer=options.per_layer,
         nm=options.nm,
+        layers=None if options.sparsity_per_layer is None else read_rules(options.sparsity_per_layer),
+        keep_at_least=options.keep_at_least,
         first_order=options.first_order,
+        keep_mask=options.keep_mask,
+        nm_along=options.nm_along,
         memory=None if options.memory is None else int(options.memory * 1e9),
     )
 
@@ -182,20 +226,8 @@ def _network(options: argparse.Namespace) -> Network:
                 raise UsageError(f"`--{name}` is needed for '{options.network}'")
     network = load_network(options.network, options.mean, options.std)
     if options.checkpoint is not None:
-        load_checkpoint(network.model, options.checkpoint)
+        load_checkpoint(network.model, options.checkpoint, options.checkpoint_key)
     return network
-
-
-def _chosen(patterns: Sequence[str], network: Network) -> list[str]:
-    """The parameters that are named, or match a pattern with `*`, in the order of the network."""
-    from fnmatch import fnmatchcase
-
-    known = [name for name, _ in network.model.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in known):
-            listed = ", ".join(network.prunable[:12]) + (" …" if len(network.prunable) > 12 else "")
-            raise UsageError(f"`--tensors`: the network has no parameter '{pattern}'; it has {listed}")
-    return [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _origin(options: argparse.Namespace, network: Network) -> dict[str, Any]:
@@ -213,6 +245,12 @@ def _origin(options: argparse.Namespace, network: Network) -> dict[str, Any]:
             "file": options.checkpoint.name,
             "sha256": checkpoint_sha256(options.checkpoint),
         }
+        if options.checkpoint_key is not None:
+            origin["checkpoint"]["key"] = options.checkpoint_key
+    for key in ("loss", "metric", "output_key"):
+        # Code is run only where it is named: what a factory declares comes from it again.
+        if isinstance(value := getattr(options, key), str):
+            origin[f"declared_{key}"] = value
     normalisation = {key: getattr(options, key) for key in ("mean", "std") if getattr(options, key) is not None}
     if normalisation:
         origin["normalisation"] = normalisation
@@ -227,6 +265,11 @@ class _Batches:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    @property
+    def borders(self) -> Any:
+        """Where samples of another shape begin."""
+        return self._source.borders
 
     def __getitem__(self, part: slice) -> Any:
         start, stop, _ = part.indices(len(self))

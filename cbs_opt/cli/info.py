@@ -1,24 +1,29 @@
-"""`cbs-info`: what an instance or solution file holds."""
+"""`cbs-info`: what an instance, a solution or a certificate holds, as a page, as JSON, or as a picture."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cbs_opt.cli import common
+from cbs_opt.cli.describe import describe_certificate, describe_instance, describe_solution
+from cbs_opt.cli.page import page
 from cbs_opt.cli.report import write_json
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.files import instance_file, read_instance, read_solution, solution_file
-from cbs_opt.files.atomic import check_writable
+from cbs_opt.files import certificate_file, instance_file, read_instance, read_solution, solution_file
+from cbs_opt.files.atomic import atomic_write
+from cbs_opt.files.certificate_file import read_certificate
 from cbs_opt.files.library_file import PREFIX, library_entries, resolve
 from cbs_opt.files.npz import NpzReader
 from cbs_opt.instance import Instance
+from cbs_opt.typing import BoolArray
+
+PICTURES = (".png", ".svg", ".pdf")
+"""Endings of the files that a picture can be written to."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,9 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    parser = common.Parser("cbs-info", "Say what an instance or solution file holds.")
+    parser = common.Parser("cbs-info", "Say what an instance, a solution or a certificate holds.")
     parser.add_argument(
         "file", metavar="FILE.npz", type=Path, help="or library:NAME; library: alone lists the instances that ship"
+    )
+    parser.add_argument(
+        "--solution", metavar="S.npz", type=Path, help="a solution of the instance, shown beside it"
+    )
+    parser.add_argument(
+        "--picture",
+        metavar="OUT.{png,svg,pdf}",
+        type=Path,
+        help="draw spectra, couplings, and the pairs that cancel most; with a solution also which it cuts",
     )
     parser.add_argument("--json", metavar="FILE|-", help="write it as JSON; - for stdout")
     parser.add_argument(
@@ -42,32 +56,80 @@ def _main(arguments: list[str]) -> int:
     if str(options.file) == PREFIX:
         return _library(options.json)
     options.file = resolve(options.file)
-    with NpzReader(options.file, InstanceError) as npz:
-        kind = npz.text("format") if "format" in npz.headers else ""
-    if options.export is not None:
-        if kind == solution_file.FORMAT:
-            raise UsageError(f"{options.file}: only an instance can be exported, this is a solution")
-        check_writable(options.export)
-    if kind == solution_file.FORMAT:
-        content = _solution(options.file)
-    elif kind == instance_file.FORMAT:
-        instance = read_instance(options.file)
-        content = _instance(instance)
-        if options.export is not None:
-            from cbs_opt.solvers.mip.text_formats import export_instance
-
-            export_instance(options.export, instance)
-            content["exported"] = str(options.export)
+    _check_options(options)
+    if _format(options.file) == instance_file.FORMAT:
+        content, text = _instance(options)
     else:
-        raise InstanceError(f"{options.file}: `format` is neither 'cbs-instance' nor 'cbs-solution'")
+        content, text = _other(options)
     if options.json is not None:
         write_json(options.json, content)
     if options.json != "-":
-        width = max(len(key) for key in content)
-        for key, value in content.items():
-            text = value if isinstance(value, str) else json.dumps(value)
-            common.say(f"{key.replace('_', ' '):<{width}}  {text}\n")
+        common.say(text)
     return common.EXIT_OK
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if options.picture is not None and options.picture.suffix not in PICTURES:
+        raise UsageError(
+            f"{options.picture}: a picture is written as {', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
+        )
+    common.check_outputs(
+        (options.file, options.solution),
+        (options.picture, options.export, None if options.json == "-" else options.json),
+    )
+
+
+def _format(path: Path) -> str:
+    with NpzReader(path, InstanceError) as npz:
+        return npz.text("format") if "format" in npz.headers else ""
+
+
+def _instance(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    instance = read_instance(options.file)
+    content = describe_instance(instance)
+    text, pruned = page(content, instance), None
+    if options.solution is not None:
+        solution = read_solution(options.solution, instance)
+        content["solution"] = describe_solution(options.solution, solution, instance)
+        text, pruned = f"{text}\n{page(content['solution'])}", solution.pruned
+    if options.picture is not None:
+        _draw(options.picture, instance, pruned)
+        content["picture"] = str(options.picture)
+    if options.export is not None:
+        from cbs_opt.solvers.mip.text_formats import export_instance
+
+        export_instance(options.export, instance)
+        content["exported"] = str(options.export)
+    return content, text
+
+
+def _other(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """A solution or a certificate."""
+    kind = _format(options.file)
+    readers = {solution_file.FORMAT: "a solution", certificate_file.FORMAT: "a certificate"}
+    if kind not in readers:
+        raise InstanceError(
+            f"{options.file}: `format` is none of 'cbs-instance', 'cbs-solution' and 'cbs-certificate'"
+        )
+    for name in ("export", "picture", "solution"):
+        if getattr(options, name) is not None:
+            raise UsageError(
+                f"{options.file}: `--{name}` needs an instance, and this is {readers[kind]}: "
+                "cbs-info INSTANCE --solution SOLUTION shows both"
+            )
+    if kind == solution_file.FORMAT:
+        content = describe_solution(options.file, read_solution(options.file))
+    else:
+        content = describe_certificate(options.file, read_certificate(options.file))
+    return content, page(content)
+
+
+def _draw(path: Path, instance: Instance, pruned: BoolArray | None) -> None:
+    from cbs_opt.view.instance_picture import draw_instance
+
+    figure = draw_instance(instance, pruned)
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=150)
 
 
 def _library(json_target: str | None) -> int:
@@ -91,57 +153,6 @@ def _library(json_target: str | None) -> int:
     lines.append("* proven optimal; the others are the best known")
     common.say("\n".join(lines) + "\n")
     return common.EXIT_OK
-
-
-def _instance(instance: Instance) -> dict[str, Any]:
-    curvature, sizes = instance.curvature, instance.curvature.block_sizes
-    diagonal = curvature.diagonal()
-    content: dict[str, Any] = {
-        "format": instance_file.FORMAT,
-        "path": str(instance.path),
-        "sha256": instance.sha256,
-        "weights": instance.n,
-        "budget": instance.budget.total,
-        "sparsity": instance.budget.total / instance.n,
-        "curvature": curvature.kind,
-        "blocks": sizes.size,
-        "block_sizes": _few(sizes.tolist()),
-    }
-    factor = curvature.as_factor()
-    if factor is not None:
-        content |= {"gradients": factor.m, "damping": factor.damping}
-    if instance.budget.groups is not None:
-        content |= {
-            "groups": instance.budget.number_of_groups,
-            "group_budgets": _few(instance.budget.per_group.tolist()),
-        }
-    content |= {
-        "linear": instance.linear is not None,
-        "fixed": 0 if instance.fixed is None else int(np.count_nonzero(instance.fixed)),
-        "hessian_diagonal": [float(diagonal.min()), float(diagonal.max())],
-        "free_weights": int(np.count_nonzero(instance.weights**2 * diagonal == 0)),
-        "metadata": dict(instance.metadata),
-    }
-    return content
-
-
-def _solution(path: Path) -> dict[str, Any]:
-    solution = read_solution(path)
-    kept = ("solver", "objective_kind", "status", "objective", "selection_loss", "joint_loss", "bound", "gap")
-    return {
-        "format": solution_file.FORMAT,
-        "path": str(path),
-        "instance_sha256": solution.instance_sha256,
-        "weights": solution.pruned.size,
-        "pruned": int(solution.pruned.sum()),
-        "updated_weights": solution.weights is not None,
-        **{key: solution.result[key] for key in kept if key in solution.result},
-    }
-
-
-def _few(values: list[Any]) -> list[Any]:
-    """At most a dozen values, the middle left out."""
-    return values if len(values) <= 12 else [*values[:10], "…", values[-1]]
 
 
 if __name__ == "__main__":

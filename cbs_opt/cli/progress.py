@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from cbs_opt.monitor import Monitor
+from cbs_opt.view.text import number, percent
 
 logger = logging.getLogger("cbs_opt")
 
@@ -51,15 +52,3 @@ class ProgressTable:
         logger.info(
             f"{seconds:8.2f}s  {iterations:>10}  {number(objective):>14}  {number(bound):>14}  {percent(gap):>8}"
         )
-
-
-def number(value: float | None) -> str:
-    """A loss with seven digits, or a dash."""
-    return "-" if value is None else f"{value:.6e}"
-
-
-def percent(value: float | None) -> str:
-    """A gap in percent, or a dash."""
-    if value is None:
-        return "-"
-    return f"{100 * value:.2f} %" if value < 100 else "> 1e4 %"

@@ -8,10 +8,12 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from cbs_opt.cli import common
 from cbs_opt.cli.arguments import parse_solve
+from cbs_opt.cli.path import check_path, run_path
 from cbs_opt.cli.progress import ProgressTable
 from cbs_opt.cli.report import result_json, result_text, write_history, write_json
 from cbs_opt.errors import OutputError, SolverError, UsageError
@@ -19,10 +21,11 @@ from cbs_opt.files import read_instance, read_solution, write_solution
 from cbs_opt.files.library_file import best_known, resolve
 from cbs_opt.instance import Instance
 from cbs_opt.registry import get_solver, solver_names
-from cbs_opt.result import Result, Solution
+from cbs_opt.result import Result
 from cbs_opt.solve import environment, solve
 from cbs_opt.solver import parse_parameters
 from cbs_opt.stop import Stop
+from cbs_opt.typing import BoolArray
 from cbs_opt.version import __version__
 
 logger = logging.getLogger("cbs_opt")
@@ -40,9 +43,13 @@ def _main(arguments: list[str]) -> int:
         if options.list_solvers:
             _list_solvers()
             return common.EXIT_OK
+        several = options.sparsity is not None and len(set(options.sparsity)) > 1
         common.check_outputs(
             (resolve(options.instance), options.warm_start, options.config, options.check),
-            (options.solution, options.history, None if options.json == "-" else options.json),
+            (
+                *(check_path(options) if several else (options.solution, options.history)),
+                None if options.json == "-" else options.json,
+            ),
         )
         if options.check is None:
             # A wrong name or parameter should not wait for a large file to be read.
@@ -55,6 +62,10 @@ def _main(arguments: list[str]) -> int:
             from cbs_opt.cli.check import check_solution
 
             return check_solution(instance, options.check, options.json)
+        if several:
+            first = instance.with_sparsity(min(options.sparsity))
+            warm_start = None if options.warm_start is None else _warm_start(first, options)
+            return run_path(instance, options, _stop(options, interrupts), read_seconds, warm_start)
         result = _solve(instance, options, interrupts)
         return _write(instance, result, read_seconds, options)
 
@@ -65,29 +76,15 @@ def _read(options: argparse.Namespace) -> Instance:
         instance = instance.with_damping(options.damping)
     if options.budget is not None:
         instance = instance.with_budget(options.budget)
-    if options.sparsity is not None:
-        instance = instance.with_sparsity(options.sparsity)
+    if options.sparsity is not None and len(set(options.sparsity)) == 1:
+        instance = instance.with_sparsity(options.sparsity[0])
     logger.info(f"cbs-solve {__version__}: {options.instance}: {instance.describe()}")
     return instance
 
 
 def _solve(instance: Instance, options: argparse.Namespace, interrupts: common.Interrupts) -> Result:
-    warm_start = None
-    if options.warm_start is not None:
-        warm_start = read_solution(options.warm_start, instance).pruned
-        if not instance.admits(warm_start):
-            raise UsageError(
-                f"{options.warm_start}: the selection, {int(warm_start.sum())} weights, does not meet the budget "
-                f"of {instance.budget.total}, the groups or `fixed` of the instance"
-            )
-    stop = Stop(
-        time_limit=options.time_limit,
-        max_iterations=options.max_iterations,
-        no_improvement=options.no_improvement,
-        target=options.target,
-        gap=options.gap,
-        should_stop=interrupts,
-    )
+    warm_start = None if options.warm_start is None else _warm_start(instance, options)
+    stop = _stop(options, interrupts)
     logger.info(f"solver {options.solver}: {get_solver(options.solver).summary}; seed {options.seed}")
     logger.debug(", ".join(f"{key} {value}" for key, value in environment().items()))
     table = ProgressTable()
@@ -109,10 +106,31 @@ def _solve(instance: Instance, options: argparse.Namespace, interrupts: common.I
     return result
 
 
+def _warm_start(instance: Instance, options: argparse.Namespace) -> BoolArray:
+    warm_start = read_solution(options.warm_start, instance).pruned
+    if not instance.admits(warm_start):
+        raise UsageError(
+            f"{options.warm_start}: the selection, {int(warm_start.sum())} weights, does not meet the budget "
+            f"of {instance.budget.total}, the groups or `fixed` of the instance"
+        )
+    return warm_start
+
+
+def _stop(options: argparse.Namespace, interrupts: common.Interrupts) -> Stop:
+    return Stop(
+        time_limit=options.time_limit,
+        max_iterations=options.max_iterations,
+        no_improvement=options.no_improvement,
+        target=options.target,
+        gap=options.gap,
+        should_stop=interrupts,
+    )
+
+
 def _write(instance: Instance, result: Result, read_seconds: float, options: argparse.Namespace) -> int:
     """Write every output that was asked for, even where one of them fails."""
     known = best_known(instance, result.objective_kind)
-    content = result_json(instance, result, read_seconds, known)
+    content = result_json(result, read_seconds, known)
     failures: list[OutputError] = []
 
     def attempt(target: Any, write: Any, *arguments: Any) -> None:
@@ -122,17 +140,13 @@ def _write(instance: Instance, result: Result, read_seconds: float, options: arg
             except OutputError as error:
                 failures.append(error)
 
-    attempt(
-        options.solution,
-        write_solution,
-        Solution(result.pruned, instance.sha256 or "", result.weights, content),
-    )
+    attempt(options.solution, write_solution, replace(result.to_solution(), result=content))
     attempt(options.history, write_history, result)
     attempt(None if options.json == "-" else options.json, write_json, content)
     if options.json == "-":  # last, so that a reader who has left costs no file
         write_json("-", content)
     else:
-        common.say(result_text(instance, result, read_seconds, known) + "\n")
+        common.say(result_text(result, read_seconds, known) + "\n")
     if failures:
         raise OutputError("; ".join(str(failure) for failure in failures))
     return common.EXIT_OK

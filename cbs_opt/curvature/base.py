@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from cbs_opt.errors import InstanceError, UnboundedError, UsageError
 from cbs_opt.linalg import inverse_pd, solve_psd
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.view import html, text
 
 if TYPE_CHECKING:
     from cbs_opt.curvature.gradient_factor import GradientFactor
@@ -32,6 +33,24 @@ class Member(NamedTuple):
 
     type: str
     shape: tuple[int | str | None, ...]
+
+
+class SharedRows(NamedTuple):
+    """Blocks that are multiples of one stored Hessian: the rows of a layer.
+
+    Attributes
+    ----------
+    index : int64 (rows, b)
+        The weights of each row among all n.
+    hessian : float64 (b, b)
+        S. Do not write to it.
+    scale : float64 (rows,)
+        H of row r is scale_r · S.
+    """
+
+    index: IntArray
+    hessian: FloatArray
+    scale: FloatArray
 
 
 class Curvature(abc.ABC):
@@ -88,6 +107,19 @@ class Curvature(abc.ABC):
     def block_slice(self, k: int) -> slice:
         """The weights of block k."""
         return slice(int(self.offsets[k]), int(self.offsets[k + 1]))
+
+    def facts(self) -> text.Facts:
+        """Names and values for a person: the form, the blocks, and whatever a form has of its own."""
+        blocks = f"{text.count(self.number_of_blocks, 'block')}, sizes {text.sizes(self.block_sizes)}"
+        return [("curvature", self.kind.replace("_", " ")), ("blocks", blocks)]
+
+    def __repr__(self) -> str:
+        rest = "".join(f", {name} {value}" for name, value in self.facts()[2:])
+        blocks = text.count(self.number_of_blocks, "block")
+        return f"<{type(self).__name__}: {text.count(self.n, 'weight')} in {blocks}{rest}>"
+
+    def _repr_html_(self) -> str:
+        return html.facts(type(self).__name__, [("weights", f"{self.n:,}"), *self.facts()])
 
     # What a form of the Hessian must give ------------------------------------------------------------------
 
@@ -154,6 +186,10 @@ class Curvature(abc.ABC):
 
     def as_factor(self) -> GradientFactor | None:
         """H as λI + GᵀG/m with the gradients G, where it has that form; None elsewhere."""
+        return None
+
+    def shared_rows(self) -> list[SharedRows] | None:
+        """All blocks as rows that share stored Hessians, where the curvature is given so; None elsewhere."""
         return None
 
     # What is known of its structure -------------------------------------------------------------------------

@@ -17,7 +17,13 @@ def flatten(blocks: Sequence[ArrayLike]) -> tuple[RealArray, IntArray]:
 
     The array is float32 where all matrices are, as their rounding is then judged by, and float64 otherwise.
     """
-    matrices = [np.asarray(block) for block in blocks]
+    try:
+        matrices = [np.asarray(block) for block in blocks]
+        numeric = all(np.issubdtype(matrix.dtype, np.number) for matrix in matrices)
+    except (TypeError, ValueError):
+        numeric = False
+    if not numeric:
+        raise InstanceError(f"`blocks` must be a sequence of square matrices of numbers, got {blocks!r:.60}")
     single = all(matrix.dtype == np.float32 for matrix in matrices)
     matrices = [matrix.astype(np.float32 if single else np.float64, copy=False) for matrix in matrices]
     for k, matrix in enumerate(matrices):

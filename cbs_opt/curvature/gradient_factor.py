@@ -14,6 +14,7 @@ from cbs_opt.curvature.registry import register_curvature
 from cbs_opt.errors import InstanceError, UnboundedError, UsageError
 from cbs_opt.linalg import solve_psd
 from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
+from cbs_opt.view import text
 
 _CHUNK_BYTES = 1 << 26  # float64 copies of large gradients are made in pieces of this size
 _COPY_BYTES = 1 << 29  # and of smaller ones once and for all
@@ -70,6 +71,10 @@ class GradientFactor(Curvature):
                 raise InstanceError(
                     f"`gradients` has NaN or infinite entries in columns {columns.start} … {columns.stop - 1}"
                 )
+
+    def facts(self) -> text.Facts:
+        """Names and values for a person."""
+        return [*super().facts(), ("gradients", f"{self.m:,}"), ("damping", f"{self.damping:g}")]
 
     @property
     def damping(self) -> float:
@@ -333,7 +338,10 @@ class GradientFactor(Curvature):
 
 
 def _check_damping(damping: float) -> float:
-    damping = float(damping)
-    if not (np.isfinite(damping) and damping >= 0):
-        raise InstanceError(f"`damping` must be a finite number ≥ 0, got {damping}")
-    return damping
+    try:
+        value = float(damping)
+    except (TypeError, ValueError):
+        value = np.nan
+    if not (np.isfinite(value) and value >= 0):
+        raise InstanceError(f"`damping` must be a finite number ≥ 0, got {damping!r}")
+    return value

@@ -28,14 +28,16 @@ def register_curvature(kind: str) -> Callable[[C], C]:
     Raises
     ------
     InstanceError
-        When the class has no such member, or shares a member with another kind.
+        When the class has no such member, or shares a member with another kind. A class that is defined again, as
+        notebooks do, takes the place of the old one.
     """
 
     def add(curvature: C) -> C:
         if next(iter(curvature.members), None) != kind:
             raise InstanceError(f"the first of the `members` of {curvature.__name__} must be '{kind}'")
         for name, other in _registered.items():
-            if other is not curvature and (shared := curvature.members.keys() & other.members.keys()):
+            redefined = (other.__module__, other.__qualname__) == (curvature.__module__, curvature.__qualname__)
+            if not redefined and (shared := curvature.members.keys() & other.members.keys()):
                 raise InstanceError(
                     f"the array '{sorted(shared)[0]}' belongs to the kind of curvature '{name}' already"
                 )

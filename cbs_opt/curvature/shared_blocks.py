@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cbs_opt.curvature.base import Curvature
+from cbs_opt.curvature.base import Curvature, SharedRows
 from cbs_opt.errors import InstanceError
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.view import text
 
 _CACHE_BYTES = 1 << 30  # of inverses of stored blocks
 _BATCH_BYTES = 1 << 27  # of the systems of one batch of updates
@@ -60,6 +61,11 @@ class SharedBlocks(Curvature):
         """Number of stored blocks."""
         return self.stored.number_of_blocks
 
+    def facts(self) -> text.Facts:
+        """Names and values for a person: those of all blocks, and what is stored."""
+        stored = f"{text.count(self.number_of_stored, 'block')}, each times a factor a block"
+        return [*super().facts(), ("stored", stored), *self.stored.facts()[2:]]
+
     def rows(self, s: int) -> IntArray:
         """The blocks that use stored block s, int64, increasing."""
         return self._rows[s]
@@ -90,6 +96,13 @@ class SharedBlocks(Curvature):
         while kept > _CACHE_BYTES and len(self._inverses) > 1:
             kept -= self._inverses.popitem(last=False)[1].nbytes
         return self._inverses[s]
+
+    def shared_rows(self) -> list[SharedRows]:
+        """The rows of each stored block."""
+        return [
+            SharedRows(self.gathered(s), self.stored.block(s), self.block_scale[self._rows[s]])
+            for s in range(self.number_of_stored)
+        ]
 
     # The interface of all kinds ------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cbs_opt.errors import SolutionError
 from cbs_opt.files.npz import NpzReader, json_text, write_npz
+from cbs_opt.files.paths import as_path
 from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
 
 FORMAT = "cbs-certificate"
@@ -108,7 +109,7 @@ def read_certificate(path: Path | str) -> Certificate:
     SolutionError
         With one sentence that names the file and the field.
     """
-    path = Path(path)
+    path = as_path(path)
     with NpzReader(path, SolutionError) as npz:
         npz.check_format(FORMAT, VERSION)
         npz.check_keys({"format", "version", "instance_sha256", "claim", "pruned", "numbers", *_ARRAYS}, set())

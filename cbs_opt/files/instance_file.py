@@ -14,6 +14,7 @@ from cbs_opt.curvature import Curvature, SharedBlocks, curvature_kinds
 from cbs_opt.curvature.shared_blocks import stored_sizes
 from cbs_opt.errors import InstanceError
 from cbs_opt.files.npz import NpzReader, json_text, write_npz
+from cbs_opt.files.paths import as_path
 from cbs_opt.instance import Instance
 
 FORMAT = "cbs-instance"
@@ -47,7 +48,7 @@ def read_instance(path: Path | str) -> Instance:
     The file is read twice, once for its SHA-256 and once for checksums and values; dense blocks are checked
     by Cholesky, O(Σ b_k³).
     """
-    path = Path(path)
+    path = as_path(path)
     with NpzReader(path, InstanceError) as npz:
         npz.check_format(FORMAT, VERSION)
         kinds = curvature_kinds()

@@ -11,6 +11,7 @@ from typing import Any
 
 from cbs_opt.errors import InstanceError
 from cbs_opt.files.instance_file import read_instance
+from cbs_opt.files.paths import as_path
 from cbs_opt.instance import Instance
 
 PREFIX = "library:"
@@ -152,7 +153,7 @@ def best_known(instance: Instance, objective: str) -> BestKnown | None:
 def resolve(path: Path | str) -> Path:
     """The file that `library:NAME` stands for; any other path as it is."""
     text = str(path)
-    return library_path(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else Path(path)
+    return library_path(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else as_path(path)
 
 
 def _entry(item: dict[str, Any]) -> LibraryEntry:

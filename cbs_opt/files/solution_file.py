@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cbs_opt.errors import SolutionError
+from cbs_opt.errors import SolutionError, UsageError
+from cbs_opt.files.atomic import atomic_write
 from cbs_opt.files.npz import NpzReader, json_text, write_npz
+from cbs_opt.files.paths import as_path
 from cbs_opt.instance import Instance
-from cbs_opt.result import Solution
+from cbs_opt.jsonable import finite
+from cbs_opt.solution import HasSolution, Solution
 
 FORMAT = "cbs-solution"
 VERSION = 1
@@ -31,7 +36,7 @@ def read_solution(path: Path | str, instance: Instance | None = None) -> Solutio
     SolutionError
         With one sentence that names the file and the field.
     """
-    path = Path(path)
+    path = as_path(path)
     with NpzReader(path, SolutionError) as npz:
         npz.check_format(FORMAT, VERSION)
         npz.check_keys({"format", "version", "instance_sha256", "pruned", "result"}, {"weights"})
@@ -55,14 +60,26 @@ def read_solution(path: Path | str, instance: Instance | None = None) -> Solutio
     return solution
 
 
-def write_solution(path: Path | str, solution: Solution) -> None:
+def write_solution(path: Path | str, solution: Solution | HasSolution) -> None:
     """Write a solution file.
+
+    Parameters
+    ----------
+    path : Path or str
+    solution : Solution or Result
+        The result of `solve` as it is, or a selection with the JSON of your choice.
 
     Raises
     ------
+    UsageError
+        For anything else.
     OutputError
         When the file cannot be written; nothing is left behind then.
     """
+    if not isinstance(solution, Solution) and hasattr(solution, "to_solution"):
+        solution = solution.to_solution()
+    if not isinstance(solution, Solution):
+        raise UsageError(f"`solution` must be a Result or a Solution, got {type(solution).__name__}")
     arrays: dict[str, NDArray[Any]] = {
         "format": np.array(FORMAT),
         "version": np.array(VERSION, dtype=np.int64),
@@ -76,3 +93,9 @@ def write_solution(path: Path | str, solution: Solution) -> None:
     except (TypeError, ValueError) as error:
         raise SolutionError(f"`result` cannot be written as JSON: {error}") from None
     write_npz(path, arrays)
+
+
+def write_json(path: Path | str, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, NaN and infinities as null; raises `OutputError` when the file cannot be written."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(finite(content), indent=2, allow_nan=False) + "\n").encode())

@@ -22,6 +22,8 @@ from cbs_opt.solvers.joint.lagrangian_bound import improve_bound
 from cbs_opt.solvers.joint.moves import KEPT_LIMIT, JointMoves
 from cbs_opt.solvers.joint.tableau import Tableau
 from cbs_opt.solvers.kernels.warm_up import compiling
+from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
+from cbs_opt.solvers.layers.warm_up import warm_up_layers
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.trees import prove
 from cbs_opt.typing import BoolArray
@@ -47,6 +49,7 @@ class JointParameters(Parameters):
     bound_steps: int = option(200, "steps of the ascent to a lower bound, once a local optimum is found")
     proof: int = option(100, "weights of a block up to which branch and bound takes over; 0 for never")
     stage: float = option(0.1, "share of a large block's weights that backward elimination removes at once")
+    bound_share: float = option(0.25, "share of the time limit for bounds, where rows share one Hessian")
 
     def __post_init__(self) -> None:
         for name in ("bound_steps", "proof"):
@@ -55,6 +58,8 @@ class JointParameters(Parameters):
         for name in ("tenure", "patience", "restart"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.bound_share < 1:
+            raise UsageError(f"`bound_share` must be at least 0 and less than 1, got {self.bound_share}")
         backward.BackwardParameters(self.stage)
 
 
@@ -77,22 +82,29 @@ class JointSearch(Solver):
         instance.curvature.check_regular()
 
     def prepare(self, instance: Instance, context: Context) -> None:
-        """Compile."""
+        """Compile; find out whether the rows of layers share Hessians."""
+        self._proof: prove.Proof | None = None
+        self._layered: LayeredInstance | None = None
+        sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
+        provable = prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop)
+        if not provable and (layered := layered_instance(instance, "joint")) is not None:
+            warm_up_layers()
+            self._layered = layered
+            return
         with compiling():
             backward.warm_up()
             warm_up()
-        sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
-        self._proof: prove.Proof | None = None
-        if prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop):
-            with suppress(
-                CbsError, np.linalg.LinAlgError
-            ):  # the search says what is wrong, and keeps its incumbent
+        if provable:
+            # The search itself says what is wrong with an instance, and keeps its incumbent.
+            with suppress(CbsError, np.linalg.LinAlgError):
                 prove.warm_up("joint")
                 self._proof = prove.Proof(JointProblem(instance))
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Start, descend, and search until told to stop."""
         monitor = context.monitor
+        if self._layered is not None:
+            return self._layered.run(context, self.parameters.bound_share if self.parameters.bound_steps else 0.0)
         pruned = context.warm_start
         if pruned is None:
             pruned = backward.eliminate(instance, self.parameters.stage, monitor.should_stop, context.workers)

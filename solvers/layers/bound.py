@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cbs_opt.solvers.layers import bound_kernels as kernels
+import cbs_opt.solvers.layers.bound_kernels as kernels
 from cbs_opt.solvers.layers.incumbent import Incumbent
 from cbs_opt.solvers.layers.parallel import RowPool
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget

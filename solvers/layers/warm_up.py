@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from cbs_opt.solvers.kernels.warm_up import compiling
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget
 from cbs_opt.solvers.layers.solve import solve_layers
-from cbs_opt.solvers.kernels.warm_up import compiling
 
 
 def warm_up_layers() -> None:

@@ -13,6 +13,7 @@ from cbs_opt.errors import OutputError, SolverError, UsageError
 from cbs_opt.files import quadratic_text
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.instance import Instance
+from cbs_opt.optional import missing
 from cbs_opt.selection import SelectionObjective
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.typing import FloatArray
@@ -57,9 +58,7 @@ def _write_linear(path: Path | str, instance: Instance, suffix: str) -> None:
         from cbs_opt.solvers.mip.highs import highs_lp
         from cbs_opt.solvers.mip.selection_model import check_open_weights, rlt_model
     except ModuleNotFoundError as error:
-        raise SolverError(
-            f"the export to {suffix} needs the package '{error.name}', which is not installed"
-        ) from error
+        raise SolverError(f"the export to {suffix} {missing(error)}") from error
     try:
         problem = SelectionProblem(instance)
         check_open_weights(problem.n)

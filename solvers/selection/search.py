@@ -13,6 +13,8 @@ from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.kernels.warm_up import warm_up_selection
 from cbs_opt.solvers.kernels.warm_up_sweeps import warm_up_sweeps
+from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
+from cbs_opt.solvers.layers.warm_up import warm_up_layers
 from cbs_opt.solvers.problem.columns import DENSE_BYTES, DOUBLE_BYTES
 from cbs_opt.solvers.problem.selection_problem import THREADED_GRADIENTS, SelectionProblem, Storage
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent, candidate_swaps
@@ -55,6 +57,7 @@ class SearchParameters(Parameters):
     patience: int | None = option(
         None, "cycles without improvement after which the search ends; 150 without a limit on time or iterations"
     )
+    bound_share: float = option(0.25, "share of the time limit for bounds, where rows share one Hessian")
     large: int = option(LARGE, "coupled weights beyond which the search starts with sweeps over all of them")
     many_blocks: int = option(
         MANY_BLOCKS, "coupled blocks beyond which a large problem is searched block by block"
@@ -73,6 +76,8 @@ class SearchParameters(Parameters):
         for name in ("large", "many_blocks", "small_block", "dense_bytes", "double_bytes", "threaded_gradients"):
             if getattr(self, name) < 0:
                 raise UsageError(f"`{name}` must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.bound_share < 1:
+            raise UsageError(f"`bound_share` must be at least 0 and less than 1, got {self.bound_share}")
         if self.ratio <= 1:
             raise UsageError(f"`ratio` must be more than 1, got {self.ratio}")
         if self.patience is not None and self.patience < 1:
@@ -98,7 +103,11 @@ class Search(Solver):
     parameters: SearchParameters
 
     def prepare(self, instance: Instance, context: Context) -> None:
-        """Compile, presolve, build columns."""
+        """Compile, presolve, build columns; or find out that the rows of layers share Hessians."""
+        self._layered = self._layers(instance, context)
+        if self._layered is not None:
+            warm_up_layers()
+            return
         warm_up_selection()
         given = self.parameters
         storage = Storage(given.dense_bytes, given.double_bytes, given.threaded_gradients)
@@ -112,6 +121,8 @@ class Search(Solver):
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Search until told to stop, or until nothing improves any more."""
+        if self._layered is not None:
+            return self._layered.run(context, self.parameters.bound_share)
         monitor, problem = context.monitor, self._problem
         run = _Run(problem, self.parameters, context)
         # A tree of more weights is longer at work before it meets its best leaf; tables bring their selections.
@@ -120,6 +131,13 @@ class Search(Solver):
         if self._proof is None or monitor.should_stop() or monitor.closed:
             return Status.OPTIMAL if monitor.closed else Status.CONVERGED
         return prove.prove_within(self._proof, context)
+
+    def _layers(self, instance: Instance, context: Context) -> LayeredInstance | None:
+        """The layers of an instance whose rows share Hessians, unless it is small enough to be proven."""
+        sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
+        if prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop):
+            return None
+        return layered_instance(instance, "selection")
 
     def _is_provable(self, context: Context) -> bool:
         """Whether branch and bound proves the optimum of such problems in seconds."""

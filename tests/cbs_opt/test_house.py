@@ -16,7 +16,7 @@ FORBIDDEN = {
     "instances": {"solvers", "bench"},
     "bench": set(),
 }
-REACH_ACROSS = ("cbs_opt/cli/", "cbs_opt/registry.py")
+REACH_ACROSS = ("cbs_opt/cli/", "cbs_opt/networks.py", "cbs_opt/registry.py")
 """Where the core may import another room, inside functions."""
 HEAVY = {"torch", "scipy", "numba", "pyomo", "matplotlib", "highspy", "sklearn"}
 

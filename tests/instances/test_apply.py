@@ -10,10 +10,11 @@ torch = pytest.importorskip("torch")
 import cbs_opt  # noqa: E402
 from cbs_opt import Budget, GradientFactor, Instance, Solution  # noqa: E402
 from cbs_opt.errors import InstanceError, OutputError, SolutionError, UsageError  # noqa: E402
-from cbs_opt.instances.apply import LayerMask, apply, layer_masks, prune_masks  # noqa: E402
+from cbs_opt.instances.apply import apply, layer_masks, prune_masks  # noqa: E402
 from cbs_opt.instances.data import open_samples  # noqa: E402
 from cbs_opt.instances.fisher import tensor_table  # noqa: E402
-from cbs_opt.instances.masks import draw_masks, kept_density  # noqa: E402
+from cbs_opt.instances.mask_pictures import draw_masks, kept_density  # noqa: E402
+from cbs_opt.instances.masks import LayerMask, squash  # noqa: E402
 from cbs_opt.instances.networks import Network  # noqa: E402
 from cbs_opt.instances.scores import evaluate, torch_device  # noqa: E402
 
@@ -75,9 +76,9 @@ def test_masks_hold_through_training(model, instance):
     trained = torch.cat([model[0].weight.flatten(), model[2].weight.flatten()]).detach().numpy()
     assert not trained[result.pruned].any()
     assert (trained != result.weights.astype(np.float32))[~result.pruned].any()
-    for layer in (model[0], model[2]):
-        torch.nn.utils.prune.remove(layer, "weight")
+    assert squash(model) is model and type(model[0]) is torch.nn.Linear
     assert not vector(model)[result.pruned].any()
+    np.testing.assert_array_equal(vector(model), trained)
 
 
 def refused(model, instance, solution, words, error=InstanceError):
@@ -150,11 +151,11 @@ def test_accuracy_and_loss_are_those_of_torch(model):
 def test_scoring_says_what_does_not_fit(model):
     x, y = torch.randn(4, 6), torch.arange(4) % 3
     for net, data, words in (
-        (model, (torch.randn(4, 7), y), r"cannot take inputs of shape \(7,\)"),
-        (model, (x, y + 1), "labels must be between 0 and 2 for this network, got 3"),
-        (torch.nn.Flatten(0), (x, y), r"must give logits \(samples, classes\), got \(24,\)"),
+        (model, (torch.randn(4, 7), y), r"does not take inputs of shape \(7,\)"),
+        (model, (x, y + 1), r"labels must lie in \[0, 2\], the network's classes, got 1 … 3: they count from 1"),
+        (torch.nn.Flatten(0), (x, y), "one output a sample makes no classes: declare the loss"),
     ):
-        with pytest.raises(InstanceError, match=words):
+        with pytest.raises((InstanceError, UsageError), match=words):
             evaluate(net, open_samples(None, score_network(net, data), "test"))
 
 

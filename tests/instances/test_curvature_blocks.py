@@ -9,8 +9,8 @@ from torch import nn  # noqa: E402
 
 from cbs_opt import InstanceError, UsageError  # noqa: E402
 from cbs_opt.instances import curvature as blocks_module  # noqa: E402
-from cbs_opt.instances.curvature import block_sizes, fisher_blocks, reconstruction_blocks  # noqa: E402
-from cbs_opt.instances.reconstruction import input_covariances  # noqa: E402
+from cbs_opt.instances.curvature import block_sizes, fisher_blocks  # noqa: E402
+from cbs_opt.instances.reconstruction import input_covariances, reconstruction_blocks  # noqa: E402
 
 
 def gradients(m, n, seed=0):
@@ -88,7 +88,7 @@ def test_reconstruction_loss_is_half_the_squared_error_of_the_output(name):
     x = torch.randn(11, *shape, dtype=torch.float64)
     covariances = input_covariances(nn.Sequential(layer), x, ["0.weight"], chunk_bytes=5_000)
     weight = layer.weight
-    made = list(reconstruction_blocks(covariances, [0.0], [weight.shape[0]], None, inverse=False))
+    made = list(reconstruction_blocks(covariances, [0.0], None, inverse=False))
     assert len(made) == weight.shape[0]
     delta = torch.randn_like(weight)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_reconstruction_blocks_are_damped_cut_and_inverted():
     covariances = input_covariances(model, x, ["0.weight", "2.weight"])
     X = x.double().numpy()
     H = X.T @ X / 30
-    made = list(reconstruction_blocks(covariances, [0.1, 0.2], [3, 2], 4, inverse=True))
+    made = list(reconstruction_blocks(covariances, [0.1, 0.2], 4, inverse=True))
     assert [len(block) for block in made] == [4, 1] * 3 + [3] * 2
     for row in range(3):
         assert_close(made[2 * row], np.linalg.inv(H[:4, :4] + 0.1 * np.eye(4)))
@@ -116,13 +116,13 @@ def test_reconstruction_blocks_are_damped_cut_and_inverted():
 
 
 def test_reconstruction_refuses_what_it_is_not_for():
-    model = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3))
-    model.register_module("unused", nn.Identity())
-    model.add_module("aside", nn.ModuleList([nn.Linear(2, 2)]))
     x = torch.randn(4, 5)
+    model = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3))
     for name in ("0.bias", "1.weight"):
-        with pytest.raises(UsageError, match=f"'{name}' is not"):
+        with pytest.raises(UsageError, match=f"'{name}' has no reconstruction error"):
             input_covariances(model, x, [name])
+    with pytest.raises(UsageError, match=r"has no weight '7\.weight'"):
+        input_covariances(model, x, ["7.weight"])
     holder = nn.Module()
     holder.used, holder.aside = nn.Linear(5, 3), nn.Linear(2, 2)
     holder.forward = holder.used.forward

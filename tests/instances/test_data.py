@@ -310,11 +310,9 @@ def test_a_factorys_own_data():
         read_samples(None, own_network(), "train")
     for data, words in (
         ((x, y[:3]), "9 inputs and 3 labels"),
-        ((x, y.float()), "labels must be whole numbers"),
         ((x[:0], y[:0]), "holds no samples"),
         ([], "at least one"),
         (7, "must be"),
-        ([x], "must be|labels"),
     ):
         with pytest.raises(InstanceError, match=words):
             read_samples(None, own_network(data), "train")

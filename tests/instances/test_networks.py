@@ -151,7 +151,10 @@ def with_both():
     return Net(), [1], [2]
 
 def nothing():
-    return {"model": Net()}
+    return {"net": Net()}
+
+def broken_off():
+    return 4, 5
 
 def flat():
     return nn.LayerNorm(3)
@@ -164,7 +167,7 @@ def broken():
 def test_a_users_factory_is_found_in_the_current_directory(module):
     name, before = module(FACTORY), list(sys.path)
     alone = load_network(f"{name}:alone")
-    assert set(alone.prunable) == {"matrix", "inner.weight"}
+    assert alone.prunable == ("inner.weight",)
     assert not alone.model.training
     assert (alone.data, alone.test_data, alone.prepare, alone.classes) == (None, None, None, None)
     assert len(load_network(f"{name}:with_data").data) == 2
@@ -177,7 +180,8 @@ def test_a_users_factory_is_found_in_the_current_directory(module):
 def test_a_factory_that_fails_is_told_in_one_sentence(module):
     name = module(FACTORY)
     for spec, words in (
-        (f"{name}:nothing", r"must return a model, \(model, data\)"),
+        (f"{name}:nothing", "a dictionary must have `model`"),
+        (f"{name}:broken_off", r"must return a model, \(model, data\)"),
         (f"{name}:flat", "no parameter with two axes"),
         (f"{name}:broken", "fails with ZeroDivisionError: no luck"),
         (f"{name}:absent", "has no function 'absent'"),

@@ -1,5 +1,6 @@
 """`cbs-apply`: from an instance, a solution and a checkpoint to a pruned checkpoint and its scores."""
 
+import itertools
 import json
 import pickle
 import re
@@ -204,7 +205,11 @@ def test_what_does_not_belong_together_is_refused(trained, tmp_path, monkeypatch
         ({"c": trained / "model.safetensors"}, 3, "SHA-256 .* do not belong together"),
         ({"s": "other.solution"}, 3, "belongs to another instance"),
         ({"i": "first.instance", "s": "first.solution", "c": "small.pt"}, 3, r"0\.weight has shape \(40, 64\)"),
-        ({"i": "first.instance", "s": "first.solution", "c": "trap.pt"}, 3, "refused|cannot be read"),
+        (
+            {"i": "first.instance", "s": "first.solution", "c": "trap.pt"},
+            3,
+            "is a pickle, but no file of torch.save",
+        ),
         ({"s": "no-layers.npz"}, 3, "is not an .npz archive"),
         ({"c": "absent.pt"}, 3, "No such file"),
         ({"i": "absent.npz"}, 3, "no such file"),
@@ -245,7 +250,7 @@ def test_what_does_not_belong_together_is_refused(trained, tmp_path, monkeypatch
 def test_an_interrupt_keeps_the_checkpoint(trained, tmp_path, monkeypatch, capsys):
     from cbs_opt.cli.common import Interrupts
 
-    asked = iter([False, False, True, True])
+    asked = itertools.chain([False, False], itertools.repeat(True))
     monkeypatch.setattr(Interrupts, "__call__", lambda self: next(asked))
     assert command(trained, "model.pt", tmp_path / "out.pt", "--data", "digits", "--json", "-", "-q") == 0
     content = json.loads(capsys.readouterr().out)

@@ -1,0 +1,149 @@
+"""What an instance, a solution or a certificate holds, as JSON types: the content of `cbs-info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbs_opt.errors import InstanceError
+from cbs_opt.files import instance_file, solution_file
+from cbs_opt.files.certificate_file import FORMAT as CERTIFICATE
+from cbs_opt.files.certificate_file import Certificate
+from cbs_opt.files.library_file import BestKnown, best_known
+from cbs_opt.instance import Instance
+from cbs_opt.solution import Solution
+from cbs_opt.solver import OBJECTIVES
+from cbs_opt.tensor_table import TensorEntry, tensor_table
+
+_KEPT = ("solver", "objective_kind", "status", "objective", "selection_loss", "joint_loss", "bound", "gap", "seed")
+
+
+def describe_instance(instance: Instance) -> dict[str, Any]:
+    """Everything that there is to say about an instance without solving it; O(Σ b_k³) for inverse blocks."""
+    curvature, sizes = instance.curvature, instance.curvature.block_sizes
+    diagonal = curvature.diagonal()
+    content: dict[str, Any] = {
+        "format": instance_file.FORMAT,
+        "path": None if instance.path is None else str(instance.path),
+        "sha256": instance.sha256,
+        "weights": instance.n,
+        "budget": instance.budget.total,
+        "sparsity": instance.budget.total / instance.n,
+        "curvature": curvature.kind,
+        "blocks": sizes.size,
+        "block_sizes": _few(sizes.tolist()),
+    }
+    factor = curvature.as_factor()
+    if factor is not None:
+        content |= {"gradients": factor.m, "damping": factor.damping}
+    elif curvature.damping is not None:
+        content["damping"] = curvature.damping
+    if instance.budget.groups is not None:
+        content |= {
+            "groups": instance.budget.number_of_groups,
+            "group_budgets": _few(instance.budget.per_group.tolist()),
+        }
+    if tensors := tensor_table(instance):
+        content["tensors"] = [describe_tensor(instance, tensor) for tensor in tensors]
+    content |= {
+        "linear": instance.linear is not None,
+        "fixed": 0 if instance.fixed is None else int(np.count_nonzero(instance.fixed)),
+        "hessian_diagonal": [float(diagonal.min()), float(diagonal.max())],
+        "free_weights": int(np.count_nonzero(instance.weights**2 * diagonal == 0)),
+        "best_known": {
+            objective: {"value": known.value, "bound": known.bound, "proven": known.proven, "solver": known.solver}
+            for objective in OBJECTIVES
+            if (known := _best_known(instance, objective)) is not None
+        },
+        "metadata": dict(instance.metadata),
+    }
+    return content
+
+
+def describe_tensor(instance: Instance, tensor: TensorEntry) -> dict[str, Any]:
+    """Name, shape, weights, blocks and budget of a tensor.
+
+    `budget` is None where groups, or one budget over all weights, leave open how much of it is pruned.
+    """
+    starts, ends = instance.curvature.offsets[:-1], instance.curvature.offsets[1:]
+    budget = instance.budget
+    fixed_share: int | None = None
+    if budget.groups is not None:
+        inside = np.unique(budget.groups[tensor.start : tensor.stop])
+        outside = np.concatenate([budget.groups[: tensor.start], budget.groups[tensor.stop :]])
+        if not np.isin(inside, outside).any():
+            fixed_share = int(budget.per_group[inside].sum())
+    elif tensor.size == instance.n:
+        fixed_share = budget.total
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "weights": tensor.size,
+        "blocks": int(np.count_nonzero((starts < tensor.stop) & (ends > tensor.start))),
+        "budget": fixed_share,
+    }
+
+
+def describe_solution(path: Path, solution: Solution, instance: Instance | None = None) -> dict[str, Any]:
+    """What a solution file says; with its instance also what it prunes of each tensor."""
+    content: dict[str, Any] = {
+        "format": solution_file.FORMAT,
+        "path": str(path),
+        "instance_sha256": solution.instance_sha256,
+        "instance_path": _instance_path(solution),
+        "weights": solution.pruned.size,
+        "pruned": int(solution.pruned.sum()),
+        "updated_weights": solution.weights is not None,
+        **{key: solution.result[key] for key in _KEPT if key in solution.result},
+    }
+    runtime = solution.result.get("runtime")
+    if isinstance(runtime, dict):
+        content["runtime"] = runtime
+    if instance is not None:
+        content["tensors"] = [
+            describe_tensor(instance, tensor) | {"pruned": int(solution.pruned[tensor.start : tensor.stop].sum())}
+            for tensor in tensor_table(instance)
+        ]
+    return content
+
+
+def describe_certificate(path: Path, certificate: Certificate) -> dict[str, Any]:
+    """What a certificate claims; whether it is true is for `cbs-solve --check` to say."""
+    objective, bound = certificate.objective, certificate.bound
+    return {
+        "format": CERTIFICATE,
+        "path": str(path),
+        "instance_sha256": certificate.instance_sha256,
+        "weights": certificate.pruned.size,
+        "pruned": int(certificate.pruned.sum()),
+        "budget": certificate.budget,
+        "damping": certificate.damping,
+        "objective_kind": certificate.objective_kind,
+        "objective": objective,
+        "bound": bound,
+        "gap": max(objective - bound, 0.0) / max(abs(objective), 1e-300),
+        "pieces": int(certificate.pieces.max(initial=-1)) + 1,
+        "trees": certificate.tree_nodes.size,
+        "nodes": certificate.branch.size,
+        "fixings": certificate.fixings.size,
+    }
+
+
+def _best_known(instance: Instance, objective: str) -> BestKnown | None:
+    try:
+        return best_known(instance, objective)
+    except InstanceError:  # a library without an index has nothing to say
+        return None
+
+
+def _instance_path(solution: Solution) -> str | None:
+    stored = solution.result.get("instance")
+    path = stored.get("path") if isinstance(stored, dict) else None
+    return path if isinstance(path, str) else None
+
+
+def _few(values: list[Any]) -> list[Any]:
+    """At most a dozen values, the middle left out."""
+    return values if len(values) <= 12 else [*values[:10], "…", values[-1]]

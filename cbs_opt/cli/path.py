@@ -1,0 +1,192 @@
+"""`cbs-solve --sparsity .5 .6 …`: one table, one picture, JSON and CSV of objective and bound over sparsity."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cbs_opt.cli import common
+from cbs_opt.cli.progress import number, percent
+from cbs_opt.cli.report import result_json, write_json
+from cbs_opt.errors import OutputError, UsageError
+from cbs_opt.files import write_solution
+from cbs_opt.files.atomic import atomic_write
+from cbs_opt.instance import Instance
+from cbs_opt.path import solve_path
+from cbs_opt.result import Result
+from cbs_opt.stop import Stop
+
+SCHEMA = 1
+FORMATS = (".png", ".svg", ".pdf")
+_COLUMNS = ("sparsity", "pruned", "objective", "bound", "gap", "selection_loss", "joint_loss", "status", "seconds")
+
+
+def solution_paths(path: Path, sparsities: list[float]) -> list[Path]:
+    """The files of the solutions: the sparsity goes before the suffix."""
+    return [path.with_name(f"{path.stem}-{sparsity:g}{path.suffix}") for sparsity in sorted(set(sparsities))]
+
+
+def check_path(options: argparse.Namespace) -> list[Path | None]:
+    """The outputs of a path beside `--json`; raises `UsageError` for options that are of one solve only."""
+    if options.history is not None:
+        raise UsageError("`--history` is of one sparsity; `--table` holds the path")
+    if options.picture is not None and options.picture.suffix.lower() not in FORMATS:
+        raise UsageError(f"{options.picture}: a picture must end in {', '.join(FORMATS)}")
+    solutions = [] if options.solution is None else solution_paths(options.solution, options.sparsity)
+    return [options.table, options.picture, *solutions]
+
+
+def run_path(
+    instance: Instance, options: argparse.Namespace, stop: Stop, read_seconds: float, warm_start: Any
+) -> int:
+    """Solve for every sparsity and write what was asked for; every solution as soon as it is there."""
+    rows: list[dict[str, Any]] = []
+    results: list[tuple[float, Result]] = []
+    failures: list[OutputError] = []
+    quiet_stdout = options.json == "-"
+    if not quiet_stdout:
+        common.say(_line(_COLUMNS) + "\n")
+
+    def take(sparsity: float, result: Result) -> None:
+        results.append((sparsity, result))
+        rows.append(_row(sparsity, result))
+        if not quiet_stdout:
+            common.say(_line([_text(key, value) for key, value in rows[-1].items()]) + "\n")
+        if options.solution is not None:
+            (path,) = solution_paths(options.solution, [sparsity])
+            try:
+                write_solution(path, replace(result.to_solution(), result=result_json(result, read_seconds)))
+            except OutputError as error:
+                failures.append(error)
+
+    solve_path(
+        instance,
+        options.sparsity,
+        options.solver,
+        objective=options.objective,
+        warm_start=warm_start,
+        on_result=take,
+        should_stop=stop.should_stop or (lambda: False),
+        stop=stop,
+        seed=options.seed,
+        parameters=options.set,
+        update=options.update,
+        device=options.device,
+        threads=options.threads,
+        batch_size=options.batch_size,
+    )
+    content = {
+        "schema": SCHEMA,
+        "path": [{"sparsity": sparsity, **result_json(result, read_seconds)} for sparsity, result in results],
+    }
+    attempts: list[tuple[Any, Any]] = [
+        (options.table, lambda path: _write_csv(path, rows)),
+        (options.picture, lambda path: draw_path(path, results)),
+        (options.json, lambda target: write_json(target, content)),
+    ]
+    for target, write in attempts:
+        if target is not None:
+            try:
+                write(target)
+            except OutputError as error:
+                failures.append(error)
+    if failures:
+        raise OutputError("; ".join(str(failure) for failure in failures))
+    return common.EXIT_OK
+
+
+def _row(sparsity: float, result: Result) -> dict[str, Any]:
+    values = (
+        sparsity,
+        int(result.pruned.sum()),
+        result.objective,
+        result.bound,
+        result.gap,
+        result.selection_loss,
+        result.joint_loss,
+        str(result.status),
+        result.build_seconds + result.solve_seconds,
+    )
+    return dict(zip(_COLUMNS, values, strict=True))
+
+
+def _text(key: str, value: Any) -> str:
+    if key == "sparsity":
+        return f"{value:g}"
+    if key == "gap":
+        return percent(value)
+    if key == "seconds":
+        return f"{value:.2f}"
+    return str(value) if isinstance(value, str | int) else number(value)
+
+
+def _line(cells: Any) -> str:
+    return "  ".join(f"{cell:>13}" for cell in cells)
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(_COLUMNS)
+    table.writerows(row.values() for row in rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def draw_path(
+    path: Path | str,
+    results: list[tuple[float, Result]],
+    scores: list[float] | None = None,
+    name: str = "accuracy",
+) -> None:
+    """Draw objective and bound over sparsity, and below them a score of the network where it is known.
+
+    Parameters
+    ----------
+    path : Path or str
+        `.png`, `.svg` or `.pdf`.
+    results : list of (sparsity, Result)
+    scores : list of float, optional
+        One for each result.
+    name : str
+        What the score is.
+
+    Raises
+    ------
+    OutputError
+        When the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    panels = 1 if scores is None else 2
+    figure = Figure(figsize=(6.4, 3.4 * panels), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    x = [sparsity for sparsity, _ in results]
+    objective = [result.objective for _, result in results]
+    kind = results[0][1].objective_kind
+    axes[0].plot(x, objective, "o-", color="#2a6f97", label=f"{kind} loss")
+    bounds = [(s, result.bound) for s, result in results if result.bound is not None]
+    if bounds:
+        axes[0].plot(*zip(*bounds, strict=True), "s--", color="#d1495b", mfc="white", label="lower bound")
+    if min([*objective, *(bound for _, bound in bounds)]) > 0:
+        axes[0].set_yscale("log")
+    axes[0].set_ylabel("predicted rise of the loss")
+    axes[0].legend(frameon=False)
+    if scores is not None:
+        axes[1].plot(x, scores, "o-", color="#2a6f97")
+        axes[1].set_ylabel(name)
+    axes[-1].set_xlabel("sparsity")
+    for panel in axes:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lower()[1:], dpi=130)
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())

@@ -1,0 +1,132 @@
+"""The front door for people with a network: `export`, `apply` and `masks`, which take what they have.
+
+torch and `cbs_opt.instances` are loaded when a function is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cbs_opt.errors import UsageError
+from cbs_opt.instance import Instance
+from cbs_opt.result import Result, Solution
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cbs_opt.instances.masks import LayerMask
+
+
+def export(
+    model: nn.Module,
+    inputs: Any,
+    labels: Any = None,
+    names: Sequence[str] | None = None,
+    *,
+    sparsity: float | str | None = None,
+    nm: str | tuple[int, int] | None = None,
+    samples: int | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> Instance:
+    """Turn a trained network and samples into an instance.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Also compiled, in DataParallel, or of half precision; it is left as it was.
+    inputs, labels : tensors, arrays, lists
+        Or `inputs` alone: (inputs, labels), dictionaries, a loader of batches, a data set, a function that runs
+        the model; see `cbs_opt.instances.own_data`. Reconstruction (`source="reconstruction"`) needs no labels.
+    names : sequence of str, optional
+        What is pruned, by names or patterns; the weights of all layers that multiply by default.
+    sparsity : float or str, optional
+        0.5 or "50%".
+    nm : str or (int, int), optional
+        "2:4": of four consecutive inputs two stay.
+    samples : int, optional
+        How many at most.
+    seed : int, optional
+        Draw them at random.
+    **options
+        `loss`, `metric`, `source`, `blocks`, `damping`, `layers`, `path` and all others of
+        `cbs_opt.instances.export.export`.
+
+    Returns
+    -------
+    Instance
+
+    Raises
+    ------
+    UsageError, InstanceError
+        In one sentence that names what does not fit; torch's own error is its `__cause__`.
+
+    Examples
+    --------
+    >>> import cbs_opt, numpy, torch
+    >>> model = torch.nn.Linear(4, 3)
+    >>> x, y = numpy.random.rand(20, 4), numpy.arange(20, dtype="int32") % 3
+    >>> cbs_opt.export(model, x, y, nm="2:4").describe()
+    '12 weights in 1 block (20 gradients, damping 1e-05), 6 to prune (50.0%), 3 groups'
+    """
+    from cbs_opt.instances.budgets import share_of
+    from cbs_opt.instances.export import export as export_samples
+    from cbs_opt.instances.modes import unwrapped
+    from cbs_opt.instances.own_data import own_samples
+
+    data = inputs if labels is None else (inputs, _array(labels))
+    owned = own_samples(data, unwrapped(model), "the data", samples, seed)
+    return export_samples(
+        model,
+        owned.inputs,
+        owned.targets,
+        names,
+        sparsity=None if sparsity is None else share_of(sparsity, "`sparsity`"),
+        nm=None if nm is None else _pattern(nm),
+        **options,
+    )
+
+
+def apply(model: nn.Module, instance: Instance, solution: Result | Solution) -> list[LayerMask]:
+    """Prune a network in place, and move its kept weights where the solution has updated weights.
+
+    Parameters, result and errors are those of `cbs_opt.instances.apply.apply`.
+    """
+    from cbs_opt.instances.apply import apply as apply_solution
+
+    return apply_solution(model, instance, solution)
+
+
+def masks(instance: Instance, solution: Result | Solution) -> dict[str, Tensor]:
+    """The masks of a solution by name of tensor, bool of the tensor's shape: True where a weight stays.
+
+    Raises
+    ------
+    InstanceError
+        When the instance does not say which tensors it is about.
+    """
+    import torch
+
+    from cbs_opt.instances.apply import layer_masks
+
+    layers = layer_masks(instance, solution.pruned)
+    return {name: torch.from_numpy(~layer.pruned) for layer in layers for name in (layer.name, *layer.aliases)}
+
+
+def _array(values: Any) -> Any:
+    """Lists and series as arrays; tensors and trees of them as they are."""
+    import numpy as np
+
+    if isinstance(values, list) or type(values).__module__.startswith("pandas"):
+        return np.asarray(values)
+    return values
+
+
+def _pattern(nm: str | tuple[int, int]) -> tuple[int, int]:
+    parts = nm.split(":") if isinstance(nm, str) else list(nm)
+    try:
+        keep, of = (int(part) for part in parts)
+    except (TypeError, ValueError):
+        raise UsageError(f"`nm` must be 'N:M', '2:4' say, or (N, M), got {nm!r}") from None
+    return keep, of

@@ -1,0 +1,214 @@
+"""Inputs and targets of a network: a tensor, or tuples and dictionaries of tensors, cut along the samples.
+
+A `Bundle` behaves like a tensor in the few ways that the rest of the room needs: it has a length, slices, and
+moves to a device. `Pieces` holds samples of several shapes, sequences of different lengths say, shape after shape;
+`slices` cuts without crossing a border. `call` runs a model on any of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from cbs_opt.errors import InstanceError
+
+
+class Samples(Protocol):
+    """Inputs or targets: a tensor, or whatever gives tensors or bundles for slices."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, part: slice, /) -> Any:
+        """The samples of a slice, along the first dimension."""
+        ...
+
+
+def map_leaves(change: Callable[[Any], Any], tree: Any) -> Any:
+    """The same tuples, lists, dictionaries and dataclasses with every other object changed."""
+    if isinstance(tree, tuple | list) and not isinstance(tree, PackedSequence):  # sequences packed stay so
+        parts = [map_leaves(change, part) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    if isinstance(tree, Mapping):
+        items = {key: map_leaves(change, part) for key, part in tree.items()}
+        # Outputs of Hugging Face's models are dictionaries whose constructor takes the fields by name.
+        return type(tree)(**items) if dataclasses.is_dataclass(tree) else items
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = {f.name: map_leaves(change, getattr(tree, f.name)) for f in dataclasses.fields(tree)}
+        return dataclasses.replace(tree, **fields)
+    return change(tree)
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """The objects that `map_leaves` would change, in order."""
+    found: list[Any] = []
+    map_leaves(found.append, tree)
+    return found
+
+
+class _Place:
+    """Where a leaf stands among the leaves of a bundle; no dataclass, which would be a tree."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __repr__(self) -> str:
+        return f"leaf {self.index}"
+
+
+class Bundle:
+    """A tree of tensors, those with one row a sample cut together.
+
+    Parameters
+    ----------
+    tree : tuple, list, mapping or dataclass
+        Of tensors and constants. For the inputs of a model it is (arguments, arguments by keyword).
+    m : int
+        Number of samples: tensors of this length are cut, everything else is the same for all of them.
+    """
+
+    def __init__(self, tree: Any, m: int) -> None:
+        self.leaves: list[Any] = []
+        self._m = m
+
+        def place(leaf: Any) -> _Place:
+            self.leaves.append(leaf)
+            return _Place(len(self.leaves) - 1)
+
+        self.layout = map_leaves(place, tree)
+        self.varying = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == m for leaf in self.leaves]
+
+    def _like(self, leaves: list[Any], m: int) -> Bundle:
+        other = object.__new__(Bundle)
+        other.leaves, other.layout, other.varying, other._m = leaves, self.layout, self.varying, m
+        return other
+
+    def __len__(self) -> int:
+        return self._m
+
+    def __getitem__(self, part: slice | Tensor) -> Bundle:
+        """The samples of a slice, or of an int64 tensor of indices."""
+        m = len(range(*part.indices(self._m))) if isinstance(part, slice) else len(part)
+        cut = [leaf[part] if v else leaf for leaf, v in zip(self.leaves, self.varying, strict=True)]
+        return self._like(cut, m)
+
+    @property
+    def tree(self) -> Any:
+        """The tensors in their places."""
+        return map_leaves(lambda place: self.leaves[place.index], self.layout)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(leaf.nbytes for leaf in self.leaves if isinstance(leaf, Tensor))
+
+    def with_leaves(self, leaves: Sequence[Any]) -> Bundle:
+        """The same places with other tensors."""
+        return self._like(list(leaves), self._m)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Bundle:
+        """Every tensor changed."""
+        return self.with_leaves([change(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves])
+
+
+class Pieces:
+    """Samples of several shapes, one piece for each: slices stay within a piece.
+
+    Parameters
+    ----------
+    parts : sequence of Tensor or Bundle
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+        self.borders = [0]
+        for part in self.parts:
+            self.borders.append(self.borders[-1] + len(part))
+
+    def __len__(self) -> int:
+        return self.borders[-1]
+
+    def __getitem__(self, part: slice) -> Any:
+        start, stop, _ = part.indices(len(self))
+        number = next(k for k, end in enumerate(self.borders[1:]) if start < end or end == len(self))
+        first, end = self.borders[number], self.borders[number + 1]
+        if stop > end:
+            raise InstanceError(f"samples {start} … {stop - 1} have inputs of different shapes")
+        return self.parts[number][start - first : stop - first]
+
+
+def slices(samples: Samples, size: int, start: int = 0, stop: int | None = None) -> Iterator[slice]:
+    """Cut the samples into slices of at most `size`, none with inputs of two shapes."""
+    stop = len(samples) if stop is None else stop
+    borders = [b for b in getattr(samples, "borders", ()) if start < b < stop]
+    for first, last in zip([start, *borders], [*borders, stop], strict=True):
+        for at in range(first, last, size):
+            yield slice(at, min(at + size, last))
+
+
+def shape_of(samples: Any) -> str:
+    """The shapes of one sample, in words."""
+    if isinstance(samples, Bundle):
+        tensors = [leaf for leaf in samples.leaves if isinstance(leaf, Tensor)]
+        return ", ".join(f"{tuple(t.shape[1:])} {_kind(t)}" for t in tensors) or "nothing"
+    return f"{tuple(samples.shape[1:])}, {samples.dtype}"
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def placed(samples: Any, model: nn.Module) -> Any:
+    """Samples on the device of the model, floating-point tensors in the type of its weights."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if first is None:
+        return samples
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(first.device, first.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    return samples.changed(move) if isinstance(samples, Bundle) else move(samples)
+
+
+def moved(targets: Any, device: torch.device | str) -> Any:
+    """Targets on a device, in their own types."""
+    if isinstance(targets, Bundle):
+        return targets.changed(lambda tensor: tensor.to(device))
+    return targets.to(device)
+
+
+def arguments(samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with: arguments by position and by keyword."""
+    if isinstance(samples, Bundle):
+        args, kwargs = samples.tree
+        return tuple(args), dict(kwargs)
+    return (samples,), {}
+
+
+def call(model: nn.Module, samples: Any) -> Any:
+    """Run a model on a tensor or a bundle."""
+    args, kwargs = arguments(samples)
+    return model(*args, **kwargs)
+
+
+def checked_call(model: nn.Module, samples: Any, name: str = "") -> Any:
+    """Run a model; raises `InstanceError` in one sentence where it does not take the inputs."""
+    try:
+        return call(model, samples)
+    except Exception as error:  # whatever a user's network does with inputs that are not its own
+        where = f"{name}: " if name else ""
+        raise InstanceError(
+            f"{where}the network does not take inputs of shape {shape_of(samples)}: {reason(error)}"
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """An error of somebody else's code in one line."""
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,183 @@
+"""Budgets of layers: a sparsity for each, by name or pattern, and a number of weights that every layer keeps."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbs_opt.budget import Budget
+from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.instances.prunable import matches
+from cbs_opt.typing import FloatArray
+
+logger = logging.getLogger("cbs_opt")
+
+
+def share_of(value: object, what: str) -> float:
+    """A fraction from 0.5, "0.5" or "50%"; raises `UsageError` for anything else."""
+    text = str(value).strip()
+    try:
+        number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        number = math.nan
+    if isinstance(value, bool) or not 0 <= number <= 1:
+        raise UsageError(f"{what} must be a fraction between 0 and 1, 0.5 or 50% say, got '{text[:40]}'")
+    return number
+
+
+def read_rules(texts: Sequence[str]) -> dict[str, float]:
+    """Sparsities by pattern, from `PATTERN=F` and `.toml` files of such pairs; later ones win.
+
+    Raises
+    ------
+    UsageError
+        For what is neither, or no fraction.
+    InstanceError
+        When a file cannot be read.
+    """
+    rules: dict[str, float] = {}
+    for text in texts:
+        pattern, equals, value = text.rpartition("=")
+        pairs: Mapping[str, object] = {pattern: value}
+        where = f"'{text}'"
+        if not equals:
+            if not text.endswith(".toml"):
+                raise UsageError(
+                    f"`--sparsity-per-layer` takes PATTERN=FRACTION, 'fc.*=0.9' say, or a .toml file, got '{text}'"
+                )
+            pairs, where = _flat(_toml(Path(text))), text
+        for name, number in pairs.items():
+            rules.pop(name, None)  # the last rule stands last
+            rules[name] = share_of(number, f"{where}: the sparsity of '{name}'")
+    return rules
+
+
+def _toml(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InstanceError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InstanceError(f"{path}: is not valid TOML: {error}") from None
+
+
+def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Names with dots are tables to TOML where they are not quoted."""
+    out: dict[str, object] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def budget_of_layers(
+    names: Sequence[str], sizes: Sequence[int], rules: Mapping[str, float], sparsity: float
+) -> Budget:
+    """A group for each layer that a rule names, and one for all others together.
+
+    Parameters
+    ----------
+    names, sizes : sequences
+        Of the tensors, in the order of the weights.
+    rules : mapping of str to float
+        Sparsities by pattern, see `prunable.matches`; the last pattern that fits counts.
+    sparsity : float
+        Of all other tensors together.
+
+    Raises
+    ------
+    UsageError
+        For a pattern that names none of the tensors.
+    """
+    for pattern in rules:
+        if not any(matches(pattern, name) for name in names):
+            listed = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
+            raise UsageError(
+                f"`--sparsity-per-layer`: '{pattern}' is no tensor that is pruned; these are {listed}"
+            )
+    group, budgets, others = [], [], []
+    for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        found = [share for pattern, share in rules.items() if matches(pattern, name)]
+        if found:
+            group.append(len(budgets))
+            budgets.append(_count(found[-1], size))
+        else:
+            group.append(-1)
+            others.append(index)
+    if others:
+        group = [len(budgets) if g < 0 else g for g in group]
+        budgets.append(_count(sparsity, sum(sizes[index] for index in others)))
+    return Budget(sum(budgets), np.repeat(np.array(group, np.int64), sizes), np.array(budgets, np.int64))
+
+
+def keeping(
+    budget: Budget,
+    weights: FloatArray,
+    sizes: Sequence[int],
+    least: float,
+    fixed: NDArray[np.int8] | None,
+) -> tuple[Budget, NDArray[np.int8]]:
+    """Keep at least so many weights of every tensor: its largest ones are fixed.
+
+    Parameters
+    ----------
+    budget : Budget
+    weights : float64 (n,)
+    sizes : sequence of int
+        Of the tensors.
+    least : float
+        A whole number of weights, or below 1 a share of each tensor.
+    fixed : int8 (n,), optional
+        What must be zero or must stay already.
+
+    Returns
+    -------
+    budget : Budget
+        Lowered where it would prune more than may be pruned.
+    fixed : int8 (n,)
+        −1 for the weights that stay.
+
+    Raises
+    ------
+    UsageError
+        For a number that is neither.
+    """
+    if not math.isfinite(least) or least < 0 or (least > 1 and least != int(least)):
+        raise UsageError(f"`keep_at_least` must be a whole number of weights, or a share below 1, got {least:g}")
+    out = np.zeros(weights.size, np.int8) if fixed is None else np.array(fixed, np.int8)
+    start = 0
+    for size in sizes:
+        part = slice(start, start + size)
+        wanted = math.ceil(least * size - 1e-9 * size) if least < 1 else min(int(least), size)
+        free = np.flatnonzero(out[part] == 0)
+        wanted -= int(np.count_nonzero(out[part] == -1))
+        largest = free[np.argsort(-np.abs(weights[part][free]), kind="stable")[: max(wanted, 0)]]
+        out[part][largest] = -1
+        start += size
+    group = budget.group_of(weights.size)
+    may = budget.group_sizes(weights.size) - np.bincount(group[out == -1], minlength=budget.number_of_groups)
+    old = budget.per_group
+    new = np.minimum(old, may)
+    if (new == old).all():
+        return budget, out
+    logger.warning(
+        f"every layer keeps {least:g}{' of its weights' if least < 1 else ' weights'}: {int(new.sum())} are "
+        "pruned in "
+        f"place of {int(old.sum())}"
+    )
+    if budget.groups is None:
+        return Budget(int(new[0])), out
+    return Budget(int(new.sum()), budget.groups, new), out
+
+
+def _count(share: float, size: int) -> int:
+    # The product of a decimal fraction and a number may lie a rounding error above a whole number.
+    return min(size, math.ceil(share * size - 1e-9 * size))

@@ -1,0 +1,88 @@
+"""What a user's factory returns: a model, and what it may bring along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from cbs_opt.errors import UsageError
+
+_KEYS = {
+    "model": "model",
+    "network": "model",
+    "data": "data",
+    "train": "data",
+    "train_data": "data",
+    "test": "test_data",
+    "test_data": "test_data",
+    "val": "test_data",
+    "loss": "loss",
+    "metric": "metric",
+    "output_key": "output_key",
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """The parts of what a factory made.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+    data, test_data : object
+        See `cbs_opt.instances.own_data`.
+    loss, metric, output_key : object
+        See `losses.declared`, `metrics.declared_metric` and `outputs.output_tensor`.
+    """
+
+    model: nn.Module
+    data: Any = None
+    test_data: Any = None
+    loss: Any = None
+    metric: Any = None
+    output_key: str | None = None
+
+
+def parts_of(made: Any, spec: str) -> Made:
+    """Divide `model`, `(model, data)`, `(model, train, test, loss, metric)` or a dictionary with these names.
+
+    (model, inputs, labels) is taken as such where both are tensors or arrays of the same length.
+
+    Raises
+    ------
+    UsageError
+        For anything else.
+    """
+    if isinstance(made, Mapping):
+        unknown = [str(key) for key in made if key not in _KEYS]
+        parts = {_KEYS[key]: part for key, part in made.items() if key in _KEYS}
+        if unknown or not isinstance(parts.get("model"), nn.Module):
+            raise UsageError(
+                f"{spec}: a dictionary must have `model`, and may have `train`, `test`, `loss` and `metric`, got "
+                f"{', '.join(map(str, made)) or 'nothing'}"
+            )
+        return Made(**parts)
+    listed = list(made) if isinstance(made, tuple | list) else [made]
+    if not 1 <= len(listed) <= 5 or not isinstance(listed[0], nn.Module):
+        raise UsageError(
+            f"{spec}: must return a model, (model, data) or (model, training data, test data[, loss[, "
+            "metric]]), got "
+            f"{_kind(made)}"
+        )
+    if (
+        len(listed) == 3
+        and all(isinstance(part, Tensor | np.ndarray) for part in listed[1:])
+        and len(listed[1]) == len(listed[2])
+    ):
+        return Made(listed[0], (listed[1], listed[2]))
+    return Made(*listed)
+
+
+def _kind(made: Any) -> str:
+    if isinstance(made, tuple | list):
+        return f"({', '.join(type(part).__name__ for part in made[:4])}{', …' if len(made) > 4 else ''})"
+    return type(made).__name__

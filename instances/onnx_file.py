@@ -1,0 +1,64 @@
+"""A pruned network as an ONNX file: its zeros are ordinary numbers there, for runtimes that use them or not."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cbs_opt.errors import OutputError, UsageError
+from cbs_opt.files.atomic import atomic_write
+from cbs_opt.instances.batches import arguments, placed, reason
+from cbs_opt.instances.modes import evaluation_mode, single_precision
+
+
+def check_onnx() -> None:
+    """Raise `UsageError` unless the package that torch writes ONNX with is there."""
+    if importlib.util.find_spec("onnx") is None:
+        raise UsageError('ONNX files need the package onnx: pip install "cbs-opt[onnx]"')
+
+
+def write_onnx(path: Path | str, model: nn.Module, inputs: Any) -> None:
+    """Write a network as it runs on some inputs; the number of samples stays free.
+
+    Parameters
+    ----------
+    path : Path or str
+    model : torch.nn.Module
+        Half precision is written as float32.
+    inputs : Tensor or Bundle (m, …)
+        Samples to trace the network with.
+
+    Raises
+    ------
+    UsageError
+        Without the package onnx.
+    OutputError
+        When torch cannot write this network, or the file cannot be written.
+    """
+    check_onnx()
+    buffer = io.BytesIO()
+    with evaluation_mode(model), single_precision(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args, kwargs = arguments(placed(inputs, model))
+        names = [f"input_{k}" for k in range(len(args))] if len(args) > 1 else ["input"]
+        names = names[: len(args)] + list(kwargs)
+        try:
+            torch.onnx.export(
+                model,
+                args,
+                buffer,
+                kwargs=kwargs or None,
+                input_names=names,
+                dynamic_axes={name: {0: "samples"} for name in names},
+                dynamo=False,
+            )
+        except Exception as error:  # operators that ONNX lacks, control flow that a trace does not follow
+            raise OutputError(f"{path}: torch cannot write this network as ONNX: {reason(error)}") from error
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())

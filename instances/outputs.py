@@ -1,0 +1,82 @@
+"""Which tensor of a network's output is the one that the loss is about."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from cbs_opt.errors import InstanceError
+
+_NAMES = (
+    "logits",
+    "prediction",
+    "predictions",
+    "preds",
+    "output",
+    "outputs",
+    "out",
+    "y_hat",
+    "scores",
+    "start_logits",
+)
+
+
+def output_tensor(outputs: Any, key: str | None = None) -> Tensor:
+    """The logits or predictions of a network that returns a tensor, a tuple, a dictionary or a dataclass.
+
+    Parameters
+    ----------
+    outputs : object
+        What the network returned.
+    key : str, optional
+        Name or number of the part that is meant. By default: the tensor itself; the part called `logits`, `out`
+        and the like; the only tensor; the first tensor of a tuple that is not a single number.
+
+    Raises
+    ------
+    InstanceError
+        When there is no such part, or several could be meant.
+    """
+    if isinstance(outputs, Tensor) and key is None:
+        return outputs
+    named = _named(outputs)
+    if key is not None:
+        part = named.get(key)
+        if not isinstance(part, Tensor):
+            raise InstanceError(f"the network's output has no tensor '{key}'; it has {_listed(named)}")
+        return part
+    for name in _NAMES:
+        if isinstance(named.get(name), Tensor):
+            return named[name]
+    tensors = {name: part for name, part in named.items() if isinstance(part, Tensor) and part.dim() > 0}
+    if len(tensors) == 1 or (tensors and isinstance(outputs, tuple | list)):
+        return next(iter(tensors.values()))
+    raise InstanceError(
+        f"the network's output, {_listed(named)}, does not say which tensor the loss is about: name it with "
+        "`--output-key` (from Python `output_key`), 'logits' say"
+    )
+
+
+def _named(outputs: Any) -> dict[str, Any]:
+    if isinstance(outputs, Mapping):
+        return {str(name): part for name, part in outputs.items()}
+    if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
+        return dict(zip(outputs._fields, outputs, strict=True))
+    if isinstance(outputs, tuple | list):
+        return {str(number): part for number, part in enumerate(outputs)}
+    if dataclasses.is_dataclass(outputs):
+        return {f.name: getattr(outputs, f.name) for f in dataclasses.fields(outputs)}
+    if isinstance(outputs, Tensor):
+        return {"0": outputs}
+    return dict(getattr(outputs, "__dict__", {}))
+
+
+def _listed(named: dict[str, Any]) -> str:
+    parts = [
+        f"{name} {tuple(part.shape)}" if isinstance(part, Tensor) else f"{name} ({type(part).__name__})"
+        for name, part in named.items()
+    ]
+    return ", ".join(parts[:8]) or "nothing"

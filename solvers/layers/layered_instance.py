@@ -1,0 +1,147 @@
+"""Instances whose blocks share stored Hessians, as layers, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbs_opt.budget import Budget
+from cbs_opt.curvature.base import SharedRows
+from cbs_opt.errors import InstanceError
+from cbs_opt.instance import Instance
+from cbs_opt.result import Status
+from cbs_opt.solver import Context
+from cbs_opt.solvers.layers.problem import Layer, LayerBudget
+from cbs_opt.solvers.layers.solve import solve_layers
+from cbs_opt.solvers.problem.decided import decide
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class LayeredInstance:
+    """The layers of an instance.
+
+    Attributes
+    ----------
+    instance : Instance
+    objective : str
+    layers : list of Layer
+    budget : LayerBudget
+    index : list of int64 (rows, K)
+        The weights of each layer among all n.
+    offset : float
+        Loss of the instance less that of the layers: −½ gᵀH⁻¹g with a first-order term, for the joint objective.
+    """
+
+    instance: Instance
+    objective: str
+    layers: list[Layer]
+    budget: LayerBudget
+    index: list[IntArray]
+    offset: float
+
+    def expand(self, masks: list[BoolArray]) -> BoolArray:
+        """The selection, bool (n,), of masks of the layers."""
+        pruned = np.zeros(self.instance.n, dtype=bool)
+        for at, mask in zip(self.index, masks, strict=True):
+            pruned[at] = mask
+        return pruned
+
+    def restrict(self, pruned: BoolArray) -> list[BoolArray]:
+        """Masks of the layers of a selection, bool (n,)."""
+        return [pruned[at] for at in self.index]
+
+    def run(self, context: Context, bound_share: float) -> Status:
+        """Solve, reporting to the monitor of `context`; an iteration is a round of search over all rows.
+
+        Parameters
+        ----------
+        context : Context
+        bound_share : float
+            Share of the time limit for lower bounds; 0 for none.
+        """
+        monitor = context.monitor
+
+        def report(objective: float, masks: list[BoolArray]) -> None:
+            monitor.report(self.offset + objective, self.expand(masks))
+
+        def report_bound(bound: float) -> None:
+            monitor.report_bound(self.offset + bound - 1e-13 * abs(self.offset))
+
+        report_bound(0.0)
+        limit = monitor.stop.max_iterations
+        solve_layers(
+            self.layers,
+            self.budget,
+            objective=self.objective,
+            warm_start=None if context.warm_start is None else self.restrict(context.warm_start),
+            report=report,
+            report_bound=report_bound,
+            should_stop=monitor.should_stop,
+            time_limit=monitor.remaining if np.isfinite(monitor.remaining) else None,
+            threads=context.workers,
+            seed=context.seed,
+            bound_share=bound_share,
+            max_rounds=limit,
+            refit=False,
+        )
+        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+
+
+def layered_instance(instance: Instance, objective: str) -> LayeredInstance | None:
+    """The layers of an instance whose blocks share stored Hessians, or None where it has no such form.
+
+    The budget must be one number, one for each row, or N:M along the rows; a first-order term is possible for the
+    joint objective only, where it moves the point from which the weights are measured. O(Σ K³) with such a term.
+    """
+    shared = instance.curvature.shared_rows()
+    if shared is None or (instance.linear is not None and objective == "selection"):
+        return None
+    budget = _budget(instance.budget, [rows.index for rows in shared])
+    if budget is None:
+        return None
+    fixed, _, _ = decide(instance)
+    layers, offset = [], 0.0
+    for rows in shared:
+        weights = instance.weights[rows.index]
+        if instance.linear is not None:
+            move = _newton_step(rows, instance.linear[rows.index])
+            weights = weights - move
+            offset -= 0.5 * float((instance.linear[rows.index] * move).sum())
+        locked = fixed[rows.index]
+        layers.append(Layer(weights, rows.hessian, rows.scale, locked if locked.any() else None))
+    return LayeredInstance(instance, objective, layers, budget, [rows.index for rows in shared], offset)
+
+
+def _newton_step(rows: SharedRows, g: FloatArray) -> FloatArray:
+    """H⁻¹g of each row, float64 (rows, K)."""
+    from scipy.linalg import cho_factor, cho_solve
+
+    try:
+        factor = cho_factor(rows.hessian)
+    except np.linalg.LinAlgError:
+        raise InstanceError(
+            "a stored Hessian is singular, so that the first-order term has no best update: a positive damping is "
+            "needed"
+        ) from None
+    return np.asarray(cho_solve(factor, g.T).T / rows.scale[:, None])
+
+
+def _budget(budget: Budget, index: list[IntArray]) -> LayerBudget | None:
+    """The budget of an instance for layers with these weights, or None where it has another form."""
+    if budget.groups is None or budget.group_budgets is None:
+        return LayerBudget(total=budget.total)
+    groups, counts = np.asarray(budget.groups), np.asarray(budget.group_budgets)
+    sizes = np.bincount(groups, minlength=counts.size)
+    of_rows = [groups[at] for at in index]
+    heads = np.concatenate([of[:, 0] for of in of_rows])
+    if all((of == of[:, :1]).all() for of in of_rows) and np.unique(heads).size == heads.size:
+        return LayerBudget(per_row=tuple(counts[of[:, 0]] for of in of_rows))
+    m, n = int(sizes[groups[0]]), int(counts[groups[0]])
+    if (sizes[np.unique(groups)] != m).any() or (counts[np.unique(groups)] != n).any():
+        return None
+    for of in of_rows:
+        if of.shape[1] % m or (of.reshape(of.shape[0], -1, m) != of[:, ::m, None]).any():
+            return None
+    return LayerBudget(pattern=(n, m))
