@@ -6,12 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cbs_opt.instance import Instance
 from cbs_opt.solvers.joint.tableau import NEVER, Tableau
 from cbs_opt.solvers.joint.uncoupled import SeparateWeights
-from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 CORE_LIMIT = 5000
 """Weights of a block that take part in swaps; of a larger block the kept and the most promising others do."""
@@ -78,7 +77,7 @@ class JointMoves:
         k: int,
         pruned: BoolArray,
         group: IntArray,
-        fixed: NDArray[np.int8],
+        fixed: Int8Array,
         pool: ThreadPoolExecutor | None,
         threads: int,
     ) -> None:

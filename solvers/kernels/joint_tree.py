@@ -6,10 +6,7 @@ import numpy as np
 
 from cbs_opt.solvers.kernels.dense_numba import cholesky, entry, inner, invert_factor, kth_largest, solve
 from cbs_opt.solvers.kernels.perspective_relaxation import relax, water
-from cbs_opt.solvers.kernels.selection_tree import BRANCH, FOUND, LEVEL, NODES, PENDING, QLEVEL, ROOT, VALUE
-
-POINT = 3
-"""Entry of the state: level of the last relaxed point, −1 where the last node had none."""
+from cbs_opt.solvers.kernels.stack_layout import BRANCH, FOUND, LEVEL, NODES, PENDING, POINT, QLEVEL, ROOT, VALUE
 
 DONE, MORE, CROWDED = range(3)
 """What `run` returns: nothing left, the nodes are used up, no room for another level."""

@@ -14,7 +14,7 @@ from cbs_opt.solvers.mip.selection_model import LinearModel, RowBuilder, add_bud
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.trees.joint_diagonal import Relaxation, best_diagonal
 from cbs_opt.stop import Stop
-from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 _MOVES = 200  # of the heuristic that finds the first selection
 _SECONDS = 10.0  # far above what they take
@@ -160,7 +160,8 @@ class ScaledJoint:
 
     def restrict(self, pruned: BoolArray) -> FloatArray:
         """The open part of a selection, float64 (n,)."""
-        return pruned[self.problem.index].astype(np.float64)
+        out: FloatArray = pruned[self.problem.index].astype(np.float64)
+        return out
 
     def members(self) -> list[IntArray]:
         """Open weights of each group."""
@@ -194,7 +195,7 @@ class ScaledJoint:
         return (self.decided == 1).astype(np.float64), (self.decided != 0).astype(np.float64)
 
 
-def _decide(price: FloatArray, keep: int, slack: float) -> IntArray:
+def _decide(price: FloatArray, keep: int, slack: float) -> Int8Array:
     """What every selection within `slack` of the bound does with the weights of one group, int8 (c,).
 
     The bound is minus the sum of the `keep` largest prices: taking another weight in, or one of those out, raises
@@ -274,10 +275,10 @@ def pyomo_joint(problem: ScaledJoint, units: float = 1.0, perspective: bool = Tr
         out.row.add(out.x[i] + at >= float(problem.lower[i]) * (1 - out.v[i]))
     P = problem.M - np.diag(problem.d) if perspective else problem.M
     terms = []
-    for at in problem.parts:
-        for k, i in enumerate(at.tolist()):
+    for part in problem.parts:
+        for k, i in enumerate(part.tolist()):
             terms.append(0.5 * float(P[i, i]) * out.x[i] * out.x[i])
-            terms += [float(P[i, j]) * out.x[i] * out.x[j] for j in at[:k].tolist() if P[i, j]]
+            terms += [float(P[i, j]) * out.x[i] * out.x[j] for j in part[:k].tolist() if P[i, j]]
     constant = 0.0
     if perspective:
         open_ = np.flatnonzero(problem.d > 0).tolist()

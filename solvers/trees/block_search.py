@@ -8,9 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from cbs_opt.solvers.kernels.choice_knapsack import cheapest_entries
-from cbs_opt.solvers.trees.best_first import Int8Array
 from cbs_opt.solvers.trees.tables import Table
-from cbs_opt.typing import FloatArray, IntArray
+from cbs_opt.typing import FloatArray, Int8Array, IntArray
 
 _FIRST_NODES = 400
 _PATIENCE = 5  # rounds after which the nodes of a table's tree grow

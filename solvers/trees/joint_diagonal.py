@@ -96,7 +96,8 @@ def best_diagonal(
     u, theta = v.copy(), np.zeros(keep.size)
     of_group = np.repeat(np.arange(keep.size), np.diff(starts))
     best, best_d, omega = -np.inf, d, None
-    mu, col, W = 0.3 * scale / m, np.empty(m), np.empty((0, 0))
+    mu, col = 0.3 * scale / m, np.empty(m)
+    W: FloatArray = np.empty((0, 0))
     for step in range(passes + 1):
         if step:
             joint_pass(W, d, omega, mu, low, col)
@@ -108,7 +109,7 @@ def best_diagonal(
             break
         if step % 4 == 0:
             try:
-                W = np.linalg.inv(M - np.diag(d))
+                W = np.asarray(np.linalg.inv(M - np.diag(d)), np.float64)
             except np.linalg.LinAlgError:
                 break
         at = theta[of_group]

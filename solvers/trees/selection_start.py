@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cbs_opt.solvers.kernels.dense_tabu import tabu
-from cbs_opt.typing import FloatArray, IntArray
+from cbs_opt.typing import FloatArray, Int8Array, IntArray
 
 
-def take_smallest(key: FloatArray, gp: IntArray, r: IntArray) -> NDArray[np.int8]:
+def take_smallest(key: FloatArray, gp: IntArray, r: IntArray) -> Int8Array:
     """int8 (n,): ones at the r[a] smallest keys of each group gp[a] … gp[a+1]."""
     y = np.zeros(key.size, np.int8)
     for a in range(r.size):
@@ -17,9 +16,7 @@ def take_smallest(key: FloatArray, gp: IntArray, r: IntArray) -> NDArray[np.int8
     return y
 
 
-def improve(
-    Q: FloatArray, c: FloatArray, group: IntArray, y: NDArray[np.int8], seed: int
-) -> tuple[NDArray[np.int8], float]:
+def improve(Q: FloatArray, c: FloatArray, group: IntArray, y: Int8Array, seed: int) -> tuple[Int8Array, float]:
     """Tabu search from y, int8 (n,); the best selection and its value ½ yᵀQy + cᵀy."""
     n = c.size
     out = np.empty(n, np.int8)

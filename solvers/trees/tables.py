@@ -9,11 +9,11 @@ from typing import Protocol
 import numpy as np
 
 from cbs_opt.solvers.kernels.subsets import MAX_WEIGHTS, all_subsets
-from cbs_opt.solvers.trees.best_first import BestFirst, Int8Array
+from cbs_opt.solvers.trees.best_first import BestFirst
 from cbs_opt.solvers.trees.joint_worker import prepare_joint
 from cbs_opt.solvers.trees.outlines import Outline, eliminated, joint_bounds, outline_diagonal, selection_outline
 from cbs_opt.solvers.trees.selection_worker import prepare_selection
-from cbs_opt.typing import FloatArray, IntArray
+from cbs_opt.typing import FloatArray, Int8Array, IntArray
 
 _OUTLINES = 8  # intervals between the numbers of pruned weights whose relaxation is solved beforehand
 

@@ -269,13 +269,14 @@ def test_relaxed_diagonals_are_safe():
     for k in range(14):
         N[k, k], N[14, k] = 1, -1
         N[15 + k, 14 + k], N[29, 14 + k] = 1, -1
-    assert np.linalg.eigvalsh(N.T @ (search.task.Q - np.diag(shift)) @ N)[0] > -1e-12 * np.trace(search.task.Q)
+    Q = search.problem.Q
+    assert np.linalg.eigvalsh(N.T @ (Q - np.diag(shift)) @ N)[0] > -1e-12 * np.trace(Q)
     joint = prepare_joint(np.linalg.inv(H), H, rng.normal(size=30), group, np.array([5, 9]), [])
     worker = joint.queue.new_worker(np.array([np.inf]))
     worker.load(joint.queue.best_open())
     d = worker.better_diagonal()
     assert (d > 0).all()
-    assert np.linalg.eigvalsh(np.linalg.inv(joint.task.A) - np.diag(d))[0] > -1e-9
+    assert np.linalg.eigvalsh(np.linalg.inv(joint.problem.A) - np.diag(d))[0] > -1e-9
 
 
 def test_proves_what_enumeration_cannot():
