@@ -119,8 +119,11 @@ def solve(
         try:
             chosen.prepare(instance, context)
             build_seconds = monitor.elapsed
-            monitor.start()
-            status = chosen.run(instance, context)
+            if monitor.reason is None:
+                monitor.start()
+                status = chosen.run(instance, context)
+            else:  # told to stop while it prepared
+                status = Status.CONVERGED
         except CbsError as error:
             if monitor.pruned is None:
                 if isinstance(error, InstanceError):  # valid, but not for this solver

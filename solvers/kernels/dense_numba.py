@@ -8,7 +8,17 @@ import numpy as np
 
 from cbs_opt.solvers.kernels.compilation import entry, entry_fast, inner, inner_fast
 
-__all__ = ["axpy", "cholesky", "entry", "entry_fast", "inner", "inner_fast", "invert_factor", "kth_largest", "solve"]
+__all__ = [
+    "axpy",
+    "cholesky",
+    "entry",
+    "entry_fast",
+    "inner",
+    "inner_fast",
+    "invert_factor",
+    "kth_largest",
+    "solve",
+]
 
 
 @inner_fast

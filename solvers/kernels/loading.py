@@ -39,12 +39,12 @@ class Unit(NamedTuple):
 
 UNITS = {
     "selection": Unit("cbs_opt.solvers.kernels.warm_up:warm_up_selection", 4.0),
-    "products": Unit("cbs_opt.solvers.kernels.warm_up:warm_up_products", 1.0),
     "sweeps": Unit("cbs_opt.solvers.kernels.warm_up_sweeps:warm_up_sweeps", 4.0),
     "selection_tree": Unit("cbs_opt.solvers.trees.warm_up:selection_tree", 9.0),
     "selection_tables": Unit("cbs_opt.solvers.trees.warm_up:selection_tables", 3.0),
-    "joint": Unit("cbs_opt.solvers.joint.warm_up:joint", 3.0),
+    "joint": Unit("cbs_opt.solvers.joint.warm_up:warm_up_joint", 3.0),
     "joint_tree": Unit("cbs_opt.solvers.trees.warm_up:joint_tree", 10.0),
+    "layers": Unit("cbs_opt.solvers.layers.warm_up:warm_up_layers", 12.0),
     "joint_tables": Unit("cbs_opt.solvers.trees.warm_up:joint_tables", 3.0),
 }
 
@@ -53,6 +53,7 @@ _LEAVING = 5.0  # seconds that the end of the process waits for a compilation in
 
 _loaded: set[str] = set()
 _jobs: dict[str, _Job] = {}
+_started: list[_Job] = []
 _lock = threading.RLock()
 
 
@@ -67,7 +68,7 @@ def request(*units: str) -> None:
             return
         logger.info("compiling kernels beside the solver, once for this machine")
         for part in _shares(wanted, min(usable_threads(), len(wanted))):
-            job = _start(part)
+            _started.append(job := _start(part))
             _jobs.update(dict.fromkeys(part, job))
 
 
@@ -89,7 +90,8 @@ def wait(*units: str, should_stop: Callable[[], bool] = lambda: False) -> bool:
                 if job is None or job.is_done(unit):
                     _load(unit)
                 elif job.has_ended():  # without the unit
-                    _jobs[unit] = _InThread([unit])
+                    _started.append(_InThread([unit]))
+                    _jobs[unit] = _started[-1]
             if unit not in _loaded:
                 time.sleep(_POLL)
     return True
@@ -214,7 +216,7 @@ def _start(units: Sequence[str]) -> _Job:
 @atexit.register
 def _end_jobs() -> None:
     """Leave no process behind, and no thread inside the compiler while its library is unloaded."""
-    for job in set(_jobs.values()):
+    for job in _started:
         job.end()
 
 

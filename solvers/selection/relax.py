@@ -9,7 +9,7 @@ from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
-from cbs_opt.solvers.kernels.warm_up import warm_up_selection
+from cbs_opt.solvers.kernels.warm_up import warm_up_products
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.incumbent import Incumbent, candidate_swaps
 from cbs_opt.solvers.selection.relaxation import Relaxation
@@ -46,7 +46,7 @@ class Relax(Solver):
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve, build columns."""
-        warm_up_selection()
+        warm_up_products(instance.curvature.as_factor() is not None)
         self._problem = SelectionProblem(instance, context.threads)
 
     def run(self, instance: Instance, context: Context) -> Status:

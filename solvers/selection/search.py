@@ -8,10 +8,9 @@ from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Solver
-from cbs_opt.solvers.kernels.warm_up import warm_up_selection
-from cbs_opt.solvers.kernels.warm_up_sweeps import warm_up_sweeps
+from cbs_opt.solvers.kernels import loading
+from cbs_opt.solvers.kernels.warm_up import warm_up_products
 from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
-from cbs_opt.solvers.layers.warm_up import warm_up_layers
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem, Storage
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent, candidate_swaps
 from cbs_opt.solvers.selection.parameters import SearchParameters
@@ -63,18 +62,21 @@ class Search(Solver):
         """Compile, presolve, build columns; or find out that the rows of layers share Hessians."""
         self._layered = self._layers(instance, context)
         if self._layered is not None:
-            warm_up_layers()
+            loading.wait("layers", should_stop=context.monitor.should_stop)
             return
-        warm_up_selection()
+        loading.request("selection")
+        warm_up_products(instance.curvature.as_factor() is not None)
         given = self.parameters
         storage = Storage(given.dense_bytes, given.double_bytes, given.threaded_gradients)
         self._problem = SelectionProblem(instance, context.threads, storage)
-        if self._problem.threaded or is_large(self._problem, given.large):  # loading them takes most of a second
-            warm_up_sweeps()
+        if self._problem.threaded:
+            loading.wait("sweeps", should_stop=context.monitor.should_stop)
+        elif is_large(self._problem, given.large):  # loading them takes most of a second
+            loading.request("sweeps")
         self._proof: prove.Proof | None = None
         if self._is_provable(context):
-            prove.warm_up("selection")
             self._proof = prove.Proof(self._problem)
+            loading.request(*self._proof.kernels)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Search until told to stop, or until nothing improves any more."""
@@ -151,10 +153,12 @@ class _Run:
             return
         if monitor.should_stop():
             return
+        large = is_large(problem, self.parameters.large)
+        if (self.split or large) and not loading.wait("sweeps", "selection", should_stop=monitor.should_stop):
+            return
         if self.split:
             self._search_blocks()
             return
-        large = is_large(problem, self.parameters.large)
         deepen = _DEEPEN_ROUNDS_LARGE if large else _DEEPEN_ROUNDS
         relaxed = self._sweep() if large else self._path()
         if monitor.should_stop():
@@ -239,7 +243,7 @@ class _Run:
         for t in PATH:
             self._solve(relaxed, t, _PATH_TOLERANCE, rounds)
             rounded = Incumbent(problem, problem.smallest(-relaxed.x))
-            if t == _EARLY and not monitor.should_stop():
+            if t == _EARLY and loading.wait("selection", should_stop=monitor.should_stop):
                 local = CorePoint(rounded, self._choose_core(relaxed, t, min(300, self.parameters.core)))
                 x = local.fit(relaxed.x[local.core.index])
                 y = local.harden(
