@@ -88,6 +88,7 @@ class Start:
             if heuristic:
                 self._heuristic = JointSearch({"bound_steps": 0})
         else:
+            loading.wait("selection", should_stop=context.monitor.should_stop)
             warm_up_products(instance.curvature.as_factor() is not None)
             self._selection = SelectionProblem(instance)
             check_open_weights(self._selection.n)

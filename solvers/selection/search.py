@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from cbs_opt.instance import Instance
@@ -18,6 +20,8 @@ from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.solvers.selection.sweep_search import SweepSearch, is_large, is_split
 from cbs_opt.solvers.trees import prove
 from cbs_opt.typing import FloatArray, IntArray
+
+logger = logging.getLogger("cbs_opt")
 
 PATH = (0.1, 0.03, 0.01, 3e-3, 1e-3)
 """Concave weights of the path that leads to the relaxation from which cores and starts are taken."""
@@ -154,7 +158,7 @@ class _Run:
         if monitor.should_stop():
             return
         large = is_large(problem, self.parameters.large)
-        if (self.split or large) and not loading.wait("sweeps", "selection", should_stop=monitor.should_stop):
+        if not self._wait("selection", *("sweeps",) * (self.split or large)):
             return
         if self.split:
             self._search_blocks()
@@ -191,6 +195,24 @@ class _Run:
                 return
             if epochs is not None and epoch >= epochs:
                 return
+
+    def _wait(self, *kernels: str) -> bool:
+        """Wait for kernels; False when told to stop before they are there.
+
+        Meanwhile swaps that need none improve the first selection. It counts only where the run ends here: what a
+        seed leads to must not depend on whether there was a wait.
+        """
+        monitor = self.monitor
+        if loading.is_loaded(*kernels):
+            return loading.wait(*kernels, should_stop=monitor.should_stop)
+        point = self.point.copy()
+        candidate_swaps(point, lambda: loading.is_loaded(*kernels) or monitor.should_stop(), limit=10**6)
+        value = self.problem.objective(point.y)
+        logger.info(f"a selection of loss {value:.6e} stands, by swaps without compiled kernels")
+        if loading.wait(*kernels, should_stop=monitor.should_stop):
+            return True
+        monitor.report(value, self.problem.expand(point.y))
+        return False
 
     def _sweeps(self) -> SweepSearch:
         seed = int(self.rng.integers(2**62))
@@ -243,7 +265,7 @@ class _Run:
         for t in PATH:
             self._solve(relaxed, t, _PATH_TOLERANCE, rounds)
             rounded = Incumbent(problem, problem.smallest(-relaxed.x))
-            if t == _EARLY and loading.wait("selection", should_stop=monitor.should_stop):
+            if t == _EARLY and not monitor.should_stop():
                 local = CorePoint(rounded, self._choose_core(relaxed, t, min(300, self.parameters.core)))
                 x = local.fit(relaxed.x[local.core.index])
                 y = local.harden(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from cbs_opt.solvers.trees.block_search import BlockSearch
-from cbs_opt.solvers.trees.joint_worker import JointTree, prepare_joint
-from cbs_opt.solvers.trees.selection_worker import TOLERANCE, SelectionTree, prepare_selection
+from cbs_opt.solvers.trees.joint_diagonal import best_diagonal
+from cbs_opt.solvers.trees.joint_worker import prepare_joint
+from cbs_opt.solvers.trees.selection_shift import best_shift
+from cbs_opt.solvers.trees.selection_worker import TOLERANCE, prepare_selection
 from cbs_opt.solvers.trees.tables import JointTable, SelectionTable, Table
 from cbs_opt.typing import FloatArray
 
@@ -29,10 +31,10 @@ def joint_tree() -> None:
 
 def selection_tables() -> None:
     """What several components need beside trees, and better diagonals, which only long trees need."""
-    Q, _, w = _problem()
-    Q = Q * w[:, None] * w
+    H, _, w = _problem()
+    Q = H * w[:, None] * w
     _join([SelectionTable(Q[:3, :3], w[:3]) for _ in range(2)])
-    _better_diagonal(prepare_selection(Q, np.zeros(w.size), _GROUP, _BUDGET, [], roundings=0))
+    best_shift(Q, np.zeros(w.size), np.array([0, w.size]), _BUDGET, passes=1)
 
 
 def joint_tables() -> None:
@@ -40,7 +42,7 @@ def joint_tables() -> None:
     H, A, w = _problem()
     inverse = np.asarray(np.linalg.inv(A[:3, :3]), np.float64)
     _join([JointTable(A[:3, :3], inverse, w[:3]) for _ in range(2)])
-    _better_diagonal(prepare_joint(A, H, w, _GROUP, _BUDGET, []))
+    best_diagonal(H, A, w, np.array([0, w.size]), _BUDGET, 1.0, passes=1)
 
 
 _GROUP, _BUDGET = np.zeros(14, np.int64), np.array([7])
@@ -52,12 +54,6 @@ def _problem() -> tuple[FloatArray, FloatArray, FloatArray]:
     G = rng.standard_normal((16, 14))
     H = G.T @ G
     return H, np.asarray(np.linalg.inv(H), np.float64), rng.standard_normal(14)
-
-
-def _better_diagonal(tree: SelectionTree | JointTree) -> None:
-    worker = tree.queue.new_worker(np.array([np.inf]))
-    worker.load(tree.queue.best_open())
-    worker.better_diagonal()
 
 
 def _join(tables: list[Table]) -> None:
