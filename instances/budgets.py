@@ -103,7 +103,9 @@ def budget_of_layers(
             raise UsageError(
                 f"`--sparsity-per-layer`: '{pattern}' is no tensor that is pruned; these are {listed}"
             )
-    group, budgets, others = [], [], []
+    group: list[int] = []
+    budgets: list[int] = []
+    others: list[int] = []
     for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
         found = [share for pattern, share in rules.items() if matches(pattern, name)]
         if found:

@@ -46,7 +46,7 @@ _CUDA_CHUNK_BYTES = 1 << 30
 def export(
     model: nn.Module,
     inputs: Samples,
-    labels: Samples,
+    labels: Samples | None,
     names: Sequence[str] | None = None,
     *,
     loss: LossLike | None = None,
@@ -318,6 +318,7 @@ class Export:
     def _pieces(self) -> Iterator[NDArray[Any]]:
         """Rows of G in order, in the model's precision, with the sums that the rest needs."""
         done, nothing = 0, True
+        assert self.labels is not None
         for rows in gradient_rows(
             self.model,
             self.inputs,

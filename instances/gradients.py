@@ -232,7 +232,7 @@ def chunk_size(model: nn.Module, one: Any, names: Sequence[str], chunk_bytes: in
             hook.remove()
     gradients = sum(parameters[name].nbytes for name in names)
     needed = 2 * gradients + 4 * sum(activations) + 3 * max(patches) + one.nbytes
-    return max(1, min(_LARGEST_CHUNK, chunk_bytes // max(needed, 1)))
+    return max(1, min(_LARGEST_CHUNK, int(chunk_bytes // max(needed, 1))))
 
 
 def _fastest_route(model: nn.Module, x: Any, y: Any, names: Sequence[str], loss: SampleLoss) -> Route:

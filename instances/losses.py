@@ -105,7 +105,7 @@ class SampleLoss(abc.ABC):
 class ClassLoss(SampleLoss):
     """Cross entropy or negative log likelihood: of samples, tokens or pixels."""
 
-    def __init__(self, module: nn.Module, name: str, output_key: str | None = None, shift: bool = False) -> None:
+    def __init__(self, module: Any, name: str, output_key: str | None = None, shift: bool = False) -> None:
         self.name, self.output_key, self.shift = name, output_key, shift
         self.total = module.reduction == "sum"
         self.module = copy.copy(module)
@@ -159,7 +159,7 @@ class ClassLoss(SampleLoss):
 class ValueLoss(SampleLoss):
     """Squared error, binary cross entropy and the like: outputs and targets of one shape."""
 
-    def __init__(self, module: nn.Module, name: str, output_key: str | None = None) -> None:
+    def __init__(self, module: Any, name: str, output_key: str | None = None) -> None:
         self.name, self.output_key = name, output_key
         self.total = module.reduction == "sum"
         self.module = copy.copy(module)

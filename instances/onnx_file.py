@@ -48,11 +48,13 @@ def write_onnx(path: Path | str, model: nn.Module, inputs: Any) -> None:
         args, kwargs = arguments(placed(inputs, model))
         names = [f"input_{k}" for k in range(len(args))] if len(args) > 1 else ["input"]
         names = names[: len(args)] + list(kwargs)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # its fused layers have no operators in ONNX
         try:
             torch.onnx.export(
                 model,
                 args,
-                buffer,
+                buffer,  # type: ignore[arg-type]
                 kwargs=kwargs or None,
                 input_names=names,
                 dynamic_axes={name: {0: "samples"} for name in names},
@@ -60,5 +62,7 @@ def write_onnx(path: Path | str, model: nn.Module, inputs: Any) -> None:
             )
         except Exception as error:  # operators that ONNX lacks, control flow that a trace does not follow
             raise OutputError(f"{path}: torch cannot write this network as ONNX: {reason(error)}") from error
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
     with atomic_write(path) as file:
         file.write(buffer.getvalue())

@@ -49,8 +49,8 @@ def output_tensor(outputs: Any, key: str | None = None) -> Tensor:
             raise InstanceError(f"the network's output has no tensor '{key}'; it has {_listed(named)}")
         return part
     for name in _NAMES:
-        if isinstance(named.get(name), Tensor):
-            return named[name]
+        if isinstance(part := named.get(name), Tensor):
+            return part
     tensors = {name: part for name, part in named.items() if isinstance(part, Tensor) and part.dim() > 0}
     if len(tensors) == 1 or (tensors and isinstance(outputs, tuple | list)):
         return next(iter(tensors.values()))

@@ -121,7 +121,7 @@ def _drawable(data: Any, limit: int | None, seed: int | None) -> tuple[Iterable[
         collate, size, data = data.collate_fn, data.batch_size, data.dataset
     if not isinstance(data, Dataset) or isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
         return None, 0
-    count = len(data)  # type: ignore[arg-type]
+    count = len(data)
     if count == 0:
         return None, 0
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)

@@ -311,7 +311,6 @@ def _check_outputs(options: argparse.Namespace) -> None:
             options.picture,
             options.onnx,
             options.masks,
-            options.onnx,
             None if options.json == "-" else options.json,
         ),
     )

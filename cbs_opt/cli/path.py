@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cbs_opt.cli import common
-from cbs_opt.cli.progress import number, percent
 from cbs_opt.cli.report import result_json, write_json
 from cbs_opt.errors import OutputError, UsageError
 from cbs_opt.files import write_solution
@@ -19,6 +18,7 @@ from cbs_opt.instance import Instance
 from cbs_opt.path import solve_path
 from cbs_opt.result import Result
 from cbs_opt.stop import Stop
+from cbs_opt.view.text import number, percent
 
 SCHEMA = 1
 FORMATS = (".png", ".svg", ".pdf")

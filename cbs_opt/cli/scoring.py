@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,8 +144,9 @@ class Scoring:
             scores: list[Score | None] = []
             for number, tensors in enumerate(rounds):
                 self.take(tensors)
+                start = number * len(source)
                 try:
-                    scores.append(self._score(device, lambda done, k=number: tell(k * len(source) + done)))
+                    scores.append(self._score(device, partial(_shifted, tell, start)))
                 except InstanceError as error:
                     raise InstanceError(f"{error} (`--no-score` writes the checkpoint without scores)") from error
                 except UsageError as error:
@@ -270,6 +272,10 @@ def trial_line(trial: dict[str, Any]) -> str:
     name = trial["score"]["metric"] or "loss"
     beside = f", {value(trial['magnitude']):.4f} by magnitude" if "magnitude" in trial else ""
     return f"{trial['sparsity']:>7.2%} pruned: {name} {value(trial['score']):.4f}{beside}  ({trial['solution']})"
+
+
+def _shifted(tell: Callable[[int], None], start: int, done: int) -> None:
+    tell(start + done)
 
 
 @contextmanager

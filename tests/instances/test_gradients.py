@@ -208,3 +208,28 @@ def test_an_unknown_parameter_is_refused():
     model, x, y, _, _ = make("mlp")
     with pytest.raises(KeyError):
         rows_of(model, x, y, ["nothing.weight"])
+
+
+@pytest.mark.parametrize(
+    ("slow", "route"), [(True, "automatic differentiation of one sample"), (False, "torch.func")]
+)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_trial_chooses_the_route_of_a_recurrent_network(slow, route, caplog, monkeypatch):
+    """The clock is replaced: one route takes twice the time of the other, a sample."""
+    seconds = iter([2.0, 1.0] if slow else [1.0, 2.0])
+    monkeypatch.setattr("cbs_opt.instances.gradients._seconds", lambda route, x, y: len(x) * next(seconds))
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, x, y = Last(), torch.randn(9, 5, 3), torch.arange(9) % 2
+    names = ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "head.weight"]
+    with caplog.at_level(logging.DEBUG, "cbs_opt"):
+        assert_same(rows_of(model, x, y, names), by_loop(model, x, y, names))
+    assert f"gradients: by {route}" in caplog.text
