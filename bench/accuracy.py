@@ -108,7 +108,7 @@ def study(
             model = copy.deepcopy(network.model)
             apply(model, problem, result)
             score = evaluate(model, samples)
-            assert score is not None
+            assert score is not None and score.accuracy is not None
             seconds = result.build_seconds + result.solve_seconds
             yield Row(
                 name, sparsity, result.selection_loss, result.joint_loss, score.accuracy, score.loss, seconds
@@ -204,7 +204,8 @@ def _main(arguments: list[str]) -> int:
         load_checkpoint(network.model, options.checkpoint)
     samples = open_samples(options.data, network, "test")
     dense = evaluate(network.model, samples)
-    assert dense is not None
+    if dense is None or dense.accuracy is None:
+        raise UsageError(f"{options.data}: accuracy needs a label for each sample, these have none")
     rows = []
     for row in study(
         instance,

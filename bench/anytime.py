@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from threadpoolctl import threadpool_limits
 
 from cbs_opt import Context, Instance, Monitor, Stop, get_solver, joint_loss, selection_loss
+from cbs_opt.bench.compilation import finish_compilation
 from cbs_opt.typing import BoolArray
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
@@ -87,6 +88,7 @@ def run_solver(
             context = Context(objective, seed, monitor, threads=threads)
             chosen.check_supports(instance, context)
             chosen.prepare(instance, context)
+            finish_compilation()
             monitor.start()
             chosen.run(instance, context)
     return taken

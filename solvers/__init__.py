@@ -1,4 +1,19 @@
-"""How to solve it: one algorithm a file.
+"""How to solve it.
+
+Each folder imports only from those above it in this list, and not from all of them: `tests/cbs_opt/test_house.py`
+holds the exact table.
+
+=========  ============================================================================================
+kernels    compiled inner loops
+problem    the problems as solvers see them: presolved, scaled, in connected components
+trees      branch and bound, which proves
+layers     layers whose rows share one Hessian
+paper      the methods of the CBS paper and its baselines; imports none of the others
+selection  heuristics and bounds for the selection objective: `search`, `relax`
+joint      heuristics and bounds for the joint objective: `joint`, `backward`
+exact      the registered solvers that prove or enumerate: `exact`, `brute`; certificates
+mip        models for the solvers of others: `highs`, `pyomo`, text formats
+=========  ============================================================================================
 
 This room imports the core, `cbs_opt`, and neither `cbs_opt.instances` nor `cbs_opt.bench`. A solver's module
 is imported when the solver is asked for, and not before: `cbs-solve --solver magnitude` loads neither torch

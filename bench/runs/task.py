@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cbs_opt.bench.anytime import Anytime
+from cbs_opt.bench.compilation import finish_compilation
 from cbs_opt.bench.peers import PEERS, MissingPeerError, Samplers, run_sampler
 from cbs_opt.bench.runs import store
 from cbs_opt.bench.runs.store import Key, Row, Trace
@@ -229,6 +230,7 @@ def _run_solver(task: Task, instance: Instance, should_stop: Callable[[], bool] 
     try:
         with thread_limit(task.threads, solver.supports.batched):
             solver.prepare(instance, context)
+            finish_compilation()
             run.build_s = monitor.elapsed
             monitor.start()
             status = solver.run(instance, context)
@@ -318,6 +320,7 @@ def _warm_up(solver: str, parameters: str, objective: str, kind: str, threads: i
         chosen.check_supports(tiny, context)
         with thread_limit(threads, chosen.supports.batched):
             chosen.prepare(tiny, context)
+            finish_compilation()
             context.monitor.start()
             chosen.run(tiny, context)
     except Exception:

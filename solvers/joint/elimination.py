@@ -132,8 +132,8 @@ class CoupledElimination:
         self._done = 0
 
 
-class SeparateElimination:
-    """Weights without a term with any other: each rises the doubled loss by its own price, always.
+class UncoupledElimination:
+    """Uncoupled weights: each raises the doubled loss by its own price, whatever else is pruned.
 
     Parameters
     ----------

@@ -1,4 +1,8 @@
-"""Tabu search on one small dense selection problem."""
+"""Tabu search on one small dense selection problem.
+
+A step tries the six best drops, each with its best partner, which suits the small components that trees solve.
+`selection_numba.tabu_swaps`, for cores of many blocks, drops one weight and then adds the cheapest of its group.
+"""
 
 from __future__ import annotations
 

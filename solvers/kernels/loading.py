@@ -102,6 +102,11 @@ def wait(*units: str, should_stop: Callable[[], bool] = lambda: False) -> bool:
     return True
 
 
+def finish() -> None:
+    """Wait for everything that has been requested: before a clock that should not count compilation."""
+    wait(*list(_jobs))
+
+
 def _load(unit: str) -> None:
     """Call every kernel of a unit once, in this process."""
     _function(unit)()

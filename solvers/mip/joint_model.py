@@ -12,7 +12,7 @@ from cbs_opt.solver import Context
 from cbs_opt.solvers.joint.swap_search import JointSearch as JointHeuristic
 from cbs_opt.solvers.mip.selection_model import LinearModel, RowBuilder, add_budgets
 from cbs_opt.solvers.problem.joint_problem import JointProblem
-from cbs_opt.solvers.trees.joint_diagonal import Relaxation, best_diagonal
+from cbs_opt.solvers.trees.joint_diagonal import PerspectiveRelaxation, best_diagonal
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
@@ -100,7 +100,7 @@ class ScaledJoint:
         size = max(self.value_limit, 1e-300)
         d = best_diagonal(M, A, v, starts, keep, size) * (1 - _ROOM)
         c, whole = -M @ v, 0.5 * float(v @ M @ v)
-        relaxation = Relaxation(starts)
+        relaxation = PerspectiveRelaxation(starts)
         low, high = v - np.sqrt(2 * size), v + np.sqrt(2 * size)
         for share in (*_SHARES, 1.0):
             D = share * d
@@ -255,7 +255,7 @@ def joint_shell(problem: ScaledJoint, units: float) -> LinearModel:
 def pyomo_joint(problem: ScaledJoint, units: float = 1.0, perspective: bool = True) -> Any:
     """The joint problem in Pyomo: binary `v[i]` (pruned), `x[i]` the distance of weight i from a centre.
 
-    As MIQP: ½ (x − v)ᵀM(x − v), lower (1 − y) ≤ x ≤ upper (1 − y). As perspective: besides these rows cones
+    As MIQP: ½ (x − v)ᵀM(x − v), lower (1 − y) ≤ x ≤ upper (1 − y). As perspective: also cones
     x_i² ≤ r_i (1 − y_i) for the share D of the curvature.
     """
     import pyomo.environ as pyo

@@ -239,8 +239,8 @@ class PyomoSolver(Solver):
                         return backend
         except Exception as error:
             raise SolverError(self._complaint(error)) from error
-        how = _INSTALL.get(self._family(), "install it, or set `solver` to one that is installed")
-        raise SolverError(f"solver 'pyomo' cannot find '{name}': {how}")
+        remedy = _INSTALL.get(self._family(), "install it, or set `solver` to one that is installed")
+        raise SolverError(f"solver 'pyomo' cannot find '{name}': {remedy}")
 
     def _complaint(self, error: Exception) -> str:
         """One sentence for what a solver threw."""

@@ -1,4 +1,4 @@
-"""The pieces of the selection search: an incumbent with its gradient, repair by swaps, and moves on a core."""
+"""Parts of the selection search: an incumbent with its gradient, repair by swaps, and moves on a core."""
 
 from __future__ import annotations
 

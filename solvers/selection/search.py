@@ -52,9 +52,9 @@ class Search(Solver):
     variable), lets it harden again while that weight grows, rounds, and repairs by drop/add tabu search. It works
     on a core: the variables nearest to their threshold in the relaxation. Cycles on one core make an epoch; what
     an epoch finds is repaired by swaps over all variables with a fresh gradient. Between epochs the relaxation is
-    driven on, and gives a lower bound. A single piece of up to 250 weights goes on to branch and bound after two
-    to eight epochs (100 weights where there is no time limit), whose nodes then count as iterations; so do many
-    such pieces under one budget, where their tables take at most half of the time.
+    driven on, and gives a lower bound. A single component of up to 250 weights goes on to branch and bound after
+    two to eight epochs (100 weights where there is no time limit), whose nodes then count as iterations; so do
+    many such components under one budget, where their tables take at most half of the time.
     """
 
     summary = "relaxation, concave continuation on cores, tabu swaps; with a lower bound"

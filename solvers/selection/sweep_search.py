@@ -36,7 +36,7 @@ _TENURE = (4, 15)
 
 
 def is_large(problem: SelectionProblem, large: int = LARGE) -> bool:
-    """Whether sweeps beat working sets as the start of the search: more than `large` coupled variables."""
+    """Whether the search starts with sweeps, not working sets: more than `large` coupled variables."""
     return problem.budget.size <= _MOST_GROUPS and int(_coupled(problem).sum()) > large
 
 

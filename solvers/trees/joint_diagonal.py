@@ -9,7 +9,7 @@ from cbs_opt.solvers.kernels.perspective_relaxation import relax
 from cbs_opt.typing import FloatArray, IntArray
 
 
-class Relaxation:
+class PerspectiveRelaxation:
     """Workspaces for calls of `perspective_relaxation.relax` at a root, where nothing is kept yet."""
 
     def __init__(self, starts: IntArray) -> None:
@@ -92,7 +92,7 @@ def best_diagonal(
     single = 1 / np.diag(A)
     low = 1e-4 * single / m
     d = safe_diagonal(A)
-    relaxation = Relaxation(starts)
+    relaxation = PerspectiveRelaxation(starts)
     u, theta = v.copy(), np.zeros(keep.size)
     of_group = np.repeat(np.arange(keep.size), np.diff(starts))
     best, best_d, omega = -np.inf, d, None

@@ -3,6 +3,9 @@
 For binary x, ½ xᵀQx + cᵀx = ½ xᵀ(Q − D)x + (c + d/2)ᵀx with D = diag(d). Maximises over d the minimum over
 Σ x = r plus μ/2 times the log determinant of Q − D where all group sums are zero, by exact coordinate steps of
 O(n²) each (after Dong, SIAM J. Optim. 26, 2016), through W, the inverse there.
+
+Trees call it for thousands of subproblems, where a rough shift does; `mip.selection_outer.optimal_shift`, called
+once a component, converges by Newton steps.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Snapshot:
 
     @property
     def limit(self) -> float:
-        """Value that a selection has to beat."""
+        """Value below which a selection would be the new incumbent."""
         return min(float(self.best[0]), float(self.shared[0]))
 
     def entry(self, i: int) -> StackEntry:

@@ -209,10 +209,16 @@ def test_modules_of_solvers_import_each_other_in_no_circle(repository):
 PUBLIC_IN_SPITE = {"_replace", "_make", "_fields", "_asdict", "_exit"}
 """Documented names of the standard library: of named tuples and `os`."""
 
-WITHOUT_A_PUBLIC_WAY = {
-    "instances/layers.py": {"_forward_hooks", "_forward_pre_hooks"},  # torch: whether a module has hooks
-    "cbs_opt/cli/arguments.py": {"_actions"},  # argparse: the options that a parser knows
+OF_OTHER_LIBRARIES = {
+    "_actions",  # argparse: the options of a parser
+    "_forward_hooks",  # torch, with all that follow: what a module holds itself
+    "_forward_pre_hooks",
+    "_parameters",
+    "_buffers",
+    "_tensor_name",
+    "_BatchNorm",
 }
+"""Private names without a public way to the same end."""
 
 
 def is_private(name):
@@ -250,9 +256,8 @@ def test_private_names_stay_in_their_module(repository):
     for room in ROOMS:
         for path in sources(repository, room):
             place = path.relative_to(repository).as_posix()
-            for name, line in private_names(ast.parse(path.read_text(encoding="utf-8"))):
-                if name not in WITHOUT_A_PUBLIC_WAY.get(place, ()):
-                    wrong.append(f"{place}:{line} takes {name}")
+            taken = private_names(ast.parse(path.read_text(encoding="utf-8")))
+            wrong += [f"{place}:{line} takes {name}" for name, line in taken if name not in OF_OTHER_LIBRARIES]
     assert wrong == []
 
 
@@ -266,3 +271,23 @@ def test_the_check_above_sees_private_names_of_every_form():
         "        return other._mine, other._foreign, self.worker._foreign, queue._mine, other._replace(x=1)\n"
     )
     assert sorted(private_names(tree)) == [("_A", 2), ("_foreign", 6), ("_foreign", 6), ("_mine", 6)]
+
+
+def test_compiled_functions_have_files_of_their_own(repository):
+    """In solvers/, only kernels import numba; mypy checks all other files, strictly."""
+    kernels, others = set(), set()
+    for path in sources(repository, "solvers"):
+        (kernels if path.parent.name == "kernels" or path.stem.endswith("kernels") else others).add(path)
+    compilers = {"compiled", "entry", "entry_fast", "inner", "inner_fast"}  # decorators that some kernels share
+    for path in others:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for module, node, _ in imports(tree):
+            assert module.partition(".")[0] != "numba", f"{path}:{node.lineno}"
+            assert module.split(".")[-1] not in compilers, f"{path}:{node.lineno}"
+    table = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    unchecked = {name for entry in table["overrides"] if entry.get("ignore_errors") for name in entry["module"]}
+    assert unchecked == {"cbs_opt.solvers.kernels.*"} | {
+        name_of(repository, path) for path in kernels if path.parent.name != "kernels"
+    }
+    for path in {path for room in ROOMS for path in sources(repository, room)} - kernels:
+        assert "# mypy: " not in path.read_text(encoding="utf-8"), path

@@ -21,8 +21,8 @@ from cbs_opt import (
     get_solver,
     solve,
 )
+from cbs_opt.solvers.kernels import subsets
 from cbs_opt.solvers.trees import block_search as blocks
-from cbs_opt.solvers.trees import subsets
 from cbs_opt.solvers.trees.block_search import BlockSearch, combine, multiplier
 from cbs_opt.solvers.trees.joint_worker import prepare_joint
 from cbs_opt.solvers.trees.selection_worker import prepare_selection
