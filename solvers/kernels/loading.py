@@ -66,7 +66,8 @@ def request(*units: str) -> None:
             wanted.remove(unit)
         if not wanted:
             return
-        logger.info("compiling kernels beside the solver, once for this machine")
+        if not _started:
+            logger.info("compiling kernels beside the solver, once for this machine")
         for part in _shares(wanted, min(usable_threads(), len(wanted))):
             _started.append(job := _start(part))
             _jobs.update(dict.fromkeys(part, job))

@@ -99,7 +99,9 @@ def test_the_folder_of_kernels_changes_with_their_source(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="NOT TESTED: needs POSIX signals")
-def test_the_first_interrupt_during_compilation_ends_with_a_selection(tmp_path, instance_file, process_environment):
+def test_the_first_interrupt_during_compilation_ends_with_a_selection(
+    tmp_path, instance_file, process_environment
+):
     """No child is left to compile either: the cache holds no unit that is ready."""
     out = tmp_path / "out.json"
     process = subprocess.Popen(
