@@ -1,4 +1,4 @@
-"""The contract of a solver, with enumeration as the oracle."""
+"""The contract of a solver, with enumeration as the reference."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_solver(
     cases: Mapping[str, Mapping[str, Any]] = CASES,
     patience: float = 15.0,
 ) -> list[str]:
-    """Check that a solver keeps its promises, on problems so small that enumeration knows the answer.
+    """Check that a solver meets its contract, on problems small enough for enumeration.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def check_solver(
     cases : mapping
         Problems, as arguments of `make_problem` by name.
     patience : float
-        Seconds after which a solver that should come to its own end is stopped, and fails.
+        Seconds after which a solver that should terminate by itself is stopped, and fails.
 
     Returns
     -------
@@ -105,7 +105,7 @@ class _Contract:
         self._warm = False
 
     def checks(self, cases: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Callable[[], None]]]:
-        """Names and bodies; cases that the solver does not claim must be refused."""
+        """Names and bodies; cases that the solver does not support must be refused."""
         some = ("gradients", "hessian, blocks", "everything")
         starts = ("gradients", "everything", "inverse hessian, blocks")
         families: list[tuple[str, int, Callable[[Problem], None], tuple[str, ...]]] = [
@@ -129,8 +129,8 @@ class _Contract:
     # Helpers -----------------------------------------------------------------------------------------------
 
     def solve(self, instance: Instance, stop: Stop | None = None, **options: Any) -> Result:
-        """Solve; without `stop` the solver must come to its own end."""
-        if not self._warm:  # imports and compilation, before anything looks at a clock
+        """Solve; without `stop` the solver must terminate by itself."""
+        if not self._warm:  # imports and compilation, before time is measured
             self._warm = True
             for case in ("hessian", "gradients, blocks"):
                 with contextlib.suppress(CbsError):
@@ -255,7 +255,7 @@ class _Contract:
         )
 
     def feasible_when_stopped_at_once(self, problem: Problem) -> None:
-        """Every rule that ends a run before it began leaves a feasible selection."""
+        """Every rule that ends a run before its start leaves a feasible selection."""
         for end, stop in _ENDS.items():
             result = self.solve(problem.instance, stop)
             self._require_feasible(problem, result.pruned)
@@ -289,7 +289,7 @@ class _Contract:
         require(seconds < _GRACE, f"a time limit of 0.2 s must be kept, the run took {seconds:.1f} s")
 
     def singular_hessian(self, problem: Problem) -> None:
-        """Without damping there is a result, or a sentence that says `singular`."""
+        """Without damping there is a result, or a sentence with the word `singular`."""
         try:
             result = self.solve(problem.instance)
         except CbsError as refusal:
@@ -316,7 +316,7 @@ class _Contract:
 
 
 def claims(solver: type[Solver], instance: Instance) -> bool:
-    """Whether a solver claims to take what is special about an instance."""
+    """Whether a solver declares support for the special features of an instance."""
     return all(getattr(solver.supports, what) or not applies(instance) for what, applies in _NEEDS.items())
 
 
@@ -369,7 +369,7 @@ def _largest(instance: Instance) -> BoolArray:
 
 
 def _contents(instance: Instance) -> list[bytes]:
-    """The numbers of an instance, to see whether they have changed."""
+    """The arrays of an instance, to detect changes."""
     curvature = instance.curvature
     blocks = [curvature.block(k).tobytes() for k in range(curvature.number_of_blocks)]
     linear = b"" if instance.linear is None else instance.linear.tobytes()
