@@ -1,11 +1,12 @@
 """Peers of `solvers.layers` on one layer, written anew from their papers.
 
 - Wanda, Sun et al., 2306.11695: prune the least |w| √S_ii; no update.
-- SparseGPT, Frantar and Alistarh, 2301.00774: one pass over the columns with the Cholesky factor of S⁻¹; the mask of
-  128 columns at a time from w² / U_cc², over all rows together; the error of a column is spread over those behind it.
+- SparseGPT, Frantar and Alistarh, 2301.00774: one pass over the columns with the Cholesky factor of S⁻¹; the mask
+  of 128 columns at a time from w² / U_cc², over all rows; the error of a column is spread over those behind it.
 - ALPS, Meng et al., 2406.07831: ADMM on unit-diagonal S with one eigendecomposition; ρ grows with the number of
   weights that entered or left the support since three iterations; conjugate gradients on the final support.
-- SparseSwaps, 2512.10922: the best exchange of a pruned and a kept weight of a row, weights fixed, until none helps.
+- SparseSwaps, 2512.10922: the best exchange of a pruned and a kept weight of a row, fixed weights, until none
+  helps.
 
 All take weights W (rows, K), the Hessian S (K, K) of every row, and either one number of weights to prune, or a
 pattern (n, m), and return the mask, True = pruned, and the weights.
@@ -66,7 +67,7 @@ def sparsegpt(
     W: FloatArray, S: FloatArray, count: int | None, pattern: Pattern | None = None
 ) -> tuple[BoolArray, FloatArray]:
     """One pass of SparseGPT with blocks of 128 columns, without the refit."""
-    rows, K = W.shape
+    K = W.shape[1]
     W = W.copy()
     factor = lapack.dpotrf(S, lower=1)[0]
     inverse = lapack.dpotri(factor, lower=1)[0]

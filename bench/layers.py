@@ -2,8 +2,8 @@
 
 `solvers.layers` beside magnitude, SparseGPT and ALPS (`cbs_opt.bench.layer_peers`) on layers of networks, at the
 peers' own time and later, its certified gap, the selection problem beside Wanda with 1-swaps, and generated large
-layers. FOLDER holds `.npz` files of `weight` (rows, K) and `covariance` (K, K); the Hessian is the covariance plus a
-hundredth of its mean diagonal. Errors are relative, Σ (ŵ − w)ᵀH(ŵ − w) / Σ wᵀHw, recomputed in float64.
+layers. FOLDER holds `.npz` files of `weight` (rows, K) and `covariance` (K, K); the Hessian is the covariance plus
+a hundredth of its mean diagonal. Errors are relative, Σ (ŵ − w)ᵀH(ŵ − w) / Σ wᵀHw, recomputed in float64.
 """
 
 from __future__ import annotations

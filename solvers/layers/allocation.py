@@ -13,8 +13,8 @@ def merge_paths(
     """How far to follow each elimination path so that `total` weights go, and the price of the last one.
 
     A path's costs are replaced by their running maximum, so that a dear removal brings the cheaper ones behind it
-    along; the `total` smallest are taken. costs : rises of the doubled loss along each path; the first `first` steps
-    of each path are forced. Returns (rows,) counts and the price in units of scale × cost.
+    along; the `total` smallest are taken. costs : rises of the doubled loss along each path; the first `first`
+    steps of each path are forced. Returns (rows,) counts and the price in units of scale × cost.
     """
     rows = np.repeat(np.arange(len(costs)), [c.size for c in costs])
     level = np.concatenate(
@@ -32,8 +32,8 @@ def choose_counts(values: FloatArray, lowest: IntArray, total: int) -> tuple[Int
 
     values : (rows, c), infinite where there is no mask; entry e of row r prunes lowest_r + e. The Lagrangian price
     is bisected; rows are then moved from their cheaper to their dearer choice one by one, and what is missing is
-    made up by the cheapest exchange of one row. O(rows · c · 60). None where no such choice was found; near-optimal,
-    not always optimal.
+    made up by the cheapest exchange of one row. O(rows · c · 60). None where no such choice was found;
+    near-optimal, not always optimal.
     """
     counts = lowest[:, None] + np.arange(values.shape[1])
     if not np.isfinite(values).any(axis=1).all():

@@ -1,21 +1,21 @@
 """Lower bounds for layers: one block-diagonal matrix below the stored Hessian serves all its rows.
 
 With S = R + B, R positive semidefinite and B block-diagonal with small blocks, the doubled loss of a row is
-(v − w)ᵀR(v − w) + (v − w)ᵀB(v − w). The first term is at least its tangent at any u, which leaves a problem for each
-block that is solved over all kept sets κ of the block. With h = Bw − R(u − w) and a price λ for each kept weight,
+(v − w)ᵀR(v − w) + (v − w)ᵀB(v − w). The first term is at least its tangent at any u, which leaves a problem for
+each block, solved over all kept sets κ of the block. With h = Bw − R(u − w) and a price λ for each kept weight,
 
     loss ≥ −(u − w)ᵀR(u − w) − 2 wᵀR(u − w) + wᵀBw − Σ_blocks max_κ (h_κᵀB_κκ⁻¹h_κ − λ|κ|) − λ · (number kept).
 
 With fixed weights (selection) the value of a kept set is 2 h_κᵀw_κ − w_κᵀB_κκ w_κ instead of its maximum over v.
-Blocks of one column give the perspective bound for a diagonal D = B; larger blocks convexify the correlations inside
-of them exactly. The best u is found by block-coordinate Frank-Wolfe steps (`bound_kernels`); B by block-coordinate
+Blocks of one column give the perspective bound for a diagonal D = B; larger blocks convexify the correlations
+inside of them exactly. The best u is found by block-coordinate Frank-Wolfe steps, B by block-coordinate
 ascent in Σ ⟨Ω_k, B_k⟩ + μ log det(S − B), where Ω, the derivative of the bound in B, is the covariance of the
 mixture of kept sets, summed over the rows: the semidefinite program of the best B.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 BLOCK = 9  # columns of a block
 _LIFT = 0.02  # of [S⁻¹]_kk in Ω
+_MEMORY = 0.5  # weight of the former Ω beside the present one
+_BARRIER = 3e-3  # least μ
 _CHUNK = 16  # rows that go through a sweep together
 
 
@@ -59,12 +61,6 @@ def correlated_blocks(S: FloatArray, size: int) -> tuple[IntArray, IntArray]:
     return np.concatenate([np.sort(b) for b in merged]), np.cumsum([0] + [len(b) for b in merged])
 
 
-@dataclass
-class _Factors:
-    inverse_pivot: FloatArray
-    coefficient: FloatArray
-
-
 class LayerRelaxation:
     """The relaxation of one layer for one B, with a mixture for each row.
 
@@ -85,6 +81,7 @@ class LayerRelaxation:
         self, layer: Layer, budget: LayerBudget, displacement: FloatArray, size: int = BLOCK, fixed: bool = False
     ) -> None:
         self.layer, self.fixed = layer, fixed
+        self.rows = np.arange(layer.rows)
         if budget.pattern is None:
             self.order, self.starts = correlated_blocks(layer.hessian, size)
         else:
@@ -113,6 +110,17 @@ class LayerRelaxation:
         for a, b in zip(self.starts[:-1], self.starts[1:], strict=True):
             self.lift[a:b, : b - a] = inverse[a:b, a:b]
         self.refactor()
+
+    def split(self, parts: int) -> list[LayerRelaxation]:
+        """The rows in `parts` groups, each with a B of its own from here on."""
+        out = []
+        for rows in np.array_split(np.arange(self.w.shape[0]), min(parts, self.w.shape[0])):
+            part = copy.copy(self)
+            part.rows = self.rows[rows]
+            for name in ("w", "scale", "u", "M", "kept", "hw", "y"):
+                setattr(part, name, np.ascontiguousarray(getattr(self, name)[rows]))
+            out.append(part)
+        return out
 
     def _allowed(self, budget: LayerBudget) -> BoolArray:
         allowed = np.zeros((self.blocks, 1 << self.m), dtype=bool)
@@ -166,14 +174,14 @@ class LayerRelaxation:
             rows = chunks[i]
             kernels.sweep_rows(
                 self.R, self.B, self.starts, self.inverse_pivot, self.coefficient, self.allowed, self.bits,
-                self.w[rows], self.fixed, self.hw[rows], self.y[rows], self.u[rows], self.M[rows], self.kept[rows], price[rows], sweeps,
-                pool.flag,
+                self.w[rows], self.fixed, self.hw[rows], self.y[rows], self.u[rows], self.M[rows],
+                self.kept[rows], price[rows], sweeps, pool.flag,
             )  # fmt: skip
 
         pool.map(task, range(len(chunks)))
 
     def tables(self) -> tuple[FloatArray, FloatArray, float]:
-        """Constants of the rows (rows,), best block values by number kept (rows, blocks, m + 1), rounding error."""
+        """Constants of the rows (rows,), block values by number kept (rows, blocks, m + 1), rounding error."""
         self.y = (self.u - self.w) @ self.R
         h = self.hw - self.y
         out = np.empty((self.w.shape[0], self.blocks, self.m + 1))
@@ -256,7 +264,7 @@ def lagrangian_bound(
 ) -> tuple[float, float]:
     """The bound on the objective at the best price over all layers, and that price (doubled, with the scale).
 
-    kept : how many weights stay. The price minimises a convex piecewise linear function, by bisection of its slope.
+    kept : how many weights stay. The price minimises a convex piecewise linear function: bisection of its slope.
     """
     values = [scale[:, None, None] * best for (_, best, _), scale in zip(tables, scales, strict=True)]
 
@@ -300,6 +308,15 @@ class BoundSearch:
     pool : RowPool
     size : int
         Columns of a block at most.
+    fixed : bool
+        Whether kept weights are not updated (selection).
+    price : float
+        First price of a weight under one budget, in units of the objective; 0 for the one of the first bound.
+
+    Attributes
+    ----------
+    value : float
+        The last bound, which may be negative.
     """
 
     def __init__(
@@ -311,23 +328,29 @@ class BoundSearch:
         pool: RowPool,
         size: int = BLOCK,
         fixed: bool = False,
+        price: float = 0.0,
     ) -> None:
+        self.value = -np.inf
         self.budget, self.incumbent, self.pool = budget, incumbent, pool
         self._fixed = fixed
         self.parts: list[LayerRelaxation] = []
         self.layers = layers
         self._displacements, self._size = weights, size
         self.prices: list[FloatArray] = []
+        if price > 0 and budget.total is not None:
+            self.prices = [2 * price / layer.scale for layer in layers]
         self.barrier = 0.3
         self.omega: list[FloatArray | None] = [None] * len(layers)
-        self.kept_rows = self._kept_rows()
+        self.layer_of: list[int] = []
 
     def _kept_rows(self) -> list[FloatArray] | None:
         """How many weights of each row stay, where the budget says so."""
         if self.budget.per_row is None:
             return None
-        counts = zip(self.budget.per_row, self.layers, strict=True)
-        return [(layer.columns - np.asarray(c)).astype(np.float64) for c, layer in counts]
+        return [
+            (part.w.shape[1] - np.asarray(self.budget.per_row[k])[part.rows]).astype(np.float64)
+            for k, part in zip(self.layer_of, self.parts, strict=True)
+        ]
 
     def prepare(self) -> bool:
         """Relaxations and a first B for each layer; False if stopped."""
@@ -337,6 +360,7 @@ class BoundSearch:
                 return False
             part.first_blocks()
             self.parts.append(part)
+            self.layer_of.append(len(self.layer_of))
             if self.pool.stopped():
                 return False
         self.bound()
@@ -345,15 +369,15 @@ class BoundSearch:
     def bound(self) -> float:
         """The bound at the present mixtures, reported."""
         tables = [part.tables() for part in self.parts]
-        scales = [layer.scale for layer in self.layers]
+        scales = [part.scale for part in self.parts]
         if self.budget.total is not None:
             kept = sum(layer.weights.size for layer in self.layers) - self.budget.total
             value, price = lagrangian_bound(tables, scales, kept)
             if not self.prices:
                 self.prices = [price / scale for scale in scales]
-        elif self.kept_rows is not None:
+        elif (kept_rows := self._kept_rows()) is not None:
             value, prices = 0.0, []
-            for table, scale, kept_row in zip(tables, scales, self.kept_rows, strict=True):
+            for table, scale, kept_row in zip(tables, scales, kept_rows, strict=True):
                 constant, best, rounding = table
                 rows = [
                     lagrangian_bound([(constant[r : r + 1], best[r : r + 1], 0.0)], [scale[r : r + 1]], int(k))
@@ -369,6 +393,7 @@ class BoundSearch:
                 value += 0.5 * (float(scale @ (constant - best.max(2).sum(1))) - rounding)
             if not self.prices:
                 self.prices = [np.zeros(scale.size) for scale in scales]
+        self.value = value
         self.incumbent.offer_bound(max(value, 0.0))  # S is positive semidefinite: 0 is a bound
         return value
 
@@ -380,21 +405,33 @@ class BoundSearch:
         if self.pool.stopped():
             return False
         self._step_prices()
-        energy = sum(
-            float(part.layer.scale @ np.maximum(np.einsum("rk,rk->r", part.u - part.w, part.y), 0.0))
-            for part in self.parts
-        )
-        unit = max(2 * self.incumbent.objective, 1e-6 * energy, 1e-300)
-        columns = sum(part.S.shape[0] for part in self.parts)
-        for k, part in enumerate(self.parts):
-            new, old = part.covariance() * (columns / unit), self.omega[k]
-            self.omega[k] = new if old is None else 0.4 * old + 0.6 * new
-            part.improve_blocks(self.omega[k], self.barrier)
+        unit = max(2 * self.incumbent.objective / len(self.parts), 1e-300)
+
+        def improve(k: int) -> None:
+            part, old = self.parts[k], self.omega[k]
+            new = part.covariance() * (part.S.shape[0] / unit)
+            omega = new if old is None else _MEMORY * old + (1 - _MEMORY) * new
+            part.improve_blocks(omega, self.barrier)
             part.refactor()
-            if self.pool.stopped():
-                return False
-        self.barrier = max(0.8 * self.barrier, 3e-3)
+            self.omega[k] = omega
+
+        if not self.pool.map(improve, range(len(self.parts))):
+            return False
+        self.barrier = max(0.8 * self.barrier, _BARRIER)
         return True
+
+    def split(self, parts: int) -> None:
+        """From here on each layer's rows fall into `parts` groups, each with a B of its own."""
+        new: list[LayerRelaxation] = []
+        layer_of, prices = [], []
+        for part, k, price in zip(self.parts, self.layer_of, self.prices, strict=True):
+            offset = part.rows[0] if part.rows.size else 0
+            for piece in part.split(parts):
+                new.append(piece)
+                layer_of.append(k)
+                prices.append(np.ascontiguousarray(price[piece.rows - offset]))
+        self.parts, self.layer_of, self.prices = new, layer_of, prices
+        self.omega = [None] * len(new)
 
     def _step_prices(self) -> None:
         """Prices follow the numbers of kept weights of the mixtures, which are the slope of the bound in them."""
@@ -403,8 +440,8 @@ class BoundSearch:
             ratio = sum(float(part.kept.sum()) for part in self.parts) / max(kept, 1e-9)
             factor = float(np.clip(ratio, 0.6, 1.6))
             self.prices = [np.maximum(price, 1e-300) * factor for price in self.prices]
-        elif self.kept_rows is not None:
+        elif (kept_rows := self._kept_rows()) is not None:
             self.prices = [
                 np.maximum(price, 1e-300) * np.clip(part.kept.sum(1) / np.maximum(kept, 1e-9), 0.6, 1.6)
-                for price, part, kept in zip(self.prices, self.parts, self.kept_rows, strict=True)
+                for price, part, kept in zip(self.prices, self.parts, kept_rows, strict=True)
             ]

@@ -140,7 +140,7 @@ def sweep_rows(
     A, index = np.zeros((m_most, m_most)), np.zeros(m_most, np.int64)
     h, v = np.zeros(m_most), np.zeros(m_most)
     total = 0.0
-    for sweep in range(sweeps):
+    for _sweep in range(sweeps):
         total = 0.0
         for k in range(starts.size - 1):
             if stop[0]:

@@ -71,7 +71,6 @@ class JointSearch:
         self.counts = np.zeros(self.n_rows, dtype=np.int64)
         self.price = 0.0
         self._exact: list[tuple[bytes, float]] = [(b"", 0.0)] * self.n_rows
-        self._release: list[tuple[IntArray, int] | None] = [None] * self.n_rows
 
     # Start ---------------------------------------------------------------------------------------------------
 
@@ -103,7 +102,7 @@ class JointSearch:
             k, i = self.layer_of[r], self.row_of[r]
             group, quota = self._quota(r)
             paths[r] = elimination_path(
-                inverses[k], self.layers[k].weights[i], self.must_prune[k][i], self.must_stay[k][i],  # type: ignore[arg-type]
+                inverses[k], self.layers[k].weights[i], self.must_prune[k][i], self.must_stay[k][i],
                 group, quota, dearest / self.scale[r],
             )  # fmt: skip
 
@@ -167,7 +166,7 @@ class JointSearch:
         self.counts = np.array(counts)
 
     def _columns(self, r: int) -> int:
-        return self.layers[self.layer_of[r]].columns
+        return int(self.layers[self.layer_of[r]].columns)
 
     # Allocation ----------------------------------------------------------------------------------------------
 
@@ -222,7 +221,7 @@ class JointSearch:
     # Search --------------------------------------------------------------------------------------------------
 
     def estimate_price(self) -> None:
-        """The price of a weight, from the cheapest removal and the best return of some rows of the present masks."""
+        """The price of a weight, from the cheapest removal and the best return of some rows."""
         if self.budget.total is None:
             return
         prices = []
@@ -278,7 +277,13 @@ class JointSearch:
         state.release[:] = 0
         state.clock = 0
         price = 2.0 * self.price / self.scale[r]
+        tenure = self._tenure(r, tenure)
         state.search(table, price, self.pool.flag, steps, tenure, seed=1 + r + 7919 * round_number)
+
+    def _tenure(self, r: int, tenure: int) -> int:
+        """Shorter where few weights are on one side, so that some may always move."""
+        fewer = min(int(self.counts[r]), self._columns(r) - int(self.counts[r]))
+        return min(tenure, max(1, fewer // 6))
 
     def _state(self, k: int) -> RowState:
         states: dict[int, RowState] = self.pool.local.__dict__.setdefault("states", {})

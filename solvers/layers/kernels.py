@@ -349,7 +349,10 @@ def search_row(
             if r1 >= 0 and p > lowest and price - gain1 < change:
                 move, change = 2, price - gain1
         if change >= 0.5 * NEVER or (move == 0 and i < 0):
-            break
+            if tenure == 0:
+                break
+            clock += 1  # everything waits
+            continue
         if tenure == 0 and change >= -1e-10 * abs(loss):
             break
         clock += 1

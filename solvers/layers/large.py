@@ -1,16 +1,18 @@
-"""Layers too large for a tableau of each row: exchanges of many weights at once, with refits by conjugate gradients."""
+"""Layers too large for a tableau of each row: exchanges of many weights at once, refits by conjugate gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cbs_opt.linalg import inverse_pd
 from cbs_opt.solvers.layers.incumbent import Incumbent
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget
 from cbs_opt.solvers.layers.refit import refit_by_gradients
-from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _SHARE = 0.03  # of a row's kept weights that one exchange may move at first
 _MOST = 256  # weights of a row that one exchange may move
@@ -21,8 +23,8 @@ class BulkExchange:
     """Rows of one layer with fixed numbers of pruned weights, improved together.
 
     A weight s is removed at the estimate x_s²/t_s and a weight r returns at d_r²/a_r, where t and a are the
-    geometric means of the bounds that S_ii and [S⁻¹]_ii give on the diagonals of the tableau. The cheapest removals
-    of a row are paired with its best returns; the row is refitted and keeps the change only if its loss fell.
+    geometric means of the bounds that S_ii and [S⁻¹]_ii give on the diagonals of the tableau. The cheapest
+    removals of a row are paired with its best returns; it keeps the change only if its loss fell.
     The number of pairs a row may exchange grows with success and is halved without. All rows go through the same
     matrix products.
 
@@ -43,9 +45,9 @@ class BulkExchange:
         should_stop: Callable[[], bool],
     ) -> None:
         self.layer, self.pattern, self.should_stop = layer, pattern, should_stop
-        kind = np.float32 if layer.columns >= _SINGLE else np.float64
-        self.S: RealArray = layer.hessian.astype(kind)
-        self.W: RealArray = layer.weights.astype(kind)
+        kind: Any = np.float32 if layer.columns >= _SINGLE else np.float64
+        self.S: NDArray[Any] = layer.hessian.astype(kind)
+        self.W: NDArray[Any] = layer.weights.astype(kind)
         self.pruned = pruned.copy()
         inverse = inverse_pd(layer.hessian)
         diagonal = np.diag(layer.hessian)
@@ -55,13 +57,15 @@ class BulkExchange:
         self.X = self._refit(self.W, pruned, None, 80)
         self.losses = self._losses(self.X, slice(None))
 
-    def _refit(self, W: RealArray, pruned: BoolArray, start: RealArray | None, iterations: int) -> RealArray:
+    def _refit(
+        self, W: NDArray[Any], pruned: BoolArray, start: NDArray[Any] | None, iterations: int
+    ) -> NDArray[Any]:
         tolerance = 1e-7 if W.dtype == np.float32 else 1e-12
         return refit_by_gradients(self.S, W, pruned, start, iterations, tolerance, self.should_stop)
 
-    def _losses(self, X: RealArray, rows: slice | IntArray) -> FloatArray:
+    def _losses(self, X: NDArray[Any], rows: slice | IntArray) -> FloatArray:
         change = X - self.W[rows]
-        return np.einsum("rk,rk->r", change @ self.S, change, dtype=np.float64)
+        return np.asarray(np.einsum("rk,rk->r", change @ self.S, change, dtype=np.float64))
 
     @property
     def objective(self) -> float:
@@ -98,7 +102,7 @@ class BulkExchange:
         self.moves[rejected] = np.where(np.isin(rejected, rows[~tried]), 0, self.moves[rejected] // 2)
         return int(accepted.size)
 
-    def _pairs(self, cost: RealArray, gain: RealArray, moves: IntArray) -> tuple[BoolArray, BoolArray]:
+    def _pairs(self, cost: NDArray[Any], gain: NDArray[Any], moves: IntArray) -> tuple[BoolArray, BoolArray]:
         out, back = np.zeros(cost.shape, dtype=bool), np.zeros(cost.shape, dtype=bool)
         if self.pattern is not None:
             m = self.pattern[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Layer:
 
     weights: FloatArray
     hessian: FloatArray
-    scale: FloatArray = field(default=None)  # type: ignore[assignment]
+    scale: FloatArray = None  # type: ignore[assignment]  # ones, set in __post_init__
     locked: np.ndarray[tuple[int, int], np.dtype[np.int8]] | None = None
 
     def __post_init__(self) -> None:

@@ -1,15 +1,18 @@
-"""Best values of the kept weights of many rows: factorisations for small layers, conjugate gradients for large ones."""
+"""Best values of the kept weights of many rows: by factorisations, or by conjugate gradients in large layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import lapack
 
 from cbs_opt.solvers.layers.problem import Layer, row_losses
-from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
+_ROW_COST, _LITTLE = 4e6, 8e9  # operations: overhead of a row; what is done exactly at any rate
 _FACTOR_COST = 8.0  # of an operation of a small factorisation beside one of a large single precision product
 
 
@@ -40,14 +43,14 @@ def _solve(S: FloatArray, b: FloatArray, kept: IntArray) -> FloatArray:
 
 
 def refit_by_gradients(
-    S: RealArray,
-    W: RealArray,
+    S: NDArray[Any],
+    W: NDArray[Any],
     pruned: BoolArray,
-    start: RealArray | None = None,
+    start: NDArray[Any] | None = None,
     iterations: int = 60,
     tolerance: float = 1e-10,
     should_stop: Callable[[], bool] = lambda: False,
-) -> RealArray:
+) -> NDArray[Any]:
     """Preconditioned conjugate gradients on all rows at once, one product with S an iteration.
 
     S : (K, K), W, pruned : (rows, K), in one dtype. The preconditioner is diag(S). A row is left alone once its
@@ -91,13 +94,14 @@ def refit_layer(layer: Layer, pruned: BoolArray) -> FloatArray:
 def quick_loss(
     layer: Layer, pruned: BoolArray, iterations: int = 30, should_stop: Callable[[], bool] = lambda: False
 ) -> float:
-    """Joint loss of a mask with an exact refit or one by conjugate gradients in float32, whichever takes less time.
+    """Joint loss of a mask with an exact refit or conjugate gradients in float32, whichever takes less time.
 
     The loss of the weights found is exact in float64, so that the value is never below the true joint loss by more
     than rounding.
     """
     q, K = float((~pruned).sum(1).mean()), layer.columns
-    if q**3 / 3 * _FACTOR_COST < iterations * 2 * K**2:
+    factor = layer.rows * (q**3 / 3 * _FACTOR_COST + _ROW_COST)
+    if factor < max(iterations * layer.rows * 2 * K**2, _LITTLE):
         weights = refit_layer(layer, pruned)
     else:
         S, W = layer.hessian.astype(np.float32), layer.weights.astype(np.float32)

@@ -66,16 +66,16 @@ class SelectionSearch(JointSearch):
             return
         layer = self.layers[k]
         Q = self._quadratic(r)
-        y = table.masks[at].copy()
-        h = Q @ y
-        loss = float(y @ h)
-        locked = (
-            np.zeros(y.size, dtype=np.uint8) if layer.locked is None else (layer.locked[i] != 0).view(np.uint8)
-        )
+        size = table.masks.shape[1]
+        locked = np.zeros(size, dtype=np.uint8) if layer.locked is None else (layer.locked[i] != 0).view(np.uint8)
         group = self.groups[k]
-        groups = np.zeros(y.size, dtype=np.int64) if group is None else group
-        search_selection_row(
-            Q, y, h, locked, groups, group is not None, loss, 2.0 * self.price / self.scale[r], table.lowest,
-            table.values, table.masks, np.zeros(y.size, dtype=np.int64), 0, steps, tenure,
-            1 + r + 7919 * round_number, self.pool.flag,
-        )  # fmt: skip
+        groups = np.zeros(size, dtype=np.int64) if group is None else group
+        for moves, wait in ((steps, self._tenure(r, tenure)), (10_000, 0)):
+            # The best mask of a tabu search need not be a local optimum: a descent follows.
+            y = table.masks[at].copy()
+            h = Q @ y
+            search_selection_row(
+                Q, y, h, locked, groups, group is not None, float(y @ h), 2.0 * self.price / self.scale[r],
+                table.lowest, table.values, table.masks, np.zeros(y.size, dtype=np.int64), 0, moves, wait,
+                1 + r + 7919 * round_number, self.pool.flag,
+            )  # fmt: skip

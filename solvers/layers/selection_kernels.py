@@ -65,7 +65,7 @@ def _best_exchange(Q, pruned, p, leave, enter, grouped, group):
 def search_selection_row(
     Q, y, h, locked, group, grouped, loss, price, lowest, values, masks, release, clock, steps, tenure, seed, stop
 ):  # fmt: skip
-    """Up to `steps` moves of a tabu search on yᵀQy − price · Σy; returns (loss, clock). See `kernels.search_row`."""
+    """Up to `steps` moves of a tabu search on yᵀQy − price · Σy; (loss, clock). See `kernels.search_row`."""
     K = y.size
     leave, enter = np.empty(K), np.empty(K)
     pruned = np.empty(K, np.int64)
@@ -103,8 +103,11 @@ def search_selection_row(
                 back, out, change = -1, out1, cost1 - price
             if back1 >= 0 and p > lowest and price - gain1 < change:
                 back, out, change = back1, -1, price - gain1
-        if (back < 0 and out < 0) or (tenure == 0 and change >= -1e-10 * abs(loss)):
+        if tenure == 0 and ((back < 0 and out < 0) or change >= -1e-10 * abs(loss)):
             break
+        if back < 0 and out < 0:
+            clock += 1  # everything waits
+            continue
         clock += 1
         random ^= random << np.uint64(13)
         random ^= random >> np.uint64(7)

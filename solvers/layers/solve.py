@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -31,6 +32,8 @@ _GOOD = 0.93  # of the loss of the priced sweep, or of magnitude: ADMM has then 
 _FIRST_MOVES = 50
 _TENURES = (5, 8, 4, 10)
 _SWEEPS = 10  # of Frank-Wolfe between two steps of the blocks and prices
+_GROUPS = 16  # groups of rows with a block-diagonal matrix of their own
+_PATIENCE = 6  # such steps without a much better bound
 _SETTLED = 2e-4  # relative gain of a round that ends a run without limits
 
 
@@ -71,7 +74,7 @@ def solve_layers(
     threads : int
     seed : int
     bound_share : float
-        Share of the time limit that goes to lower bounds, 0 for none; without a limit bounds run until they settle.
+        Share of the time limit that goes to lower bounds, 0 for none; without a limit they run until settled.
     max_rounds : int, optional
         Rounds of search over all rows; without any limit the search ends when a round gains little.
     refit : bool
@@ -140,7 +143,7 @@ class _Run:
     def joint(self, warm_start: list[BoolArray] | None) -> None:
         """Magnitude first, then better and better; see `solve_layers`."""
         magnitude = self.budget.cheapest(self.layers, [np.abs(layer.weights) for layer in self.layers])
-        self.incumbent.offer(self._zeroed_loss(magnitude), magnitude)
+        self.incumbent.offer(self._zeroed_loss(magnitude), magnitude)  # a first answer at once
         pending = [magnitude] if warm_start is None else [magnitude, warm_start]
         if self.columns > TABLEAU_COLUMNS:
             with threadpool_limits(self.threads):
@@ -185,14 +188,14 @@ class _Run:
         if self.bound_share <= 0 or not np.isfinite(limit):
             self._rounds(search, pool, self.ends)
             if self.bound_share > 0:
-                self._bounds(pool, np.inf, fixed_weights)
+                self._bounds(pool, np.inf, fixed_weights, search.price)
             return
         first = 0.6 * (1 - self.bound_share) * limit
         self._rounds(search, pool, self.started + first)
-        self._bounds(pool, self.started + first + self.bound_share * limit, fixed_weights)
+        self._bounds(pool, self.started + first + self.bound_share * limit, fixed_weights, search.price)
         self._rounds(search, pool, self.ends)
 
-    def _bounds(self, pool: RowPool, until: float, fixed_weights: bool) -> None:
+    def _bounds(self, pool: RowPool, until: float, fixed_weights: bool, price: float) -> None:
         if pool.stopped():
             return
         pairs = zip(self.layers, self.incumbent.pruned, strict=True)
@@ -200,20 +203,24 @@ class _Run:
             weights = [np.where(mask, 0.0, layer.weights) for layer, mask in pairs]
         else:
             weights = [refit_layer(layer, mask) for layer, mask in pairs]
-        search = BoundSearch(self.layers, self.budget, self.incumbent, weights, pool, fixed=fixed_weights)
+        search = BoundSearch(
+            self.layers, self.budget, self.incumbent, weights, pool, fixed=fixed_weights, price=price
+        )
         try:
             if not search.prepare():
                 return
         except np.linalg.LinAlgError:
             logger.warning("no bound: a stored Hessian is not positive definite")
             return
-        before, idle = -np.inf, 0
-        while self.clock() < until and idle < 3:
-            if not search.step(_SWEEPS):
-                return
-            bound = self.incumbent.bound or 0.0
-            idle = idle + 1 if bound - before < 1e-3 * self.incumbent.objective else 0
-            before = bound
+        for parts in (1, _GROUPS):  # one B for all rows first, then one for each group of rows
+            if parts > 1:
+                search.split(parts)
+            best, idle = -np.inf, 0
+            while self.clock() < until and idle < _PATIENCE:
+                if not search.step(_SWEEPS):
+                    return
+                idle = idle + 1 if search.value - best < 2e-3 * self.incumbent.objective else 0
+                best = max(best, search.value)
 
     def _rounds(self, search: JointSearch, pool: RowPool, until: float) -> None:
         if search.price == 0.0:
@@ -232,8 +239,7 @@ class _Run:
                 return
 
     def _joint_large(self, pending: list[list[BoolArray]]) -> None:
-        best = None
-        value = np.inf
+        best, value = None, np.inf
         try:
             for quick in (priced_sweep, admm):
                 masks = quick(self.layers, self.budget, should_stop=self.stop)
@@ -255,7 +261,7 @@ class _Run:
     def _gradient_loss(self, masks: list[BoolArray], polite: bool = True) -> float:
         total = 0.0
         for layer, mask in zip(self.layers, masks, strict=True):
-            kind = np.float32 if layer.columns > 1500 else np.float64
+            kind: Any = np.float32 if layer.columns > 1500 else np.float64
             S, W = layer.hessian.astype(kind), layer.weights.astype(kind)
             X = refit_by_gradients(S, W, mask, None, 40, 1e-6, self.stop if polite else lambda: False)
             change = X - W

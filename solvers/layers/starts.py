@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy.linalg import lapack
@@ -26,9 +27,9 @@ class PricedSweep:
     """One pass over the columns of a layer that prunes every weight whose removal costs less than a price.
 
     As in SparseGPT, the columns are decided in one fixed order and the columns that come later make up for what is
-    removed, so that the rows share one Cholesky factor U of S⁻¹ and a pass costs rows × K². Unlike there, the price
-    of a weight is one number for all columns, blocks and rows (which settles the budget), and the columns go in
-    increasing order of S_ii, so that the heavy ones are left to make up.
+    removed, so that the rows share one Cholesky factor U of S⁻¹ and a pass costs rows × K². Unlike there, the
+    price of a weight is one number for all columns, blocks and rows (which settles the budget), and the columns
+    go in increasing order of S_ii, so that the heavy ones are left to make up.
 
     Raises
     ------
@@ -129,7 +130,7 @@ def _quantile(values: FloatArray, weight: FloatArray, share: float) -> float:
 def admm(
     layers: list[Layer],
     budget: LayerBudget,
-    kind: type[np.float32] | type[np.float64] = np.float32,
+    kind: Any = np.float32,
     iterations: int = 200,
     rho: float = 0.1,
     should_stop: Callable[[], bool] = _no,
