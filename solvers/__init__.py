@@ -1,7 +1,15 @@
-"""How to solve it: one algorithm a file.
+"""The solvers.
 
-This room imports the core, `cbs_opt`, and neither `cbs_opt.instances` nor `cbs_opt.bench`. A solver's module
-is imported when the solver is asked for, and not before: `cbs-solve --solver magnitude` loads neither torch
+- `problem`: the presolved, scaled problems on which the solvers work;
+- `paper`: saliency scores and the methods of the CBS paper;
+- `selection`: relaxation, lower bound and search for the selection loss;
+- `joint`: elimination, swap search and lower bound for the joint loss;
+- `layers`: layers whose rows share one Hessian;
+- `trees`: the branch-and-bound engine; `exact`: the exact solvers built on it, and enumeration;
+- `mip`: models for HiGHS, Pyomo and other solvers; `kernels`: compiled inner loops.
+
+The package imports the core, `cbs_opt`, and neither `cbs_opt.instances` nor `cbs_opt.bench`. The module of a
+solver is imported when the solver is requested: `cbs-solve --solver magnitude` loads neither torch
 nor numba.
 """
 
@@ -22,4 +30,4 @@ MODULES = {
     "exact": "cbs_opt.solvers.exact.solver",
     "brute": "cbs_opt.solvers.exact.brute",
 }
-"""Where each solver that comes with the package lives."""
+"""The module of each solver of the package."""

@@ -1,4 +1,4 @@
-"""What is left of a large block after each stage of thinning it out: updated weights and removal prices."""
+"""The remaining weights of a large block after each stage of elimination: updates and removal prices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHUNK = 4096  # weights priced at a time
 
 
 class Stage(Protocol):
-    """A block on which weights are removed many at once."""
+    """A block from which many weights are removed at once."""
 
     def prices(self, kept: IntArray) -> FloatArray:
         """Rise of the doubled loss by each removal, float64 (len(kept),)."""
@@ -24,9 +24,9 @@ class Stage(Protocol):
 
 
 def staged(instance: Instance, k: int, kept: IntArray, coupled: BoolArray) -> Stage:
-    """The way to price removals that suits the curvature of block k and the number of kept weights.
+    """The pricing of removals for the curvature of block k and the number of kept weights.
 
-    `coupled`, bool (b_k,): the weights with a term with another one, from `Curvature.coupled`.
+    `coupled`, bool (b_k,): the coupled weights, from `Curvature.coupled`.
     """
     factor = instance.curvature.as_factor()
     if factor is not None and factor.m < kept.size:
@@ -58,7 +58,7 @@ class FactorStage:
     """Prices through M = G_K G_Kᵀ + mλI, which loses the dropped columns: O(m² q) a stage, in float32.
 
     With G_K in the kept columns, [H_KK⁻¹]_ii = (1 − ‖L⁻¹G_i‖²)/λ for M = LLᵀ, and the kept weights move by
-    G_Kᵀ M⁻¹ G_P w_P − (g_K − G_Kᵀ M⁻¹ G_K g_K)/λ. Prices only rank the weights, so that single precision does;
+    G_Kᵀ M⁻¹ G_P w_P − (g_K − G_Kᵀ M⁻¹ G_K g_K)/λ. Prices only rank the weights, so that single precision suffices;
     M itself is kept in float64. Weights without a gradient have x and 1/λ, and take no part in this.
     """
 

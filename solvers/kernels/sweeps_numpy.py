@@ -1,4 +1,4 @@
-"""Twins of `sweeps_numba` in plain NumPy: the oracle of the tests."""
+"""The kernels of `sweeps_numba` in plain NumPy: the reference of the tests."""
 
 from __future__ import annotations
 

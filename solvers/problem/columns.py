@@ -1,4 +1,4 @@
-"""Products with Q = diag(w) H diag(w) and pieces of it, block by block, without forming it where it is large."""
+"""Products with Q = diag(w) H diag(w), block by block, without forming large blocks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class DiagonalBlock:
         return np.diag(self.values[index])
 
     def cross(self, rows: IntArray, columns: IntArray) -> FloatArray:
-        """Zero but where row and column are the same weight."""
+        """Zero unless row and column are the same weight."""
         return np.where(rows[:, None] == columns[None, :], self.values[rows][:, None], 0.0)
 
 

@@ -52,7 +52,7 @@ class SearchParameters(Parameters):
     working_set: int = option(256, "violating variables of a working set of the relaxation")
     cycles: int = option(12, "cycles without improvement after which a new core is chosen")
     stall: int = option(500, "tabu steps without improvement that end a cycle")
-    proof: int = option(250, "weights of a piece up to which branch and bound takes over; 0 for never")
+    proof: int = option(250, "weights of a component up to which branch and bound takes over; 0 for never")
     ratio: float = option(1.6, "growth of the concave weight while a point hardens")
     patience: int | None = option(
         None, "cycles without improvement after which the search ends; 150 without a limit on time or iterations"
@@ -88,13 +88,14 @@ class SearchParameters(Parameters):
 class Search(Solver):
     """Relaxation, concave continuation, tabu; an iteration is a cycle.
 
-    A cycle melts a binary point (a small weight on the concave term of `Relaxation`, with random weights per
-    variable), lets it harden again while that weight grows, rounds, and repairs by drop/add tabu search. It works
-    on a core: the variables nearest to their threshold in the relaxation. Cycles on one core make an epoch; what
-    an epoch finds is repaired by swaps over all variables with a fresh gradient. Between epochs the relaxation is
-    driven on, and gives a lower bound. A single piece of up to 250 weights goes on to branch and bound after two
-    to eight epochs (100 weights where there is no time limit), whose nodes then count as iterations; so do many
-    such pieces under one budget, where their tables take at most half of the time.
+    A cycle *melts* a binary point (relaxes it with a small weight on the concave term of `Relaxation`, with random
+    weights per variable), *hardens* it (that weight grows until the point is binary), rounds, and repairs by
+    drop/add tabu search. It works on a core: the variables closest to their threshold in the relaxation. Cycles on
+    one core form an epoch; an improvement is repaired by swaps over all variables with a recomputed gradient.
+    Between epochs the relaxation is continued, and gives a lower bound. A single component of up to 250 weights
+    (100 without a time limit) is handed to branch and bound after two epochs, or eight from 160 weights on; its
+    nodes then count as iterations. So are many such components under one budget, if their tables take at most
+    half of the time.
     """
 
     summary = "relaxation, concave continuation on cores, tabu swaps; with a lower bound"

@@ -1,4 +1,4 @@
-"""The search on large problems: sweeps over all variables, then cores of all blocks in turn, in threads."""
+"""The search on large problems: sweeps over all variables, then cores of all blocks, in threads."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _TENURE = (4, 15)
 
 
 def is_large(problem: SelectionProblem, large: int = LARGE) -> bool:
-    """Whether sweeps beat working sets as the start of the search: more than `large` coupled variables."""
+    """Whether the search starts with sweeps instead of working sets: more than `large` coupled variables."""
     return problem.budget.size <= _MOST_GROUPS and int(_coupled(problem).sum()) > large
 
 

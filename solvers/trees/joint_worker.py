@@ -1,4 +1,4 @@
-"""Exact joint problem of one dense piece: least ½ w_Pᵀ ([H⁻¹]_PP)⁻¹ w_P with numbers to prune per group."""
+"""Exact joint problem of one dense component: least ½ w_Pᵀ ([H⁻¹]_PP)⁻¹ w_P with numbers to prune per group."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class JointWorker:
 
 @dataclass
 class JointTree:
-    """A prepared branch and bound over one dense piece, in the order and units of the caller."""
+    """A prepared branch and bound over one dense component, in the order and units of the caller."""
 
     order: IntArray
     task: JointTask

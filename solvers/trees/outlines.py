@@ -1,4 +1,4 @@
-"""What one relaxed point of a piece tells of every number to prune: bounds below, and selections above."""
+"""Bounds of a component for every number to prune, from one relaxed point: lower bounds and selections."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def selection_outline(Q: FloatArray, c: FloatArray, count: int) -> Outline:
     """The outline of ½ yᵀQy + cᵀy from the box relaxation with Σy = count.
 
     For any x, ½ yᵀQy + cᵀy ≥ hᵀy − ½ xᵀQx with h = Qx + c, which is least at the smallest entries of h.
-    The selections are the prefixes of the weights ordered by x. O(n²) beside the relaxation.
+    The selections are the prefixes of the weights ordered by x. O(n²) in addition to the relaxation.
     """
     n = c.size
     task = SelectionTask(Q, c, np.zeros(n, np.int64), np.array([count]))

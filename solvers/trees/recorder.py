@@ -26,12 +26,12 @@ from cbs_opt.typing import FloatArray, IntArray
 
 
 class Recorder:
-    """Builds the tree of one piece.
+    """Builds the tree of one component.
 
     Parameters
     ----------
     part : Part
-        The piece as the check sees it.
+        The component as the check sees it.
     left : int64 (G,)
         Weights to prune in each group of the part.
     worker : SelectionWorker or JointWorker

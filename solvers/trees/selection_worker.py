@@ -1,4 +1,4 @@
-"""Exact selection of one dense piece: min ½ yᵀQy + cᵀy over binary y with a number of ones per group."""
+"""Exact selection on one dense component: min ½ yᵀQy + cᵀy over binary y with a number of ones per group."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _meet_budgets(x: FloatArray, starts: IntArray, budget: IntArray) -> None:
 
 @dataclass
 class SelectionTree:
-    """A prepared branch and bound over one dense piece, in the order and units of the caller.
+    """A prepared branch and bound over one dense component, in the order and units of the caller.
 
     Attributes
     ----------
