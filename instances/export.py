@@ -1,4 +1,4 @@
-"""From a trained network and its data to an instance: `export`, and `Export` behind it and behind `cbs-export`."""
+"""From a trained network and its data to an instance: `export`, and the class `Export` that `cbs-export` uses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from cbs_opt.version import __version__
 logger = logging.getLogger("cbs_opt")
 
 Progress = Callable[[str, int, int], None]
-"""Gets what is being done, how much of it is done, and how much there is."""
+"""Called with the current task, the amount done, and the total."""
 
 _CUDA_CHUNK_BYTES = 1 << 30
 
@@ -79,7 +79,7 @@ def export(
     Parameters
     ----------
     model : torch.nn.Module
-        Any model that takes a batch; used in evaluation mode, and left as it was.
+        Any model that takes a batch; used in evaluation mode, and not changed.
     inputs : (m, …)
         Samples, a tensor or anything whose slices are tensors.
     labels : (m, …)
@@ -102,9 +102,9 @@ def export(
     device : {"auto", "cpu", "cuda"}
         "auto" takes CUDA where there is one.
     path : Path or str, optional
-        Write the instance to this file piece by piece and read it back: it may then be larger than memory.
+        Write the instance to this file in chunks and read it back: it may then be larger than memory.
     metadata : mapping, optional
-        Added to what the export itself tells.
+        Added to the metadata of the export.
     progress : callable, optional
 
     Returns
@@ -167,7 +167,7 @@ def export(
 
 
 class Export:
-    """One export, checked as far as can be before the work.
+    """One export; its arguments are checked before the work.
 
     Parameters
     ----------
@@ -175,12 +175,12 @@ class Export:
         As for `export`.
     recipe : Recipe
     should_stop : callable, optional
-        Asked between pieces of the gradients: they then end with those that are there, at least one.
+        Called between chunks of the gradients; True ends with those collected so far, at least one.
 
     Attributes
     ----------
     facts : dict
-        What the work finds out for the metadata: `dense_loss`, `dense_accuracy` of classifiers, `damping`.
+        Results for the metadata: `dense_loss`, `dense_accuracy` of classifiers, `damping`.
     collecting : bool
         Whether gradients are being collected, so that a stop would keep them.
 
@@ -285,7 +285,7 @@ class Export:
         return Instance(self.weights, form, self.budget, self._linear(), self.fixed, metadata=self._metadata())
 
     def write(self, path: Path | str) -> None:
-        """Do the work and write the file, piece by piece: at most the gradients and one block are in memory."""
+        """Do the work and write the file in chunks: at most the gradients and one block are in memory."""
         path, recipe = Path(path), self.recipe
         recipe.check_fits(self.shapes, self.samples, path.parent)
         arrays: dict[str, Content] = dict(instance_arrays(self._frame))
@@ -481,7 +481,7 @@ class Export:
             return checked_call(model, placed(self.inputs[: fewest(model)], model))
 
     def _tell_zeros(self) -> None:
-        """Say what is zero already, and what becomes of it."""
+        """Log how many weights are already zero, and whether they stay zero."""
         n, kept = self.weights.size, 0 if self.fixed is None else int((self.fixed == 1).sum())
         if self.zeros > kept and self.zeros >= 0.001 * n:
             logger.warning(

@@ -1,4 +1,4 @@
-"""The loss that a network was trained with, sample by sample.
+"""The training loss of a network, per sample.
 
 Everything in this package that differentiates or reports a loss asks a `SampleLoss`. It gives for each sample a
 sum over what counts in it (its tokens, pixels or outputs, each times its class weight) and the weight of that. The
@@ -85,7 +85,7 @@ class SampleLoss(abc.ABC):
         """Raise `InstanceError` where outputs and targets of m samples do not fit each other."""
 
     def classes(self, outputs: Any, targets: Any) -> ClassView | None:
-        """Scores of classes beside their numbers, None for a loss without classes."""
+        """Class scores with class numbers, None for a loss without classes."""
         return None
 
     def per_sample(self, outputs: Any, targets: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which tensor of a network's output is the one that the loss is about."""
+"""The tensor of a network's output to which the loss applies."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What each weight of a network multiplies, seen where torch is called rather than where layers are.
+"""The inputs that each weight of a network multiplies, observed at the calls of torch, not at the layers.
 
-In a forward pass every call of torch is looked at: one that multiplies by a weight, or by a part or the transpose
-of one, is reported with the matrix of inputs that the weight meets there. So it does not matter which layer owns
-the weight, how often it is used, or whether a layer is called at all (`MultiheadAttention` never calls its
+In a forward pass every call of torch is inspected. A call that multiplies by a weight, or by a part or the
+transpose of one, is reported with the matrix of inputs of that product. It therefore does not matter which layer
+owns the weight, how often it is used, or whether the layer is called at all (`MultiheadAttention` never calls its
 `out_proj`).
 """
 
@@ -24,7 +24,7 @@ from cbs_opt.instances.tensors import Layout
 
 @dataclass(frozen=True)
 class Product:
-    """A call in which rows of a weight meet inputs.
+    """A call in which rows of a weight are multiplied by inputs.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the call, and look at it where one of its arguments is a weight."""
+        """Run the call, and inspect it if one of its arguments is a weight."""
         kwargs = kwargs or {}
         title = getattr(func, "__name__", "")
         if title in _HARMLESS:
@@ -125,7 +125,7 @@ class Products(TorchFunctionMode):
         return []
 
     def _name(self, tensor: Tensor) -> str | None:
-        """The weight that a tensor is, or is a view of: several may lie in one piece of memory."""
+        """The weight that a tensor is, or is a view of: several may share memory."""
         for name in self._names.get(_memory(tensor), ()):
             start = self._weights[name][0].storage_offset()
             if start <= tensor.storage_offset() < start + self._weights[name][0].numel():
@@ -327,7 +327,7 @@ _HARMLESS = frozenset(
 
 
 def _memory(tensor: Tensor) -> tuple[str, int]:
-    """Which memory a tensor is a view of."""
+    """The memory of which a tensor is a view."""
     try:
         return str(tensor.device), tensor.untyped_storage().data_ptr() if tensor.numel() else 0
     except (RuntimeError, NotImplementedError):  # sparse tensors, and others without memory of their own
@@ -335,7 +335,7 @@ def _memory(tensor: Tensor) -> tuple[str, int]:
 
 
 def _is_view(result: Any, args: Sequence[Any]) -> bool:
-    """Whether a call only looked at a part of a tensor: the use of that part is what counts."""
+    """Whether a call only created a view of a tensor: the use of that view is what counts."""
     results = result if isinstance(result, list | tuple) else (result,)
     tensors = [part for part in results if isinstance(part, Tensor)]
     if not tensors or not args or not isinstance(args[0], Tensor):

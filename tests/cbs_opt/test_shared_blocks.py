@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused(shared, scale, sentence):
         ({"shared": np.array([0, 0])}, "`hessian` must have shape|must have shape"),
         ({"shared": np.array([0, 5])}, "`shared` must hold numbers below 2"),
         ({"shared": np.array([1, 1])}, "no block uses the stored block 0"),
-        ({"shared": np.array([0, 0]), "block_sizes": np.array([1, 3])}, "must have one size"),
+        ({"shared": np.array([0, 0]), "block_sizes": np.array([1, 3])}, "must have the same size"),
         ({"block_scale": np.array([1.0, -1.0])}, "above 0"),
         ({"version": np.array(1)}, "`block_scale` needs `version` 2"),
     ],
