@@ -1,7 +1,8 @@
 """Accuracy of a pruned network: `python -m cbs_opt.bench.accuracy INSTANCE.npz --checkpoint FILE --data PATH`.
 
-For every sparsity and every way of choosing and updating, the network of an exported instance is pruned one-shot,
-without any training, and scored on test images: the columns of the tables 1 to 5 of the CBS paper and of ours.
+For every sparsity and every method of selection and update, the network of an exported instance is pruned
+one-shot, without any training, and scored on test images: the columns of the tables 1 to 5 of the CBS paper and
+of ours.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
 class Way(NamedTuple):
-    """A way of pruning: its name in the paper, solver, objective, whether the kept weights move, its colour."""
+    """A pruning method: its name in the paper, solver, objective, whether kept weights change, its colour."""
 
     paper: str
     solver: str
@@ -175,7 +176,7 @@ def _main(arguments: list[str]) -> int:
     from cbs_opt.instances.scores import evaluate
 
     parser = Parser(
-        "python -m cbs_opt.bench.accuracy", "Accuracy of a network over sparsity, pruned in several ways."
+        "python -m cbs_opt.bench.accuracy", "Accuracy of a network over sparsity, pruned by several methods."
     )
     add = parser.add_argument
     add("instance", type=Path, metavar="INSTANCE.npz", help="exported by cbs-export")

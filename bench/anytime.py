@@ -1,4 +1,4 @@
-"""What a solver has at given times: snapshots of its incumbent and bound, and tables of them over seeds."""
+"""Incumbents and bounds of a solver at given times, and tables of them over seeds."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Layers against their peers: `python -m cbs_opt.bench.layers FOLDER` prints Markdown tables.
 
-`solvers.layers` beside magnitude, SparseGPT and ALPS (`cbs_opt.bench.layer_peers`) on layers of networks, at the
-peers' own time and later, its certified gap, the selection problem beside Wanda with 1-swaps, and generated large
-layers. FOLDER holds `.npz` files of `weight` (rows, K) and `covariance` (K, K); the Hessian is the covariance plus
-a hundredth of its mean diagonal. Errors are relative, Σ (ŵ − w)ᵀH(ŵ − w) / Σ wᵀHw, recomputed in float64.
+`solvers.layers` compared with magnitude, SparseGPT and ALPS (`cbs_opt.bench.layer_peers`) on layers of networks,
+at the peers' own time and later, its certified gap, the selection problem compared with Wanda with 1-swaps, and
+generated large layers. FOLDER holds `.npz` files of `weight` (rows, K) and `covariance` (K, K); the Hessian is
+the covariance plus a hundredth of its mean diagonal. Errors are relative, Σ (ŵ − w)ᵀH(ŵ − w) / Σ wᵀHw, recomputed
+in float64.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    parser = Parser("python -m cbs_opt.bench.layers", "Print the errors and gaps of layers beside their peers.")
+    parser = Parser("python -m cbs_opt.bench.layers", "Print errors and gaps of layers and of other methods.")
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="layers as .npz files of `weight` and `covariance`")
     add("--parts", choices=PARTS, nargs="+", default=["joint", "gap", "row", "selection"], metavar="PART")

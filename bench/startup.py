@@ -1,4 +1,4 @@
-"""Seconds that a user waits: `python -m cbs_opt.bench.startup` prints a Markdown table.
+"""Start-up times as a user experiences them: `python -m cbs_opt.bench.startup` prints a Markdown table.
 
 Everything is measured in fresh processes from their start to their end, so that the interpreter, imports and
 reading count. "First run" means with empty caches of bytecode and compiled kernels. The processor's seconds, of

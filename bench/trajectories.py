@@ -1,4 +1,4 @@
-"""Objective over time, one line a solver: `python -m cbs_opt.bench.trajectories INSTANCE.npz -o picture.png`."""
+"""Objective over time, one line per solver: `python -m cbs_opt.bench.trajectories INSTANCE.npz -o picture.png`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def draw(results: Mapping[str, Result], title: str) -> Figure:
     Parameters
     ----------
     results : mapping of str to Result
-        Runs by the names that stand beside their lines.
+        Runs by the labels of their lines.
     title : str
 
     Returns
@@ -182,7 +182,7 @@ def few_ticks(
 
 
 def label_at_the_right(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Write each label beside the end of its line, moved apart where two would overlap."""
+    """Write each label next to the end of its line, moved apart where two would overlap."""
     axes.get_ylim()  # settles the limits that the transformation depends on
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = [float(to_axes.transform((1.0, value))[1]) for value, _, _ in labels]

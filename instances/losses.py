@@ -145,8 +145,8 @@ class ClassLoss(SampleLoss):
         raw = output_tensor(outputs, self.output_key)
         if targets.shape == raw.shape and not targets.is_floating_point() and not _one_hot(targets):
             raise InstanceError(
-                f"the loss {self.name} needs one class a sample, the targets name several or none: for several "
-                "labels a sample declare `--loss bce`"
+                f"the loss {self.name} needs one class per sample, the targets name several or none: for several "
+                "labels per sample declare `--loss bce`"
             )
         if raw.dim() == 3 and raw.shape[1] == raw.shape[2] == targets.shape[-1] and not self.shift:
             logger.warning(
@@ -350,7 +350,7 @@ def guessed(outputs: Any, targets: Any, inputs: Any, output_key: str | None) -> 
         ):
             logger.info("the labels are the inputs: the loss is the cross entropy of the next token (next-token)")
             return declared("next-token", output_key)
-    examples = "`--loss mse` for values, `--loss bce` for several labels a sample (from Python `loss=`)"
+    examples = "`--loss mse` for values, `--loss bce` for several labels per sample (from Python `loss=`)"
     if not isinstance(targets, Tensor):
         raise UsageError(
             f"the targets are no single tensor: declare the loss, {examples}, or `--loss module:function`"
@@ -363,7 +363,7 @@ def guessed(outputs: Any, targets: Any, inputs: Any, output_key: str | None) -> 
         if not probabilities and (targets.shape == tensor.shape or not _whole(targets)):
             raise UsageError(f"{shapes}: these are no class numbers: declare the loss, {examples}")
     elif targets.shape == tensor.shape and tensor.dim() == 2 and not _one_hot(targets):
-        raise UsageError(f"{shapes}, are several labels a sample: declare the loss, {examples}")
+        raise UsageError(f"{shapes}, are several labels per sample: declare the loss, {examples}")
     return declared("cross-entropy", output_key)
 
 

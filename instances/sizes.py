@@ -18,7 +18,7 @@ class Sizes:
     bitmask : int
         One bit per weight, and the kept values.
     csr : int
-        Compressed rows: values, column numbers of 2 bytes where these do (4 otherwise), 4 bytes a row.
+        Compressed rows: values, column numbers of 2 bytes where these do (4 otherwise), 4 bytes per row.
     """
 
     dense: int

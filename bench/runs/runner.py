@@ -1,4 +1,4 @@
-"""Run a benchmark: plan its rows, leave out those that are there, write each as it comes."""
+"""Run a benchmark: plan its rows, omit those in the store, write each as it is produced."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Progress(Protocol):
 
 @dataclass
 class Outcome:
-    """What a run of a benchmark did.
+    """The outcome of a run of a benchmark.
 
     Attributes
     ----------

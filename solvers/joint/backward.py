@@ -97,7 +97,7 @@ def eliminate(
 
     Notes
     -----
-    O(b³) time and O(b²) memory a block; for a large block with m gradients O(m² b) a stage.
+    O(b³) time and O(b²) memory per block; for a large block with m gradients O(m² b) per stage.
     """
     open_budget = instance.budget.per_group.copy()
     group = instance.budget.group_of(instance.n)

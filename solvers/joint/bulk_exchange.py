@@ -33,7 +33,7 @@ def exchange_in_bulk(instance: Instance, pruned: BoolArray, monitor: Monitor, le
     Returns
     -------
     bool (n,)
-        At least as good. O(m² q) a trial for m gradients and q kept weights, O(m n) memory.
+        At least as good. O(m² q) per trial for m gradients and q kept weights, O(m n) memory.
     """
     curvature = instance.curvature
     for k in range(curvature.number_of_blocks):

@@ -35,7 +35,7 @@ def staged(instance: Instance, k: int, kept: IntArray, coupled: BoolArray) -> St
 
 
 class DenseStage:
-    """Prices by the inverse of H on the kept weights: O(q³) a stage."""
+    """Prices by the inverse of H on the kept weights: O(q³) per stage."""
 
     def __init__(self, instance: Instance, curvature: Curvature, k: int) -> None:
         part = curvature.block_slice(k)
@@ -55,7 +55,7 @@ class DenseStage:
 
 
 class FactorStage:
-    """Prices through M = G_K G_Kᵀ + mλI, which loses the dropped columns: O(m² q) a stage, in float32.
+    """Prices through M = G_K G_Kᵀ + mλI, which loses the dropped columns: O(m² q) per stage, in float32.
 
     With G_K in the kept columns, [H_KK⁻¹]_ii = (1 − ‖L⁻¹G_i‖²)/λ for M = LLᵀ, and the kept weights move by
     G_Kᵀ M⁻¹ G_P w_P − (g_K − G_Kᵀ M⁻¹ G_K g_K)/λ. Prices only rank the weights, so that single precision suffices;

@@ -295,7 +295,7 @@ def lagrangian_bound(
 
 
 class BoundSearch:
-    """Bounds for all layers under their budget: Frank-Wolfe sweeps, steps of B and of the prices in turn.
+    """Bounds for all layers under their budget: Frank-Wolfe sweeps, steps of B and of the prices alternate.
 
     Parameters
     ----------

@@ -63,7 +63,7 @@ class Incumbent:
 def candidate_swaps(point: Incumbent, should_stop: Callable[[], bool], width: int = 64, limit: int = 200) -> int:
     """Make the best swap among the `width` best drops and additions until none gains; returns the swaps made.
 
-    A local optimum is declared on a freshly computed gradient only. O(r + width² m) a swap.
+    A local optimum is declared on a freshly computed gradient only. O(r + width² m) per swap.
     """
     problem, columns = point.problem, point.problem.columns
     half = 0.5 * columns.diagonal

@@ -147,7 +147,7 @@ def test_a_sum_is_noticed(caplog):
     [
         (None, LOGITS[:, :1], VALUES[:, :1], "makes no classes: declare the loss, `--loss mse`"),
         (None, LOGITS, VALUES, "no class numbers: declare the loss"),
-        (None, LOGITS, (VALUES > 0).long(), "several labels a sample: declare the loss"),
+        (None, LOGITS, (VALUES > 0).long(), "several labels per sample: declare the loss"),
         (None, LOGITS, {"a": CLASSES}, "no single tensor"),
         ("cross-entropy", LOGITS, CLASSES + 1, "count from 1; subtract 1"),
         ("cross-entropy", LOGITS, torch.where(CLASSES == 0, -1, CLASSES), r"ignore_index=-1"),
