@@ -1,4 +1,4 @@
-"""Run a solver on an instance: the one front door for Python callers."""
+"""Run a solver on an instance."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cbs_opt.version import __version__
 logger = logging.getLogger("cbs_opt")
 
 DEFAULT_SOLVERS = {"selection": "search", "joint": "joint"}
-"""The solver of each objective where none is named."""
+"""The default solver of each objective."""
 
 # Up to this size threads that share a block only wait for each other: seconds, where other processes are busy.
 _SMALL_BLOCK = 256
@@ -64,7 +64,7 @@ def solve(
     stop : Stop, optional
         Without one the solver runs to its own end.
     seed : int
-        Same seed, instance, parameters and iteration limit: same history.
+        The same seed, instance, parameters and iteration limit give the same history.
     parameters : mapping, optional
         Parameters of the solver by name.
     update : bool
@@ -83,12 +83,12 @@ def solve(
     Returns
     -------
     Result
-        Its losses are recomputed in float64, whatever the solver said.
+        Its losses are recomputed in float64, independently of the solver.
 
     Raises
     ------
     UsageError
-        For arguments that make no sense.
+        For invalid arguments.
     SolverError
         When the solver is unknown, cannot take the instance, or failed before it had a selection. When it
         fails later the incumbent is returned with status `error`.
@@ -162,7 +162,7 @@ def _result(
     build_seconds: float,
     solve_seconds: float,
 ) -> Result:
-    """Recompute the losses of the incumbent and put everything together."""
+    """Recompute the losses of the incumbent and assemble the result."""
     monitor, objective = context.monitor, context.objective
     pruned = monitor.pruned
     if pruned is None:  # stopped before the first selection: magnitude always has one
@@ -236,7 +236,7 @@ def thread_limit(threads: int | None, batched: bool) -> Iterator[None]:
         try:
             import torch  # before the limits, which hold for the libraries that are loaded
         except ModuleNotFoundError:
-            with_torch = False  # a solver that needs it says so itself
+            with_torch = False  # a solver that needs it reports it
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(threads))
         if with_torch:

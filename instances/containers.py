@@ -242,11 +242,11 @@ class TorchArchive(Archive):
             )
         elif path and not quiet:
             logger.info(f"{self.path}: {title} is taken")
-        beside = [str(k) for k in entries if not isinstance(entries[k], StoredTensor)]
+        ignored = [str(k) for k in entries if not isinstance(entries[k], StoredTensor)]
         content = self._file.content
         if path and isinstance(content, dict):
-            beside += [str(k) for k in content if str(k) != path.partition(".")[0] and str(k) not in others]
-        self.ignored += beside
+            ignored += [str(k) for k in content if str(k) != path.partition(".")[0] and str(k) not in others]
+        self.ignored += ignored
         return path, _tensors(entries)
 
     def read(self, name: str) -> Tensor:

@@ -341,7 +341,7 @@ class Export:
             logger.warning(
                 "ALL GRADIENTS ARE ZERO: nothing tells the weights apart; check that the loss is that of the "
                 "network, "
-                "`--loss mse` say, and that its outputs depend on the weights that are pruned"
+                "`--loss mse` perhaps, and that its outputs depend on the weights that are pruned"
             )
 
     def _collected(self, dtype: np.dtype[Any], folder: Path | None) -> NDArray[Any]:

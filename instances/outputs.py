@@ -56,7 +56,7 @@ def output_tensor(outputs: Any, key: str | None = None) -> Tensor:
         return next(iter(tensors.values()))
     raise InstanceError(
         f"the network's output, {_listed(named)}, does not say which tensor the loss is about: name it with "
-        "`--output-key` (from Python `output_key`), 'logits' say"
+        "`--output-key` (from Python `output_key`), such as 'logits'"
     )
 
 

@@ -189,7 +189,7 @@ def _matches(pattern: str, folder: Path) -> list[tuple[str, Path]]:
     path = Path(pattern).expanduser()
     path = path if path.is_absolute() else folder / path
     if not glob.has_magic(pattern):
-        return [(path.stem, path)]  # where there is none, reading it says so
+        return [(path.stem, path)]  # if there is none, reading it reports that
     paths = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
     if not paths:
         raise UsageError(f"`instances`: no file matches {path}")

@@ -47,7 +47,7 @@ _PACKAGES = ("scipy", "numba", "torch", "highspy", "pyomo", "pyscipopt", "gurobi
 
 @dataclass(frozen=True)
 class Task:
-    """A row to be made: its key, and what the run needs beside it."""
+    """A row to be made: its key, and what the run needs in addition."""
 
     path: str
     instance_sha256: str
@@ -146,7 +146,7 @@ def run_task(task: Task, should_stop: Callable[[], bool] | None = None) -> Made:
 
 
 class _UnsupportedError(CbsError):
-    """The solver refuses the instance, and says so."""
+    """The solver refuses the instance with a message."""
 
 
 def judge(
@@ -234,7 +234,7 @@ def _run_solver(task: Task, instance: Instance, should_stop: Callable[[], bool] 
             status = solver.run(instance, context)
     except Exception as error:
         if monitor.pruned is None and (isinstance(error, InstanceError) or "licence" in str(error)):
-            # A valid instance that this solver cannot take: too large for it, say, or for its licence.
+            # A valid instance that this solver cannot take: too large for it or for its licence.
             raise _UnsupportedError(str(error)) from error
         known = isinstance(error, CbsError)
         run.failure = str(error) if known else f"{type(error).__name__}: {error}"

@@ -245,8 +245,8 @@ def score_lines(content: dict[str, Any]) -> list[str]:
         over = f"interrupted: {before['samples']} samples before, {after['samples']} after"
 
     def line(name: str, show: Callable[[dict[str, Any]], str], more: str) -> str:
-        beside = f", {show(magnitude)} by magnitude" if magnitude is not None else ""
-        return f"{name:<9} {show(before)} before, {show(after)} after{beside}{more}"
+        added = f", {show(magnitude)} by magnitude" if magnitude is not None else ""
+        return f"{name:<9} {show(before)} before, {show(after)} after{added}{more}"
 
     lines = []
     if before["metric"] is not None:
@@ -270,8 +270,8 @@ def trial_line(trial: dict[str, Any]) -> str:
         return float(score["loss"] if score["value"] is None else score["value"])
 
     name = trial["score"]["metric"] or "loss"
-    beside = f", {value(trial['magnitude']):.4f} by magnitude" if "magnitude" in trial else ""
-    return f"{trial['sparsity']:>7.2%} pruned: {name} {value(trial['score']):.4f}{beside}  ({trial['solution']})"
+    added = f", {value(trial['magnitude']):.4f} by magnitude" if "magnitude" in trial else ""
+    return f"{trial['sparsity']:>7.2%} pruned: {name} {value(trial['score']):.4f}{added}  ({trial['solution']})"
 
 
 def _shifted(tell: Callable[[int], None], start: int, done: int) -> None:

@@ -53,7 +53,7 @@ def refit_by_gradients(
 ) -> NDArray[Any]:
     """Preconditioned conjugate gradients on all rows at once, one product with S per iteration.
 
-    S : (K, K), W, pruned : (rows, K), in one dtype. The preconditioner is diag(S). A row is left alone once its
+    S : (K, K), W, pruned : (rows, K), in one dtype. The preconditioner is diag(S). A row is skipped once its
     residual has fallen by `tolerance` (in energy, relative to the start). Never worse than the start.
     """
     kept = (~pruned).astype(W.dtype)

@@ -251,7 +251,7 @@ class _Run:
         return relaxed
 
     def _search_blocks(self) -> None:
-        """Sweeps, then cores of all blocks in turn, while the bound is driven on."""
+        """Sweeps, then cores of all blocks, while the bound is improved."""
         sweeps, monitor, parameters = self._sweeps(), self.monitor, self.parameters
         sweeps.path(PATH)
         idle = 0

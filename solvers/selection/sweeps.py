@@ -97,7 +97,7 @@ class Sweeps:
         return other
 
     def _start_prices(self) -> None:
-        """Prices at which as many weights as the budget would go if none had a term with any other."""
+        """Prices that meet the budget if all weights were uncoupled."""
         alone = 0.5 * self.columns.diagonal + self.linear
         self.price, self.typical = np.zeros(self.budget.size), np.zeros(self.budget.size)
         for g in range(self.budget.size):
