@@ -180,8 +180,8 @@ def _main(arguments: list[str]) -> int:
     )
     add = parser.add_argument
     add("instance", type=Path, metavar="INSTANCE.npz", help="exported by cbs-export")
-    add("--network", metavar="NAME|module:factory", help="default: what the instance says")
-    add("--checkpoint", type=Path, metavar="FILE", help="default: what a factory returns")
+    add("--network", metavar="NAME|module:factory", help="default: as in the instance")
+    add("--checkpoint", type=Path, metavar="FILE", help="default: as returned by a factory")
     add("--data", metavar="PATH", help="test images; default: a factory's own")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     add("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="F")

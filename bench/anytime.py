@@ -46,12 +46,12 @@ class Anytime:
         return bisect.bisect_right(self.seconds, seconds) - 1
 
     def at(self, seconds: float) -> BoolArray | None:
-        """The incumbent after so many seconds, bool (n,), or None."""
+        """The incumbent after the given number of seconds, bool (n,), or None."""
         k = self._last(seconds)
         return None if k < 0 else self.selections[k]
 
     def bound_at(self, seconds: float) -> float | None:
-        """The bound after so many seconds, or None."""
+        """The bound after the given number of seconds, or None."""
         k = self._last(seconds)
         return None if k < 0 else self.bounds[k]
 
@@ -66,7 +66,7 @@ def run_solver(
     threads: int = 1,
     clock: str = "wall",
 ) -> Anytime:
-    """Run a solver for so many seconds after an untimed warm-up of one iteration.
+    """Run a solver for the given time after an untimed warm-up of one iteration.
 
     Parameters
     ----------

@@ -72,7 +72,7 @@ class Case:
         return Timed(self.error(weights), seconds)
 
     def solve(self, budget: LayerBudget, seconds: float, **options: object) -> LayerSolution:
-        """Our own answer after so many seconds."""
+        """Our own answer after the given number of seconds."""
         return solve_layers(
             [self.layer],
             budget,
@@ -83,7 +83,7 @@ class Case:
         )
 
     def error_at(self, solution: LayerSolution, seconds: float) -> float:
-        """Relative error of the incumbent after so many seconds; infinite before the first."""
+        """Relative error of the incumbent after the given number of seconds; infinite before the first."""
         found = [objective for at, objective, _ in solution.history if at <= seconds and objective is not None]
         return 2 * min(found, default=np.inf) / self.reference
 
@@ -145,7 +145,7 @@ def joint_rows(case: Case, sparsities: Sequence[float], seconds: float) -> list[
 
 
 def gap_rows(case: Case, sparsities: Sequence[float], seconds: float) -> list[list[object]]:
-    """Objective, bound and gap after so many seconds."""
+    """Objective, bound and gap after the given number of seconds."""
     out: list[list[object]] = []
     for sparsity in sparsities:
         count = int(np.ceil(sparsity * case.weights.size))

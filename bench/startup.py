@@ -2,7 +2,7 @@
 
 Everything is measured in fresh processes from their start to their end, so that the interpreter, imports and
 reading count. "First run" means with empty caches of bytecode and compiled kernels. The processor's seconds, of
-all threads, tell what is left of a figure on a machine that nobody else uses.
+all threads, show what remains of a figure on an idle machine.
 """
 
 from __future__ import annotations

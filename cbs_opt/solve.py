@@ -59,7 +59,7 @@ def solve(
     solver : str or subclass of Solver, optional
         A name of `solver_names()`; that of `DEFAULT_SOLVERS` when not given.
     objective : {"selection", "joint"}, optional
-        The loss to minimise: of the selection as it stands, or after the best update of the kept weights.
+        The loss to minimise: of the selection without an update, or after the best update of the kept weights.
         "selection" when not given, unless the solver minimises only the other.
     stop : Stop, optional
         Without one the solver runs to its own end.

@@ -127,7 +127,7 @@ def keeping(
     least: float,
     fixed: NDArray[np.int8] | None,
 ) -> tuple[Budget, NDArray[np.int8]]:
-    """Keep at least so many weights of every tensor: its largest ones are fixed.
+    """Keep at least a number of weights of every tensor: its largest ones are fixed.
 
     Parameters
     ----------

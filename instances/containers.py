@@ -112,7 +112,7 @@ class Archive:
         raise NotImplementedError
 
     def write(self, path: Path, changes: Mapping[str, Tensor], replaced: Collection[str] = ()) -> None:
-        """Write the checkpoint anew.
+        """Rewrite the checkpoint.
 
         Parameters
         ----------
@@ -150,7 +150,7 @@ class SafetensorsArchive(Archive):
             raise InstanceError(f"{self.path}: is damaged: {error}") from None
 
     def write(self, path: Path, changes: Mapping[str, Tensor], replaced: Collection[str] = ()) -> None:
-        """Write the file anew, with its metadata."""
+        """Rewrite the file, with its metadata."""
         with safe_open(self.path, framework="pt") as file:
             metadata = file.metadata()
         tensors = {name: self.read(name) for name in self.shapes if name not in changes and name not in replaced}

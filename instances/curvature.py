@@ -31,7 +31,7 @@ def block_sizes(shapes: Sequence[Shape], blocks: str | int) -> list[int]:
     shapes : sequence of tuple
         The tensors, in the order of the weights.
     blocks : {"full", "layer", "row"} or int
-        One block for everything, for each tensor, for each output neuron or channel, or of so many weights,
+        One block for everything, for each tensor, for each output neuron or channel, or of this many weights,
         the last one of a tensor with what is left.
 
     Raises

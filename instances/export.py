@@ -228,7 +228,7 @@ class Export:
         if recipe.source == "fisher" and recipe.batch == 1 and fewest(model) > 1:
             raise UsageError(
                 "a batch norm of the network takes its statistics from the batch (it keeps none of its own), "
-                "so that single samples have no gradient: take means over batches, `--batch 50` say (from Python "
+                "so that single samples have no gradient: use batch means, such as `--batch 50` (from Python "
                 "`batch=50`)"
             )
         plan = make_plan(model, names, exclude, source=recipe.source, run=self._run_one)
@@ -414,7 +414,7 @@ class Export:
         self.facts["damping"] = damping
         return damping
 
-    # What the instance says of itself -----------------------------------------------------------------------
+    # Metadata of the instance -------------------------------------------------------------------------------
 
     def _judge(self) -> None:
         """Score the dense network, which finds data that do not fit before the long work."""

@@ -214,7 +214,7 @@ class FunctionLoss(SampleLoss):
     """Any function of outputs and targets, called with one sample at a time.
 
     It gets the network's output as it is, or the tensor that `output_tensor` finds in it where it takes that only.
-    A vector of m losses is taken as it is; of a scalar the mean and the sum over a batch are told apart.
+    A vector of m losses is taken as it is; for a scalar, the mean and the sum over a batch are distinguished.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, output_key: str | None = None) -> None:
@@ -340,7 +340,7 @@ def guessed(outputs: Any, targets: Any, inputs: Any, output_key: str | None) -> 
     tensor = output_tensor(outputs, output_key)
     if isinstance(targets, Tensor) and tensor.dim() == 3 and not targets.is_floating_point():
         given = inputs.leaves if isinstance(inputs, Bundle) else [inputs]
-        # -100 marks what is not predicted, padding say.
+        # -100 marks what is not predicted, such as padding.
         if any(
             isinstance(leaf, Tensor)
             and leaf.shape == targets.shape

@@ -55,7 +55,7 @@ def output_tensor(outputs: Any, key: str | None = None) -> Tensor:
     if len(tensors) == 1 or (tensors and isinstance(outputs, tuple | list)):
         return next(iter(tensors.values()))
     raise InstanceError(
-        f"the network's output, {_listed(named)}, does not say which tensor the loss is about: name it with "
+        f"the network's output, {_listed(named)}, does not determine the tensor of the loss: name it with "
         "`--output-key` (from Python `output_key`), such as 'logits'"
     )
 

@@ -277,7 +277,7 @@ def scratch(shape: tuple[int, int], dtype: np.dtype[Any], memory: int, folder: P
     UsageError
         When the disk has no room for it either.
     OutputError
-        When the file cannot take its space, on a full disk say.
+        When the file cannot take its space, as on a full disk.
     """
     import tempfile
 

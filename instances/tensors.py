@@ -164,7 +164,7 @@ def read_places(instance: Instance) -> list[Place]:
     """
     table = instance.metadata.get("tensors")
     if table is None:
-        raise InstanceError("the instance does not say which tensors its weights are: `metadata` has no `tensors`")
+        raise InstanceError("the instance does not name its tensors: `metadata` has no `tensors`")
     if not isinstance(table, list | tuple) or not table:
         raise InstanceError("`metadata`: `tensors` must be a list of name, shape and offset")
     out = sorted(map(_place, table), key=lambda place: (place.start, place.layout.size))

@@ -169,7 +169,7 @@ class TorchFile:
             raise InstanceError(f"{self.path}: is damaged: a tensor reaches beyond its storage") from None
 
     def write(self, file: IO[bytes], changes: Mapping[str, tuple[StoredTensor, Tensor]]) -> None:
-        """Write the file anew with other numbers in some tensors, which keep their types and places.
+        """Rewrite the file with new values in some tensors, which keep their types and places.
 
         Parameters
         ----------

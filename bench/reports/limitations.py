@@ -14,7 +14,7 @@ from cbs_opt.result import Status
 FEW_SEEDS = 5
 """Fewer seeds are not enough for a randomised method."""
 
-_SHORT = 0.05  # seconds; the processor's clock says nothing about shorter runs
+_SHORT = 0.05  # seconds; the processor clock is too coarse for shorter runs
 _BUSY = 0.8  # of the wall's seconds; with less the processor was shared
 
 
@@ -25,7 +25,7 @@ def limitations(analysis: Analysis) -> list[str]:
         *_of_rows(analysis),
         *_of_machines(analysis),
         "Times are those of this machine with these versions; ratios transfer better to others than seconds.",
-        "Instances and settings were chosen by whoever ran this; on other networks the order may differ. "
+        "Instances and settings were chosen for this benchmark; on other networks the order may differ. "
         "Solvers ran with the settings above, which need not be the best for each.",
     ]
 
@@ -138,4 +138,4 @@ def _of_machines(analysis: Analysis) -> Iterator[str]:
             "compare."
         )
     if any(row.environment not in analysis.environments for row in analysis.rows if row.kind == OK):
-        yield "Some rows do not say on which machine they were made."
+        yield "The machine of some rows is unknown."

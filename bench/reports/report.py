@@ -167,7 +167,7 @@ def _what_was_run(analysis: Analysis) -> Iterator[Block]:
         yield Paragraph(f"Rows made from {_minute(starts[0])} to {_minute(starts[-1])} UTC.")
     machines = tables.machines(analysis)
     if machines is None:
-        yield Paragraph("The store does not say on which machine.")
+        yield Paragraph("The machine is unknown.")
     else:
         yield Paragraph(tables.machine_sentence(analysis))
         yield Folded("Machine and versions", [machines])

@@ -50,7 +50,7 @@ class Plan:
 
 
 class Progress(Protocol):
-    """Told of the rows as they come."""
+    """Receives the progress of a run."""
 
     def start(self, total: int) -> None:
         """So many rows are to be made."""

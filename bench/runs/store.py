@@ -259,11 +259,11 @@ class Store:
         return added
 
     def set_kind(self, row_id: int | None, kind: str, message: str) -> None:
-        """Say of a row that is there what another one has shown."""
+        """Correct a stored row by the result of another one."""
         self._execute("UPDATE rows SET kind = ?, message = ? WHERE id = ?", (kind, message, row_id))
 
     def add_instance(self, instance: StoredInstance) -> None:
-        """Keep what there is to say about an instance; the first word stays."""
+        """Store the description of an instance; the first one is kept."""
         values = (
             instance.sha256,
             instance.name,

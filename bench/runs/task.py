@@ -88,7 +88,7 @@ class Made(NamedTuple):
 
 @dataclass
 class _Run:
-    """What came of a run, before anybody has judged it."""
+    """The outcome of a run, before its evaluation."""
 
     pruned: BoolArray | None = None
     claimed: float | None = None
@@ -157,7 +157,7 @@ def judge(
     bound: float | None,
     failure: str | None = None,
 ) -> Row:
-    """Make the row of a selection from what it is, not from what the solver says.
+    """Make the row of a selection from recomputed values, not from those of the solver.
 
     Parameters
     ----------

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> common.Parser:
     parser = common.Parser(
-        "cbs-apply", "Prune a checkpoint as a solution says, and compare the network before and after."
+        "cbs-apply", "Prune a checkpoint according to a solution, and compare the network before and after."
     )
     add = parser.add_argument
     add("instance", metavar="INSTANCE.npz", type=Path)
@@ -70,7 +70,7 @@ def _parser() -> common.Parser:
     add(
         "--network",
         metavar="NAME|module:factory",
-        help="default: what the instance says; a factory is code, and runs only when it is named here",
+        help="default: as in the instance; a factory is code, and runs only if it is named here",
     )
     add("--mean", metavar="X", type=number_option(), nargs="+", help="normalisation in place of the network's")
     add("--std", metavar="X", type=number_option(), nargs="+", help="likewise")
@@ -124,7 +124,7 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
     solutions = [read_solution(path, instance) for path in options.solution]
     for path, solution in zip(options.solution, solutions, strict=True):
         if not solution.instance_sha256:
-            logger.warning(f"{path}: does not say which instance it is for: only its size is checked")
+            logger.warning(f"{path}: does not name its instance: only its size is checked")
 
     from cbs_opt.instances.apply import layer_masks, pruned_tensors
     from cbs_opt.instances.checkpoints import checkpoint_sha256, read_checkpoint, write_checkpoint
@@ -292,8 +292,7 @@ def _check_hash(instance: Instance, options: argparse.Namespace, sha256: str) ->
     expected = noted.get("sha256") if isinstance(noted, dict) else None
     if not isinstance(expected, str):
         logger.warning(
-            f"{options.instance}: does not say which checkpoint it came from: only names, shapes and values are "
-            "compared"
+            f"{options.instance}: does not name its checkpoint: only names, shapes and values are compared"
         )
     elif expected != sha256:
         raise InstanceError(

@@ -61,7 +61,7 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
         print(f"{program}: {error}{hint}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     except BrokenPipeError:
-        # Whoever read our output has left; point stdout elsewhere so that the interpreter's flush is silent.
+        # The reader of stdout has closed it; redirect stdout so that the interpreter's flush is silent.
         _drop_stdout()
         return EXIT_OK
     except KeyboardInterrupt:

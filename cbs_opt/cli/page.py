@@ -60,7 +60,7 @@ def _instance_page(content: Mapping[str, Any], instance: Instance) -> str:
     if "gradients" in content:
         rows.append(("gradients", f"m = {content['gradients']:,}, of {content['weights']:,} entries each"))
     if isinstance(damping, int | float):
-        baked = "" if "damping" in content else ", inside the blocks"
+        baked = "" if "damping" in content else ", included in the blocks"
         rows.append(("damping", f"λ = {damping:g} (loss per squared unit of weight){baked}"))
     rows.append(("H_ii", f"{short(low)} to {short(high)} (loss per squared unit of weight)"))
     if content["linear"]:

@@ -121,9 +121,7 @@ class Scoring:
         except UsageError as error:
             if options.network is not None or spec in network_names():
                 raise
-            raise UsageError(
-                f"{options.instance}: {error}; `--network` overrides what the instance says"
-            ) from None
+            raise UsageError(f"{options.instance}: {error}; `--network` overrides the instance") from None
         load_checkpoint(network.model, options.checkpoint, checkpoint_key(options, self._instance))
         return network
 

@@ -60,7 +60,7 @@ class Curvature(abc.ABC):
     which it has a faster algorithm. `register_curvature` adds a kind to the file format.
 
     Indices named `rows`, `columns` or `index` count within block k; vectors run over all n weights unless a
-    method says otherwise. Everything is computed in float64, whatever the stored type.
+    method states otherwise. Everything is computed in float64, whatever the stored type.
 
     Attributes
     ----------

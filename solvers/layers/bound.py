@@ -302,7 +302,7 @@ class BoundSearch:
     layers : list of Layer
     budget : LayerBudget
     incumbent : Incumbent
-        Its masks are the start; it is told of the bounds.
+        Its masks are the start; it receives the bounds.
     weights : list of float64 (rows, K)
         The refitted weights of the incumbent.
     pool : RowPool

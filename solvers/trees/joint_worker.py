@@ -115,7 +115,7 @@ class JointWorker:
         self._state[tree.LEVEL] = 0
 
     def run(self, nodes: int) -> bool:
-        """Work on so many nodes; whether something is left."""
+        """Process a number of nodes; whether something is left."""
         self._crowded = False
         if self._state[tree.LEVEL] < 0:
             return False

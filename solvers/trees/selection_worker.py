@@ -108,7 +108,7 @@ class SelectionWorker:
         self._state[tree.LEVEL] = 0
 
     def run(self, nodes: int) -> bool:
-        """Work on so many nodes; whether something is left."""
+        """Process a number of nodes; whether something is left."""
         task = self.task
         return bool(
             tree.run(

@@ -257,7 +257,7 @@ def test_the_part_of_an_output():
     assert output_tensor((torch.tensor(1.0), LOGITS, hidden)) is LOGITS
     assert output_tensor({"a": LOGITS}) is LOGITS
     assert output_tensor({"a": hidden, "b": LOGITS}, "b") is LOGITS
-    with pytest.raises(InstanceError, match=r"a \(12, 9\), b \(12, 4\), does not say which.*--output-key"):
+    with pytest.raises(InstanceError, match=r"a \(12, 9\), b \(12, 4\), does not determine.*--output-key"):
         output_tensor({"a": hidden, "b": LOGITS})
     with pytest.raises(InstanceError, match="no tensor 'c'; it has a"):
         output_tensor({"a": hidden}, "c")

@@ -143,7 +143,7 @@ def test_instances_that_say_less_are_taken_with_a_warning(trained, tmp_path, cap
     base = [str(path), str(path.with_suffix(".solution")), "--checkpoint", str(trained / "model.pt"), "-o", out]
     assert main(base) == 0
     errors = capsys.readouterr().err
-    assert "does not say which checkpoint" in errors and "does not say which instance" in errors
+    assert "does not name its checkpoint" in errors and "does not name its instance" in errors
     assert main([*base, "--data", "digits"]) == 2
     assert "'my own kind' is not a known network" in capsys.readouterr().err
     assert main([*base, "--data", "digits", "--network", "digits-mlp"]) == 0
