@@ -3,6 +3,8 @@
 For every sparsity and every method of selection and update, the network of an exported instance is pruned
 one-shot, without any training, and scored on test images: the columns of the tables 1 to 5 of the CBS paper and
 of ours.
+
+No view of `cbs-bench`: a store holds losses of the quadratic model, not selections to apply to a network.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from cbs_opt.files.atomic import atomic_write, check_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.nn import Module
 
     from cbs_opt.instances.data import SampleSource
     from cbs_opt.instances.networks import Network
@@ -92,7 +95,6 @@ def study(
     seed : int
     """
     from cbs_opt.instances.apply import apply
-    from cbs_opt.instances.scores import evaluate
 
     for sparsity in sparsities:
         problem = instance.with_sparsity(sparsity)
@@ -108,12 +110,25 @@ def study(
             )
             model = copy.deepcopy(network.model)
             apply(model, problem, result)
-            score = evaluate(model, samples)
-            assert score is not None
+            accuracy, loss = score(model, samples)
             seconds = result.build_seconds + result.solve_seconds
-            yield Row(
-                name, sparsity, result.selection_loss, result.joint_loss, score.accuracy, score.loss, seconds
-            )
+            yield Row(name, sparsity, result.selection_loss, result.joint_loss, accuracy, loss, seconds)
+
+
+def score(model: Module, samples: SampleSource) -> tuple[float, float]:
+    """Accuracy and mean cross entropy of a network.
+
+    Raises
+    ------
+    UsageError
+        For samples without labels of classes.
+    """
+    from cbs_opt.instances.scores import evaluate
+
+    found = evaluate(model, samples)
+    if found is None or found.accuracy is None:
+        raise UsageError("the test samples have no labels of classes: accuracy needs them")
+    return found.accuracy, found.loss
 
 
 def table(rows: Sequence[Row], dense: float) -> str:
@@ -173,7 +188,6 @@ def _main(arguments: list[str]) -> int:
     from cbs_opt.instances.checkpoints import load_checkpoint
     from cbs_opt.instances.data import open_samples
     from cbs_opt.instances.networks import is_factory, load_network
-    from cbs_opt.instances.scores import evaluate
 
     parser = Parser(
         "python -m cbs_opt.bench.accuracy", "Accuracy of a network over sparsity, pruned by several methods."
@@ -204,8 +218,7 @@ def _main(arguments: list[str]) -> int:
     if options.checkpoint is not None:
         load_checkpoint(network.model, options.checkpoint)
     samples = open_samples(options.data, network, "test")
-    dense = evaluate(network.model, samples)
-    assert dense is not None
+    dense, _ = score(network.model, samples)
     rows = []
     for row in study(
         instance,
@@ -218,11 +231,9 @@ def _main(arguments: list[str]) -> int:
     ):
         rows.append(row)
         sys.stderr.write(f"{json.dumps(row.__dict__)}\n")
-    sys.stdout.write(table(rows, dense.accuracy) + "\n")
+    sys.stdout.write(table(rows, dense) + "\n")
     if options.output is not None:
-        figure = draw(
-            rows, dense.accuracy, options.title or f"{spec}, pruned one-shot, {len(samples)} test images"
-        )
+        figure = draw(rows, dense, options.title or f"{spec}, pruned one-shot, {len(samples)} test images")
         with atomic_write(options.output) as file:
             figure.savefig(file, format=options.output.suffix[1:] or "png")
     return 0

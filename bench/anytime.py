@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from threadpoolctl import threadpool_limits
-
 from cbs_opt import Context, Instance, Monitor, Stop, get_solver, joint_loss, selection_loss
+from cbs_opt.bench.reports import canvas
+from cbs_opt.run import run_solver
 from cbs_opt.typing import BoolArray
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
@@ -56,7 +56,7 @@ class Anytime:
         return None if k < 0 else self.bounds[k]
 
 
-def run_solver(
+def run_for(
     instance: Instance,
     solver: str,
     seconds: float,
@@ -80,15 +80,11 @@ def run_solver(
         Key of `CLOCKS`. Processor seconds compare runs of one thread fairly where others use the machine.
     """
     taken = Anytime()
-    with threadpool_limits(threads):
-        for stop, callback in ((Stop(max_iterations=1, time_limit=1.0), None), (Stop(time_limit=seconds), taken)):
-            chosen = get_solver(solver)()
-            monitor = Monitor(stop, callback, CLOCKS[clock])
-            context = Context(objective, seed, monitor, threads=threads)
-            chosen.check_supports(instance, context)
-            chosen.prepare(instance, context)
-            monitor.start()
-            chosen.run(instance, context)
+    for stop, callback in ((Stop(max_iterations=1, time_limit=1.0), None), (Stop(time_limit=seconds), taken)):
+        monitor = Monitor(stop, callback, CLOCKS[clock])
+        run = run_solver(get_solver(solver)(), instance, Context(objective, seed, monitor, threads=threads))
+        if run.error is not None:
+            raise run.error
     return taken
 
 
@@ -120,7 +116,7 @@ def spread(values: Sequence[float | None]) -> str:
 
 def short(value: float) -> str:
     """Four digits without the zeros of the exponent: 3.420e-4."""
-    return f"{value:.3e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    return canvas.short(value, 3).replace("e+", "e")
 
 
 def table(times: Sequence[float], rows: Mapping[str, Sequence[str]]) -> str:

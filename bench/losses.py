@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from cbs_opt import Instance, evaluate, read_instance
-from cbs_opt.bench.anytime import CLOCKS, run_solver
-from cbs_opt.bench.trajectories import few_ticks, label_at_the_right, short
+from cbs_opt import Instance, read_instance
+from cbs_opt.bench.anytime import CLOCKS
+from cbs_opt.bench.reports.canvas import few_ticks, label_at_the_right, short
+from cbs_opt.bench.runs.store import Row
+from cbs_opt.bench.runs.task import Task, run_on
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.errors import CbsError
 from cbs_opt.files.atomic import atomic_write
@@ -29,14 +31,6 @@ WAYS = {
 """Label, then solver, objective and colour."""
 
 
-class Point(NamedTuple):
-    """What one way costs at one sparsity."""
-
-    sparsity: float
-    selection_loss: float
-    joint_loss: float
-
-
 def losses_over_sparsity(
     instance: Instance,
     sparsities: Sequence[float],
@@ -45,7 +39,7 @@ def losses_over_sparsity(
     seed: int = 0,
     threads: int = 1,
     clock: str = "wall",
-) -> dict[str, list[Point]]:
+) -> dict[str, list[Row]]:
     """Solve the instance at each sparsity in each of the `WAYS`, for so many seconds each.
 
     Parameters
@@ -60,26 +54,31 @@ def losses_over_sparsity(
 
     Returns
     -------
-    dict of str to list of Point
+    dict of str to list of Row
     """
-    points: dict[str, list[Point]] = {label: [] for label in WAYS}
+    points: dict[str, list[Row]] = {label: [] for label in WAYS}
     for sparsity in sparsities:
         there = instance.with_sparsity(sparsity)
         for label, (solver, objective, _) in WAYS.items():
-            run = run_solver(there, solver, seconds, objective=objective, seed=seed, threads=threads, clock=clock)
-            losses = evaluate(there, run.selections[-1])
-            if losses.joint_loss is None:
-                raise CbsError(f"the joint loss at sparsity {sparsity:g} has no minimum")
-            points[label].append(Point(sparsity, losses.selection_loss, losses.joint_loss))
+            settings: dict[str, Any] = {
+                "objective": objective,
+                "seed": seed,
+                "time_limit": seconds,
+                "threads": threads,
+            }
+            row = run_on(there, Task.of(there, solver, label, clock=clock, **settings))
+            if row.selection_loss is None or row.joint_loss is None:
+                raise CbsError(row.message or f"the joint loss at sparsity {sparsity:g} has no minimum")
+            points[label].append(row)
     return points
 
 
-def draw(points: Mapping[str, Sequence[Point]], title: str) -> Figure:
+def draw(points: Mapping[str, Sequence[Row]], title: str) -> Figure:
     """Draw the selection loss at the left and the joint loss at the right, over sparsity.
 
     Parameters
     ----------
-    points : mapping of str to sequence of Point
+    points : mapping of str to sequence of Row
         From `losses_over_sparsity`.
     title : str
 

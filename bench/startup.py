@@ -3,6 +3,8 @@
 Everything is measured in fresh processes from their start to their end, so that the interpreter, imports and
 reading count. "First run" means with empty caches of bytecode and compiled kernels. The processor's seconds, of
 all threads, show what remains of a figure on an idle machine.
+
+No view of `cbs-bench`: it measures within a process, after imports and warm-up.
 """
 
 from __future__ import annotations

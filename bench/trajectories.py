@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbs_opt import Instance, Result, Stop, read_instance, selection_loss, solve
-from cbs_opt.bench.peers import PEERS, Samplers, run_sampler
+from cbs_opt import Instance, read_instance
+from cbs_opt.bench.peers import PEERS
+from cbs_opt.bench.reports.canvas import few_ticks, label_at_the_right, short
+from cbs_opt.bench.runs.store import ERROR, OK, Row, Trace
+from cbs_opt.bench.runs.task import Task, run_on
+from cbs_opt.bench.runs.warm_up import SECONDS
 from cbs_opt.cli.common import Parser, run_main
-from cbs_opt.errors import CbsError
+from cbs_opt.errors import CbsError, SolverError
 from cbs_opt.files.atomic import atomic_write
-from cbs_opt.result import HistoryRow, Status
 from cbs_opt.solver import OBJECTIVES
 from cbs_opt.typing import FloatArray
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _COLOURS = ("#7a7a7a", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -32,58 +33,56 @@ def trajectories(
     solvers: Sequence[str],
     *,
     objective: str = "selection",
-    stop: Stop | None = None,
+    time_limit: float | None = None,
     seed: int = 0,
     threads: int | None = None,
-) -> dict[str, Result]:
-    """Run the solvers one after the other, each after an untimed warm-up of one iteration.
+) -> dict[str, Row]:
+    """Run the solvers one after the other as a benchmark does, each after a short run that does not count.
 
     A name of `cbs_opt.bench.peers.PEERS` stands for a sampler, which needs a time limit.
+
+    Returns
+    -------
+    dict of str to Row
+        With all events in the traces.
+
+    Raises
+    ------
+    SolverError
+        When one of them gives no selection.
     """
-    results = {}
+    rows = {}
     for name in solvers:
-        if name in PEERS:
-            if stop is None or stop.time_limit is None or objective != "selection":
-                raise CbsError(f"'{name}' minimises the selection loss within a time limit")
-            results[name] = _sampled(instance, name, stop.time_limit, seed)
-            continue
-        for limit in (Stop(max_iterations=1), stop or Stop()):
-            results[name] = solve(instance, name, objective=objective, stop=limit, seed=seed, threads=threads)
-    return results
+        settings: dict[str, Any] = {"objective": objective, "seed": seed, "threads": threads}
+        if name not in PEERS:  # what the instance computes once, such as inverses, belongs to no solver
+            run_on(instance, Task.of(instance, name, time_limit=SECONDS, **settings))
+        row = run_on(instance, Task.of(instance, name, time_limit=time_limit, **settings))
+        if row.objective is None or row.kind not in (OK, ERROR):
+            raise SolverError(row.message or f"'{name}' gave no selection")
+        if name == "dwave-tabu" and time_limit is not None:  # it has nothing before its end
+            limits = [time_limit / 2**k for k in range(6, 0, -1)]
+            shorter = [run_on(instance, Task.of(instance, name, time_limit=t, **settings)) for t in limits]
+            row.trace = _falling([event for part in (*shorter, row) for event in part.trace or ()])
+        rows[name] = row
+    return rows
 
 
-def _sampled(instance: Instance, name: str, seconds: float, seed: int) -> Result:
-    """The anytime curve of a sampler as a result."""
-    times = [seconds / 2**k for k in range(6, -1, -1)]
-    run = run_sampler(Samplers(instance), PEERS[name], times, seed)
-    losses = [selection_loss(instance, pruned) for pruned in run.selections]
-    history = tuple(HistoryRow(t, k, f, None) for k, (t, f) in enumerate(zip(run.seconds, losses, strict=True)))
-    return Result(
-        status=Status.TIME_LIMIT,
-        solver=name,
-        objective_kind="selection",
-        pruned=run.selections[-1],
-        weights=None,
-        objective=losses[-1],
-        selection_loss=losses[-1],
-        joint_loss=None,
-        bound=None,
-        iterations=len(losses),
-        build_seconds=0.0,
-        solve_seconds=run.seconds[-1],
-        history=history,
-        seed=seed,
-        parameters={},
-        environment={},
-    )
+def _falling(events: Trace) -> Trace:
+    """The events that are better than all before."""
+    best, kept = np.inf, []
+    for event in events:
+        if event[1] is not None and event[1] < best:
+            best = event[1]
+            kept.append(event)
+    return kept
 
 
-def draw(results: Mapping[str, Result], title: str) -> Figure:
+def draw(results: Mapping[str, Row], title: str) -> Figure:
     """Draw the incumbent of each run over time, and the bound over time where there is one.
 
     Parameters
     ----------
-    results : mapping of str to Result
+    results : mapping of str to Row
         Runs by the labels of their lines.
     title : str
 
@@ -104,7 +103,7 @@ def draw(results: Mapping[str, Result], title: str) -> Figure:
     lines = {name: steps for name, result in results.items() if (steps := _steps(result))[0].size}
     if not lines:
         raise CbsError("there is nothing to draw: no run has a history")
-    ends = {name: max(results[name].solve_seconds, float(times[-1])) for name, (times, _) in lines.items()}
+    ends = {name: max(results[name].solve_s or 0.0, float(times[-1])) for name, (times, _) in lines.items()}
     first = min(float(times[0]) for times, _ in lines.values())
     last = max(ends.values()) * 1.15
     bounds = [result.bound for result in results.values() if result.bound is not None]
@@ -122,7 +121,7 @@ def draw(results: Mapping[str, Result], title: str) -> Figure:
     if bounds:
         for result in results.values():
             # Where the objective's axis is logarithmic a bound that is not positive yet has no place.
-            rows = [(max(row.seconds, _EARLIEST), row.bound) for row in result.history if row.bound is not None]
+            rows = [(max(time, _EARLIEST), bound) for time, _, bound in result.trace or () if bound is not None]
             if min(end for end, _, _ in labels) > 0 and max(bounds) > 0:
                 rows = [(time, bound) for time, bound in rows if bound > 0]
             if rows:
@@ -147,9 +146,9 @@ def draw(results: Mapping[str, Result], title: str) -> Figure:
     return figure
 
 
-def _steps(result: Result) -> tuple[FloatArray, FloatArray]:
+def _steps(result: Row) -> tuple[FloatArray, FloatArray]:
     """Times and objectives of the improvements, float64 (k,) each."""
-    rows = [(row.seconds, row.objective) for row in result.history if row.objective is not None]
+    rows = [(time, objective) for time, objective, _ in result.trace or () if objective is not None]
     times, values = (
         (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
         if rows
@@ -163,45 +162,6 @@ def _steps(result: Result) -> tuple[FloatArray, FloatArray]:
 
 def _cycle(count: int) -> list[str]:
     return [_COLOURS[k % len(_COLOURS)] for k in range(count)]
-
-
-def short(value: float, digits: int) -> str:
-    """A loss without the zeros of its exponent: 4.2e-3."""
-    return f"{value:.{digits}e}".replace("e-0", "e-").replace("e+0", "e+")
-
-
-def few_ticks(
-    axis: Axis, text: Callable[[float, int | None], str], subs: Sequence[float] = (1.0, 2.0, 5.0)
-) -> None:
-    """Major ticks at `subs` times powers of ten, with the given text, and no other labels."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(text))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def label_at_the_right(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Write each label next to the end of its line, moved apart where two would overlap."""
-    axes.get_ylim()  # settles the limits that the transformation depends on
-    to_axes = axes.transData + axes.transAxes.inverted()
-    heights = [float(to_axes.transform((1.0, value))[1]) for value, _, _ in labels]
-    order = sorted(range(len(labels)), key=lambda k: heights[k])
-    gap, below = 0.065, -np.inf
-    for k in order:
-        heights[k] = below = max(heights[k], below + gap)
-    for (_, text, colour), height in zip(labels, heights, strict=True):
-        axes.annotate(
-            text,
-            (1.0, height),
-            xycoords="axes fraction",
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=colour,
-            fontsize=9,
-            va="center",
-            annotation_clip=False,
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -228,7 +188,7 @@ def _main(arguments: list[str]) -> int:
         instance,
         options.solvers,
         objective=options.objective,
-        stop=Stop(time_limit=options.time_limit),
+        time_limit=options.time_limit,
         seed=options.seed,
         threads=options.threads,
     )
@@ -236,7 +196,7 @@ def _main(arguments: list[str]) -> int:
     with atomic_write(options.output) as file:
         figure.savefig(file, format=options.output.suffix.lstrip(".") or "png")
     for name, result in results.items():
-        sys.stdout.write(f"{name:<12} {result.objective:.6e}  {result.solve_seconds:.3f} s  {result.status}\n")
+        sys.stdout.write(f"{name:<12} {result.objective:.6e}  {result.solve_s:.3f} s  {result.status}\n")
     return 0
 
 

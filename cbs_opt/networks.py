@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
-from cbs_opt.result import Result, Solution
+from cbs_opt.result import Result
+from cbs_opt.solution import Solution
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

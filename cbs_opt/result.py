@@ -32,7 +32,6 @@ class Status(StrEnum):
     ITERATION_LIMIT = "iteration_limit"
     NO_IMPROVEMENT = "no_improvement"
     INTERRUPTED = "interrupted"
-    INFEASIBLE = "infeasible"
     ERROR = "error"
 
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from cbs_opt.arguments import as_instance, as_selection, as_solver, check_arguments
 from cbs_opt.errors import CbsError, InstanceError, SolverError
 from cbs_opt.instance import Instance
-from cbs_opt.losses import evaluate
 from cbs_opt.monitor import Callback, Monitor
 from cbs_opt.optional import missing
-from cbs_opt.result import Result, Status
+from cbs_opt.result import Result
+from cbs_opt.run import Run, run_solver
 from cbs_opt.solution import Solution
 from cbs_opt.solver import OBJECTIVES, Context, Solver
 from cbs_opt.stop import Stop
@@ -30,9 +29,6 @@ logger = logging.getLogger("cbs_opt")
 
 DEFAULT_SOLVERS = {"selection": "search", "joint": "joint"}
 """The default solver of each objective."""
-
-# Up to this size threads that share a block only wait for each other: seconds, where other processes are busy.
-_SMALL_BLOCK = 256
 
 
 def solve(
@@ -105,71 +101,32 @@ def solve(
         objective = next(kind for kind in OBJECTIVES if kind in chosen.supports.objectives)
     monitor = Monitor(stop, callback)
     context = Context(objective, seed, monitor, start, device, batch_size, threads)
-    chosen.check_supports(instance, context)
-    if monitor.stop.gap is not None and not chosen.supports.bound:
-        logger.warning(f"solver '{solver}' proves no bound: the gap of {monitor.stop.gap:g} cannot stop it")
+    run = run_solver(chosen, instance, context)
+    if run.error is not None:
+        if run.pruned is None:
+            _raise(solver, run.error)
+        logger.error("solver '%s' failed; its incumbent is kept", solver, exc_info=run.error)
+    return _result(instance, context, run, solver, update, asdict(chosen.parameters))
 
-    if threads is None and int(instance.curvature.block_sizes.max()) <= _SMALL_BLOCK:
-        limit: int | None = 1
-    else:
-        limit = threads
-    monitor.start()
-    with thread_limit(limit, chosen.supports.batched):
-        status = None
-        try:
-            chosen.prepare(instance, context)
-            build_seconds = monitor.elapsed
-            monitor.start()
-            status = chosen.run(instance, context)
-        except CbsError as error:
-            if monitor.pruned is None:
-                if isinstance(error, InstanceError):  # valid, but not for this solver
-                    raise SolverError(f"solver '{solver}' cannot take the instance: {error}") from error
-                raise
-            logger.exception("solver '%s' failed; its incumbent is kept", solver)
-        except Exception as error:
-            if monitor.pruned is None:
-                reason = f"failed: {type(error).__name__}: {error}"
-                if isinstance(error, ModuleNotFoundError):
-                    reason = missing(error)
-                raise SolverError(f"solver '{solver}' {reason}") from error
-            logger.exception("solver '%s' failed; its incumbent is kept", solver)
-        solve_seconds = monitor.elapsed
-        if status is None:
-            status = Status.ERROR
-        elif monitor.reason is not None and status is not Status.OPTIMAL:
-            status = monitor.reason
-        return _result(
-            instance,
-            context,
-            status=status,
-            solver=solver,
-            update=update,
-            parameters=asdict(chosen.parameters),
-            build_seconds=build_seconds,
-            solve_seconds=solve_seconds,
-        )
+
+def _raise(solver: str, error: Exception) -> NoReturn:
+    """Raise what a run that failed before it had a selection raises."""
+    if isinstance(error, InstanceError):  # valid, but not for this solver
+        raise SolverError(f"solver '{solver}' cannot take the instance: {error}") from error
+    if isinstance(error, CbsError):
+        raise error
+    if isinstance(error, ModuleNotFoundError):
+        raise SolverError(f"solver '{solver}' {missing(error)}") from error
+    raise SolverError(f"solver '{solver}' failed: {type(error).__name__}: {error}") from error
 
 
 def _result(
-    instance: Instance,
-    context: Context,
-    *,
-    status: Status,
-    solver: str,
-    update: bool,
-    parameters: dict[str, Any],
-    build_seconds: float,
-    solve_seconds: float,
+    instance: Instance, context: Context, run: Run, solver: str, update: bool, parameters: dict[str, Any]
 ) -> Result:
-    """Recompute the losses of the incumbent and assemble the result."""
-    monitor, objective = context.monitor, context.objective
-    pruned = monitor.pruned
-    if pruned is None:  # stopped before the first selection: magnitude always has one
-        pruned = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
-    if not instance.admits(pruned):
+    """Check what the solver claims against the recomputed losses, and put everything together."""
+    monitor, objective, losses = context.monitor, context.objective, run.losses
+    if run.pruned is None or losses is None or not instance.admits(run.pruned):
         raise SolverError(f"solver '{solver}' gave a selection that does not meet the budget: this is a bug")
-    losses = evaluate(instance, pruned)
     value = losses.selection_loss if objective == "selection" else losses.joint_loss
     if value is None:
         raise SolverError(
@@ -186,18 +143,18 @@ def _result(
             )
         bound = value
     return Result(
-        status=status,
+        status=run.status,
         solver=solver,
         objective_kind=objective,
-        pruned=pruned,
+        pruned=run.pruned,
         weights=losses.weights if update or objective == "joint" else None,
         objective=value,
         selection_loss=losses.selection_loss,
         joint_loss=losses.joint_loss,
         bound=bound,
         iterations=monitor.iterations,
-        build_seconds=build_seconds,
-        solve_seconds=solve_seconds,
+        build_seconds=run.build_seconds,
+        solve_seconds=run.solve_seconds or 0.0,
         history=monitor.history,
         seed=context.seed,
         parameters=parameters,
@@ -219,27 +176,3 @@ def environment(context: Context | None = None) -> dict[str, Any]:
     if context is not None:
         found |= {"threads": context.threads, "device": context.extras.pop("device", "cpu")}
     return found
-
-
-@contextmanager
-def thread_limit(threads: int | None, batched: bool) -> Iterator[None]:
-    """Limit BLAS, OpenMP and torch to `threads`; torch only where it is loaded or `batched` solvers will."""
-    if threads is None:
-        yield
-        return
-    import sys
-
-    from threadpoolctl import threadpool_limits
-
-    with_torch = batched or "torch" in sys.modules
-    if with_torch:
-        try:
-            import torch  # before the limits, which hold for the libraries that are loaded
-        except ModuleNotFoundError:
-            with_torch = False  # a solver that needs it reports it
-    with ExitStack() as stack:
-        stack.enter_context(threadpool_limits(threads))
-        if with_torch:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(threads)
-        yield

@@ -84,7 +84,8 @@ class Bundle:
         self.layout = map_leaves(place, tree)
         self.varying = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == m for leaf in self.leaves]
 
-    def _like(self, leaves: list[Any], m: int) -> Bundle:
+    def like(self, leaves: list[Any], m: int) -> Bundle:
+        """A bundle of the same layout with other leaves, of m samples."""
         other = object.__new__(Bundle)
         other.leaves, other.layout, other.varying, other._m = leaves, self.layout, self.varying, m
         return other
@@ -96,7 +97,7 @@ class Bundle:
         """The samples of a slice, or of an int64 tensor of indices."""
         m = len(range(*part.indices(self._m))) if isinstance(part, slice) else len(part)
         cut = [leaf[part] if v else leaf for leaf, v in zip(self.leaves, self.varying, strict=True)]
-        return self._like(cut, m)
+        return self.like(cut, m)
 
     @property
     def tree(self) -> Any:
@@ -110,7 +111,7 @@ class Bundle:
 
     def with_leaves(self, leaves: Sequence[Any]) -> Bundle:
         """The same places with other tensors."""
-        return self._like(list(leaves), self._m)
+        return self.like(list(leaves), self._m)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Bundle:
         """Every tensor changed."""

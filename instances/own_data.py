@@ -435,7 +435,7 @@ def _joined(parts: list[Any]) -> Any:
             torch.cat([part.leaves[k] for part in parts]) if varies else parts[0].leaves[k]
             for k, varies in enumerate(parts[0].varying)
         ]
-        return parts[0]._like(leaves, sum(len(part) for part in parts))
+        return parts[0].like(leaves, sum(len(part) for part in parts))
     return torch.cat(parts)
 
 

@@ -1,15 +1,22 @@
 """The solvers.
 
-- `problem`: the presolved, scaled problems on which the solvers work;
-- `paper`: saliency scores and the methods of the CBS paper;
-- `selection`: relaxation, lower bound and search for the selection loss;
-- `joint`: elimination, swap search and lower bound for the joint loss;
-- `layers`: layers whose rows share one Hessian;
-- `trees`: the branch-and-bound engine; `exact`: the exact solvers built on it, and enumeration;
-- `mip`: models for HiGHS, Pyomo and other solvers; `kernels`: compiled inner loops.
+Each folder imports only from those above it in this list, and not from all of them: `tests/cbs_opt/test_house.py`
+holds the exact table.
 
-The package imports the core, `cbs_opt`, and neither `cbs_opt.instances` nor `cbs_opt.bench`. The module of a
-solver is imported when the solver is requested: `cbs-solve --solver magnitude` loads neither torch
+=========  ============================================================================================
+kernels    compiled inner loops
+problem    the presolved, scaled problems in connected components
+trees      the branch-and-bound engine
+layers     layers whose rows share one Hessian
+paper      the methods of the CBS paper and its baselines; imports none of the others
+selection  heuristics and bounds for the selection objective: `search`, `relax`
+joint      heuristics and bounds for the joint objective: `joint`, `backward`
+exact      the registered solvers that prove or enumerate: `exact`, `brute`; certificates
+mip        models for the solvers of others: `highs`, `pyomo`, text formats
+=========  ============================================================================================
+
+This room imports the core, `cbs_opt`, and neither `cbs_opt.instances` nor `cbs_opt.bench`. A solver's module
+is imported when the solver is asked for, and not before: `cbs-solve --solver magnitude` loads neither torch
 nor numba.
 """
 

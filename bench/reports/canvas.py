@@ -15,7 +15,6 @@ import numpy as np
 
 from cbs_opt.bench.reports.document import INK
 from cbs_opt.bench.reports.metrics import TOLERANCE, Steps, thinned
-from cbs_opt.bench.trajectories import few_ticks, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -189,6 +188,45 @@ def log_ticks(axis: Any, text: Callable[[float], str], limits: tuple[float, floa
     low, high = limits
     wide = low <= 0 or high / max(low, 1e-300) > 150
     few_ticks(axis, lambda value, _: text(value), (1.0,) if wide else (1.0, 2.0, 5.0))
+
+
+def short(value: float, digits: int) -> str:
+    """A loss without the zeros of its exponent: 4.2e-3."""
+    return f"{value:.{digits}e}".replace("e-0", "e-").replace("e+0", "e+")
+
+
+def few_ticks(
+    axis: Any, text: Callable[[float, int | None], str], subs: Sequence[float] = (1.0, 2.0, 5.0)
+) -> None:
+    """Major ticks at `subs` times powers of ten, with the given text, and no other labels."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(text))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def label_at_the_right(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
+    """Write each label beside the end of its line, moved apart where two would overlap."""
+    axes.get_ylim()  # settles the limits that the transformation depends on
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [float(to_axes.transform((1.0, value))[1]) for value, _, _ in labels]
+    order = sorted(range(len(labels)), key=lambda k: heights[k])
+    gap, below = 0.065, -np.inf
+    for k in order:
+        heights[k] = below = max(heights[k], below + gap)
+    for (_, text, colour), height in zip(labels, heights, strict=True):
+        axes.annotate(
+            text,
+            (1.0, height),
+            xycoords="axes fraction",
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=colour,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+        )
 
 
 def ticks(axis: Any, places: Sequence[float], text: Callable[[float], str]) -> None:

@@ -24,13 +24,13 @@ from cbs_opt.bench.reports.canvas import (
     percent,
     seconds_axis,
     share_axis,
+    short,
     shown,
     ticks,
 )
 from cbs_opt.bench.reports.document import INK
 from cbs_opt.bench.reports.metrics import ROUNDING, TOLERANCE, median, on_grid, performance_profiles, shares
 from cbs_opt.bench.runs.store import Trace
-from cbs_opt.bench.trajectories import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,6 +16,7 @@ from cbs_opt.bench.reports.analysis import Analysis, Section, analyse
 from cbs_opt.bench.reports.canvas import Style, as_svg, styles
 from cbs_opt.bench.reports.document import Block, Document, Folded, Heading, Paragraph, Picture, Points
 from cbs_opt.bench.reports.limitations import limitations
+from cbs_opt.bench.reports.proofs import proofs
 from cbs_opt.bench.runs.store import KINDS, OK, Store
 from cbs_opt.errors import CbsError, OutputError, UsageError
 from cbs_opt.files.atomic import atomic_write, check_writable
@@ -122,6 +123,18 @@ def profile_picture(store: Path | str, path: Path | str) -> Path:
     return path
 
 
+def write_proofs(store: Path | str, path: Path | str) -> Path:
+    """Write the table of exact solvers as Markdown: seconds, nodes and gaps of every problem.
+
+    Raises
+    ------
+    CbsError
+        For a store without rows.
+    """
+    check_writable(Path(path))
+    return _write(Path(path), proofs(_analysed(store)))
+
+
 def make_document(analysis: Analysis, title: str | None = None) -> Document:
     """The report as a document, pictures drawn."""
     document = Document(title or f"Benchmark report: {analysis.path.stem}")
@@ -165,11 +178,9 @@ def _what_was_run(analysis: Analysis) -> Iterator[Block]:
     starts = sorted(row.started for row in analysis.rows if row.started)
     if starts:
         yield Paragraph(f"Rows made from {_minute(starts[0])} to {_minute(starts[-1])} UTC.")
+    yield Paragraph(tables.machine_sentence(analysis))
     machines = tables.machines(analysis)
-    if machines is None:
-        yield Paragraph("The machine is unknown.")
-    else:
-        yield Paragraph(tables.machine_sentence(analysis))
+    if machines is not None:
         yield Folded("Machine and versions", [machines])
 
 

@@ -7,10 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from cbs_opt.bench.reports.analysis import FAILURES, Analysis, Problem, Run, Section, reached
+from cbs_opt.bench.reports.canvas import short
 from cbs_opt.bench.reports.document import Block, Folded, Paragraph, Table
 from cbs_opt.bench.reports.metrics import TOLERANCE, mean_ratio_gap, median, shifted_geometric_mean
 from cbs_opt.bench.runs.store import KINDS, OK, UNSUPPORTED, Row
-from cbs_opt.bench.trajectories import short
 
 NOTHING = "–"
 
@@ -98,6 +98,8 @@ def machines(analysis: Analysis) -> Table | None:
 def machine_sentence(analysis: Analysis) -> str:
     """The machine that most rows were made on, in one sentence."""
     counts = Counter(row.environment for row in analysis.rows if row.environment in analysis.environments)
+    if not counts:
+        return "The store does not say on which machine."
     number, count = counts.most_common(1)[0]
     facts = analysis.environments[number or 0]
     parts = [

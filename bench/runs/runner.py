@@ -18,7 +18,7 @@ from cbs_opt.bench.runs import store as kinds
 from cbs_opt.bench.runs.configuration import Configuration, SolverEntry, unavailable
 from cbs_opt.bench.runs.engines import Engine, Serial, never
 from cbs_opt.bench.runs.store import Key, Row, Store, StoredInstance
-from cbs_opt.bench.runs.task import Made, Task, run_task
+from cbs_opt.bench.runs.task import Made, Task, run_task, thinned
 from cbs_opt.errors import UsageError
 from cbs_opt.files import library_names, library_path, read_instance
 from cbs_opt.files.library_file import PREFIX
@@ -137,15 +137,12 @@ def make_plan(configuration: Configuration) -> Plan:
 
 
 def _task(configuration: Configuration, instance: Instance, entry: SolverEntry, budget: int, seed: int) -> Task:
-    return Task(
-        path=str(instance.path),
-        instance_sha256=instance.sha256 or "",
-        solver=entry.name,
-        label=entry.label,
+    return Task.of(
+        instance.with_budget(budget),
+        entry.name,
+        entry.label,
         parameters=entry.parameters,
         objective=entry.objective,
-        budget=budget,
-        sparsity=budget / instance.n,
         seed=seed,
         time_limit=entry.time_limit,
         threads=configuration.threads,
@@ -262,6 +259,7 @@ def run_plan(
             if row.status == Status.INTERRUPTED:
                 continue  # unfinished: the next run makes it
             row.environment = store.add_environment(made.environment)
+            row.trace = None if row.trace is None else thinned(row.trace)
         store.add(row, replace=True)
         outcome.made += 1
         outcome.kinds[row.kind] += 1

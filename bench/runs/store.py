@@ -34,6 +34,9 @@ recomputation refutes; `infeasible` misses the budget; `error` gave nothing; `lo
 Trace = list[tuple[float, float | None, float | None]]
 """Seconds, objective, bound of each event of a run."""
 
+_ADDED = {"own_s": "REAL"}
+"""Columns that the first stores of this version lack: readers see None, writers add them."""
+
 _NO_LIMIT = -1.0  # a NULL would make no key unique
 _PATIENCE = 30.0  # seconds that a reader and the writer wait for each other
 
@@ -53,6 +56,7 @@ CREATE TABLE rows (
   build_s REAL, solve_s REAL, cpu_s REAL, row_s REAL,
   started TEXT, environment INTEGER REFERENCES environments(id),
   trace TEXT,
+  own_s REAL,
   UNIQUE (instance_sha256, solver, parameters, objective_kind, budget, seed, time_limit)
 );
 """
@@ -103,6 +107,8 @@ class Row:
         Seconds of preparing, of solving, and of the processor in both.
     row_s : float or None
         Seconds of the whole row: reading, recomputation and transport included.
+    own_s : float or None
+        Seconds that an outside solver reports for itself.
     started : str or None
         ISO 8601, UTC.
     environment : int or None
@@ -138,6 +144,7 @@ class Row:
     row_s: float | None = None
     started: str | None = None
     environment: int | None = None
+    own_s: float | None = None
     trace: Trace | None = None
     id: int | None = None
 
@@ -173,7 +180,6 @@ class StoredInstance:
 
 
 _COLUMNS = [field.name for field in fields(Row) if field.name not in ("id", "trace")]
-_READ = ", ".join(_COLUMNS)
 
 
 class Store:
@@ -287,7 +293,8 @@ class Store:
 
     def rows(self, traces: bool = False) -> list[Row]:
         """Every row in the order in which they were made; traces only where asked for."""
-        names = f"{_READ}, {'trace' if traces else 'NULL'}, id"
+        there = [name if name in self._columns() else f"NULL AS {name}" for name in _COLUMNS]
+        names = f"{', '.join(there)}, {'trace' if traces else 'NULL'}, id"
         return [_row(values) for values in self._fetch(f"SELECT {names} FROM rows ORDER BY id")]
 
     def trace(self, row_id: int | None) -> Trace:
@@ -350,6 +357,13 @@ class Store:
                 f"{self.path}: is a store of version {version}, this cbs-opt {__version__} reads versions up to "
                 f"{VERSION}: use a newer cbs-opt"
             )
+        if self.mode == "w":
+            for name in _ADDED.keys() - self._columns():
+                self._execute(f"ALTER TABLE rows ADD COLUMN {name} {_ADDED[name]}", ())
+
+    def _columns(self) -> set[str]:
+        """Names of the columns of the rows."""
+        return {column for _, column, *_ in self._fetch("PRAGMA table_info(rows)")}
 
     def _fetch(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         try:

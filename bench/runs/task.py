@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cbs_opt.bench.anytime import Anytime
+from cbs_opt.bench.anytime import CLOCKS, Anytime
 from cbs_opt.bench.peers import PEERS, MissingPeerError, Samplers, run_sampler
 from cbs_opt.bench.runs import store
 from cbs_opt.bench.runs.store import Key, Row, Trace
@@ -26,11 +26,12 @@ from cbs_opt.bench.runs.warm_up import SECONDS, tiny_instance
 from cbs_opt.errors import CbsError, InstanceError, SolverError
 from cbs_opt.files import read_instance
 from cbs_opt.instance import Instance
-from cbs_opt.losses import evaluate
+from cbs_opt.losses import Losses, evaluate
 from cbs_opt.monitor import Monitor
 from cbs_opt.registry import get_solver
 from cbs_opt.result import Status
-from cbs_opt.solve import environment, thread_limit
+from cbs_opt.run import run_solver, thread_limit
+from cbs_opt.solve import environment
 from cbs_opt.solver import Context
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray
@@ -59,7 +60,33 @@ class Task:
     sparsity: float
     seed: int
     time_limit: float | None
-    threads: int = 1
+    threads: int | None = 1
+    clock: str = "wall"
+
+    @classmethod
+    def of(cls, instance: Instance, solver: str, label: str | None = None, **settings: Any) -> Task:
+        """The task of a solver on an instance with its budget.
+
+        Parameters
+        ----------
+        instance : Instance
+        solver : str
+        label : str, optional
+            The solver's name where not given.
+        **settings
+            `parameters`, `objective`, `seed`, `time_limit`, `threads`, `clock`; without them: none, the selection
+            loss, 0, none, 1, the wall.
+        """
+        given: dict[str, Any] = {"parameters": "{}", "objective": "selection", "seed": 0, "time_limit": None}
+        return cls(
+            path=str(instance.path),
+            instance_sha256=instance.sha256 or "",
+            solver=solver,
+            label=label or solver,
+            budget=instance.budget.total,
+            sparsity=instance.budget.total / instance.n,
+            **given | settings,
+        )
 
     @property
     def key(self) -> Key:
@@ -86,26 +113,8 @@ class Made(NamedTuple):
     environment: dict[str, Any]
 
 
-@dataclass
-class _Run:
-    """The outcome of a run, before its evaluation."""
-
-    pruned: BoolArray | None = None
-    claimed: float | None = None
-    bound: float | None = None
-    status: str = Status.ERROR
-    failure: str | None = None
-    iterations: int | None = None
-    nodes: int | None = None
-    build_s: float | None = None
-    solve_s: float | None = None
-    cpu_s: float | None = None
-    trace: Trace | None = None
-    device: str = "cpu"
-
-
 def run_task(task: Task, should_stop: Callable[[], bool] | None = None) -> Made:
-    """Run a solver and make the row: this never raises, whatever the solver does.
+    """Run a solver on the file of a task and make the row: this never raises, whatever the solver does.
 
     Losses and feasibility are recomputed by `cbs_opt.evaluate`. Warming up counts neither for the solver nor for
     the row.
@@ -116,20 +125,26 @@ def run_task(task: Task, should_stop: Callable[[], bool] | None = None) -> Made:
     should_stop : callable, optional
         True ends the run with status `interrupted`.
     """
+    return _make(task, lambda: _instance(task.path, task.instance_sha256).with_budget(task.budget), should_stop)
+
+
+def run_on(instance: Instance, task: Task) -> Row:
+    """As `run_task`, for an instance at hand: the row, with all events in its trace."""
+    return _make(task, lambda: instance).row
+
+
+def _make(task: Task, read: Callable[[], Instance], should_stop: Callable[[], bool] | None = None) -> Made:
     started = datetime.now(UTC).isoformat(timespec="milliseconds")
     device = "cpu"
     try:
-        instance = _instance(task.path, task.instance_sha256)
-        _warm_up(task.solver, task.parameters, task.objective, instance.curvature.kind, task.threads)
+        _warm_up(task.solver, task.parameters, task.objective, read().curvature.kind, task.threads)
         clock = time.perf_counter()
-        instance = _instance(task.path, task.instance_sha256).with_budget(task.budget)
-        run = _run_peer(task, instance) if task.solver in PEERS else _run_solver(task, instance, should_stop)
-        row = judge(task, instance, run.pruned, run.claimed, run.bound, run.failure)
-        row.status = str(run.status)
-        row.iterations, row.nodes = run.iterations, run.nodes
-        row.build_s, row.solve_s, row.cpu_s, row.trace = run.build_s, run.solve_s, run.cpu_s, run.trace
+        instance = read()
+        if task.solver in PEERS:
+            row = _peer_row(task, instance)
+        else:
+            row, device = _solver_row(task, instance, should_stop)
         row.row_s = time.perf_counter() - clock
-        device = run.device
     except _UnsupportedError as error:
         row = task.row(store.UNSUPPORTED, str(error))
     except CbsError as error:
@@ -153,8 +168,9 @@ def judge(
     task: Task,
     instance: Instance,
     pruned: BoolArray | None,
-    claimed: float | None,
-    bound: float | None,
+    losses: Losses | None,
+    claimed: float | None = None,
+    bound: float | None = None,
     failure: str | None = None,
 ) -> Row:
     """Make the row of a selection from recomputed values, not from those of the solver.
@@ -165,7 +181,9 @@ def judge(
     instance : Instance
         With the budget of the task.
     pruned : bool (n,) or None
-    claimed, bound : float or None
+    losses : Losses or None
+        Of the selection, recomputed; None where it has a wrong shape.
+    claimed, bound : float, optional
         The loss and the lower bound as the solver has them.
     failure : str, optional
         Why the run broke off.
@@ -175,12 +193,10 @@ def judge(
     if pruned is None:
         row.kind, row.message = store.ERROR, failure or "the solver gave no selection"
         return row
-    pruned = np.asarray(pruned)
-    if pruned.dtype != np.bool_ or pruned.shape != (instance.n,):
+    if losses is None:
         row.kind = store.INFEASIBLE
         row.message = f"the selection must be bool ({instance.n},), got {pruned.dtype} {pruned.shape}"
         return row
-    losses = evaluate(instance, pruned)
     row.selection_loss, row.joint_loss = _finite(losses.selection_loss), _finite(losses.joint_loss)
     row.objective = row.selection_loss if task.objective == "selection" else row.joint_loss
     slack = _slack(instance, pruned, row.objective)
@@ -214,51 +230,41 @@ def _slack(instance: Instance, pruned: BoolArray, value: float | None) -> float:
     return TOLERANCE * abs(value or 0.0) + _ROUNDING * terms
 
 
-def _run_solver(task: Task, instance: Instance, should_stop: Callable[[], bool] | None) -> _Run:
-    monitor = Monitor(Stop(time_limit=task.time_limit, should_stop=should_stop))
-    context = Context(task.objective, task.seed, monitor, threads=task.threads)
+def _solver_row(task: Task, instance: Instance, should_stop: Callable[[], bool] | None) -> tuple[Row, str]:
+    """The row of a solver of the package, and the device that it ran on."""
     solver = get_solver(task.solver)(json.loads(task.parameters))
+    monitor = Monitor(Stop(time_limit=task.time_limit, should_stop=should_stop), clock=CLOCKS[task.clock])
+    context = Context(task.objective, task.seed, monitor, threads=task.threads)
     logging.getLogger("pyomo").setLevel(logging.ERROR)  # it warns of every solver that a limit stops
     try:
         solver.check_supports(instance, context)
     except SolverError as error:
         raise _UnsupportedError(str(error)) from error
-    run, status = _Run(), None
-    processor = time.process_time()
-    monitor.start()
-    try:
-        with thread_limit(task.threads, solver.supports.batched):
-            solver.prepare(instance, context)
-            run.build_s = monitor.elapsed
-            monitor.start()
-            status = solver.run(instance, context)
-    except Exception as error:
-        if monitor.pruned is None and (isinstance(error, InstanceError) or "licence" in str(error)):
+    run, failure = run_solver(solver, instance, context), None
+    if run.error is not None:
+        known = isinstance(run.error, CbsError)
+        failure = str(run.error) if known else f"{type(run.error).__name__}: {run.error}"
+        if run.pruned is None and (isinstance(run.error, InstanceError) or "licence" in str(run.error)):
             # A valid instance that this solver cannot take: too large for it or for its licence.
-            raise _UnsupportedError(str(error)) from error
-        known = isinstance(error, CbsError)
-        run.failure = str(error) if known else f"{type(error).__name__}: {error}"
-    if run.build_s is None:
-        run.build_s = monitor.elapsed
-    else:
-        run.solve_s = monitor.elapsed
-    run.cpu_s = time.process_time() - processor
-    if status is not None:
-        limited = monitor.reason is not None and status is not Status.OPTIMAL
-        run.status = str(monitor.reason if limited else status)
-    run.pruned, run.claimed, run.bound = monitor.pruned, monitor.objective, monitor.bound
-    if run.pruned is None and run.failure is None:  # stopped before its first selection; `cbs_opt.solve` does so
-        run.pruned = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
-    run.iterations = monitor.iterations
+            raise _UnsupportedError(str(run.error)) from run.error
+    row = judge(task, instance, run.pruned, run.losses, monitor.objective, monitor.bound, failure)
     nodes = context.extras.get("nodes")
-    run.nodes = None if nodes is None else int(nodes)
-    run.trace = thinned([(event.seconds, event.objective, event.bound) for event in monitor.history])
-    run.device = str(context.extras.get("device", "cpu"))
-    return run
+    row.status, row.iterations, row.nodes = (
+        str(run.status),
+        monitor.iterations,
+        None if nodes is None else int(nodes),
+    )
+    row.build_s, row.solve_s, row.cpu_s = run.build_seconds, run.solve_seconds, run.processor_seconds
+    own = context.extras.get("solver_seconds")
+    row.own_s = None if own is None else float(own)
+    row.trace = [(event.seconds, event.objective, event.bound) for event in monitor.history]
+    return row, str(context.extras.get("device", "cpu"))
 
 
-def _run_peer(task: Task, instance: Instance) -> _Run:
-    """One of the samplers; its trace has what it would have had, had it been asked for less time."""
+def _peer_row(task: Task, instance: Instance) -> Row:
+    """The row of one of the samplers; its trace has what it would have had, had it been asked for less time."""
+    if task.objective != "selection":
+        raise _UnsupportedError(f"'{task.solver}' minimises the selection loss")
     if task.time_limit is None:
         raise _UnsupportedError(f"'{task.solver}' needs a time limit: it has no end of its own")
     processor, clock = time.process_time(), time.perf_counter()
@@ -269,20 +275,15 @@ def _run_peer(task: Task, instance: Instance) -> _Run:
     build_s, clock = time.perf_counter() - clock, time.perf_counter()
     with thread_limit(task.threads, batched=False):
         taken: Anytime = run_sampler(samplers, PEERS[task.solver], [task.time_limit], task.seed)
-    spent = time.perf_counter() - clock
-    trace: Trace = [
-        (seconds, _finite(evaluate(instance, pruned).selection_loss), None)
-        for seconds, pruned in zip(taken.seconds, taken.selections, strict=True)
-    ]
-    return _Run(
-        pruned=taken.selections[-1] if taken.selections else None,
-        status=Status.TIME_LIMIT,
-        build_s=build_s,
-        # Annealings are repeated until one fills the limit: the last counts, as it does in the trace.
-        solve_s=spent if task.solver == "dwave-tabu" else taken.seconds[-1],
-        cpu_s=time.process_time() - processor,
-        trace=trace,
-    )
+    spent, processor = time.perf_counter() - clock, time.process_time() - processor
+    losses = [evaluate(instance, pruned) for pruned in taken.selections]
+    last = (taken.selections[-1], losses[-1]) if losses else (None, None)
+    row = judge(task, instance, *last)
+    row.status, row.build_s, row.cpu_s = str(Status.TIME_LIMIT), build_s, processor
+    # Annealings are repeated until one fills the limit: the last counts, as it does in the trace.
+    row.solve_s = spent if task.solver == "dwave-tabu" else taken.seconds[-1]
+    row.trace = [(s, _finite(found.selection_loss), None) for s, found in zip(taken.seconds, losses, strict=True)]
+    return row
 
 
 def thinned(events: Trace) -> Trace:
@@ -306,7 +307,7 @@ def _instance(path: str, sha256: str) -> Instance:
 
 
 @cache
-def _warm_up(solver: str, parameters: str, objective: str, kind: str, threads: int) -> None:
+def _warm_up(solver: str, parameters: str, objective: str, kind: str, threads: int | None) -> None:
     """Let the solver solve a tiny instance once in this process; whatever goes wrong will go wrong in the row."""
     try:
         tiny = tiny_instance(kind)
@@ -315,11 +316,7 @@ def _warm_up(solver: str, parameters: str, objective: str, kind: str, threads: i
             return
         context = Context(objective, 0, Monitor(Stop(time_limit=SECONDS)), threads=threads)
         chosen = get_solver(solver)(json.loads(parameters))
-        chosen.check_supports(tiny, context)
-        with thread_limit(threads, chosen.supports.batched):
-            chosen.prepare(tiny, context)
-            context.monitor.start()
-            chosen.run(tiny, context)
+        run_solver(chosen, tiny, context)
     except Exception:
         return
 

@@ -29,7 +29,7 @@ from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance, read_solution
 from cbs_opt.files.library_file import resolve
 from cbs_opt.instance import Instance
-from cbs_opt.result import Solution
+from cbs_opt.solution import Solution
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -51,6 +51,7 @@ def _parser() -> common.Parser:
     add("-o", "--output", type=Path, metavar="NAME", help="its name, or a folder; default: next to the store")
     add("--title", metavar="TEXT")
     add("--profile", type=Path, metavar="FILE.svg", help="also draw the performance profile; .png, .pdf")
+    add("--proofs", type=Path, metavar="FILE.md", help="also write seconds, nodes and gaps of exact solvers")
     _talk(report)
     report.set_defaults(command=_report)
 
@@ -129,11 +130,13 @@ def _run(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     common.start_logging(options.quiet, options.verbose)
-    from cbs_opt.bench.reports.report import profile_picture, write_report
+    from cbs_opt.bench.reports.report import profile_picture, write_proofs, write_report
 
     written = write_report(options.store, options.output, title=options.title)[:2]
     if options.profile is not None:
         written.append(profile_picture(options.store, options.profile))
+    if options.proofs is not None:
+        written.append(write_proofs(options.store, options.proofs))
     common.say("".join(f"{path}\n" for path in written))
     return common.EXIT_OK
 

@@ -20,7 +20,7 @@ from cbs_opt.version import __version__
 
 logger = logging.getLogger("cbs_opt")
 
-EXIT_OK, EXIT_NONE, EXIT_USAGE, EXIT_FILE, EXIT_SOLVER, EXIT_KILLED = 0, 1, 2, 3, 4, 130
+EXIT_OK, EXIT_NONE, EXIT_FILE, EXIT_SOLVER, EXIT_KILLED = 0, 1, 3, 4, 130
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -35,7 +36,8 @@ class Member(NamedTuple):
     shape: tuple[int | str | None, ...]
 
 
-class SharedRows(NamedTuple):
+@dataclass(frozen=True)
+class SharedRows:
     """Blocks that are multiples of one stored Hessian: the rows of a layer.
 
     Attributes

@@ -15,7 +15,7 @@ becomes a test of its own; the package itself does not import pytest::
 
 from cbs_opt.testing.contract import Check, ContractError
 from cbs_opt.testing.curvature_contract import check_curvature, curvature_checks
-from cbs_opt.testing.problems import CASES, Problem, make_problem
+from cbs_opt.testing.problems import CASES, Problem, make_curvature, make_problem
 from cbs_opt.testing.solver_contract import check_solver, solver_checks
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "check_curvature",
     "check_solver",
     "curvature_checks",
+    "make_curvature",
     "make_problem",
     "solver_checks",
 ]

@@ -184,20 +184,42 @@ def make_problem(
     G: NDArray[Any] = rng.standard_normal((m, n)) * rng.uniform(0.2, 2.0, n)
     G[:, list(zero_columns)] = 0.0
     G = G.astype(dtype)
-    H = np.zeros((n, n))
-    ends = np.cumsum(sizes)
-    for start, stop in zip(ends - sizes, ends, strict=True):
-        part = G[:, start:stop].astype(np.float64)
-        H[start:stop, start:stop] = part.T @ part / m + damping * np.eye(stop - start)
-    parts = [H[start:stop, start:stop] for start, stop in zip(ends - sizes, ends, strict=True)]
-    curvature: Curvature
-    if kind == "gradients":
-        curvature = GradientFactor(G, damping, sizes)
-    elif kind == "hessian":
-        curvature = HessianBlocks.from_blocks(parts)
-    else:
-        curvature = InverseHessianBlocks.from_blocks([(A + A.T) / 2 for A in map(np.linalg.inv, parts)])
+    curvature, H = make_curvature(kind, G, damping, sizes)
     return _problem(rng, curvature, H, budget, groups, linear, fixed, weights)
+
+
+def make_curvature(
+    kind: str, gradients: NDArray[Any], damping: float, sizes: ArrayLike | None = None
+) -> tuple[Curvature, FloatArray]:
+    """H = λI + GᵀG/m in each block and 0 outside, in one of the three forms, and as a dense matrix.
+
+    Parameters
+    ----------
+    kind : {"gradients", "hessian", "inverse_hessian"}
+    gradients : float (m, n)
+    damping : float
+        Positive for an inverse, unless G has full rank.
+    sizes : int (K,), optional
+        Of the blocks; one block when not given.
+
+    Returns
+    -------
+    curvature : Curvature
+    H : float64 (n, n)
+    """
+    m, n = gradients.shape
+    ends = np.cumsum([n] if sizes is None else np.asarray(sizes)).tolist()
+    H = np.zeros((n, n))
+    parts = []
+    for start, stop in itertools.pairwise([0, *ends]):
+        G = gradients[:, start:stop].astype(np.float64)
+        H[start:stop, start:stop] = G.T @ G / m + damping * np.eye(stop - start)
+        parts.append(H[start:stop, start:stop])
+    if kind == "gradients":
+        return GradientFactor(gradients, damping, np.diff([0, *ends])), H
+    if kind == "hessian":
+        return HessianBlocks.from_blocks(parts), H
+    return InverseHessianBlocks.from_blocks([(A + A.T) / 2 for A in map(np.linalg.inv, parts)]), H
 
 
 def _problem(
@@ -230,12 +252,8 @@ def _shared_blocks(
     sizes = np.full(max(shared) + 1, b)
     factor = make_problem(seed, n=int(sizes.sum()), m=m or b + 2, damping=damping).instance.curvature
     assert isinstance(factor, GradientFactor)
-    stored: Curvature = GradientFactor(factor.gradients, damping, sizes)
-    parts = [stored.block(s) for s in range(sizes.size)]
-    if kind == "hessian":
-        stored = HessianBlocks.from_blocks(parts)
-    elif kind == "inverse_hessian":
-        stored = InverseHessianBlocks.from_blocks([(A + A.T) / 2 for A in map(np.linalg.inv, parts)])
+    stored, dense = make_curvature(kind, factor.gradients, damping, sizes)
+    parts = [dense[s * b : (s + 1) * b, s * b : (s + 1) * b] for s in range(sizes.size)]
     scale = np.random.default_rng([seed, 1]).uniform(0.25, 4.0, len(shared))
     H = np.zeros((b * len(shared), b * len(shared)))
     for k, s in enumerate(shared):

@@ -19,7 +19,6 @@ from cbs_opt.files.certificate_file import Certificate, write_certificate
 from cbs_opt.instance import Instance
 from cbs_opt.monitor import OPTIMAL_GAP, Monitor
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
-from cbs_opt.solvers.trees.best_first import Int8Array
 from cbs_opt.solvers.trees.block_search import BlockSearch, multiplier
 from cbs_opt.solvers.trees.joint_worker import JointWorker, prepare_joint
 from cbs_opt.solvers.trees.prove import Provable
@@ -27,7 +26,7 @@ from cbs_opt.solvers.trees.recorded_nodes import flatten
 from cbs_opt.solvers.trees.recorder import JointRecorder, Recorder, SelectionRecorder
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE, SelectionWorker, prepare_selection
 from cbs_opt.solvers.trees.tables import JointTable, SelectionTable
-from cbs_opt.typing import FloatArray, IntArray
+from cbs_opt.typing import FloatArray, Int8Array, IntArray
 
 logger = logging.getLogger("cbs_opt")
 
@@ -112,7 +111,7 @@ class Certifier:
 
     def _pieces(self) -> IntArray:
         problem = self.problem
-        pieces = np.full(self.instance.n, -1, np.int32)
+        pieces = np.full(self.instance.n, -1, np.int64)
         if self.search is None:
             pieces[problem.index] = 0
         else:
@@ -175,7 +174,7 @@ class Certifier:
             index = problem.index[starts[k] : starts[k + 1]]
             base = part.value(part.state) if self.kind == "joint" else 0.0
             known = root_table(None, part)
-            for j in sorted(numbers.tolist(), key=lambda j, near=int(path[k]): (abs(j - near), j)):
+            for j in np.argsort(np.abs(numbers - path[k]), kind="stable").tolist():
                 need = base + problem.scale * wanted[j]
                 if j != path[k] and known[j] >= need - 1e-12 * abs(need):
                     continue
@@ -247,8 +246,8 @@ def _selection(
     """Prepare a tree of the selection problem that is closed at `target`, in units of Q."""
     search = prepare_selection(Q, c, group, budget, [start], 0.0, roundings=0, should_stop=lambda: True)
     threshold = target / search.scale
-    worker = SelectionWorker(search.task, 0.0, 0.0, np.array([threshold]))
-    place = np.searchsorted(part.index, index[search.task.order])
+    worker = SelectionWorker(search.problem, 0.0, 0.0, np.array([threshold]))
+    place = np.searchsorted(part.index, index[search.problem.order])
     ones = np.ones(place.size)
     return SelectionRecorder(part, left, worker, target * scale, place, ones, ones * search.scale * scale)
 
@@ -267,7 +266,7 @@ def _joint(
 ) -> Recorder:
     """Prepare a tree of the joint problem that is closed at `target`, above what the part's state costs."""
     search = prepare_joint(A, H, w, group, keep, [start])
-    worker = JointWorker(search.task, 0.0, 0.0, np.array([target / search.scale]))
+    worker = JointWorker(search.problem, 0.0, 0.0, np.array([target / search.scale]))
     place = np.searchsorted(part.index, index[search.order])
     s = 1 / np.sqrt(np.diag(A)[search.order])
     return JointRecorder(

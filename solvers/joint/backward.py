@@ -22,9 +22,9 @@ from cbs_opt.solvers.joint.elimination import (
     CoupledElimination,
     Elimination,
     Removal,
-    SeparateElimination,
+    UncoupledElimination,
 )
-from cbs_opt.solvers.joint.thinning import staged
+from cbs_opt.solvers.joint.thinning import thinning_of
 from cbs_opt.solvers.kernels import joint_numba as kernels
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
@@ -132,15 +132,15 @@ def eliminate(
 
 
 def _states(instance: Instance, k: int, pruned: BoolArray, coupled: BoolArray) -> list[Elimination]:
-    """The remaining weights of block k, with the uncoupled weights separate from the others."""
+    """The weights of block k that are left: the uncoupled ones, and the coupled ones."""
     part = instance.curvature.block_slice(k)
     w, local = instance.weights[part], pruned[part]
     g = None if instance.linear is None else instance.linear[part]
     x = w + instance.curvature.best_update(k, w, local, g)
     states: list[Elimination] = []
-    apart, index = np.flatnonzero(~local & ~coupled), np.flatnonzero(~local & coupled)
-    if apart.size:
-        states.append(SeparateElimination(instance, k, apart, x))
+    uncoupled, index = np.flatnonzero(~local & ~coupled), np.flatnonzero(~local & coupled)
+    if uncoupled.size:
+        states.append(UncoupledElimination(instance, k, uncoupled, x))
     if index.size:
         states.append(CoupledElimination(instance, k, index, x))
     return states
@@ -158,15 +158,15 @@ def _merge_blocks(
     When stopped, the remaining weights of a block follow in the order of their current prices.
     """
     goal = int(open_budget[0])
-    apart = [state.rest() for state in states if isinstance(state, SeparateElimination)]
-    fixed_prices = np.sort([price for made in apart for price, _ in made])
+    uncoupled = [state.rest() for state in states if isinstance(state, UncoupledElimination)]
+    fixed_prices = np.sort([price for made in uncoupled for price, _ in made])
 
     def trace(state: Elimination) -> list[Removal]:
-        if isinstance(state, SeparateElimination):
+        if isinstance(state, UncoupledElimination):
             return state.rest()[:goal]
         made: list[Removal] = []
         highest = -np.inf
-        # Uncoupled weights that are cheaper than the removed ones come before them and need no step here.
+        # Uncoupled weights that are cheaper than what has been removed come before it and need no step here.
         while (missing := goal - len(made) - int(np.searchsorted(fixed_prices, highest))) > 0:
             if should_stop():
                 return made + state.rest()
@@ -261,7 +261,7 @@ def _thin_out(
         share = np.bincount(group, minlength=open_budget.size) / instance.budget.group_sizes(instance.n).clip(1)
         allowance = np.minimum(np.floor(share * shared).astype(np.int64), open_budget)
     local = pruned[part]  # a view
-    state = staged(instance, k, np.flatnonzero(~local), coupled)
+    state = thinning_of(instance, k, np.flatnonzero(~local), coupled)
     stays = np.zeros(size, dtype=bool) if instance.fixed is None else instance.fixed[part] == -1
     while not should_stop():
         kept = np.flatnonzero(~local)

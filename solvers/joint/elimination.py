@@ -132,8 +132,8 @@ class CoupledElimination:
         self._done = 0
 
 
-class SeparateElimination:
-    """Uncoupled weights: each removal increases the doubled loss by a constant price.
+class UncoupledElimination:
+    """Uncoupled weights: each raises the doubled loss by its own price, whatever else is pruned.
 
     Parameters
     ----------

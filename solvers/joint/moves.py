@@ -6,12 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cbs_opt.instance import Instance
 from cbs_opt.solvers.joint.tableau import NEVER, Tableau
-from cbs_opt.solvers.joint.uncoupled import SeparateWeights
-from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.solvers.joint.uncoupled import UncoupledWeights
+from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 CORE_LIMIT = 5000
 """Largest number of weights of a block in swaps; of a larger block the kept and the most promising others."""
@@ -31,7 +30,7 @@ class Move(NamedTuple):
 
 
 class JointMoves:
-    """One `Tableau` for each block of an instance, at a common selection; uncoupled weights are kept separately.
+    """One `Tableau` for each block of an instance, at a common selection; uncoupled weights by themselves.
 
     Parameters
     ----------
@@ -56,7 +55,7 @@ class JointMoves:
         self.base = 0.0  # doubled loss of the blocks without a tableau
         self.drift = 0.0  # largest relative error of the doubled loss that a refactoring has found
         self.weights_of: list[IntArray] = []
-        self.tableaux: list[Tableau | SeparateWeights] = []
+        self.tableaux: list[Tableau | UncoupledWeights] = []
         self.skipped: list[int] = []
         group = instance.budget.group_of(instance.n)
         fixed = np.zeros(instance.n, dtype=np.int8) if instance.fixed is None else instance.fixed
@@ -64,7 +63,7 @@ class JointMoves:
             self._add_block(k, pruned, group, fixed, pool, threads)
         self._swaps: list[tuple[int, int, float] | None] = [None] * len(self.tableaux)
         self._exchanges: list[dict[int, tuple[float, int, float, int]] | None] = [None] * len(self.tableaux)
-        self._saved: dict[int, Tableau | SeparateWeights] = {}
+        self._saved: dict[int, Tableau | UncoupledWeights] = {}
         self._changed = set(range(len(self.tableaux)))  # since `save`
         spans = [set(np.unique(group[weights]).tolist()) for weights in self.weights_of]
         seen: set[int] = set()
@@ -78,7 +77,7 @@ class JointMoves:
         k: int,
         pruned: BoolArray,
         group: IntArray,
-        fixed: NDArray[np.int8],
+        fixed: Int8Array,
         pool: ThreadPoolExecutor | None,
         threads: int,
     ) -> None:
@@ -98,18 +97,18 @@ class JointMoves:
             return
         open_ = ~(local & (fixed[part] == 1))
         coupled = curvature.coupled(k)
-        apart = np.flatnonzero(open_ & ~coupled)
+        alone = np.flatnonzero(open_ & ~coupled)
         inside = np.flatnonzero(open_ & coupled)
-        separate = 0.0  # doubled constant of the uncoupled weights
-        if apart.size:
-            index = part.start + apart
-            own = instance.weights[index] * b[apart]
+        outside = 0.0  # doubled constant of the uncoupled weights
+        if alone.size:
+            index = part.start + alone
+            own = instance.weights[index] * b[alone]
             if instance.linear is not None:
                 own -= instance.linear[index] * instance.weights[index]
-            separate = float(own.sum())
+            outside = float(own.sum())
             self.weights_of.append(index)
-            values = b[apart] ** 2 / curvature.diagonal()[index]
-            self.tableaux.append(SeparateWeights(values, separate, ~local[apart], group[index], fixed[index] == 0))
+            values = b[alone] ** 2 / curvature.diagonal()[index]
+            self.tableaux.append(UncoupledWeights(values, outside, ~local[alone], group[index], fixed[index] == 0))
         if not inside.size:
             return
         if inside.size > CORE_LIMIT:
@@ -118,7 +117,7 @@ class JointMoves:
         H = curvature.block(k) if whole else curvature.submatrix(k, inside, inside)
         index = part.start + inside
         self.weights_of.append(index)
-        constant -= separate / 2
+        constant -= outside / 2
         self.tableaux.append(
             Tableau(H, b[inside], constant, ~local[inside], group[index], fixed[index] == 0, pool, threads)
         )

@@ -52,7 +52,7 @@ class Tableau:
 
     Notes
     -----
-    Memory O(p q + q²) in addition to H; a swap costs O(p q + q²), a restart O(q³ + p q²).
+    Memory O(p q + q²) plus H; a swap costs O(p q + q²), a fresh start O(q³ + p q²).
     """
 
     def __init__(

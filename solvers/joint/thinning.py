@@ -13,7 +13,7 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 _CHUNK = 4096  # weights priced at a time
 
 
-class Stage(Protocol):
+class Thinning(Protocol):
     """A block from which many weights are removed at once."""
 
     def prices(self, kept: IntArray) -> FloatArray:
@@ -23,18 +23,18 @@ class Stage(Protocol):
         """Remove weights, by their index in the block."""
 
 
-def staged(instance: Instance, k: int, kept: IntArray, coupled: BoolArray) -> Stage:
+def thinning_of(instance: Instance, k: int, kept: IntArray, coupled: BoolArray) -> Thinning:
     """The pricing of removals for the curvature of block k and the number of kept weights.
 
-    `coupled`, bool (b_k,): the coupled weights, from `Curvature.coupled`.
+    `coupled`, bool (b_k,): the weights that are coupled to another one, from `Curvature.coupled`.
     """
     factor = instance.curvature.as_factor()
     if factor is not None and factor.m < kept.size:
-        return FactorStage(instance, factor, k, kept, coupled)
-    return DenseStage(instance, instance.curvature, k)
+        return FactorThinning(instance, factor, k, kept, coupled)
+    return DenseThinning(instance, instance.curvature, k)
 
 
-class DenseStage:
+class DenseThinning:
     """Prices by the inverse of H on the kept weights: O(q³) per stage."""
 
     def __init__(self, instance: Instance, curvature: Curvature, k: int) -> None:
@@ -54,7 +54,7 @@ class DenseStage:
         """Nothing to do: every stage starts from scratch."""
 
 
-class FactorStage:
+class FactorThinning:
     """Prices through M = G_K G_Kᵀ + mλI, which loses the dropped columns: O(m² q) per stage, in float32.
 
     With G_K in the kept columns, [H_KK⁻¹]_ii = (1 − ‖L⁻¹G_i‖²)/λ for M = LLᵀ, and the kept weights move by

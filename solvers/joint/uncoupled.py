@@ -1,4 +1,4 @@
-"""Uncoupled weights: each has a constant price, and there is nothing to update."""
+"""Uncoupled weights: each has its price, and nothing to update."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 _NEVER = 1e300
 
 
-class SeparateWeights:
+class UncoupledWeights:
     """The weights of a block whose H is diagonal, with the interface of `Tableau`.
 
     Keeping weight i reduces the doubled loss by b_i²/H_ii, independently of the others.
@@ -54,13 +54,13 @@ class SeparateWeights:
         """No rounding errors accumulate here."""
         return 0.0
 
-    def copy(self) -> SeparateWeights:
+    def copy(self) -> UncoupledWeights:
         """An independent copy."""
         other = copy.copy(self)
         other.S, other.P, other.tabu = self.S.copy(), self.P.copy(), self.tabu.copy()
         return other
 
-    def restore(self, saved: SeparateWeights) -> None:
+    def restore(self, saved: UncoupledWeights) -> None:
         """Go back to an earlier `copy`; what is tabu stays."""
         self.S, self.P = saved.S.copy(), saved.P.copy()
 

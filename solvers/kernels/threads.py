@@ -1,4 +1,4 @@
-"""Threads for independent pieces of work, with the same results whatever the timing."""
+"""Threads for independent tasks, with the same results whatever the timing."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def refit_by_gradients(
     """
     kept = (~pruned).astype(W.dtype)
     inverse = 1.0 / np.maximum(np.diag(S), np.finfo(W.dtype).tiny)
-    X = (W if start is None else start) * kept
+    X: NDArray[Any] = (W if start is None else start) * kept
     residual = ((W - X) @ S) * kept
     Z = residual * inverse
     direction = Z.copy()

@@ -285,7 +285,8 @@ def pass_quadratic(highs: highspy.Highs, Q: FloatArray) -> highspy.HighsStatus:
     hessian.start_ = np.concatenate([[0], np.cumsum(np.arange(n, 0, -1))]).astype(np.int32)
     hessian.index_ = np.concatenate(lower).astype(np.int32)
     hessian.value_ = np.concatenate([Q[rows, j] for j, rows in enumerate(lower)])
-    return highs.passHessian(hessian)
+    status: highspy.HighsStatus = highs.passHessian(hessian)
+    return status
 
 
 def quadratic_shell(problem: SelectionProblem) -> LinearModel:

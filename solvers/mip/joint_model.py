@@ -12,9 +12,9 @@ from cbs_opt.solver import Context
 from cbs_opt.solvers.joint.swap_search import JointSearch as JointHeuristic
 from cbs_opt.solvers.mip.selection_model import LinearModel, RowBuilder, add_budgets
 from cbs_opt.solvers.problem.joint_problem import JointProblem
-from cbs_opt.solvers.trees.joint_diagonal import Relaxation, best_diagonal
+from cbs_opt.solvers.trees.joint_diagonal import PerspectiveRelaxation, best_diagonal
 from cbs_opt.stop import Stop
-from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 _MOVES = 200  # of the heuristic that finds the first selection
 _SECONDS = 10.0  # far above what they take
@@ -100,7 +100,7 @@ class ScaledJoint:
         size = max(self.value_limit, 1e-300)
         d = best_diagonal(M, A, v, starts, keep, size) * (1 - _ROOM)
         c, whole = -M @ v, 0.5 * float(v @ M @ v)
-        relaxation = Relaxation(starts)
+        relaxation = PerspectiveRelaxation(starts)
         low, high = v - np.sqrt(2 * size), v + np.sqrt(2 * size)
         for share in (*_SHARES, 1.0):
             D = share * d
@@ -160,7 +160,8 @@ class ScaledJoint:
 
     def restrict(self, pruned: BoolArray) -> FloatArray:
         """The open part of a selection, float64 (n,)."""
-        return pruned[self.problem.index].astype(np.float64)
+        out: FloatArray = pruned[self.problem.index].astype(np.float64)
+        return out
 
     def members(self) -> list[IntArray]:
         """Open weights of each group."""
@@ -194,7 +195,7 @@ class ScaledJoint:
         return (self.decided == 1).astype(np.float64), (self.decided != 0).astype(np.float64)
 
 
-def _decide(price: FloatArray, keep: int, slack: float) -> IntArray:
+def _decide(price: FloatArray, keep: int, slack: float) -> Int8Array:
     """The decisions shared by all selections within `slack` of the bound, for one group, int8 (c,).
 
     The bound is minus the sum of the `keep` largest prices: taking another weight in, or one of those out, raises
@@ -254,7 +255,7 @@ def joint_shell(problem: ScaledJoint, units: float) -> LinearModel:
 def pyomo_joint(problem: ScaledJoint, units: float = 1.0, perspective: bool = True) -> Any:
     """The joint problem in Pyomo: binary `v[i]` (pruned), `x[i]` the distance of weight i from a centre.
 
-    As MIQP: ½ (x − v)ᵀM(x − v), lower (1 − y) ≤ x ≤ upper (1 − y). As perspective: besides these rows cones
+    As MIQP: ½ (x − v)ᵀM(x − v), lower (1 − y) ≤ x ≤ upper (1 − y). As perspective: also cones
     x_i² ≤ r_i (1 − y_i) for the share D of the curvature.
     """
     import pyomo.environ as pyo
@@ -274,10 +275,10 @@ def pyomo_joint(problem: ScaledJoint, units: float = 1.0, perspective: bool = Tr
         out.row.add(out.x[i] + at >= float(problem.lower[i]) * (1 - out.v[i]))
     P = problem.M - np.diag(problem.d) if perspective else problem.M
     terms = []
-    for at in problem.parts:
-        for k, i in enumerate(at.tolist()):
+    for part in problem.parts:
+        for k, i in enumerate(part.tolist()):
             terms.append(0.5 * float(P[i, i]) * out.x[i] * out.x[i])
-            terms += [float(P[i, j]) * out.x[i] * out.x[j] for j in at[:k].tolist() if P[i, j]]
+            terms += [float(P[i, j]) * out.x[i] * out.x[j] for j in part[:k].tolist() if P[i, j]]
     constant = 0.0
     if perspective:
         open_ = np.flatnonzero(problem.d > 0).tolist()

@@ -7,7 +7,7 @@ from scipy.sparse import csr_array, vstack
 
 from cbs_opt.solvers.mip.joint_model import ScaledJoint
 from cbs_opt.solvers.mip.selection_model import LinearModel, RowBuilder
-from cbs_opt.typing import FloatArray
+from cbs_opt.typing import FloatArray, IntArray
 
 _SPACING = 0.25  # of the first tangents, in units where the objective is near 1
 _FEWEST, _MOST = 3, 32  # first tangents of a term
@@ -148,7 +148,7 @@ def _grid(low: float, high: float, weight: float) -> list[float]:
     return points
 
 
-def _rows(index: list[FloatArray], values: list[FloatArray], columns: int) -> csr_array:
+def _rows(index: list[IntArray], values: list[FloatArray], columns: int) -> csr_array:
     """A sparse matrix with the same number of entries in every row."""
     width, count = len(index), index[0].size
     return csr_array(

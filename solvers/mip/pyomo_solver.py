@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -212,7 +212,7 @@ class PyomoSolver(Solver):
         values = [model.v[i].value for i in range(problem.n)]
         if any(value is None for value in values):
             return None
-        y = np.round(np.array(values, dtype=np.float64))
+        y: FloatArray = np.array(values, dtype=np.float64).round()
         pruned = problem.selection(y)
         if pruned is None:
             return None
@@ -239,8 +239,8 @@ class PyomoSolver(Solver):
                         return backend
         except Exception as error:
             raise SolverError(self._complaint(error)) from error
-        how = _INSTALL.get(self._family(), "install it, or set `solver` to one that is installed")
-        raise SolverError(f"solver 'pyomo' cannot find '{name}': {how}")
+        remedy = _INSTALL.get(self._family(), "install it, or set `solver` to one that is installed")
+        raise SolverError(f"solver 'pyomo' cannot find '{name}': {remedy}")
 
     def _complaint(self, error: Exception) -> str:
         """One sentence for an exception of a solver."""
@@ -267,8 +267,8 @@ def _silent() -> Iterator[None]:
 
 def _count(backend: Any, results: Any, extras: dict[str, Any]) -> None:
     """Add the nodes and the seconds that the solver reports, if its interface provides them."""
-    inner = getattr(backend, "_solver_model", None)
-    told = {
+    inner: Any = getattr(backend, "_solver_model", None)
+    told: dict[str, tuple[Callable[[], Any], ...]] = {
         "nodes": (lambda: inner.NodeCount, lambda: inner.getNNodes(), lambda: inner.getInfo().mip_node_count),
         "solver_seconds": (lambda: inner.Runtime, lambda: inner.getSolvingTime(), lambda: inner.getRunTime()),
     }

@@ -90,15 +90,16 @@ def rlt_model(problem: SelectionProblem) -> LinearModel:
     and z_ij ≥ y_i + y_j − 1 are added where those equations do not imply them at binary y.
     """
     n, c = problem.n, problem.linear.copy()
-    pairs, cost = [], []
-    number = {}
+    pairs: list[tuple[int, int]] = []
+    cost: list[float] = []
+    number: dict[tuple[int, int], int] = {}
     for at, Q in problem.parts:
         c[at] += 0.5 * Q.diagonal()
         for a in range(at.size):
             for b in range(a + 1, at.size):
                 number[int(at[a]), int(at[b])] = n + len(pairs)
                 pairs.append((int(at[a]), int(at[b])))
-                cost.append(Q[a, b])
+                cost.append(float(Q[a, b]))
     columns = n + len(pairs)
     rows = RowBuilder(columns)
     members = problem.members()
@@ -124,14 +125,14 @@ def rlt_model(problem: SelectionProblem) -> LinearModel:
                     left = p - own  # at most this many of the others, whether or not y_i = 1
                     values = [*np.ones(len(z)), *-np.ones(len(z)), float(p)]
                     rows.add(index, values, -np.inf, float(left + own))
-    for (i, j), z, value in zip(pairs, range(n, columns), cost, strict=True):
+    for (i, j), product, value in zip(pairs, range(n, columns), cost, strict=True):
         if closed[i, problem.group[j]] and closed[j, problem.group[i]]:
             continue
         if value < 0:
-            rows.add([z, i], [1, -1], -np.inf, 0)
-            rows.add([z, j], [1, -1], -np.inf, 0)
+            rows.add([product, i], [1, -1], -np.inf, 0)
+            rows.add([product, j], [1, -1], -np.inf, 0)
         elif value > 0:
-            rows.add([z, i, j], [1, -1, -1], -1, np.inf)
+            rows.add([product, i, j], [1, -1, -1], -1, np.inf)
     matrix, low, high = rows.build()
     integer = np.zeros(columns, dtype=bool)
     integer[:n] = True
@@ -151,7 +152,7 @@ def pyomo_linear(model: LinearModel) -> Any:
     out.v = pyo.Var(
         range(model.cost.size),
         domain=lambda _, j: kind[bool(model.integer[j])],
-        bounds=lambda _, j: (_or_none(model.lower[j]), _or_none(model.upper[j])),
+        bounds=lambda _, j: (_or_none(float(model.lower[j])), _or_none(float(model.upper[j]))),
     )
     out.row = pyo.ConstraintList()
     matrix = model.matrix

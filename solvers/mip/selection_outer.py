@@ -24,7 +24,7 @@ class Separated:
     For each component C, y = x̄ + Bz on the budgets that lie inside C. There, for any diagonal D that leaves
     Bᵀ(Q − D)B positive semidefinite, ½ yᵀQy = ½ yᵀ(Q − D)y + ½ Σ D_ii y_i, since y_i² = y_i, and the right side
     is convex: the eigenvectors of Bᵀ(Q − D)B separate it. D is chosen so that the bound of the relaxation is
-    as large as possible (QCR: Billionnet, Elloumi, Plateau 2009), by `best_shift`.
+    as large as possible (QCR: Billionnet, Elloumi, Plateau 2009), by `optimal_shift`.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Separated:
             d = np.zeros(at.size)
             if shift and at.size <= _LARGEST_SHIFT and not should_stop():
                 c = problem.linear[at] - multipliers[problem.group[at]]
-                d = best_shift(Q, c, x, B, should_stop)
+                d = optimal_shift(Q, c, x, B, should_stop)
             P = Q - np.diag(d)
             self.linear[at] += 0.5 * d + P @ x
             self.constant -= 0.5 * float(x @ P @ x)
@@ -139,7 +139,7 @@ def _ellipsoid(
     return middle, reach
 
 
-def best_shift(
+def optimal_shift(
     Q: FloatArray, c: FloatArray, x: FloatArray, B: FloatArray, should_stop: Callable[[], bool]
 ) -> FloatArray:
     """The diagonal D that maximises min_z ½ yᵀ(Q − D)y + (c + ½D)ᵀy over y = x + Bz.

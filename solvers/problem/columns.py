@@ -1,4 +1,4 @@
-"""Products with Q = diag(w) H diag(w), block by block, without forming large blocks."""
+"""Products with Q = diag(w) H diag(w) and parts of it, block by block, without forming it where it is large."""
 
 from __future__ import annotations
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cbs_opt.instance import Instance
-from cbs_opt.typing import BoolArray, IntArray
+from cbs_opt.typing import BoolArray, Int8Array, IntArray
 
 
 class Decided(NamedTuple):
@@ -24,7 +23,7 @@ class Decided(NamedTuple):
         Number left to prune among the open weights of each group.
     """
 
-    fixed: NDArray[np.int8]
+    fixed: Int8Array
     base: BoolArray
     left: IntArray
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cbs_opt.instance import Instance
 from cbs_opt.losses import joint_loss
 from cbs_opt.solvers.problem.decided import decide
-from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +98,7 @@ class JointProblem:
         """Numbers of open weights of the blocks."""
         return [block.index.size for block in self.blocks]
 
-    def _reduce(self, k: int, fixed: NDArray[np.int8]) -> None:
+    def _reduce(self, k: int, fixed: Int8Array) -> None:
         """Eliminate the decided weights of block k; their loss is added to the offset."""
         curvature, part = self.instance.curvature, self.instance.curvature.block_slice(k)
         A = curvature.inverse_block(k)
@@ -140,15 +139,16 @@ class JointProblem:
             pruned[self.index[at[np.argsort(price, kind="stable")[: self.budget[a]]]]] = True
         return pruned
 
-    def expand(self, y: FloatArray | IntArray) -> BoolArray:
+    def expand(self, y: FloatArray | BoolArray | IntArray | Int8Array) -> BoolArray:
         """The selection, bool (n,), of a binary y (r,)."""
         pruned = self.base.copy()
-        pruned[self.index[np.asarray(y, dtype=np.float64) > 0.5]] = True
+        pruned[self.index[y.astype(np.float64) > 0.5]] = True
         return pruned
 
     def restrict(self, pruned: BoolArray) -> FloatArray:
         """The open part of a selection, float64 (r,)."""
-        return np.asarray(pruned[self.index], dtype=np.float64)
+        out: FloatArray = pruned[self.index].astype(np.float64)
+        return out
 
     def from_units(self, value: float) -> float:
         """A value of the reduced problem as a loss of the instance."""
@@ -163,9 +163,7 @@ class JointProblem:
         return 1e-14 * (abs(self.offset) + abs(self.loss(pruned) - self.offset)) if self.offset else 0.0
 
 
-def condition(
-    A: FloatArray, w: FloatArray, fixings: NDArray[np.int8]
-) -> tuple[IntArray, FloatArray, FloatArray, float]:
+def condition(A: FloatArray, w: FloatArray, fixings: Int8Array) -> tuple[IntArray, FloatArray, FloatArray, float]:
     """The problem after fixings, int8 (n,): 0 pruned, 1 kept, −1 open.
 
     Returns the open weights, their inverse Hessian and minimiser given that the pruned ones are zero, and what the

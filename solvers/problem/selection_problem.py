@@ -14,7 +14,7 @@ from cbs_opt.solver import usable_threads
 from cbs_opt.solvers.problem.columns import DENSE_BYTES, DOUBLE_BYTES, Columns, DenseBlock, columns_of
 from cbs_opt.solvers.problem.presolve import Component, presolve
 from cbs_opt.solvers.problem.threaded_factor import ThreadedFactor
-from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 THREADED_GRADIENTS = 1 << 25
 """Entries of a gradient factor beyond which losses and bounds are computed in threads."""
@@ -113,7 +113,7 @@ class SelectionProblem:
 
     # To the instance and back --------------------------------------------------------------------------------
 
-    def expand(self, y: FloatArray | BoolArray | IntArray) -> BoolArray:
+    def expand(self, y: FloatArray | BoolArray | IntArray | Int8Array) -> BoolArray:
         """The selection, bool (n,), of a binary y (r,)."""
         pruned = self.base.copy()
         pruned[self.index[y.astype(np.float64) > 0.5]] = True

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
-from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solver import Capabilities, Context, Solver
 from cbs_opt.solvers.kernels.warm_up import warm_up_selection
 from cbs_opt.solvers.kernels.warm_up_sweeps import warm_up_sweeps
 from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
 from cbs_opt.solvers.layers.warm_up import warm_up_layers
-from cbs_opt.solvers.problem.columns import DENSE_BYTES, DOUBLE_BYTES
-from cbs_opt.solvers.problem.selection_problem import THREADED_GRADIENTS, SelectionProblem, Storage
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem, Storage
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent, candidate_swaps
+from cbs_opt.solvers.selection.parameters import SearchParameters
 from cbs_opt.solvers.selection.relaxation import Relaxation
-from cbs_opt.solvers.selection.sweep_search import LARGE, MANY_BLOCKS, SMALL_BLOCK, SweepSearch, is_large, is_split
+from cbs_opt.solvers.selection.sweep_search import SweepSearch, is_large, is_split
 from cbs_opt.solvers.trees import prove
 from cbs_opt.typing import FloatArray, IntArray
 
@@ -42,46 +39,6 @@ _NOISE_WHOLE = (0.5, 2.0)
 _TENURE = (4, 15)
 _BLOCKS_OF_A_CORE = 8
 _HARDENINGS = 3  # of a large problem by sweeps, with rounds of the relaxation between them
-
-
-@dataclass(frozen=True)
-class SearchParameters(Parameters):
-    """Sizes and patience; all free of scale."""
-
-    core: int = option(700, "variables of a core at most")
-    working_set: int = option(256, "violating variables of a working set of the relaxation")
-    cycles: int = option(12, "cycles without improvement after which a new core is chosen")
-    stall: int = option(500, "tabu steps without improvement that end a cycle")
-    proof: int = option(250, "weights of a component up to which branch and bound takes over; 0 for never")
-    ratio: float = option(1.6, "growth of the concave weight while a point hardens")
-    patience: int | None = option(
-        None, "cycles without improvement after which the search ends; 150 without a limit on time or iterations"
-    )
-    bound_share: float = option(0.25, "share of the time limit for bounds, where rows share one Hessian")
-    large: int = option(LARGE, "coupled weights beyond which the search starts with sweeps over all of them")
-    many_blocks: int = option(
-        MANY_BLOCKS, "coupled blocks beyond which a large problem is searched block by block"
-    )
-    small_block: int = option(SMALL_BLOCK, "weights of a coupled block, on average, up to which it is not")
-    dense_bytes: int = option(DENSE_BYTES, "bytes up to which the blocks of a gradient matrix are expanded")
-    double_bytes: int = option(DOUBLE_BYTES, "bytes up to which gradients not expanded are copied in float64")
-    threaded_gradients: int = option(
-        THREADED_GRADIENTS, "gradient entries beyond which losses and bounds are computed in threads"
-    )
-
-    def __post_init__(self) -> None:
-        for name, smallest in (("core", 2), ("working_set", 2), ("cycles", 1), ("stall", 1), ("proof", 0)):
-            if getattr(self, name) < smallest:
-                raise UsageError(f"`{name}` must be at least {smallest}, got {getattr(self, name)}")
-        for name in ("large", "many_blocks", "small_block", "dense_bytes", "double_bytes", "threaded_gradients"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"`{name}` must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.bound_share < 1:
-            raise UsageError(f"`bound_share` must be at least 0 and less than 1, got {self.bound_share}")
-        if self.ratio <= 1:
-            raise UsageError(f"`ratio` must be more than 1, got {self.ratio}")
-        if self.patience is not None and self.patience < 1:
-            raise UsageError(f"`patience` must be at least 1, got {self.patience}")
 
 
 @register("search")

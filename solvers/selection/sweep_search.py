@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,22 +11,11 @@ from cbs_opt.monitor import Monitor
 from cbs_opt.solvers.kernels.threads import run_tasks
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent
+from cbs_opt.solvers.selection.parameters import LARGE, MANY_BLOCKS, SMALL_BLOCK, SearchParameters
 from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.solvers.selection.repair import meet_budgets, trade
 from cbs_opt.solvers.selection.sweeps import Sweeps
 from cbs_opt.typing import FloatArray, IntArray
-
-if TYPE_CHECKING:
-    from cbs_opt.solvers.selection.search import SearchParameters
-
-LARGE = 10_000
-"""Variables of coupled blocks beyond which sweeps are the start of the search."""
-
-MANY_BLOCKS = 8
-"""Coupled blocks beyond which those of a large problem are searched one by one."""
-
-SMALL_BLOCK = 200
-"""Variables of a coupled block, on average, up to which they are not."""
 
 _MOST_GROUPS = 16
 _SWEEPS = 12  # at each weight of the path
@@ -48,7 +36,7 @@ _TENURE = (4, 15)
 
 
 def is_large(problem: SelectionProblem, large: int = LARGE) -> bool:
-    """Whether the search starts with sweeps instead of working sets: more than `large` coupled variables."""
+    """Whether the search starts with sweeps, not working sets: more than `large` coupled variables."""
     return problem.budget.size <= _MOST_GROUPS and int(_coupled(problem).sum()) > large
 
 

@@ -97,7 +97,7 @@ class Sweeps:
         return other
 
     def _start_prices(self) -> None:
-        """Prices that meet the budget if all weights were uncoupled."""
+        """Prices at which as many weights as the budget would go if no two were coupled."""
         alone = 0.5 * self.columns.diagonal + self.linear
         self.price, self.typical = np.zeros(self.budget.size), np.zeros(self.budget.size)
         for g in range(self.budget.size):

@@ -12,15 +12,22 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cbs_opt.typing import FloatArray
-
-Int8Array = NDArray[np.int8]
+from cbs_opt.typing import FloatArray, Int8Array
 
 _FIRST_SLICE = 40
-_SHIFT_NODES = 2.0  # nodes per variable after which another diagonal is tried: about what finding it costs
-_DIVE_NODES = 50.0  # nodes per variable after which a subproblem goes back to the queue
 _SHARE_NODES = 400  # nodes after which a worker shares when others wait
-_WORTH = 0.15  # share of the gap that another diagonal must close
+
+DIAGONAL_NODES = 2.0
+"""Nodes per variable after which another diagonal is tried: about what finding it costs."""
+
+DIAGONAL_GAIN = 0.15
+"""Share of the gap that another diagonal must close."""
+
+DIAGONAL_SIZE = 12
+"""Open variables from which on another diagonal is tried."""
+
+DIVE_NODES = 50.0
+"""Nodes per variable after which a subproblem goes back to the queue."""
 
 
 class Subproblem(NamedTuple):
@@ -221,18 +228,18 @@ class BestFirst:
 
     def _dive(self, worker: Worker, sub: Subproblem, me: int, pause: Callable[[], bool]) -> None:
         size = worker.size
-        tried, done, nodes = size < 12, 0, min(_FIRST_SLICE, self._slice)
+        tried, done, nodes = size < DIAGONAL_SIZE, 0, min(_FIRST_SLICE, self._slice)
         while worker.run(nodes):
             done += nodes
             self._merge(worker, me)
             if worker.crowded() or pause():
                 return
             if not tried:
-                if done >= _SHIFT_NODES * size:
+                if done >= DIAGONAL_NODES * size:
                     tried, done = True, 0
                     sub = self._try_diagonal(worker, sub, me)
                     size = worker.size
-            elif done >= _DIVE_NODES * size or (
+            elif done >= DIVE_NODES * size or (
                 done >= _SHARE_NODES and not self._heap and len(self._busy) < self._threads
             ):
                 return
@@ -248,7 +255,7 @@ class BestFirst:
         worker.load(sub._replace(diagonal=diagonal))
         more = worker.run(1)
         self._merge(worker, me)
-        if not more or worker.bound() - before > _WORTH * (self.threshold - before):
+        if not more or worker.bound() - before > DIAGONAL_GAIN * (self.threshold - before):
             self.diagonals += 1
             return sub
         worker.export()

@@ -1,7 +1,5 @@
 """Many components under one budget: tables of bounds joined by dynamic programming and a Lagrangian bound."""
 
-# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-untyped-calls=False
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -9,53 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from cbs_opt.solvers.kernels.dense_numba import entry
-from cbs_opt.solvers.trees.best_first import Int8Array
+from cbs_opt.solvers.kernels.choice_knapsack import cheapest_entries
 from cbs_opt.solvers.trees.tables import Table
-from cbs_opt.typing import FloatArray, IntArray
+from cbs_opt.typing import FloatArray, Int8Array, IntArray
 
 _FIRST_NODES = 400
 _PATIENCE = 5  # rounds after which the nodes of a table's tree grow
-
-
-@entry
-def chain(values, start, count, budget, choice):
-    """Least sum of one value per table whose positions sum to `budget`; choice is int32 (K, budget+1).
-
-    Table k is values[start[k] : start[k] + count[k]]. Returns the value and the positions, int64 (K,).
-    """
-    K = start.size
-    D = np.empty(budget + 1)
-    E = np.empty(budget + 1)
-    for t in range(budget + 1):
-        D[t] = np.inf
-        E[t] = np.inf
-    D[0] = 0.0
-    reach = 0
-    for k in range(K):
-        top = min(budget, reach + count[k] - 1)
-        for t in range(top + 1):
-            best = np.inf
-            at = 0
-            for j in range(max(0, t - reach), min(count[k], t + 1)):
-                v = D[t - j] + values[start[k] + j]
-                if v < best:
-                    best = v
-                    at = j
-            E[t] = best
-            choice[k, t] = at
-        for t in range(top + 1):
-            D[t] = E[t]
-        reach = top
-    path = np.zeros(K, np.int64)
-    t = budget
-    if t > reach or D[t] == np.inf:
-        return np.inf, path
-    v = D[t]
-    for k in range(K - 1, -1, -1):
-        path[k] = choice[k, t]
-        t -= choice[k, t]
-    return v, path
 
 
 def multiplier(tables: list[FloatArray], budget: int) -> tuple[float, float]:
@@ -101,7 +58,7 @@ def combine(tables: list[FloatArray], budget: int, mu: float, slack: float) -> t
         return np.inf, low
     starts = np.concatenate([[0], np.cumsum(count)[:-1]])
     choice = np.zeros((len(parts), rest + 1), np.int32)
-    value, path = chain(np.concatenate(parts), starts, count, rest, choice)
+    value, path = cheapest_entries(np.concatenate(parts), starts, count, rest, choice)
     return float(value), path + low
 
 

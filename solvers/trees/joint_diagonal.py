@@ -1,42 +1,16 @@
 """The diagonal of the perspective relaxation: the nearer to the best one, the better the bound."""
 
-# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-untyped-calls=False
-
 from __future__ import annotations
 
 import numpy as np
 
-from cbs_opt.solvers.kernels.dense_numba import entry_fast
-from cbs_opt.solvers.trees.joint_relaxation import relax
+from cbs_opt.solvers.kernels.diagonal_passes import joint_pass
+from cbs_opt.solvers.kernels.perspective_relaxation import relax
 from cbs_opt.typing import FloatArray, IntArray
 
 
-@entry_fast
-def diagonal_pass(W, d, omega, mu, low, col):
-    """One coordinate step each towards W_ii = ω_i / μ: ascent in Σ ω d + μ log det(M − D), d ≥ low."""
-    n = W.shape[0]
-    for i in range(n):
-        h = W[i, i]
-        a = min(max(omega[i] / (mu * h), 0.2), 5.0)
-        delta = (1.0 - 1.0 / a) / h
-        if d[i] + delta < low[i]:
-            delta = low[i] - d[i]
-            a = 1.0 / (1.0 - delta * h)
-        if abs(a - 1.0) < 1e-3:
-            continue
-        d[i] += delta
-        s = delta * a
-        for k in range(n):
-            col[k] = W[i, k]
-        for k in range(n):
-            f = s * col[k]
-            Wk = W[k]
-            for j in range(n):
-                Wk[j] += f * col[j]
-
-
-class Relaxation:
-    """Workspaces for calls of `joint_relaxation.relax` at a root, where nothing is kept yet."""
+class PerspectiveRelaxation:
+    """Workspaces for calls of `perspective_relaxation.relax` at a root, where nothing is kept yet."""
 
     def __init__(self, starts: IntArray) -> None:
         m, G = int(starts[-1]), starts.size - 1
@@ -118,14 +92,15 @@ def best_diagonal(
     single = 1 / np.diag(A)
     low = 1e-4 * single / m
     d = safe_diagonal(A)
-    relaxation = Relaxation(starts)
+    relaxation = PerspectiveRelaxation(starts)
     u, theta = v.copy(), np.zeros(keep.size)
     of_group = np.repeat(np.arange(keep.size), np.diff(starts))
     best, best_d, omega = -np.inf, d, None
-    mu, col, W = 0.3 * scale / m, np.empty(m), np.empty((0, 0))
+    mu, col = 0.3 * scale / m, np.empty(m)
+    W: FloatArray = np.empty((0, 0))
     for step in range(passes + 1):
         if step:
-            diagonal_pass(W, d, omega, mu, low, col)
+            joint_pass(W, d, omega, mu, low, col)
             mu = max(rel * scale / m, 0.6 * mu)
         bound = relaxation(M, c, d, keep, u, theta, constant)
         if bound > best and (step == 0 or is_definite(M - np.diag(d) * (1 + 1e-9))):
@@ -134,7 +109,7 @@ def best_diagonal(
             break
         if step % 4 == 0:
             try:
-                W = np.linalg.inv(M - np.diag(d))
+                W = np.asarray(np.linalg.inv(M - np.diag(d)), np.float64)
             except np.linalg.LinAlgError:
                 break
         at = theta[of_group]

@@ -1,27 +1,31 @@
-"""Exact joint problem of one dense component: least ½ w_Pᵀ ([H⁻¹]_PP)⁻¹ w_P with numbers to prune per group."""
+"""Branch and bound over one dense component: min ½ w_Pᵀ ([H⁻¹]_PP)⁻¹ w_P with numbers to prune per group."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from cbs_opt.solvers.kernels import joint_tree
+from cbs_opt.solvers.kernels.stack_layout import FOUND
+from cbs_opt.solvers.kernels.tableau_elimination import eliminate
 from cbs_opt.solvers.problem.joint_problem import condition
-from cbs_opt.solvers.trees import joint_tree
-from cbs_opt.solvers.trees import selection_tree as tree
-from cbs_opt.solvers.trees.best_first import BestFirst, Int8Array, Subproblem
+from cbs_opt.solvers.trees.best_first import BestFirst, Subproblem
 from cbs_opt.solvers.trees.joint_diagonal import best_diagonal, safe_diagonal
-from cbs_opt.solvers.trees.joint_start import eliminate
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE
-from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.solvers.trees.stack import JointSnapshot, TreeWorker
+from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 _MOST_ENTRIES = 4 * 10**7  # of the stack of levels, where the worst case would take more
 
 
 @dataclass
-class JointTask:
-    """The problem with unit diagonal of A = H⁻¹, sorted by group, in units of the first incumbent's value.
+class DenseJoint:
+    """The joint problem of one dense component, with unit diagonal of A = H⁻¹, its variables sorted by group.
+
+    Its unit is the value of the first incumbent.
 
     Attributes
     ----------
@@ -44,18 +48,33 @@ class JointTask:
         return self.w.size
 
 
-class JointWorker:
-    """One tree's arrays over a task; see `best_first.Worker`. Selections hold 1 for kept weights."""
+class _Root(NamedTuple):
+    """The problem that a loaded subproblem leaves.
 
-    def __init__(self, task: JointTask, tolerance: float, rounding: float, shared: FloatArray) -> None:
-        self.task, self._tolerance, self._rounding, self._shared = task, tolerance, rounding, shared
-        n, G = task.n, task.keep.size
+    open : int64 (m,); A, M : float64 (m, m), inverse to each other; v : float64 (m,), the free minimiser;
+    starts : int64 (G+1,), ranges of the groups; keep : int64 (G,); extra : what the decided weights cost.
+    """
+
+    open: IntArray
+    A: FloatArray
+    M: FloatArray
+    v: FloatArray
+    starts: IntArray
+    keep: IntArray
+    extra: float
+
+
+class JointWorker(TreeWorker):
+    """The arrays of one tree; see `best_first.Worker`. Selections hold 1 for kept weights."""
+
+    def __init__(self, problem: DenseJoint, tolerance: float, rounding: float, shared: FloatArray) -> None:
+        n, G = problem.n, problem.keep.size
+        super().__init__(n, shared)
+        self.problem, self._tolerance, self._rounding = problem, tolerance, rounding
+        self._root: _Root | None = None
         N = n + 2
         zeros = np.zeros
-        self._state = zeros(4, np.int64)
-        self._state[tree.LEVEL] = -1
-        self._frames = zeros((N, 4), np.int64)
-        self._theta, self._bounds = zeros((N, G)), zeros(N)
+        self._theta = zeros((N, G))
         self._U, self._Y = zeros((N, n)), zeros((N, n))
         self._kept, self._R = zeros((N, n), np.int8), zeros((N, G), np.int64)
         worst = n * (n + 1) * (2 * n + 1) // 6 + 4 * n * n + 64
@@ -63,29 +82,27 @@ class JointWorker:
         levels = 2 * N
         self._levels = (zeros(levels, np.int64), zeros((levels, G + 1), np.int64), zeros((levels, n), np.int64))
         self._level_data = tuple(zeros((levels, n)) for _ in range(3))
-        self.best, self.selection = np.array([np.inf]), zeros(n, np.int8)
         self._S, self._A, self._B = zeros(n + 2, np.int64), zeros((n + 2, n + 2)), zeros((n + 2, n + 2))
-        self._work = tuple(zeros(n + 2) for _ in range(7))
+        self._work, self._point = tuple(zeros(n + 2) for _ in range(6)), zeros(n + 2)
         self._marks = (zeros(n, np.int8), zeros(n, np.int8))
         self._prices = (zeros(G), zeros(G), zeros(n, np.int64))
         self._crowded = False
-        self.size = n
 
     def load(self, subproblem: Subproblem) -> None:
         """Put the subproblem's relaxation at the root, after fixing what alone costs more than the incumbent."""
-        task, incumbent, G = self.task, self._shared[0], self.task.keep.size
+        problem, incumbent, G = self.problem, self._shared[0], self.problem.keep.size
         fixings = subproblem.fixings.copy()
-        self._state[tree.LEVEL] = -1
+        self._clear()
         self._root = None
         while True:
-            open_, A, v, extra = condition(task.A, task.w, fixings)
+            open_, A, v, extra = condition(problem.A, problem.w, fixings)
             over = extra + 0.5 * v**2 / np.diag(A) >= incumbent
             if not over.any() or extra >= incumbent:
                 break
             fixings[open_[over]] = 1
         m = self.size = open_.size
-        keep = task.keep - np.bincount(task.group[fixings == 1], minlength=G)
-        counts = np.bincount(task.group[open_], minlength=G)
+        keep = problem.keep - np.bincount(problem.group[fixings == 1], minlength=G)
+        counts = np.bincount(problem.group[open_], minlength=G)
         if extra >= incumbent * (1 - self._tolerance) or (keep < 0).any() or (keep > counts).any():
             return
         if m == 0:
@@ -93,10 +110,10 @@ class JointWorker:
                 self.best[0], self.selection = extra, fixings.copy()
             return
         s = 1 / np.sqrt(np.diag(A))
-        M = np.linalg.inv(A * s[:, None] * s)
-        M = np.ascontiguousarray(0.5 * (M + M.T) * s[:, None] * s)
+        inverse = np.asarray(np.linalg.inv(A * s[:, None] * s), np.float64)
+        M = np.ascontiguousarray(0.5 * (inverse + inverse.T) * s[:, None] * s)
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._root = (open_, A, M, v, starts, keep, extra)
+        self._root = _Root(open_, A, M, v, starts, keep, extra)
         diagonal = subproblem.diagonal
         d = safe_diagonal(A) if diagonal is None else diagonal[open_]
         self._fixings, self._diagonal = fixings, diagonal
@@ -110,75 +127,63 @@ class JointWorker:
         u = v if subproblem.start is None else subproblem.start[open_]
         self._U[0, :m], self._Y[0, :m], self._kept[0, :m], self._R[0] = u, M @ u + c, 0, keep
         self._theta[0] = 0.0
-        self._bounds[0] = subproblem.bound
-        self._frames[0] = (0, 0, tree.ROOT, 0)
-        self._state[tree.LEVEL] = 0
+        self._push_root(subproblem.bound)
 
     def run(self, nodes: int) -> bool:
         """Process a number of nodes; whether something is left."""
         self._crowded = False
-        if self._state[tree.LEVEL] < 0:
+        if self._root is None:
             return False
         found = np.zeros(self.size, np.int8)
-        before = self._state[tree.FOUND]
+        before = self._state[FOUND]
         outcome = joint_tree.run(
-            nodes, self._tolerance, self._rounding, self._shared, *self._data, self._state, self._frames,
+            nodes, self._tolerance, self._rounding, self._shared, *self._data, self._state, self._entries,
             self._theta, self._bounds, self._U, self._Y, self._kept, self._R, self._pool, *self._levels,
-            *self._level_data, found, self.best, self._S, self._A, self._B, *self._work, *self._marks,
+            *self._level_data, found, self.best, self._S, self._A, self._B, *self._work, self._point, *self._marks,
             *self._prices,
         )  # fmt: skip
-        if self._state[tree.FOUND] > before:
+        if self._state[FOUND] > before:
             self.selection = self._fixings.copy()
-            self.selection[self._root[0]] = found
+            self.selection[self._root.open] = found
         self._crowded = outcome == joint_tree.CROWDED
         return bool(outcome != joint_tree.DONE)
-
-    def take_nodes(self) -> int:
-        """Nodes since the last call."""
-        count = int(self._state[tree.NODES])
-        self._state[tree.NODES] = 0
-        return count
 
     def crowded(self) -> bool:
         """Whether the stack of levels is full, so that the tree must be exported."""
         return self._crowded
 
-    def bound(self) -> float:
-        """Least bound of the open nodes, infinity when there are none."""
-        count = int(self._state[tree.LEVEL]) + 1
-        is_open = self._frames[:count, tree.PENDING] > 0
-        return float(self._bounds[:count][is_open].min()) if is_open.any() else np.inf
+    def snapshot(self) -> JointSnapshot:
+        """What others may read of the tree."""
+        _, level_starts, index = self._levels
+        open_ = np.zeros(0, np.int64) if self._root is None else self._root.open
+        return JointSnapshot(
+            self._state, self._entries, self._bounds, level_starts, index, self.best, self._shared,
+            open_, self._level_data[1][0, : open_.size], self._kept, self._point,
+        )  # fmt: skip
 
     def export(self) -> list[Subproblem]:
         """The open nodes; the tree is empty afterwards."""
-        out = []
-        _, level_starts, index = self._levels
-        for level in range(int(self._state[tree.LEVEL]) + 1):
-            pending = self._frames[level, tree.PENDING]
-            if not pending:
-                continue
-            q = self._frames[level, tree.QLEVEL]
-            m = level_starts[q, -1]
-            at = self._root[0][index[q, :m]]
+        out, view = [], self.snapshot()
+        for i, entry in self._open_entries():
+            variables = view.variables(entry.level)
             fixings = self._fixings.copy()
-            fixings[self._root[0]] = 0
-            fixings[at] = np.where(self._kept[level, :m] == 1, 1, -1)
-            if pending == 1:
-                fixings[at[self._frames[level, tree.BRANCH]]] = self._frames[level, tree.VALUE]
-            u = np.zeros(self.task.n)
-            u[at] = self._U[level, :m]
-            out.append(Subproblem(float(self._bounds[level]), fixings, u, self._diagonal))
-        self._state[tree.LEVEL] = -1
+            fixings[view.open] = 0
+            fixings[variables] = np.where(self._kept[i, : variables.size] == 1, 1, -1)
+            if entry.pending == 1:
+                fixings[variables[entry.branch]] = entry.value
+            u = np.zeros(self.problem.n)
+            u[variables] = self._U[i, : variables.size]
+            out.append(Subproblem(float(self._bounds[i]), fixings, u, self._diagonal))
+        self._clear()
         return out
 
     def relaxed_point(self) -> FloatArray:
         """The relaxed point of the last node, float64 (n,); the minimiser where it had none."""
-        level = int(self._state[joint_tree.POINT])
-        if self._root is None or level < 0:
-            return np.asarray(self.task.w)
-        columns = self._levels[2][level, : self._levels[1][level, -1]]
-        u = np.zeros(self.task.n)
-        u[self._root[0][columns]] = self._work[6][: columns.size]
+        found = None if self._root is None else self.snapshot().relaxed_point()
+        if found is None:
+            return self.problem.w
+        u = np.zeros(self.problem.n)
+        u[found[0]] = found[1]
         return u
 
     def better_diagonal(self) -> FloatArray | None:
@@ -187,7 +192,7 @@ class JointWorker:
             return None
         open_, A, M, v, starts, keep, extra = self._root
         scale = max(self._shared[0] - extra, 1e-3 * self._shared[0])
-        full = np.zeros(self.task.n)
+        full = np.zeros(self.problem.n)
         full[open_] = best_diagonal(M, A, v, starts, keep, scale)
         return full
 
@@ -197,7 +202,7 @@ class JointTree:
     """A prepared branch and bound over one dense component, in the order and units of the caller."""
 
     order: IntArray
-    task: JointTask
+    problem: DenseJoint
     scale: float
     queue: BestFirst
     evaluate: Callable[[BoolArray], float]
@@ -206,7 +211,7 @@ class JointTree:
 
     def selection(self) -> Int8Array:
         """The incumbent, int8 (n,): 1 = pruned."""
-        out = np.empty(self.task.n, np.int8)
+        out = np.empty(self.problem.n, np.int8)
         out[self.order] = 1 - self.queue.selection
         return out
 
@@ -279,14 +284,14 @@ def prepare_joint(
     best = int(np.argmin(values))
     kept, value = candidates[best], values[best]
     scale = value if value > 0 else 1.0
-    task = JointTask(A_, w_ / np.sqrt(scale), group_, keep)
+    problem = DenseJoint(A_, w_ / np.sqrt(scale), group_, keep)
     root = Subproblem(0.0, np.full(n, -1, np.int8), None, None)
     queue = BestFirst(
-        lambda tol, atol, shared: JointWorker(task, tol, atol, shared),
+        lambda tol, atol, shared: JointWorker(problem, tol, atol, shared),
         root,
         kept,
-        condition(task.A, task.w, kept)[3],
+        condition(problem.A, problem.w, kept)[3],
         tolerance,
         1e-12,
     )
-    return JointTree(order, task, scale, queue, evaluate or by_kept_side)
+    return JointTree(order, problem, scale, queue, evaluate or by_kept_side)

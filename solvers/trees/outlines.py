@@ -1,4 +1,4 @@
-"""Bounds of a component for every number to prune, from one relaxed point: lower bounds and selections."""
+"""Bounds and selections for every number to prune of a component, from one relaxed point."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from cbs_opt.solvers.kernels.joint_numba import eliminate
 from cbs_opt.solvers.trees.best_first import Subproblem
 from cbs_opt.solvers.trees.joint_diagonal import safe_diagonal
-from cbs_opt.solvers.trees.joint_worker import JointTask, JointWorker
-from cbs_opt.solvers.trees.selection_worker import SelectionTask, SelectionWorker
+from cbs_opt.solvers.trees.joint_worker import DenseJoint, JointWorker
+from cbs_opt.solvers.trees.selection_worker import DenseSelection, SelectionWorker
 from cbs_opt.typing import FloatArray, IntArray
 
 _ROUNDING = 1e-13  # of the terms of a bound, which are summed in float64
@@ -36,15 +36,15 @@ def selection_outline(Q: FloatArray, c: FloatArray, count: int) -> Outline:
     """The outline of ½ yᵀQy + cᵀy from the box relaxation with Σy = count.
 
     For any x, ½ yᵀQy + cᵀy ≥ hᵀy − ½ xᵀQx with h = Qx + c, which is least at the smallest entries of h.
-    The selections are the prefixes of the weights ordered by x. O(n²) in addition to the relaxation.
+    The selections are the prefixes of the weights ordered by x. O(n²) plus the relaxation.
     """
     n = c.size
-    task = SelectionTask(Q, c, np.zeros(n, np.int64), np.array([count]))
+    problem = DenseSelection(Q, c, np.zeros(n, np.int64), np.array([count]))
     start = np.zeros(n)
     start[np.argsort(0.5 * np.diag(Q) + c, kind="stable")[:count]] = 1.0
     value = float(0.5 * start @ Q @ start + c @ start)
-    task.rescale(max(abs(value), 1e-12 * float(np.abs(c).max() + np.diag(Q).max()), 1e-290))
-    worker = SelectionWorker(task, 0.0, 0.0, np.array([np.sign(value) if value else 1.0]))
+    problem.rescale(max(abs(value), 1e-12 * float(np.abs(c).max() + np.diag(Q).max()), 1e-290))
+    worker = SelectionWorker(problem, 0.0, 0.0, np.array([np.sign(value) if value else 1.0]))
     worker.load(Subproblem(-np.inf, np.full(n, -1, np.int8), None, None))
     more = worker.run(1)
     x = worker.root_point() if more else np.where(np.isfinite(worker.best[0]), worker.selection, start)
@@ -76,8 +76,8 @@ def joint_bounds(
     n = w.size
     s = 1 / np.sqrt(np.diag(A))
     scale = upper if 0 < upper < np.inf else 1.0
-    task = JointTask(A * s[:, None] * s, w * s / np.sqrt(scale), np.zeros(n, np.int64), np.array([n - count]))
-    worker = JointWorker(task, 0.0, 0.0, np.array([np.inf if scale == 1.0 else 1.0]))
+    problem = DenseJoint(A * s[:, None] * s, w * s / np.sqrt(scale), np.zeros(n, np.int64), np.array([n - count]))
+    worker = JointWorker(problem, 0.0, 0.0, np.array([np.inf if scale == 1.0 else 1.0]))
     worker.load(Subproblem(0.0, np.full(n, -1, np.int8), None, None))
     worker.run(1)
     u = worker.relaxed_point() * np.sqrt(scale) / s

@@ -16,13 +16,12 @@ from cbs_opt.solver import Context
 from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
-from cbs_opt.solvers.trees.best_first import Int8Array
 from cbs_opt.solvers.trees.block_search import BlockSearch
 from cbs_opt.solvers.trees.joint_worker import JointTree, prepare_joint
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE, SelectionTree, prepare_selection
 from cbs_opt.solvers.trees.tables import JointTable, SelectionTable, SeparableTable, Table
 from cbs_opt.stop import Stop
-from cbs_opt.typing import BoolArray
+from cbs_opt.typing import BoolArray, Int8Array
 
 MAX_WEIGHTS = 2000
 """Largest dense problem of one tree."""
@@ -313,9 +312,10 @@ def warm_up(objective: str) -> None:
         table: Table = SelectionTable(Q[:3, :3], w[:3])
         second: Table = SelectionTable(Q[:3, :3], w[:3])
     else:
-        A = np.linalg.inv(H)
+        A = np.asarray(np.linalg.inv(H), np.float64)
         tree = prepare_joint(A, H, w, group, np.array([7]), [])
-        table, second = (JointTable(A[:3, :3], np.linalg.inv(A[:3, :3]), w[:3]) for _ in range(2))
+        inverse = np.asarray(np.linalg.inv(A[:3, :3]), np.float64)
+        table, second = (JointTable(A[:3, :3], inverse, w[:3]) for _ in range(2))
     worker = tree.queue.new_worker(np.array([np.inf]))
     worker.load(tree.queue.best_open())
     worker.better_diagonal()

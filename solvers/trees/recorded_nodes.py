@@ -13,10 +13,10 @@ from cbs_opt.typing import BoolArray, FloatArray
 class Node:
     """A node of the tree as the certificate holds it; bounded by the last point above it until more is known."""
 
-    __slots__ = ("branch", "children", "codes", "diagonal", "fixings", "how", "numbers")
+    __slots__ = ("bounded_by", "branch", "children", "codes", "diagonal", "fixings", "numbers")
 
     def __init__(self) -> None:
-        self.how, self.branch = INHERIT, LEAF
+        self.bounded_by, self.branch = INHERIT, LEAF
         self.children: list[Node] = []
         self.fixings: list[tuple[int, int]] = []
         self.codes: BoolArray | None = None
@@ -49,12 +49,12 @@ def flatten(node: Node, part: Part) -> dict[str, list[Any]]:
     }
     for each in node.preorder():
         out["branch"].append(each.branch if each.branch < 0 else int(part.index[each.branch]))
-        out["how"].append(each.how + (FRAME if each.diagonal is not None else 0))
+        out["how"].append(each.bounded_by + (FRAME if each.diagonal is not None else 0))
         out["fixed_counts"].append(len(each.fixings))
         out["fixings"] += [2 * int(part.index[i]) + y for i, y in each.fixings]
         if each.diagonal is not None:
             out["diagonals"].append(each.diagonal)
-        if each.how == POINT:
+        if each.bounded_by == POINT:
             out["codes"].append(each.codes)
             out["numbers"].append(each.numbers)
     return out

@@ -1,7 +1,7 @@
 """Runs a tree once more with a fixed threshold and notes what closes every node, for a certificate.
 
-The kernels work node by node here, and what they leave behind in their arrays is read after each: the normal run
-knows nothing of it. The notes only direct the check; whether they prove anything is recomputed there.
+The kernels work node by node here, and the snapshot of the worker is read after each: the normal run knows nothing
+of it. The notes only direct the check; whether they prove anything is recomputed there.
 """
 
 from __future__ import annotations
@@ -9,19 +9,25 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from cbs_opt.certificate_bounds import Frame, Part, States
 from cbs_opt.certificate_tree import counts, forced, least, settled
 from cbs_opt.files.certificate_file import NOTHING, POINT, VALUE
-from cbs_opt.solvers.trees import joint_tree
-from cbs_opt.solvers.trees import selection_tree as tree
-from cbs_opt.solvers.trees.best_first import _DIVE_NODES, _SHIFT_NODES, _WORTH, Subproblem, Worker
-from cbs_opt.solvers.trees.joint_worker import JointWorker, condition
+from cbs_opt.solvers.kernels.stack_layout import ROOT
+from cbs_opt.solvers.problem.joint_problem import condition
+from cbs_opt.solvers.trees.best_first import (
+    DIAGONAL_GAIN,
+    DIAGONAL_NODES,
+    DIAGONAL_SIZE,
+    DIVE_NODES,
+    Subproblem,
+)
+from cbs_opt.solvers.trees.joint_worker import JointWorker
 from cbs_opt.solvers.trees.recorded_nodes import Node
 from cbs_opt.solvers.trees.selection_worker import SelectionWorker
+from cbs_opt.solvers.trees.stack import Snapshot, StackEntry
 from cbs_opt.typing import FloatArray, IntArray
 
 
@@ -39,7 +45,7 @@ class Recorder:
     threshold : float
         The same in units of the part.
     place : int64 (n,)
-        Position in the part of each variable of the worker's task.
+        Position in the part of each variable of the worker's problem.
     unit, stiffness : float64 (n,)
         Factors that bring points and diagonals to the units of the part.
     """
@@ -50,13 +56,14 @@ class Recorder:
         self,
         part: Part,
         left: IntArray,
-        worker: Any,
+        worker: SelectionWorker | JointWorker,
         threshold: float,
         place: IntArray,
         unit: FloatArray,
         stiffness: FloatArray,
     ) -> None:
-        self.part, self.left, self.worker, self.threshold = part, left, worker, threshold
+        self.part, self.left, self.threshold = part, left, threshold
+        self.worker: SelectionWorker | JointWorker = worker
         self.place, self.unit, self.stiffness = place, unit, stiffness
         self.nodes = 0
         self.cut = False
@@ -84,17 +91,18 @@ class Recorder:
         self, sub: Subproblem, node: Node, state: States, most: int, should_stop: Callable[[], bool]
     ) -> list[tuple[float, Subproblem, Node, States]]:
         """Work on a subproblem for a while; its open nodes."""
-        worker: Worker = self.worker
+        worker = self.worker
         if not self._load(sub, node, state):
             return []
-        size, done, out = worker.size, 0, []
-        tried = size < 12
+        size, done = worker.size, 0
+        out: list[tuple[float, Subproblem, Node, States]] = []
+        tried = size < DIAGONAL_SIZE
         while self._step():
             done += 1
-            if not tried and done >= _SHIFT_NODES * size:
+            if not tried and done >= DIAGONAL_NODES * size:
                 tried, done = True, 0
                 out += self._try_diagonal(sub, node, state)
-            elif worker.crowded() or done >= _DIVE_NODES * size or self.nodes >= most or should_stop():
+            elif worker.crowded() or done >= DIVE_NODES * size or self.nodes >= most or should_stop():
                 break
         return out + self._export()
 
@@ -102,7 +110,7 @@ class Recorder:
         self, sub: Subproblem, node: Node, state: States
     ) -> list[tuple[float, Subproblem, Node, States]]:
         """Start again with another diagonal where it closes enough of the gap; else the open nodes, but one."""
-        worker: Worker = self.worker
+        worker = self.worker
         diagonal = worker.better_diagonal()
         if diagonal is None:
             return []
@@ -110,7 +118,7 @@ class Recorder:
         trial = Node()
         if self._load(sub._replace(diagonal=diagonal), trial, state):
             more = self._step()
-            if more and worker.bound() - before <= _WORTH * (self._limit() - before):
+            if more and worker.bound() - before <= DIAGONAL_GAIN * (worker.snapshot().limit - before):
                 worker.export()
                 left.sort(key=lambda old: old[0])
                 self._load(*left[0][1:])
@@ -124,64 +132,55 @@ class Recorder:
             self._top = (node, self._top[1])
         return []
 
-    def _limit(self) -> float:
-        return min(float(self.worker.best[0]), float(self.worker._shared[0]))
-
     def _step(self) -> bool:
         """Let the kernel work on one node and note it; whether something is left."""
-        worker = self.worker
-        level = int(worker._state[tree.LEVEL])
-        limit = self._limit()
-        while level >= 0 and (worker._frames[level, tree.PENDING] == 0 or worker._bounds[level] >= limit):
-            level -= 1
-        if level < 0:
-            return bool(worker.run(1))
-        _, q, branch, pending, value = (level, *worker._frames[level].tolist())
-        before = int(worker._state[tree.NODES])
-        is_root = pending == tree.ROOT
-        at = level if is_root else level + 1
-        if is_root:
-            node, state = self._top
-        else:
-            found = self._levels[level]
-            assert found is not None
-            y = value if self.pruned_value == 1 else 1 - value
-            node, state = found[0].children[y], found[1].copy()
-            state[self.place[self._variable(q, branch)]] = y
-        more = bool(worker.run(1))
-        if int(worker._state[tree.NODES]) == before:
+        worker, view = self.worker, self.worker.snapshot()
+        above = view.open_entry()
+        if above < 0:
+            return worker.run(1)
+        entry, before = view.entry(above), view.nodes
+        at = above if entry.pending == ROOT else above + 1  # where the kernel puts the node it works on
+        node, state = self._top if entry.pending == ROOT else self._child(above, entry, view)
+        more = worker.run(1)
+        if view.nodes == before:
             return more
         self.nodes += 1
-        pushed = int(worker._state[tree.LEVEL]) == at
-        state = self._note(node, state, at, q, pushed)
+        pushed = view.top == at
+        level = view.entry(at).level if pushed else entry.level
+        state = self._note(node, state, at, level, pushed)
         if pushed:
-            q, branch = worker._frames[at, tree.QLEVEL], worker._frames[at, tree.BRANCH]
-            node.branch = int(self.place[self._variable(int(q), int(branch))])
+            node.branch = self._branch(view.entry(at), view)
             node.children = [Node(), Node()]
             self._levels[at] = (node, state)
         return more
 
+    def _branch(self, entry: StackEntry, view: Snapshot) -> int:
+        """The variable on which an entry of the stack branches, by its position in the part."""
+        return int(self.place[view.variables(entry.level)[entry.branch]])
+
+    def _child(self, i: int, entry: StackEntry, view: Snapshot) -> tuple[Node, States]:
+        """The next child of an entry of the stack, and the state there."""
+        found = self._levels[i]
+        assert found is not None
+        y = entry.value if self.pruned_value == 1 else 1 - entry.value
+        state = found[1].copy()
+        state[self._branch(entry, view)] = y
+        return found[0].children[y], state
+
     def _export(self) -> list[tuple[float, Subproblem, Node, States]]:
         """The open nodes of the worker with their places in the tree."""
-        worker, places = self.worker, []
-        for level in range(int(worker._state[tree.LEVEL]) + 1):
-            pending, q, branch, value = (
-                int(worker._frames[level, k]) for k in (tree.PENDING, tree.QLEVEL, tree.BRANCH, tree.VALUE)
-            )
-            if not pending:
-                continue
-            if pending == tree.ROOT:
+        worker, view = self.worker, self.worker.snapshot()
+        places: list[tuple[Node, States]] = []
+        for i in range(view.top + 1):
+            entry = view.entry(i)
+            if entry.pending == ROOT:
                 places.append(self._top)
-                continue
-            found = self._levels[level]
-            assert found is not None
-            node, state = found[0], found[1].copy()
-            if pending == 1:
-                y = value if self.pruned_value == 1 else 1 - value
-                state[self.place[self._variable(q, branch)]] = y
-                places.append((node.children[y], state))
-            else:
-                places.append((node.only_child(), state))
+            elif entry.pending == 1:
+                places.append(self._child(i, entry, view))
+            elif entry.pending:
+                found = self._levels[i]
+                assert found is not None
+                places.append((found[0].only_child(), found[1].copy()))
         subs = worker.export()
         return [(sub.bound, sub, *place) for sub, place in zip(subs, places, strict=True)]
 
@@ -193,16 +192,15 @@ class Recorder:
 
     # What the two problems do differently ------------------------------------------------------------------
 
-    def _variable(self, q: int, branch: int) -> int:
-        """A branching column as a variable of the task."""
-        raise NotImplementedError
-
     def _load(self, sub: Subproblem, node: Node, state: States) -> bool:
         """Load a subproblem; whether there is a root to work on."""
         raise NotImplementedError
 
-    def _note(self, node: Node, state: States, at: int, q: int, pushed: bool) -> States:
-        """Note how the kernel has dealt with a node; the state of what hangs below."""
+    def _note(self, node: Node, state: States, at: int, level: int, pushed: bool) -> States:
+        """Note what the kernel has found at a node; the state that its children start from.
+
+        `at` is its entry on the stack, `level` holds its columns; `pushed` says whether it branches.
+        """
         raise NotImplementedError
 
 
@@ -210,9 +208,6 @@ class SelectionRecorder(Recorder):
     """Of the selection problem."""
 
     worker: SelectionWorker
-
-    def _variable(self, q: int, branch: int) -> int:
-        return int(self.worker._levels[2][q, branch])
 
     def _load(self, sub: Subproblem, node: Node, state: States) -> bool:
         self.worker.load(sub)
@@ -232,23 +227,14 @@ class SelectionRecorder(Recorder):
         self._known = sub.diagonal
         return super()._dive(sub, node, state, most, should_stop)
 
-    def _note(self, node: Node, state: States, at: int, q: int, pushed: bool) -> States:
-        worker = self.worker
-        if pushed:
-            q = int(worker._frames[at, tree.QLEVEL])
-        _, starts, index = worker._levels
-        m = int(starts[q, -1])
-        columns, free = index[q, :m], worker._U[at, :m] > 0
-        y = worker._level_data[3][q].copy()
-        x = y.astype(np.float64)
-        y[columns] = np.where(free, -1, worker._V[at, :m])
-        x[columns] = np.where(free, worker._X[at, :m], worker._V[at, :m])
+    def _note(self, node: Node, state: States, at: int, level: int, pushed: bool) -> States:
+        view = self.worker.snapshot()
         after, point = state.copy(), np.zeros(state.size)
-        after[self.place], point[self.place] = y, x
+        after[self.place], point[self.place] = view.decisions(at, level), view.point(at, level)
         decided = np.flatnonzero((state < 0) & (after >= 0))
         free_count, need = self._counts(state)
         if ((need < 0) | (need > free_count)).any():
-            node.how = NOTHING
+            node.bounded_by = NOTHING
         elif not pushed and not decided.size and ((need == 0) | (need == free_count)).all():
             self._put_unique(node, state)
         else:
@@ -260,7 +246,7 @@ class SelectionRecorder(Recorder):
                 free_count, need = self._counts(after)
                 child = node.only_child()
                 if ((need < 0) | (need > free_count)).any():
-                    child.how = NOTHING
+                    child.bounded_by = NOTHING
                 else:
                     self._put_unique(child, after)
         return after
@@ -274,7 +260,7 @@ class SelectionRecorder(Recorder):
     def _put(self, node: Node, state: States, point: FloatArray) -> None:
         values = point[state < 0]
         number = (values != 0) & (values != 1)
-        node.how = POINT
+        node.bounded_by = POINT
         node.codes, node.numbers = np.concatenate([number, values == 1]), values[number]
 
 
@@ -284,60 +270,53 @@ class JointRecorder(Recorder):
     pruned_value = 0
     worker: JointWorker
 
-    def _variable(self, q: int, branch: int) -> int:
-        return int(self.worker._root[0][self.worker._levels[2][q, branch]])
-
     def _load(self, sub: Subproblem, node: Node, state: States) -> bool:
-        worker, task = self.worker, self.worker.task
-        open_, A, v, extra = condition(task.A, task.w, sub.fixings)
-        limit = float(worker._shared[0])
+        worker, problem = self.worker, self.worker.problem
+        open_, A, v, extra = condition(problem.A, problem.w, sub.fixings)
+        limit = float(worker.snapshot().shared[0])
         worker.load(sub)
+        view = worker.snapshot()
         state = self._settled(state)
         if extra < limit:
             leaps = self.place[open_[extra + 0.5 * v**2 / np.diag(A) >= limit]]
             leaps = leaps[state[leaps] < 0]
             if leaps.size:
-                node.how, node.fixings = VALUE, [(int(i), 0) for i in leaps]
+                node.bounded_by, node.fixings = VALUE, [(int(i), 0) for i in leaps]
                 state[leaps] = 0
                 state = self._settled(state)
                 node = node.only_child()
-        if worker._state[tree.LEVEL] < 0:
-            node.how = VALUE
+        if view.top < 0:
+            node.bounded_by = VALUE
             return False
-        open_ = worker._root[0]
         full = np.zeros(state.size)
-        full[self.place[open_]] = worker._level_data[1][0, : open_.size] * self.stiffness[open_]
+        full[self.place[view.open]] = view.diagonal * self.stiffness[view.open]
         node.diagonal = full[state < 0]
         self._frame: Frame = self.part.frame(state, node.diagonal, self.left)
         self._frame_state = state.copy()
         self._top = (node, state)
         return True
 
-    def _note(self, node: Node, state: States, at: int, q: int, pushed: bool) -> States:
-        worker = self.worker
-        level = int(worker._state[joint_tree.POINT])
+    def _note(self, node: Node, state: States, at: int, level: int, pushed: bool) -> States:
+        view = self.worker.snapshot()
+        relaxed = view.relaxed_point()
         state = self._settled(state)
         after = state.copy()
-        if level < 0:
-            node.how = VALUE
+        if relaxed is None:
+            node.bounded_by = VALUE
             return after
-        open_ = worker._root[0]
-        _, starts, index = worker._levels
-        m = int(starts[level, -1])
-        columns = open_[index[level, :m]]
+        variables, u = relaxed
         point = np.zeros(state.size)
-        point[self.place[columns]] = worker._work[6][:m] * self.unit[columns]
+        point[self.place[variables]] = u * self.unit[variables]
         values = point[(self._frame_state < 0) & (state != 1)]
-        node.how, node.codes, node.numbers = POINT, values != 0, values[values != 0]
+        node.bounded_by, node.codes, node.numbers = POINT, values != 0, values[values != 0]
         if node is self.root and np.array_equal(self._frame_state, self.part.state):
             self.root_point = self._frame, point
         candidates = np.flatnonzero(self._open & (state < 0))
         wanted = np.zeros(state.size, np.int8)
         if pushed:
-            q = int(worker._frames[at, tree.QLEVEL])
-            m = int(starts[q, -1])
-            wanted[self.place[open_]] = 1
-            wanted[self.place[open_[index[q, :m]]]] = np.where(worker._kept[at, :m] == 1, 0, -1)
+            variables = view.variables(level)
+            wanted[self.place[view.open]] = 1
+            wanted[self.place[variables]] = np.where(view.kept[at, : variables.size] == 1, 0, -1)
             candidates = candidates[wanted[candidates] >= 0]
             if not candidates.size:
                 return after
@@ -348,7 +327,7 @@ class JointRecorder(Recorder):
                 after[i] = y
             after = self._settled(after)
             if not pushed:
-                node.only_child().how = VALUE
+                node.only_child().bounded_by = VALUE
         return after
 
     def _justified(

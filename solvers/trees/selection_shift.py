@@ -3,9 +3,10 @@
 For binary x, ½ xᵀQx + cᵀx = ½ xᵀ(Q − D)x + (c + d/2)ᵀx with D = diag(d). Maximises over d the minimum over
 Σ x = r plus μ/2 times the log determinant of Q − D where all group sums are zero, by exact coordinate steps of
 O(n²) each (after Dong, SIAM J. Optim. 26, 2016), through W, the inverse there.
-"""
 
-# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-untyped-calls=False
+Trees call it for thousands of subproblems, where a rough shift does; `mip.selection_outer.optimal_shift`, called
+once a component, converges by Newton steps.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +14,8 @@ import itertools
 
 import numpy as np
 
-from cbs_opt.solvers.kernels.dense_numba import entry_fast
+from cbs_opt.solvers.kernels.diagonal_passes import selection_pass
 from cbs_opt.typing import FloatArray, IntArray
-
-
-@entry_fast
-def coordinate_pass(W, x, d, mu, col):
-    """One exact step in every d_i; W and x, the minimiser, are kept up to date."""
-    n = W.shape[0]
-    for i in range(n):
-        h = W[i, i]
-        if not h > 0.0:
-            continue
-        y = (x[i] - 0.5) ** 2
-        a = 0.5 / (mu * h + np.sqrt(mu * mu * h * h + y))
-        a = min(max(a, 0.02), 50.0)
-        if abs(a - 1.0) < 1e-3:
-            continue
-        s = (a - 1.0) / h
-        d[i] += s / a
-        for k in range(n):
-            col[k] = W[i, k]
-        t = s * (x[i] - 0.5)
-        for k in range(n):
-            x[k] += t * col[k]
-        for k in range(n):
-            f = s * col[k]
-            Wk = W[k]
-            for j in range(n):
-                Wk[j] += f * col[j]
 
 
 def inverse_on_complement(M: FloatArray, gp: IntArray) -> FloatArray | None:
@@ -115,7 +89,7 @@ def best_shift(
     x = x - W @ (Q @ x - d * x + c + d / 2)
     mu, col = 0.3 * scale / n, np.empty(n)
     for _ in range(passes):
-        coordinate_pass(W, x, d, mu, col)
+        selection_pass(W, x, d, mu, col)
         mu = max(rel * scale / n, 0.6 * mu)
     # certificate: Cholesky with a margin
     for back in (1e-9, 1e-6, 1e-4, 1e-2, 1e-1):

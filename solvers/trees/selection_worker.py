@@ -1,4 +1,4 @@
-"""Exact selection on one dense component: min ½ yᵀQy + cᵀy over binary y with a number of ones per group."""
+"""Branch and bound over one dense component: min ½ yᵀQy + cᵀy over binary y with a number of ones per group."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cbs_opt.solvers.trees import selection_tree as tree
-from cbs_opt.solvers.trees.best_first import BestFirst, Int8Array, Subproblem
+from cbs_opt.solvers.kernels import selection_tree
+from cbs_opt.solvers.trees.best_first import BestFirst, Subproblem
 from cbs_opt.solvers.trees.selection_shift import best_shift
 from cbs_opt.solvers.trees.selection_start import improve, take_smallest
-from cbs_opt.typing import FloatArray, IntArray
+from cbs_opt.solvers.trees.stack import SelectionSnapshot, TreeWorker
+from cbs_opt.typing import FloatArray, Int8Array, IntArray
 
 TOLERANCE = 9e-7
 """Relative; a little below the 1e-6 at which a selection is called optimal."""
@@ -19,8 +20,8 @@ TOLERANCE = 9e-7
 _ROUNDINGS = 4  # tabu runs from roundings of the root relaxation
 
 
-class SelectionTask:
-    """The problem with its variables sorted by group.
+class DenseSelection:
+    """The selection problem of one dense component, its variables sorted by group.
 
     Parameters
     ----------
@@ -43,8 +44,8 @@ class SelectionTask:
         self.c = np.ascontiguousarray(c[self.order])
 
     def value(self, y: Int8Array) -> float:
-        """½ yᵀQy + cᵀy in the order of the task."""
-        return float(tree.selection_value(self.Q, self.c, y, self.n))
+        """½ yᵀQy + cᵀy in the order of the problem."""
+        return float(selection_tree.selection_value(self.Q, self.c, y, self.n))
 
     def rescale(self, scale: float) -> None:
         """Divide the objective."""
@@ -52,40 +53,36 @@ class SelectionTask:
         self.c /= scale
 
 
-class SelectionWorker:
-    """One tree's arrays over a task; see `best_first.Worker`."""
+class SelectionWorker(TreeWorker):
+    """The arrays of one tree; see `best_first.Worker`."""
 
-    def __init__(self, task: SelectionTask, tolerance: float, rounding: float, shared: FloatArray) -> None:
-        self.task, self._tolerance, self._rounding, self._shared = task, tolerance, rounding, shared
-        n, G = task.n, task.budget.size
+    def __init__(self, problem: DenseSelection, tolerance: float, rounding: float, shared: FloatArray) -> None:
+        n, G = problem.n, problem.budget.size
+        super().__init__(n, shared)
+        self.problem, self._tolerance, self._rounding = problem, tolerance, rounding
         N = n + 2
         zeros = np.zeros
-        self._state = zeros(4, np.int64)
-        self._state[tree.LEVEL] = -1
-        self._frames = zeros((N, 4), np.int64)
-        self._F, self._bounds = zeros(N), zeros(N)
+        self._F = zeros(N)
         self._X, self._gradient, self._U = zeros((N, n)), zeros((N, n)), zeros((N, n))
         self._V, self._R = zeros((N, n), np.int8), zeros((N, G), np.int64)
         self._pool = np.empty(5 * n * n + 64 * n + 64)
         self._levels = (zeros(N, np.int64), zeros((N, G + 1), np.int64), zeros((N, n), np.int64))
         self._level_data = (zeros((N, n)), zeros((N, n)), zeros(N), zeros((N, n), np.int8))
         self._directions = (zeros((N, n)), zeros((N, n)))
-        self.best, self.selection = np.array([np.inf]), zeros(n, np.int8)
         self._S, self._ref = zeros(n + 1, np.int64), zeros(n + 2 + G, np.int64)
         self._work = (zeros((n + 1, n + 1)), zeros((n + 1, n + 1)), zeros(n + 1), zeros(n + 1), zeros(n + 1))
         self._theta, self._y, self._loc = zeros(G), zeros(n, np.int8), zeros(n, np.int64)
-        self.size = n
 
     def load(self, subproblem: Subproblem) -> None:
         """Put the subproblem's relaxation at the root."""
-        task, fixings, diagonal = self.task, subproblem.fixings, subproblem.diagonal
+        problem, fixings, diagonal = self.problem, subproblem.fixings, subproblem.diagonal
         open_, one = np.flatnonzero(fixings < 0), np.flatnonzero(fixings == 1)
-        m, G = open_.size, task.budget.size
-        Q = task.Q[np.ix_(open_, open_)]
-        c = task.c[open_] + task.Q[np.ix_(open_, one)].sum(1)
-        constant = float(0.5 * task.Q[np.ix_(one, one)].sum() + task.c[one].sum())
-        starts = np.concatenate([[0], np.cumsum(np.bincount(task.group[open_], minlength=G))])
-        left = task.budget - np.bincount(task.group[one], minlength=G)
+        m, G = open_.size, problem.budget.size
+        Q = problem.Q[np.ix_(open_, open_)]
+        c = problem.c[open_] + problem.Q[np.ix_(open_, one)].sum(1)
+        constant = float(0.5 * problem.Q[np.ix_(one, one)].sum() + problem.c[one].sum())
+        starts = np.concatenate([[0], np.cumsum(np.bincount(problem.group[open_], minlength=G))])
+        left = problem.budget - np.bincount(problem.group[one], minlength=G)
         self._plain = (open_, Q, c, starts, left)
         self.size, self._diagonal = m, diagonal
         if diagonal is not None:
@@ -103,57 +100,43 @@ class SelectionWorker:
         Qx = Q @ x
         self._gradient[0, :m] = Qx + c
         self._F[0] = constant + 0.5 * x @ Qx + c @ x
-        self._bounds[0] = subproblem.bound
-        self._frames[0] = (0, 0, tree.ROOT, 0)
-        self._state[tree.LEVEL] = 0
+        self._push_root(subproblem.bound)
 
     def run(self, nodes: int) -> bool:
         """Process a number of nodes; whether something is left."""
-        task = self.task
+        Q, c = self.problem.Q, self.problem.c
         return bool(
-            tree.run(
-                nodes, self._tolerance, self._rounding, self._shared, task.Q, task.c, self._state, self._frames,
+            selection_tree.run(
+                nodes, self._tolerance, self._rounding, self._shared, Q, c, self._state, self._entries,
                 self._F, self._bounds, self._X, self._gradient, self._U, self._V, self._R, self._pool,
                 *self._levels, *self._level_data, *self._directions, self.selection, self.best, self._S, self._ref,
                 *self._work, self._theta, self._y, self._loc,
             )
         )  # fmt: skip
 
-    def take_nodes(self) -> int:
-        """Nodes since the last call."""
-        count = int(self._state[tree.NODES])
-        self._state[tree.NODES] = 0
-        return count
-
     def crowded(self) -> bool:
         """Never: the levels shrink geometrically."""
         return False
 
-    def bound(self) -> float:
-        """Least bound of the open nodes, infinity when there are none."""
-        count = int(self._state[tree.LEVEL]) + 1
-        is_open = self._frames[:count, tree.PENDING] > 0
-        return float(self._bounds[:count][is_open].min()) if is_open.any() else np.inf
+    def snapshot(self) -> SelectionSnapshot:
+        """What others may read of the tree."""
+        _, level_starts, index = self._levels
+        return SelectionSnapshot(
+            self._state, self._entries, self._bounds, level_starts, index, self.best, self._shared,
+            self._level_data[3], self._U, self._X, self._V,
+        )  # fmt: skip
 
     def export(self) -> list[Subproblem]:
         """The open nodes; the tree is empty afterwards."""
-        out = []
-        _, level_starts, index = self._levels
-        for level in range(int(self._state[tree.LEVEL]) + 1):
-            pending = self._frames[level, tree.PENDING]
-            if not pending:
-                continue
-            q = self._frames[level, tree.QLEVEL]
-            m = level_starts[q, -1]
-            at = index[q, :m]
-            fixings = self._level_data[3][q].copy()
-            fixings[at] = np.where(self._U[level, :m] > 0, -1, self._V[level, :m])
-            if pending == 1:
-                fixings[at[self._frames[level, tree.BRANCH]]] = self._frames[level, tree.VALUE]
-            x = np.zeros(self.task.n, np.float32)
-            x[at] = self._X[level, :m]
-            out.append(Subproblem(float(self._bounds[level]), fixings, x, self._diagonal))
-        self._state[tree.LEVEL] = -1
+        out, view = [], self.snapshot()
+        for i, entry in self._open_entries():
+            variables, fixings = view.variables(entry.level), view.decisions(i, entry.level)
+            if entry.pending == 1:
+                fixings[variables[entry.branch]] = entry.value
+            x = np.zeros(self.problem.n, np.float32)
+            x[variables] = self._X[i, : variables.size]
+            out.append(Subproblem(float(self._bounds[i]), fixings, x, self._diagonal))
+        self._clear()
         return out
 
     def better_diagonal(self) -> FloatArray | None:
@@ -162,17 +145,14 @@ class SelectionWorker:
         found = best_shift(Q, c, starts, left)
         if found is None:
             return None
-        full = np.zeros(self.task.n) if self._diagonal is None else self._diagonal.copy()
+        full = np.zeros(self.problem.n) if self._diagonal is None else self._diagonal.copy()
         full[open_] = found
         return full
 
     def root_point(self) -> FloatArray:
         """The relaxed point of the root frame, float64 (n,), after `run(1)`."""
-        q = self._frames[0, tree.QLEVEL]
-        m = self._levels[1][q, -1]
-        x = self._level_data[3][q].astype(np.float64)
-        x[self._levels[2][q, :m]] = np.where(self._U[0, :m] > 0, self._X[0, :m], self._V[0, :m])
-        return x
+        view = self.snapshot()
+        return view.point(0, view.entry(0).level)
 
 
 def _meet_budgets(x: FloatArray, starts: IntArray, budget: IntArray) -> None:
@@ -193,16 +173,16 @@ class SelectionTree:
 
     Attributes
     ----------
-    task : SelectionTask
+    problem : DenseSelection
         Scaled.
     scale : float
-        Objective of the caller = scale × that of the task.
+        Objective of the caller = scale × that of the problem.
     rounding : float
         What the sums may have lost, in units of the caller.
     queue : BestFirst
     """
 
-    task: SelectionTask
+    problem: DenseSelection
     scale: float
     rounding: float
     queue: BestFirst
@@ -210,13 +190,13 @@ class SelectionTree:
 
     def selection(self) -> Int8Array:
         """The incumbent, int8 (n,)."""
-        out = np.empty(self.task.n, np.int8)
-        out[self.task.order] = self.queue.selection
+        out = np.empty(self.problem.n, np.int8)
+        out[self.problem.order] = self.queue.selection
         return out
 
     def value(self) -> float:
         """Its value."""
-        return self.scale * self.task.value(self.queue.selection)
+        return self.scale * self.problem.value(self.queue.selection)
 
     def bound(self) -> float:
         """Lower bound on every selection's value."""
@@ -250,45 +230,45 @@ def prepare_selection(
     should_stop : callable
         Asked between tabu runs.
     """
-    task = SelectionTask(Q, c, group, budget)
+    problem = DenseSelection(Q, c, group, budget)
     nonnegative = not c.any()
-    best = take_smallest(0.5 * np.diag(task.Q) + task.c, task.starts, task.budget)
-    value = task.value(best)
-    for k, y in enumerate([best, *(np.asarray(y, np.int8)[task.order] for y in starts)]):
-        plain = task.value(y)
+    best = take_smallest(0.5 * np.diag(problem.Q) + problem.c, problem.starts, problem.budget)
+    value = problem.value(best)
+    for k, y in enumerate([best, *(np.asarray(y, np.int8)[problem.order] for y in starts)]):
+        plain = problem.value(y)
         if plain < value:
             best, value = y, plain
         if not should_stop():
-            y, found = improve(task.Q, task.c, task.group, y, k)
+            y, found = improve(problem.Q, problem.c, problem.group, y, k)
             if found < value:
                 best, value = y, found
-    tiny = 1e-12 * float(np.abs(task.c).max(initial=0.0) + np.diag(task.Q).max(initial=0.0)) + 1e-290
+    tiny = 1e-12 * float(np.abs(problem.c).max(initial=0.0) + np.diag(problem.Q).max(initial=0.0)) + 1e-290
     guess = max(abs(value), tiny)
-    task.rescale(guess)
-    root = Subproblem(-np.inf, np.full(task.n, -1, np.int8), None, None)
+    problem.rescale(guess)
+    root = Subproblem(-np.inf, np.full(problem.n, -1, np.int8), None, None)
     if roundings and not should_stop():
-        best = _improve_from_root(task, root, best, roundings)
-    value = task.value(best)
+        best = _improve_from_root(problem, root, best, roundings)
+    value = problem.value(best)
     on = best > 0
-    terms = float(np.abs(task.c[on]).sum() + 0.5 * np.abs(task.Q[np.ix_(on, on)]).sum())
+    terms = float(np.abs(problem.c[on]).sum() + 0.5 * np.abs(problem.Q[np.ix_(on, on)]).sum())
     scale = max(abs(value), 1e-12 * terms, 1e-290 / guess)
-    task.rescale(scale)
+    problem.rescale(scale)
     if nonnegative:
         root = root._replace(bound=0.0)
     queue = BestFirst(
-        lambda tol, atol, shared: SelectionWorker(task, tol, atol, shared),
+        lambda tol, atol, shared: SelectionWorker(problem, tol, atol, shared),
         root,
         best,
-        task.value(best),
+        problem.value(best),
         tolerance,
         1e-15 * terms / scale,
     )
-    return SelectionTree(task, scale * guess, 1e-14 * terms * guess, queue, nonnegative)
+    return SelectionTree(problem, scale * guess, 1e-14 * terms * guess, queue, nonnegative)
 
 
-def _improve_from_root(task: SelectionTask, root: Subproblem, best: Int8Array, roundings: int) -> Int8Array:
-    value = task.value(best)
-    worker = SelectionWorker(task, 0.0, 0.0, np.array([value]))
+def _improve_from_root(problem: DenseSelection, root: Subproblem, best: Int8Array, roundings: int) -> Int8Array:
+    value = problem.value(best)
+    worker = SelectionWorker(problem, 0.0, 0.0, np.array([value]))
     worker.load(root)
     more = worker.run(1)
     if worker.best[0] < value:
@@ -298,8 +278,10 @@ def _improve_from_root(task: SelectionTask, root: Subproblem, best: Int8Array, r
     x = worker.root_point()
     rng = np.random.default_rng(1)
     for k in range(roundings):
-        noise = 0.0 if k == 0 else rng.uniform(-0.5, 0.5, task.n) * ((x > 0) & (x < 1))
-        y, found = improve(task.Q, task.c, task.group, take_smallest(-(x + noise), task.starts, task.budget), k)
+        noise = 0.0 if k == 0 else rng.uniform(-0.5, 0.5, problem.n) * ((x > 0) & (x < 1))
+        y, found = improve(
+            problem.Q, problem.c, problem.group, take_smallest(-(x + noise), problem.starts, problem.budget), k
+        )
         if found < value:
             best, value = y, found
     return best

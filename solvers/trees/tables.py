@@ -8,17 +8,17 @@ from typing import Protocol
 
 import numpy as np
 
-from cbs_opt.solvers.trees.best_first import BestFirst, Int8Array
+from cbs_opt.solvers.kernels.subsets import MAX_WEIGHTS, all_subsets
+from cbs_opt.solvers.trees.best_first import BestFirst
 from cbs_opt.solvers.trees.joint_worker import prepare_joint
 from cbs_opt.solvers.trees.outlines import Outline, eliminated, joint_bounds, outline_diagonal, selection_outline
 from cbs_opt.solvers.trees.selection_worker import prepare_selection
-from cbs_opt.solvers.trees.subsets import MAX_WEIGHTS, all_subsets
-from cbs_opt.typing import FloatArray, IntArray
+from cbs_opt.typing import FloatArray, Int8Array, IntArray
 
 _OUTLINES = 8  # intervals between the numbers of pruned weights whose relaxation is solved beforehand
 
 
-class Search(Protocol):
+class PreparedTree(Protocol):
     """What `prepare_selection` and `prepare_joint` give."""
 
     queue: BestFirst
@@ -96,11 +96,11 @@ class TreeTable(Table):
     def __init__(self, n: int) -> None:
         self.n = n
         self.picks: dict[int, Int8Array] = {}
-        self._searches: dict[int, tuple[float, Search]] = {}
+        self._searches: dict[int, tuple[float, PreparedTree]] = {}
         self._outlined: set[int] = set()
 
     @abc.abstractmethod
-    def prepare(self, count: int, start: Int8Array | None, tolerance: float) -> Search:
+    def prepare(self, count: int, start: Int8Array | None, tolerance: float) -> PreparedTree:
         """A branch and bound over all selections of so many."""
 
     @abc.abstractmethod
@@ -183,7 +183,7 @@ class SelectionTable(TreeTable):
         self.Q, self.c = np.ascontiguousarray(Q), np.ascontiguousarray(c)
         self._group = np.zeros(self.n, np.int64)
 
-    def prepare(self, count: int, start: Int8Array | None, tolerance: float) -> Search:
+    def prepare(self, count: int, start: Int8Array | None, tolerance: float) -> PreparedTree:
         """Branch and bound."""
         starts = [] if start is None else [start]
         return prepare_selection(self.Q, self.c, self._group, np.array([count]), starts, tolerance, roundings=1)
@@ -215,7 +215,7 @@ class JointTable(TreeTable):
         self._group = np.zeros(self.n, np.int64)
         self._shared: tuple[FloatArray, tuple[FloatArray, IntArray]] | None = None
 
-    def prepare(self, count: int, start: Int8Array | None, tolerance: float) -> Search:
+    def prepare(self, count: int, start: Int8Array | None, tolerance: float) -> PreparedTree:
         """Branch and bound."""
         starts = [] if start is None else [start]
         return prepare_joint(

@@ -1,14 +1,16 @@
-"""The table of exact solvers: right cells, left-out solvers in a sentence, contradictions told, an interrupt."""
+"""The table of exact solvers: right cells, left-out solvers in a sentence, contradictions told."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from cbs_opt import read_instance, solve, write_instance
 from cbs_opt.bench import exact, exact_blocks
+from cbs_opt.bench.reports.analysis import analyse
+from cbs_opt.bench.reports.proofs import proofs
+from cbs_opt.bench.runs.runner import make_plan
+from cbs_opt.bench.runs.store import Row, Store, StoredInstance
 from cbs_opt.errors import InstanceError, UsageError
 
 
@@ -36,58 +38,81 @@ def test_command_prints_and_writes_what_solvers_prove(files, tmp_path, capsys):
     rows = cells(text)
     assert [row[0] for row in rows] == ["small", "grouped", "large"] * 2
     assert [row[3] for row in rows] == ["selection"] * 3 + ["joint"] * 3
-    for name, n, sparsity, objective, value, bound, own, highs, missing, root in rows:
+    for name, n, sparsity, objective, value, bound, own, highs, root in rows:
         instance = read_instance(files / f"{name}.npz")
         if name != "grouped":
-            instance = instance.with_sparsity(float(sparsity))
+            instance = instance.with_budget(round(float(sparsity) * instance.n))
+            assert instance.budget.total == instance.with_sparsity(0.5).budget.total
         assert int(n) == instance.n
         optimum = solve(instance, "brute", objective=objective).objective
         assert float(value) == pytest.approx(optimum, rel=2e-6)
         assert float(bound) == pytest.approx(optimum, rel=2e-6)
         assert "gap" not in own + highs
         assert "node" in own
-        assert missing == "–"
         assert 0 <= float(root.removesuffix(" %")) <= 100
     assert "no_such_solver is left out: " in text
-    assert "| exact | 3 of 3 |" in text
-    assert "| highs | 3 of 3 |" in text
+    assert text.count("| exact | 3 of 3 |") == text.count("| highs | 3 of 3 |") == 2
     assert "wrong" not in text
 
 
-def test_bound_above_a_value_is_told(problem):
-    instance = problem(1).instance
-    row = exact.Row(exact.Problem("some", instance, 0.5, "selection"))
-    row.results = {name: solve(instance, "brute") for name in ("good", "bad")}
-    assert exact.contradictions(row) == []
-    row.results["bad"] = replace(row.results["bad"], objective=2 * row.value, bound=1.5 * row.value)
-    (sentence,) = exact.contradictions(row)
-    assert sentence.startswith("**bad is wrong** on some, 0.5, selection")
+def test_the_rows_are_kept_and_the_report_has_the_same_table(files, tmp_path, capsys, run):
+    store, out = tmp_path / "rows.sqlite", tmp_path / "report.md"
+    arguments = ["--solvers", "exact", "brute", "--sparsities", ".5", "-q", "--store", str(store)]
+    assert exact.main([str(files), *arguments]) == 0
+    text = capsys.readouterr().out
+    done = run("bench", "report", store, "--proofs", out, "-q")
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout
+    assert cells(out.read_text()) == cells(text) != []
+    assert exact.main([str(files), *arguments]) == 0  # nothing is solved again
+    assert capsys.readouterr().out == text
 
 
-def test_medians_count_only_rows_that_all_took(problem):
-    instance = problem(1).instance
-    one = solve(instance, "exact")
-    rows = []
-    for seconds in (1.0, 2.0, 30.0):
-        row = exact.Row(exact.Problem("some", instance, 0.5, "selection"))
-        told = replace(one, solve_seconds=seconds, extras={"solver_seconds": seconds / 2})
-        row.results = {"exact": replace(one, solve_seconds=seconds / 10), "gurobi": told, "gone": None}
-        rows.append(row)
-    rows[2].results["gurobi"] = None
-    text = exact.medians(rows, ["exact", "gurobi", "gone"])
-    assert "the 2 rows" in text
-    assert "| exact | 2 of 2 | 0.1500 s |" in text
+@pytest.fixture
+def stored(tmp_path):
+    """`stored(rows)`: the view of a store with a row for each (solver, n, seconds, own seconds, more)."""
+
+    def view(rows):
+        with Store(tmp_path / "rows.sqlite", "w") as store:
+            for solver, n, solve_s, own_s, more in rows:
+                given = {"status": "optimal", "objective": 2.0, "bound": 2.0} | more
+                sha256 = f"{n:04d}" * 16
+                store.add_instance(StoredInstance(sha256, f"of {n}", n, 1, "hessian", {}))
+                key = (sha256, solver, "{}", "selection", n // 2, 0, 60.0)
+                store.add(Row(*key, solver, 0.5, "ok", build_s=0.1, solve_s=solve_s, own_s=own_s, **given))
+            analysis = analyse(store)
+        return proofs(analysis)
+
+    return view
+
+
+def test_medians_count_only_problems_that_all_took(stored):
+    rows = [("exact", n, n / 100, None, {}) for n in (10, 20, 30)] + [("exact", 200, 9.0, None, {})]
+    text = stored([*rows, *(("gurobi", n, n / 10, n / 20, {}) for n in (10, 20))])
+    assert "the 2 problems" in text
+    assert "| exact | 2 of 2 | 0.1500 s | 0.1500 s | 0.3 s |" in text
     assert "| gurobi | 2 of 2 | 1.5000 s | 0.7500 s | 3.0 s |" in text
-    assert "gone" not in text
 
 
-def test_interrupt_keeps_the_rows_so_far(files):
-    problems = exact.problems_of([str(files)], [0.5], ["selection"])
-    made = []
-    rows = exact.compare(problems, ["exact"], 10.0, lambda: len(made) >= 2, [])
-    for row in rows:
-        made.append(row)
-    assert len(made) == 2 < len(problems)
+def test_a_cell_has_seconds_nodes_and_what_is_not_proven(stored):
+    text = stored(
+        [
+            ("exact", 12, 0.25, None, {"nodes": 1}),
+            ("scip", 12, 12.34, 5.5, {"nodes": 4321, "status": "time_limit", "bound": 1.5, "objective": 3.0}),
+            ("highs", 12, 1.0, None, {"status": "converged", "bound": None}),
+            ("liar", 12, 1.0, None, {"bound": 2.5, "objective": 2.5}),
+        ]
+    )
+    (line,) = [line for line in text.splitlines() if line.startswith("| of 12 ")]
+    assert line.strip("| ").split(" | ")[4:] == [
+        "2.000000e+00",
+        "2.000000e+00",
+        "0.250 s, 1 node",
+        "12.3 s (5.500), 4,321 nodes, **gap 50 %**, bound 1.500e+0, value 3.000e+0",
+        "1.000 s, **no bound**",
+        "**wrong**",
+    ]
+    assert "exact has a selection of 2" in text
 
 
 @pytest.mark.parametrize(
@@ -102,9 +127,10 @@ def test_bad_arguments_are_one_sentence(arguments, sentence, tmp_path, capsys, m
 
 
 def test_default_instances_are_those_of_the_library():
-    sources = exact.default_sources(20)
-    assert sources
-    assert all(problem.instance.n <= 20 for problem in exact.problems_of(sources, [0.5], ["selection"]))
+    asked = exact.configuration([], ["exact"], [0.5], ["selection"], 1.0)
+    sizes = {instance.sha256: instance.n for instance in make_plan(asked).instances}
+    taken = {sizes[task.instance_sha256] for task in make_plan(asked).tasks}
+    assert taken == {n for n in sizes.values() if n <= exact.LIBRARY_UP_TO}
 
 
 def test_small_blocks_come_from_their_seed(tmp_path):

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from cbs_opt import CbsError
-from cbs_opt.bench import scale, startup
+from cbs_opt import CbsError, UsageError
+from cbs_opt.bench import accuracy, scale, startup
 
 
 def test_a_fresh_process_is_timed_and_its_output_kept():
@@ -39,3 +39,18 @@ def test_scale_measures_both_losses_and_rmp(capsys):
     out = capsys.readouterr().out
     assert out.count("`selection_loss`") == out.count("`joint_loss`") == 3
     assert "`rmp`, 3 draws: solving" in out
+
+
+def test_accuracies_stand_in_percent_by_way_and_sparsity():
+    rows = [accuracy.Row(way, s, 1.0, 1.0, a, 0.1, 0.2) for way, s, a in (("obs", 0.5, 0.9), ("joint", 0.5, 0.95))]
+    lines = accuracy.table(rows, 0.96).splitlines()
+    assert lines[0] == "| sparsity | obs (WF-S) | joint |"
+    assert lines[2] == "| 0.5 | 90.00 | 95.00 |"
+    assert lines[-1] == "Dense: 96.00 %."
+
+
+def test_samples_without_classes_are_refused_in_a_sentence(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr("cbs_opt.instances.scores.evaluate", lambda model, samples: None)
+    with pytest.raises(UsageError, match="no labels of classes"):
+        accuracy.score(None, None)

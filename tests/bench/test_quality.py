@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from cbs_opt import Budget, Instance, Monitor, Stop, joint_loss, selection_loss, write_instance
-from cbs_opt.bench import joint, losses, quality
-from cbs_opt.bench.anytime import Anytime, losses_at, run_solver, spread, table
+from cbs_opt.bench import losses, quality
+from cbs_opt.bench.anytime import Anytime, losses_at, run_for, spread, table
 from cbs_opt.bench.chita import Chita
 from cbs_opt.bench.peers import MissingPeerError, Samplers, run_sampler
 from cbs_opt.errors import InstanceError
@@ -17,7 +17,7 @@ def instance(problem):
 
 
 def test_what_a_run_has_at_each_time(instance):
-    run = run_solver(instance, "search", 0.3, objective="selection", seed=0)
+    run = run_for(instance, "search", 0.3, objective="selection", seed=0)
     assert run.at(-1.0) is None
     assert run.bound_at(-1.0) is None
     first, last = losses_at(instance, run, [run.seconds[0], 1.0], "selection")
@@ -73,7 +73,7 @@ def test_samplers_meet_the_budget(name, instance):
     pytest.importorskip("dwave.samplers")
     run = run_sampler(Samplers(instance), name, [0.05], 0)
     assert all(instance.admits(pruned) for pruned in run.selections)
-    best = run_solver(instance, "search", 0.2, objective="selection", seed=0)
+    best = run_for(instance, "search", 0.2, objective="selection", seed=0)
     magnitude = instance.budget.cheapest(np.abs(instance.weights))
     assert selection_loss(instance, best.selections[-1]) <= selection_loss(instance, run.selections[-1]) * (
         1 + 1e-9
@@ -134,16 +134,40 @@ def test_chita_refuses_other_instances(problem):
         Chita(Instance(base.weights, base.curvature, Budget(2, np.arange(8) % 2, [1, 1])))
 
 
-def test_the_joint_command(tmp_path, capsys, instance):
+def test_the_joint_losses_over_time(tmp_path, capsys, instance):
     path = tmp_path / "instance.npz"
     write_instance(path, instance)
-    assert (
-        joint.main([str(path), "--cases", "1e-2:.5", "--times", "0.3", "--seeds", "0", "--clock", "processor"])
-        == 0
-    )
+    arguments = [
+        "--objective",
+        "joint",
+        "--cases",
+        "1e-2:.5",
+        "--times",
+        "0.3",
+        "--seeds",
+        "0",
+        "--clock",
+        "processor",
+    ]
+    assert quality.main([str(path), *arguments]) == 0
     text = capsys.readouterr().out
     for name in ("magnitude, then update", "search, then update", "chita", "backward", "joint"):
         assert f"| {name} |" in text
+    assert "search, then update, bound" not in text  # it bounds the other loss
+    assert "15 to prune" in text
+
+
+def test_a_peer_of_the_other_loss_is_refused(tmp_path, capsys, instance):
+    path = tmp_path / "instance.npz"
+    write_instance(path, instance)
+    assert quality.main([str(path), "--objective", "joint", "--solvers", "dwave-tabu"]) == 2
+    assert "'dwave-tabu' of the joint loss" in capsys.readouterr().err
+
+
+def test_chita_is_left_out_in_a_sentence(problem):
+    rows, notes = quality.quality(problem(1, kind="hessian").instance, ["chita"], [0.1], [0], objective="joint")
+    assert not rows
+    assert notes == ["chita takes a gradient factor of one block"]
 
 
 def test_losses_over_sparsity(tmp_path, capsys, instance):

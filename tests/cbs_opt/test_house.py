@@ -148,3 +148,146 @@ def test_rooms_are_found_under_one_name_only(process_environment):
         "assert 'solvers' not in sys.modules and 'bench' not in sys.modules"
     )
     modules_after(code, process_environment)
+
+
+STAIRS = {
+    "kernels": set(),
+    "problem": {"kernels"},
+    "trees": {"kernels", "problem"},
+    "layers": {"kernels", "problem"},
+    "paper": set(),
+    "selection": {"kernels", "problem", "trees", "layers"},
+    "joint": {"kernels", "problem", "trees", "layers"},
+    "exact": {"kernels", "problem", "trees", "selection", "joint"},
+    "mip": {"kernels", "problem", "trees", "selection", "joint"},
+}
+"""Rooms of solvers/, and those that each may import, inside functions too; only rooms above it in this table."""
+
+
+def imported_files(tree, files):
+    """Modules of `files` that a module imports, however."""
+    for module, node, _ in imports(tree):
+        if module in files:
+            yield module, node
+        elif module.rpartition(".")[0] in files:
+            yield module.rpartition(".")[0], node
+
+
+def solver_files(repository):
+    return {name_of(repository, path): path for path in sources(repository, "solvers")}
+
+
+def test_stairs_between_the_rooms_of_solvers_lead_one_way(repository):
+    folder = repository / "solvers"
+    assert {path.name for path in folder.iterdir() if (path / "__init__.py").is_file()} == STAIRS.keys()
+    above = set()
+    for room, allowed in STAIRS.items():
+        assert allowed <= above, f"{room} stands above {sorted(allowed - above)} in the table"
+        above.add(room)
+    files = solver_files(repository)
+    wrong = []
+    for path in (path for path in files.values() if path.parent != folder):
+        for module, node in imported_files(ast.parse(path.read_text(encoding="utf-8")), files):
+            room = module.split(".")[2] if module.count(".") > 1 else "solvers itself"
+            if room not in {path.parent.name, *STAIRS[path.parent.name]}:
+                wrong.append(f"{path.relative_to(repository)}:{node.lineno} imports {module}")
+    assert wrong == []
+
+
+def test_modules_of_solvers_import_each_other_in_no_circle(repository):
+    files = solver_files(repository)
+    left = {
+        name: {module for module, _ in imported_files(ast.parse(path.read_text(encoding="utf-8")), files)}
+        for name, path in files.items()
+    }
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert left == {}
+
+
+PUBLIC_IN_SPITE = {"_replace", "_make", "_fields", "_asdict", "_exit"}
+"""Documented names of the standard library: of named tuples and `os`."""
+
+OF_OTHER_LIBRARIES = {
+    "_actions",  # argparse: the options of a parser
+    "_forward_hooks",  # torch, with all that follow: what a module holds itself
+    "_forward_pre_hooks",
+    "_parameters",
+    "_buffers",
+    "_tensor_name",
+    "_BatchNorm",
+}
+"""Private names without a public way to the same end."""
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(tree):
+    """Each private name that a module takes from elsewhere, with its line: imported, or read from an object.
+
+    What the module itself defines or assigns is its own; so is what a class inherits, read from `self`, `cls` or
+    `super()`. A private name of an imported module is never its own.
+    """
+    own, modules = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            own.add(node.attr)
+        elif isinstance(node, ast.AnnAssign | ast.Assign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            own |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            modules |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                yield from ((alias.name, node.lineno) for alias in node.names if is_private(alias.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in PUBLIC_IN_SPITE:
+            holder = ast.unparse(node.value)
+            if holder in modules or (holder not in {"self", "cls", "super()"} and node.attr not in own):
+                yield node.attr, node.lineno
+
+
+def test_private_names_stay_in_their_module(repository):
+    wrong = []
+    for room in ROOMS:
+        for path in sources(repository, room):
+            place = path.relative_to(repository).as_posix()
+            taken = private_names(ast.parse(path.read_text(encoding="utf-8")))
+            wrong += [f"{place}:{line} takes {name}" for name, line in taken if name not in OF_OTHER_LIBRARIES]
+    assert wrong == []
+
+
+def test_the_check_above_sees_private_names_of_every_form():
+    tree = ast.parse(
+        "from cbs_opt.solvers.trees import best_first as queue\n"
+        "from cbs_opt.solvers.trees.best_first import _A\n"
+        "class B(Base):\n"
+        "    def f(self, other):\n"
+        "        self._mine = self._inherited + super()._inherited\n"
+        "        return other._mine, other._foreign, self.worker._foreign, queue._mine, other._replace(x=1)\n"
+    )
+    assert sorted(private_names(tree)) == [("_A", 2), ("_foreign", 6), ("_foreign", 6), ("_mine", 6)]
+
+
+def test_compiled_functions_have_files_of_their_own(repository):
+    """In solvers/, only kernels import numba; mypy checks all other files, strictly."""
+    kernels, others = set(), set()
+    for path in sources(repository, "solvers"):
+        (kernels if path.parent.name == "kernels" or path.stem.endswith("kernels") else others).add(path)
+    compilers = {"compiled", "entry", "entry_fast", "inner", "inner_fast"}  # decorators that some kernels share
+    for path in others:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for module, node, _ in imports(tree):
+            assert module.partition(".")[0] != "numba", f"{path}:{node.lineno}"
+            assert module.split(".")[-1] not in compilers, f"{path}:{node.lineno}"
+    table = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    unchecked = {name for entry in table["overrides"] if entry.get("ignore_errors") for name in entry["module"]}
+    assert unchecked == {"cbs_opt.solvers.kernels.*"} | {
+        name_of(repository, path) for path in kernels if path.parent.name != "kernels"
+    }
+    for path in {path for room in ROOMS for path in sources(repository, room)} - kernels:
+        assert "# mypy: " not in path.read_text(encoding="utf-8"), path

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cbs_opt import Budget, GradientFactor, HessianBlocks, Instance, InverseHessianBlocks
+from cbs_opt import Budget, Instance
+from cbs_opt.testing import make_curvature
 
 FAMILIES = ("hidden", "output", "low rank", "gaussian", "ill-scaled")
-KINDS = ("hessian", "inverse", "gradients")
+DEGENERATE = ("ties", "dead", "collinear")
+KINDS = ("hessian", "inverse_hessian", "gradients")
 
 
 def factor(rng, n, family):
@@ -25,7 +27,14 @@ def factor(rng, n, family):
         return rng.normal(size=(int(rng.integers(1, 4)), n))
     if family == "gaussian":
         return rng.normal(size=(n + 3, n))
-    return rng.normal(size=(n + 1, n)) * 10.0 ** rng.uniform(-6, 1, n)  # curvatures from 1e-12 to 1e2
+    if family == "ill-scaled":  # curvatures from 1e-12 to 1e2
+        return rng.normal(size=(n + 1, n)) * 10.0 ** rng.uniform(-6, 1, n)
+    if family == "ties":
+        return rng.integers(-1, 2, size=(3, n)).astype(float)
+    if family == "dead":
+        return rng.normal(size=(4, n)) * (rng.random(n) > 0.4)
+    assert family == "collinear"
+    return rng.normal(size=(6, 1)) @ rng.normal(size=(1, n)) + 1e-4 * rng.normal(size=(6, n))
 
 
 def size_of(seed):
@@ -33,26 +42,18 @@ def size_of(seed):
     return 13 + (seed // 12) % 4 if seed % 12 == 11 else 1 + seed % 10
 
 
-def make_case(seed, family, kind, objective):
+def make_case(seed, family, kind, objective, scale=1.0):
     """An instance, its feasible selections, bool (R, n), and their losses with what rounding may do to them."""
-    rng = np.random.default_rng([seed, FAMILIES.index(family), KINDS.index(kind), objective == "joint"])
+    number = (*FAMILIES, *DEGENERATE).index(family)
+    rng = np.random.default_rng([seed, number, KINDS.index(kind), objective == "joint"])
     n = size_of(seed)
-    G = factor(rng, n, family)
+    G = scale * factor(rng, n, family)
     damping = 0.0
-    if objective == "joint" or kind == "inverse" or rng.random() < 0.3:
-        damping = 10.0 ** rng.uniform(-4, 0) * max(float((G**2).mean()), 1e-12)
+    if objective == "joint" or kind == "inverse_hessian" or rng.random() < 0.3:
+        damping = 10.0 ** rng.uniform(-4, 0) * max(float((G**2).mean()), 1e-12 * scale**2)
     cuts = np.sort(rng.choice(np.arange(1, n), rng.integers(0, 3), replace=False)) if n > 4 else []
     sizes = np.diff([0, *cuts, n]).astype(np.int64)
-    of_block = np.repeat(np.arange(sizes.size), sizes)
-    H = (G.T @ G / len(G) + damping * np.eye(n)) * (of_block[:, None] == of_block)
-    parts = [H[np.ix_(at, at)] for at in (np.flatnonzero(of_block == k) for k in range(sizes.size))]
-    if kind == "gradients":
-        curvature = GradientFactor(G, damping, sizes)
-    elif kind == "hessian":
-        curvature = HessianBlocks.from_blocks(parts)
-    else:
-        inverses = [np.linalg.inv(part) for part in parts]
-        curvature = InverseHessianBlocks.from_blocks([(A + A.T) / 2 for A in inverses])
+    curvature, H = make_curvature(kind, G, damping, sizes)
     w = rng.normal(size=n) * 10 ** rng.uniform(-1, 1, n)
     linear = 0.3 * rng.normal(size=n) * np.sqrt(np.diag(H)) if seed % 3 == 1 and damping else None
     pick = rng.random(n) < rng.uniform(0.1, 0.9)
@@ -89,5 +90,12 @@ def losses(H, w, g, every, objective):
 
 @pytest.fixture(scope="session")
 def cases():
-    """`make_case` and `factor`."""
-    return SimpleNamespace(make=make_case, factor=factor)
+    """`make_case`, `factor`, `losses` and the names of families and kinds."""
+    names = {"families": FAMILIES, "degenerate": DEGENERATE, "kinds": KINDS}
+    return SimpleNamespace(make=make_case, factor=factor, losses=losses, **names)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """Each family in turn, but for the degenerate ones."""
+    return request.param

@@ -1,5 +1,6 @@
 """Running a benchmark: every row once, judged from outside, whatever happens to the solver or to the run."""
 
+import itertools
 import json
 import random
 import subprocess
@@ -27,12 +28,13 @@ from cbs_opt import (
     solver_names,
     write_instance,
 )
+from cbs_opt.bench.anytime import CLOCKS
 from cbs_opt.bench.reports.metrics import slack
 from cbs_opt.bench.runs.configuration import read_configuration
 from cbs_opt.bench.runs.engines import Processes, Serial
 from cbs_opt.bench.runs.runner import due, make_plan, refute, run_plan, summary
 from cbs_opt.bench.runs.store import Row, Store, StoreError
-from cbs_opt.bench.runs.task import TRACE_STEP, run_task, thinned
+from cbs_opt.bench.runs.task import TRACE_STEP, Task, run_on, run_task, thinned
 from cbs_opt.solver import Capabilities
 
 
@@ -509,6 +511,33 @@ def test_solvers_that_are_not_installed_are_skipped_with_a_reason(plan, caplog):
     )
     assert [task.solver for task in made.tasks] == ["obs"]
     assert made.skipped == ("absent",)
+
+
+def test_an_instance_at_hand_gives_the_row_of_its_file(plan, problem, monkeypatch):
+    instance = problem(3, n=12, kind="gradients").instance
+    task = Task.of(instance, "exact", "by hand", objective="joint", seed=7, clock="processor")
+    ticks = itertools.count()
+    monkeypatch.setitem(CLOCKS, "processor", lambda: next(ticks))
+    row = run_on(instance, task)
+    (of_file,) = plan("[[solvers]]\nname = 'exact'\nobjective = 'joint'\nseeds = [7]").tasks
+    assert row.objective == run_task(of_file).row.objective == row.joint_loss
+    assert (row.label, row.seed, row.budget, row.sparsity, row.status) == ("by hand", 7, 6, 0.5, "optimal")
+    assert row.build_s == int(row.build_s) > 0
+    assert row.solve_s == int(row.solve_s) > 0
+
+
+def test_a_row_at_hand_keeps_all_events_and_the_store_those_a_millisecond_apart(plan, folder):
+    def hurried(instance, context):
+        pruned = magnitude(instance)
+        value = evaluate(instance, pruned).selection_loss
+        for k in range(50, -1, -1):
+            context.monitor.report(value * (1 + k / 10), pruned)
+        return Status.CONVERGED
+
+    made_by("hurried", hurried)
+    (task,) = plan("[[solvers]]\nname = 'hurried'").tasks
+    assert len(run_task(task).row.trace) == 51
+    assert 2 <= len(only_row(plan, "hurried").trace) < 51
 
 
 def test_traces_are_thinned_to_a_millisecond():

@@ -35,6 +35,7 @@ FULL = Row(
     solve_s=0.2,
     cpu_s=0.3,
     row_s=0.4,
+    own_s=0.15,
     started="2026-01-01T00:00:00.000+00:00",
     trace=[(0.01, 2.0, None), (0.2, 1.5, 1.0)],
 )
@@ -215,3 +216,16 @@ def test_the_tables_are_those_of_the_format(path):
     assert limit == 2.5
     assert json.loads(trace) == [[0.01, 2.0, None], [0.2, 1.5, 1.0]]
     connection.close()
+
+
+def test_a_store_without_the_columns_of_later_ones_is_read_and_filled(path):
+    with Store(path, "w") as store:
+        store.add(FULL)
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE rows DROP COLUMN own_s")
+    connection.close()
+    with Store(path) as store:
+        assert store.rows(traces=True) == [replace(FULL, own_s=None, id=1)]
+    with Store(path, "w") as store:
+        store.add(replace(FULL, seed=4))
+        assert [row.own_s for row in store.rows()] == [None, FULL.own_s]

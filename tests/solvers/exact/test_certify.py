@@ -31,8 +31,6 @@ from cbs_opt.files.certificate_file import (
 )
 from cbs_opt.solvers.trees import tables
 
-FAMILIES = ("hidden", "output", "low rank", "gaussian", "ill-scaled")
-KINDS = ("hessian", "inverse", "gradients")
 STREAMS = ("branch", "how", "fixed_counts", "fixings", "diagonals", "codes", "numbers")
 
 
@@ -66,10 +64,9 @@ def several(cases, seed=0):
 
 
 @pytest.mark.parametrize("objective", ["selection", "joint"])
-@pytest.mark.parametrize("family", FAMILIES)
 def test_small_problems(cases, family, objective, tmp_path, monkeypatch):
     """Every optimum that is claimed is proven, and no bound lies above the optimum, interrupted runs included."""
-    for kind, seed in itertools.product(KINDS, range(12)):
+    for kind, seed in itertools.product(cases.kinds, range(12)):
         most = 18 if seed % 2 else 2
         monkeypatch.setattr("cbs_opt.solvers.trees.tables.MAX_WEIGHTS", most)
         monkeypatch.setattr("cbs_opt.certificate.SMALL", most)
@@ -253,7 +250,7 @@ def test_no_change_proves_more_than_the_truth(cases, seed, objective, enumerated
     kept = checking.SMALL, tables.MAX_WEIGHTS
     try:
         checking.SMALL = tables.MAX_WEIGHTS = 18 if enumerated else 2
-        case = (4 + int(rng.integers(5)), FAMILIES[seed % 5], "hessian", objective)
+        case = (4 + int(rng.integers(5)), cases.families[seed % 5], "hessian", objective)
         instance, _, values, sizes = cases.make(*case)
         best = int(np.argmin(values))
         truth = values[best] + 1e-9 * abs(values[best]) + 1e-12 * sizes[best]

@@ -13,7 +13,6 @@ from cbs_opt import (
     GradientFactor,
     HessianBlocks,
     Instance,
-    InverseHessianBlocks,
     SolverError,
     Status,
     Stop,
@@ -21,110 +20,29 @@ from cbs_opt import (
     get_solver,
     solve,
 )
+from cbs_opt.solvers.kernels import subsets
 from cbs_opt.solvers.trees import block_search as blocks
-from cbs_opt.solvers.trees import subsets
 from cbs_opt.solvers.trees.block_search import BlockSearch, combine, multiplier
 from cbs_opt.solvers.trees.joint_worker import prepare_joint
 from cbs_opt.solvers.trees.selection_worker import prepare_selection
 from cbs_opt.solvers.trees.tables import JointTable, SelectionTable, SeparableTable
 
-FAMILIES = ("hidden", "output", "low rank", "gaussian", "ill-scaled", "ties", "dead", "collinear")
-
-
-def factor(rng, n, family):
-    """Rows g with H = GᵀG / m, float64 (m, n)."""
-    if family == "hidden":  # rectified activations: nonnegative, many zeros, strongly correlated
-        mix = rng.normal(size=(4, n)) + rng.normal(size=n)
-        return np.maximum(rng.normal(size=(3 * n, 4)) @ mix + 0.3 * rng.normal(size=(3 * n, n)), 0)
-    if family == "output":  # activations times small residuals of a softmax
-        rows = rng.dirichlet(np.ones(4), size=3 * n)[:, :1] - (rng.random((3 * n, 1)) < 0.25)
-        return np.maximum(rng.normal(size=(3 * n, n)) + 0.5, 0) * rows
-    if family == "low rank":
-        return rng.normal(size=(int(rng.integers(1, 4)), n))
-    if family == "gaussian":
-        return rng.normal(size=(n + 3, n))
-    if family == "ill-scaled":
-        return rng.normal(size=(n + 1, n)) * 10.0 ** rng.uniform(-6, 1, n)
-    if family == "ties":
-        return rng.integers(-1, 2, size=(3, n)).astype(float)
-    if family == "dead":
-        return rng.normal(size=(4, n)) * (rng.random(n) > 0.4)
-    return rng.normal(size=(6, 1)) @ rng.normal(size=(1, n)) + 1e-4 * rng.normal(size=(6, n))
-
-
-def random_case(seed, objective, most=11):
-    """An instance, all its feasible selections, bool (R, n), and their losses by textbook formulae."""
-    rng = np.random.default_rng([seed, objective == "joint"])
-    n = int(rng.integers(1, most + 1))
-    G = factor(rng, n, FAMILIES[seed % len(FAMILIES)])
-    if objective == "joint":
-        G *= 1 / np.sqrt(max(float((G**2).mean()), 1e-300))
-    damping = 10.0 ** rng.uniform(-4, 0) if objective == "joint" or rng.random() < 0.3 else 0.0
-    size = 10.0 ** rng.uniform(-4, 2)
-    G, damping = G * size, damping * size**2
-    kind = ("hessian", "inverse", "gradients")[seed % 3]
-    if kind == "inverse" and damping == 0:
-        kind = "hessian"
-    cuts = np.sort(rng.choice(np.arange(1, n), rng.integers(0, 3), replace=False)) if n > 4 else []
-    sizes = np.diff([0, *cuts, n]).astype(np.int64)
-    ends = np.cumsum(sizes)
-    H = np.zeros((n, n))
-    for start, stop in zip(ends - sizes, ends, strict=True):
-        H[start:stop, start:stop] = G[:, start:stop].T @ G[:, start:stop] / len(G) + damping * np.eye(stop - start)
-    parts = [H[start:stop, start:stop] for start, stop in zip(ends - sizes, ends, strict=True)]
-    if kind == "gradients":
-        curvature = GradientFactor(G, damping, sizes)
-    elif kind == "hessian":
-        curvature = HessianBlocks.from_blocks(parts)
-    else:
-        inverses = []
-        for part in parts:
-            s = 1 / np.sqrt(np.diag(part))
-            inverse = np.linalg.inv(part * s[:, None] * s) * s[:, None] * s
-            inverses.append((inverse + inverse.T) / 2)
-        curvature = InverseHessianBlocks.from_blocks(inverses)
-    w = rng.normal(size=n) * 10 ** rng.uniform(-1, 1, n)
-    g = 0.3 * rng.normal(size=n) * np.sqrt(np.diag(H)) if rng.random() < 0.3 and damping > 0 else None
-    pick = rng.random(n) < rng.random()
-    groups = group_budgets = None
-    if rng.random() < 0.4:
-        groups = rng.integers(0, 3, n)
-        group_budgets = np.bincount(groups[pick], minlength=3)
-    fixed = None
-    if rng.random() < 0.4:
-        fixed = np.where(rng.random(n) < 0.25, np.where(pick, 1, -1), 0).astype(np.int8)
-    instance = Instance(w, curvature, Budget(int(pick.sum()), groups, group_budgets), linear=g, fixed=fixed)
-    every = np.array(list(itertools.product((False, True), repeat=n)))
-    every = every[[instance.admits(y) for y in every]]
-    g = np.zeros(n) if g is None else g
-    return instance, every, losses(H, w, g, every, objective), pick
-
-
-def losses(H, w, g, every, objective):
-    delta = np.where(every, -w, 0.0)
-    if objective == "joint":
-        s = 1 / np.sqrt(np.diag(H))
-        unit = H * s[:, None] * s
-        for row, pruned in zip(delta, every, strict=True):
-            K = np.flatnonzero(~pruned)
-            if K.size:
-                row[K] = np.linalg.solve(unit[np.ix_(K, K)], -(row @ H + g)[K] * s[K]) * s[K]
-    return 0.5 * np.einsum("ri,ri->r", delta @ H, delta) + delta @ g
-
 
 @pytest.mark.parametrize("objective", ["selection", "joint"])
 @pytest.mark.parametrize("chunk", range(8))
-def test_against_enumeration(objective, chunk, monkeypatch):
-    """Half of the runs start from an arbitrary selection; half forbid the enumeration of small blocks."""
+def test_against_enumeration(cases, objective, chunk, monkeypatch):
+    """All families and scales; half start from an arbitrary selection, half may not enumerate small blocks."""
+    families = (*cases.families, *cases.degenerate)
     for seed in range(chunk * 16, chunk * 16 + 16):
-        instance, _, values, pick = random_case(seed, objective)
+        family, kind, scale = families[seed % len(families)], cases.kinds[seed % 3], 10.0 ** (seed % 7 - 4)
+        instance, every, values, sizes = cases.make(seed, family, kind, objective, scale)
         monkeypatch.setattr("cbs_opt.solvers.trees.tables.MAX_WEIGHTS", 18 if seed % 2 else 2)
-        start = pick if seed % 4 < 2 else None
+        start = every[len(every) // 2] if seed % 4 < 2 else None
         result = solve(instance, "exact", objective=objective, warm_start=start)
-        optimum = values.min()
-        terms = 0.5 * np.abs(instance.weights) @ np.abs(curvature_matrix(instance)) @ np.abs(instance.weights)
+        best = int(np.argmin(values))
+        optimum, terms = values[best], sizes[best]
         slack = 1e-6 * abs(optimum) + 1e-12 * terms
-        where = f"seed {seed}, {instance.describe()}"
+        where = f"seed {seed}, {family}, {instance.describe()}"
         assert abs(result.objective - optimum) <= slack, where
         assert result.bound is not None, where
         assert result.bound <= optimum + 1e-9 * abs(optimum) + 1e-12 * terms, where
@@ -133,20 +51,12 @@ def test_against_enumeration(objective, chunk, monkeypatch):
             assert result.status is Status.OPTIMAL, where
 
 
-def curvature_matrix(instance):
-    H = np.zeros((instance.n, instance.n))
-    for k in range(instance.curvature.number_of_blocks):
-        part = instance.curvature.block_slice(k)
-        H[part, part] = instance.curvature.block(k)
-    return H
-
-
 @pytest.mark.parametrize("objective", ["selection", "joint"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_interrupted_runs_keep_valid_bounds(objective, threads):
+def test_interrupted_runs_keep_valid_bounds(cases, objective, threads):
     rng = np.random.default_rng(5)
     n = 70 if objective == "selection" else 40
-    G = factor(rng, n, "output")
+    G = cases.factor(rng, n, "output")
     H = G.T @ G / len(G) + 1e-6 * np.eye(n)
     instance = Instance(rng.normal(size=n), HessianBlocks.from_blocks([H]), Budget(n // 2))
     optimum = solve(instance, "exact", objective=objective, stop=Stop(time_limit=20))
@@ -168,10 +78,10 @@ def test_interrupted_runs_keep_valid_bounds(objective, threads):
 
 
 @pytest.mark.parametrize("objective", ["selection", "joint"])
-def test_one_thread_gives_the_same_nodes(objective):
+def test_one_thread_gives_the_same_nodes(cases, objective):
     rng = np.random.default_rng(1)
     n = 60 if objective == "selection" else 32
-    G = factor(rng, n, "output")
+    G = cases.factor(rng, n, "output")
     instance = Instance(
         rng.normal(size=n), HessianBlocks.from_blocks([G.T @ G / len(G) + 1e-7 * np.eye(n)]), Budget(n // 2)
     )
@@ -182,19 +92,19 @@ def test_one_thread_gives_the_same_nodes(objective):
 
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("enumerated", [True, False])
-def test_blocks_against_tables_of_their_own(joint, enumerated, monkeypatch):
+def test_blocks_against_tables_of_their_own(cases, joint, enumerated, monkeypatch):
     monkeypatch.setattr("cbs_opt.solvers.trees.tables.MAX_WEIGHTS", 18 if enumerated else 1)
     for seed in range(30):
         rng = np.random.default_rng(seed)
         pieces, tables = [], []
         for size in rng.integers(2, 6, rng.integers(2, 5)):
-            G = factor(rng, size, FAMILIES[int(rng.integers(len(FAMILIES)))])
+            G = cases.factor(rng, size, rng.choice([*cases.families, *cases.degenerate]))
             H = G.T @ G / len(G) + 10.0 ** rng.uniform(-3, 0) * np.eye(size)
             w = rng.normal(size=size)
             every = np.array(list(itertools.product((False, True), repeat=int(size))))
             if joint:
                 pieces.append(JointTable(np.linalg.inv(H), H, w))
-                values = losses(H, w, np.zeros(size), every, "joint")
+                values = cases.losses(H, w, np.zeros(size), every, "joint")[0]
             else:
                 c = 0.3 * rng.normal(size=size)
                 pieces.append(SelectionTable(H, c))
@@ -237,13 +147,13 @@ def test_combine_is_the_best_sum():
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_subsets_are_the_best_of_each_number(joint):
+def test_subsets_are_the_best_of_each_number(cases, joint):
     rng = np.random.default_rng(0)
     G, w = rng.normal(size=(9, 7)), rng.normal(size=7)
     H = G.T @ G
     every = np.array(list(itertools.product((False, True), repeat=7)))
     if joint:
-        values = losses(H, w, np.zeros(7), every, "joint")
+        values = cases.losses(H, w, np.zeros(7), every, "joint")[0]
         best, code = subsets.all_subsets(np.linalg.inv(H), w, True)
     else:
         values = 0.5 * np.einsum("ri,ri->r", every @ H, every) + every @ w
@@ -255,10 +165,10 @@ def test_subsets_are_the_best_of_each_number(joint):
         assert values[(every == chosen).all(1)][0] == pytest.approx(best[k], abs=1e-12)
 
 
-def test_relaxed_diagonals_are_safe():
+def test_relaxed_diagonals_are_safe(cases):
     """The shifted matrices stay positive definite where the relaxations need it."""
     rng = np.random.default_rng(2)
-    G = factor(rng, 30, "hidden")
+    G = cases.factor(rng, 30, "hidden")
     H = G.T @ G / len(G) + 1e-5 * np.eye(30)
     group = np.repeat([0, 1], 15)
     search = prepare_selection(H, np.zeros(30), group, np.array([5, 9]), [])
@@ -269,18 +179,19 @@ def test_relaxed_diagonals_are_safe():
     for k in range(14):
         N[k, k], N[14, k] = 1, -1
         N[15 + k, 14 + k], N[29, 14 + k] = 1, -1
-    assert np.linalg.eigvalsh(N.T @ (search.task.Q - np.diag(shift)) @ N)[0] > -1e-12 * np.trace(search.task.Q)
+    Q = search.problem.Q
+    assert np.linalg.eigvalsh(N.T @ (Q - np.diag(shift)) @ N)[0] > -1e-12 * np.trace(Q)
     joint = prepare_joint(np.linalg.inv(H), H, rng.normal(size=30), group, np.array([5, 9]), [])
     worker = joint.queue.new_worker(np.array([np.inf]))
     worker.load(joint.queue.best_open())
     d = worker.better_diagonal()
     assert (d > 0).all()
-    assert np.linalg.eigvalsh(np.linalg.inv(joint.task.A) - np.diag(d))[0] > -1e-9
+    assert np.linalg.eigvalsh(np.linalg.inv(joint.problem.A) - np.diag(d))[0] > -1e-9
 
 
-def test_proves_what_enumeration_cannot():
+def test_proves_what_enumeration_cannot(cases):
     rng = np.random.default_rng(7)
-    G = factor(rng, 60, "output")
+    G = cases.factor(rng, 60, "output")
     instance = Instance(rng.normal(size=60), GradientFactor(G, 1e-6, [60]), Budget(30))
     started = time.perf_counter()
     result = solve(instance, "exact", stop=Stop(time_limit=20))
@@ -303,8 +214,8 @@ def test_too_large_is_one_sentence(objective):
     assert "\n" not in str(refusal.value)
 
 
-def test_evaluator_agrees():
-    instance, _, _, _ = random_case(3, "joint")
+def test_evaluator_agrees(cases):
+    instance, _, _, _ = cases.make(3, "ill-scaled", "hessian", "joint")
     result = solve(instance, "exact", objective="joint")
     assert evaluate(instance, result.pruned).joint_loss == result.objective
     assert get_solver("exact").supports.bound

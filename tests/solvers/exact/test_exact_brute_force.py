@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 
 from cbs_opt import Status, Stop, solve
 
-FAMILIES = ("hidden", "output", "low rank", "gaussian", "ill-scaled")
-KINDS = ("hessian", "inverse", "gradients")
 EACH = 36
 """Problems of a family, a kind and an objective."""
 
@@ -70,22 +68,21 @@ def compare(cases, seed, family, kind, objective, monkeypatch):
 
 
 @pytest.mark.parametrize("objective", ["selection", "joint"])
-@pytest.mark.parametrize("family", FAMILIES)
 def test_against_every_selection(cases, family, objective, monkeypatch):
     proven = 0
-    for kind in KINDS:
+    for kind in cases.kinds:
         for seed in range(EACH):
             with monkeypatch.context() as patch:
                 patch.setattr("cbs_opt.solvers.trees.tables.MAX_WEIGHTS", 18 if seed % 4 < 2 else 2)
                 proven += compare(cases, seed, family, kind, objective, patch)
-    assert proven >= 0.8 * EACH * len(KINDS)
+    assert proven >= 0.8 * EACH * len(cases.kinds)
 
 
-@given(st.integers(0, 10**6), st.sampled_from(FAMILIES), st.sampled_from(KINDS), st.booleans(), st.integers(1, 12))
-def test_bounds_of_interrupted_runs(cases, seed, family, kind, joint, nodes):
+@given(st.integers(0, 10**6), st.integers(0, 4), st.integers(0, 2), st.booleans(), st.integers(1, 12))
+def test_bounds_of_interrupted_runs(cases, seed, number, kind, joint, nodes):
     """However few nodes a run may take, the optimum lies between its bound and its objective."""
     objective = "joint" if joint else "selection"
-    instance, _, values, sizes = cases.make(100 + seed, family, kind, objective)
+    instance, _, values, sizes = cases.make(100 + seed, cases.families[number], cases.kinds[kind], objective)
     best = int(np.argmin(values))
     result = solve(instance, "exact", objective=objective, stop=Stop(max_iterations=nodes), threads=1)
     assert instance.admits(result.pruned)

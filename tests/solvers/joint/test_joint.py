@@ -24,7 +24,7 @@ from cbs_opt.solvers.joint import backward, elimination
 from cbs_opt.solvers.joint.bulk_exchange import exchange_in_bulk
 from cbs_opt.solvers.joint.lagrangian_bound import dual_bound, improve_bound
 from cbs_opt.solvers.joint.tableau import Tableau
-from cbs_opt.solvers.joint.thinning import DenseStage, FactorStage
+from cbs_opt.solvers.joint.thinning import DenseThinning, FactorThinning
 from cbs_opt.solvers.kernels import joint_numba, joint_numpy
 
 
@@ -193,10 +193,10 @@ def test_stages_of_a_factor_price_like_dense_ones(linear):
     rng = np.random.default_rng(3)
     instance = factor_instance(rng, 12, 60, 1e-2, 40, linear)
     kept = np.arange(60)
-    stage = FactorStage(instance, instance.curvature, 0, kept, np.ones(60, dtype=bool))
+    stage = FactorThinning(instance, instance.curvature, 0, kept, np.ones(60, dtype=bool))
     stage.drop(np.arange(0, 60, 4))
     kept = kept[np.arange(60) % 4 != 0]
-    dense = DenseStage(instance, instance.curvature, 0)
+    dense = DenseThinning(instance, instance.curvature, 0)
     np.testing.assert_allclose(stage.prices(kept), dense.prices(kept), rtol=2e-3)
 
 

@@ -20,10 +20,10 @@ from cbs_opt import (
 )
 from cbs_opt.solvers.joint import backward, elimination, tableau
 from cbs_opt.solvers.joint import inverse as inverses
-from cbs_opt.solvers.joint.elimination import CoupledElimination, SeparateElimination
+from cbs_opt.solvers.joint.elimination import CoupledElimination, UncoupledElimination
 from cbs_opt.solvers.joint.inverse import LazyInverse, conditional_inverse
 from cbs_opt.solvers.joint.moves import JointMoves
-from cbs_opt.solvers.joint.uncoupled import SeparateWeights
+from cbs_opt.solvers.joint.uncoupled import UncoupledWeights
 
 
 def positive_definite(rng, n, damping=1e-2):
@@ -86,7 +86,7 @@ def test_going_back_restores_every_price():
     instance = Instance(rng.standard_normal(20), HessianBlocks.from_blocks(blocks), 11)
     pruned = instance.budget.cheapest(np.abs(instance.weights))
     moves = JointMoves(instance, pruned)
-    assert sum(isinstance(part, SeparateWeights) for part in moves.tableaux) == 1
+    assert sum(isinstance(part, UncoupledWeights) for part in moves.tableaux) == 1
     for _ in range(3):
         moves.apply(moves.best_move())
     here, loss, best = moves.pruned(), moves.doubled, moves.best_move()
@@ -240,7 +240,7 @@ def test_prices_of_both_eliminations_agree_where_nothing_is_coupled():
     rng = np.random.default_rng(10)
     instance = Instance(rng.standard_normal(9), HessianBlocks.from_blocks([np.diag(rng.random(9) + 0.1)]), 4)
     states = [
-        kind(instance, 0, np.arange(9), instance.weights) for kind in (SeparateElimination, CoupledElimination)
+        kind(instance, 0, np.arange(9), instance.weights) for kind in (UncoupledElimination, CoupledElimination)
     ]
     for state in states:
         state.removable[3] = False

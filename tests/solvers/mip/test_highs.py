@@ -12,7 +12,7 @@ import pytest
 from cbs_opt import SolverError, Status, Stop, UsageError, read_instance, solve
 from cbs_opt.solvers.mip.highs import highs_lp, takes_miqp
 from cbs_opt.solvers.mip.selection_model import rlt_model
-from cbs_opt.solvers.mip.selection_outer import OuterModel, Separated, affine_hull, best_shift
+from cbs_opt.solvers.mip.selection_outer import OuterModel, Separated, affine_hull, optimal_shift
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 
 KINDS = {
@@ -83,7 +83,7 @@ def test_shift_raises_the_root_bound(problem):
     scaled = SelectionProblem(given.instance)
     (at, Q), *_ = scaled.parts
     x, B = affine_hull(scaled, at)
-    d = best_shift(Q, scaled.linear[at], x, B, lambda: False)
+    d = optimal_shift(Q, scaled.linear[at], x, B, lambda: False)
     assert np.linalg.eigvalsh(B.T @ (Q - np.diag(d)) @ B)[0] > 0
 
     def bound(d):

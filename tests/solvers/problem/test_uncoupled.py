@@ -21,6 +21,7 @@ from cbs_opt import (
 from cbs_opt.certificate import forced_state, selection_parts, verify
 from cbs_opt.files.certificate_file import read_certificate
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
+from cbs_opt.testing import make_curvature
 
 KINDS = ("hessian", "inverse_hessian", "gradients", "blocks", "float32 hessian")
 
@@ -108,16 +109,7 @@ def mixed(seed, kind, *, n=12, coupled=5, linear=False, fixed=False, groups=1, s
     diagonal = rng.uniform(1.0, 5.0, n)
     G[:, rest] = 0.0
     G[rest, rest] = np.sqrt(2 * n * diagonal[rest])
-    H = G.T @ G / (2 * n) + 1e-3 * np.eye(n)
-    sizes = [n] if same_block else [coupled, n - coupled]
-    cuts = np.cumsum([0, *sizes])
-    parts = [H[a:b, a:b] for a, b in itertools.pairwise(cuts)]
-    if kind == "gradients":
-        curvature = GradientFactor(G, 1e-3, np.array(sizes))
-    elif kind == "hessian":
-        curvature = HessianBlocks.from_blocks(parts)
-    else:
-        curvature = InverseHessianBlocks.from_blocks([(A + A.T) / 2 for A in map(np.linalg.inv, parts)])
+    curvature, H = make_curvature(kind, G, 1e-3, [n] if same_block else [coupled, n - coupled])
     fix = np.zeros(n, np.int8)
     fix[chosen[:1]], fix[rest[:1]] = 1, -1  # a pruned weight that others are coupled with
     group = np.arange(n) % groups

@@ -11,13 +11,13 @@ from cbs_opt import (
     GradientFactor,
     HessianBlocks,
     Instance,
-    InverseHessianBlocks,
     Status,
     Stop,
     UsageError,
     selection_loss,
     solve,
 )
+from cbs_opt.testing import make_curvature
 
 KINDS = ("hessian", "inverse_hessian", "gradients")
 SHAPES = {
@@ -54,21 +54,12 @@ def medium(seed, kind="gradients", n=80, blocks=1, groups=None, linear=False):
         0, 1.5, n
     )
     w = rng.standard_normal(n)
-    sizes = np.full(blocks, n // blocks)
-    p = 6 * n // 10
-    budget = Budget(p)
+    budget = Budget(6 * n // 10)
     if groups is not None:
         of = np.arange(n) % groups
         each = np.bincount(of) * 6 // 10
         budget = Budget(int(each.sum()), of, each)
-    curvature = GradientFactor(G, 1e-3, sizes)
-    if kind != "gradients":
-        parts = [curvature.block(k) for k in range(blocks)]
-        curvature = (
-            HessianBlocks.from_blocks(parts)
-            if kind == "hessian"
-            else InverseHessianBlocks.from_blocks([(A + A.T) / 2 for A in map(np.linalg.inv, parts)])
-        )
+    curvature, _ = make_curvature(kind, G, 1e-3, np.full(blocks, n // blocks))
     return Instance(w, curvature, budget, linear=0.1 * rng.standard_normal(n) if linear else None)
 
 

@@ -13,9 +13,9 @@ from cbs_opt.solvers.problem.selection_problem import SelectionProblem, Storage
 from cbs_opt.solvers.problem.threaded_factor import ThreadedFactor
 from cbs_opt.solvers.selection import search as search_module
 from cbs_opt.solvers.selection.incumbent import Incumbent
+from cbs_opt.solvers.selection.parameters import SearchParameters
 from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.solvers.selection.repair import meet_budgets, trade
-from cbs_opt.solvers.selection.search import SearchParameters
 from cbs_opt.solvers.selection.sweep_search import SweepSearch, is_large, is_split
 from cbs_opt.solvers.selection.sweeps import Sweeps
 

@@ -1,7 +1,5 @@
 """Best value and selection for every number of pruned weights of a small block, by enumeration of its subsets."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import numpy as np

@@ -1,17 +1,12 @@
 """Depth-first tree of the joint problem over its perspective relaxation; resumable after any node."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import numpy as np
 
 from cbs_opt.solvers.kernels.dense_numba import cholesky, entry, inner, invert_factor, kth_largest, solve
-from cbs_opt.solvers.trees.joint_relaxation import relax, water
-from cbs_opt.solvers.trees.selection_tree import BRANCH, FOUND, LEVEL, NODES, PENDING, QLEVEL, ROOT, VALUE
-
-POINT = 3
-"""Entry of the state: level of the last relaxed point, −1 where the last node had none."""
+from cbs_opt.solvers.kernels.perspective_relaxation import best_theta, relax
+from cbs_opt.solvers.kernels.stack_layout import BRANCH, FOUND, LEVEL, NODES, PENDING, POINT, QLEVEL, ROOT, VALUE
 
 DONE, MORE, CROWDED = range(3)
 """What `run` returns: nothing left, the nodes are used up, no room for another level."""
@@ -144,7 +139,7 @@ def estimate(k, u, M, dg, d, S, A, B, sc, x, h, key, slack):
 @inner
 def choose(u, y, M, dg, d, rd, kept, gp, G, R, price, slack, S, A, B, sc, x, h, key, trial):
     """Free column to branch on."""
-    water(u, rd, kept, gp, G, R, trial)
+    best_theta(u, rd, kept, gp, G, R, trial)
     k = np.int64(0)
     fractional = 0
     best = 0.0

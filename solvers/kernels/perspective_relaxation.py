@@ -7,8 +7,6 @@ y = Mu + c is kept up to date. θ of a group is the common √d|u|/z of its frac
 price of one more kept weight.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import numpy as np
@@ -17,7 +15,7 @@ from cbs_opt.solvers.kernels.dense_numba import axpy, cholesky, entry, inner, in
 
 
 @inner
-def water(u, rd, kept, gp, G, R, th):
+def best_theta(u, rd, kept, gp, G, R, th):
     """θ of the best z for u: z_i = min(1, √d_i|u_i|/θ) with Σ z = R; 0 where R columns hold all of u."""
     for a in range(G):
         total = 0.0
@@ -185,13 +183,13 @@ def relax(u, y, M, c, dg, d, rd, kept, gp, G, R, th, const, thr, S, A, sc, x, h,
     last = -np.inf
     lb = -np.inf
     for it in range(25 if G == 1 else 60):
-        water(u, rd, kept, gp, G, R, trial)
+        best_theta(u, rd, kept, gp, G, R, trial)
         for a in range(G):
             if trial[a] > 0.0:
                 th[a] = trial[a]
         for _ in range(2):
             sweep(u, y, M, dg, d, rd, kept, gp, G, th)
-        water(u, rd, kept, gp, G, R, th)
+        best_theta(u, rd, kept, gp, G, R, th)
         if G == 1:
             for _ in range(4):
                 th[0], cut, ok = newton(u, y, M, dg, d, rd, kept, R[0], th[0], m, S, A, sc, x, h)

@@ -1,22 +1,12 @@
 """Depth-first tree of the selection problem: explicit stack, compressed levels, resumable after any node."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import numpy as np
 
+from cbs_opt.solvers.kernels.box_relaxation import pair_move, relax, response, responses
 from cbs_opt.solvers.kernels.dense_numba import axpy, entry, inner, kth_largest
-from cbs_opt.solvers.trees.selection_relaxation import pair_move, relax, response, responses
-
-LEVEL, NODES, FOUND = range(3)
-"""Entries of the state of a tree: top frame (−1: empty), nodes worked on, incumbents found."""
-
-QLEVEL, BRANCH, PENDING, VALUE = range(4)
-"""Entries of a frame: its compressed level, branching column, open children, value of the next child."""
-
-ROOT = 3
-"""PENDING of a frame that is itself still to be solved."""
+from cbs_opt.solvers.kernels.stack_layout import BRANCH, FOUND, LEVEL, NODES, PENDING, QLEVEL, ROOT, VALUE
 
 _EPS = 2.3e-16
 

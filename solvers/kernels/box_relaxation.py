@@ -5,8 +5,6 @@ columns of a compressed level. u is 1 for a free variable and 0 for a fixed one,
 part of g and f. Group a is the range gp[a] … gp[a+1]. Q is positive semidefinite where all group sums are zero.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import numpy as np

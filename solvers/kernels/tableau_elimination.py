@@ -1,6 +1,8 @@
-"""A good first selection for small joint problems: backward elimination and swap descent on one tableau."""
+"""A good first selection for small joint problems: backward elimination and swap descent on one tableau.
 
-# mypy: ignore-errors
+`joint_numba.eliminate` only removes, by rank-one terms that it applies late; here the swaps that follow need the
+tableau of all weights, kept and pruned, after every step.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,138 @@
+"""One run of a solver on an instance, for `solve` and for the benchmarks.
+
+Preparation is not part of the solving time, thread limits apply throughout, an error does not lose the incumbent,
+and the losses are recomputed by the package's evaluator.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbs_opt.instance import Instance
+from cbs_opt.losses import Losses, evaluate
+from cbs_opt.monitor import Monitor
+from cbs_opt.result import Status
+from cbs_opt.solver import Context, Solver
+from cbs_opt.typing import BoolArray
+
+logger = logging.getLogger("cbs_opt")
+
+# Up to this size threads that share a block only wait for each other: seconds, where other processes are busy.
+_SMALL_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a run, not judged yet.
+
+    Attributes
+    ----------
+    monitor : Monitor
+        What the solver reported: history, bound, iterations, and the loss that it claims.
+    status : Status
+        Why it ended; `error` where it failed.
+    pruned : bool array or None
+        The incumbent; the magnitude selection where the run was stopped before its first one, None where it failed
+        before that. Shape and budget are as the solver gave them.
+    losses : Losses or None
+        Of `pruned`, recomputed outside the clock; None where that is None or has a wrong shape.
+    error : Exception or None
+        What ended the run early; the incumbent is kept.
+    build_seconds : float
+        Preparation: compilation, float64 copies.
+    solve_seconds : float or None
+        The run itself; None where the preparation failed.
+    processor_seconds : float
+        Of both.
+    """
+
+    monitor: Monitor
+    status: Status
+    pruned: BoolArray | None
+    losses: Losses | None
+    error: Exception | None
+    build_seconds: float
+    solve_seconds: float | None
+    processor_seconds: float
+
+
+def run_solver(solver: Solver, instance: Instance, context: Context) -> Run:
+    """Prepare a solver, run it, and recompute the losses of its incumbent.
+
+    Parameters
+    ----------
+    solver : Solver
+    instance : Instance
+    context : Context
+        A fresh one; its monitor holds the rules of stopping, and its clock is the clock of the run. Without
+        `threads` the libraries take one thread where all blocks are small, else all.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    SolverError
+        When the solver cannot take the instance. Errors of the run itself are not raised: see `Run.error`.
+    """
+    solver.check_supports(instance, context)
+    monitor = context.monitor
+    if monitor.stop.gap is not None and not solver.supports.bound:
+        logger.warning(f"solver '{solver.name}' proves no bound: the gap of {monitor.stop.gap:g} cannot stop it")
+    limit = context.threads
+    if limit is None and int(instance.curvature.block_sizes.max()) <= _SMALL_BLOCK:
+        limit = 1
+    status, error = Status.ERROR, None
+    build_seconds = solve_seconds = None
+    processor = time.process_time()
+    monitor.start()
+    with thread_limit(limit, solver.supports.batched):
+        try:
+            solver.prepare(instance, context)
+            build_seconds = monitor.elapsed
+            monitor.start()
+            status = solver.run(instance, context)
+        except Exception as failure:
+            error = failure
+        if build_seconds is None:
+            build_seconds = monitor.elapsed
+        else:
+            solve_seconds = monitor.elapsed
+        processor = time.process_time() - processor
+        if error is None and monitor.reason is not None and status is not Status.OPTIMAL:
+            status = monitor.reason
+        pruned = monitor.pruned
+        if pruned is None and error is None:  # stopped before the first selection: magnitude always has one
+            pruned = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
+        losses = None if pruned is None or pruned.shape != (instance.n,) else evaluate(instance, pruned)
+    return Run(monitor, status, pruned, losses, error, build_seconds, solve_seconds, processor)
+
+
+@contextmanager
+def thread_limit(threads: int | None, batched: bool) -> Iterator[None]:
+    """Limit BLAS, OpenMP and torch to `threads`; torch only where it is loaded or `batched` solvers will."""
+    if threads is None:
+        yield
+        return
+    from threadpoolctl import threadpool_limits
+
+    with_torch = batched or "torch" in sys.modules
+    if with_torch:
+        try:
+            import torch  # before the limits, which hold for the libraries that are loaded
+        except ModuleNotFoundError:
+            with_torch = False  # a solver that needs it says so itself
+    with ExitStack() as stack:
+        stack.enter_context(threadpool_limits(threads))
+        if with_torch:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
+        yield
