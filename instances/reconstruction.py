@@ -260,7 +260,7 @@ def reconstruction_blocks(
     dampings : sequence of float
         λ of each layer.
     size : int or None
-        Rows are cut into blocks of at most this many weights.
+        Rows are cut into blocks of at most so many weights.
     inverse : bool
 
     Yields

@@ -62,8 +62,8 @@ class SharedBlocks(Curvature):
         return self.stored.number_of_blocks
 
     def facts(self) -> text.Facts:
-        """Names and values for display: those of all blocks, and what is stored."""
-        stored = f"{text.count(self.number_of_stored, 'block')}, times a factor per block"
+        """Names and values for a person: those of all blocks, and what is stored."""
+        stored = f"{text.count(self.number_of_stored, 'block')}, each times a factor a block"
         return [*super().facts(), ("stored", stored), *self.stored.facts()[2:]]
 
     def rows(self, s: int) -> IntArray:
