@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cbs_opt import Context, Instance, Monitor, Stop, get_solver, joint_loss, selection_loss
+from cbs_opt.bench.compilation import finish_compilation
 from cbs_opt.bench.reports import canvas
 from cbs_opt.run import run_solver
 from cbs_opt.typing import BoolArray
@@ -82,7 +83,8 @@ def run_for(
     taken = Anytime()
     for stop, callback in ((Stop(max_iterations=1, time_limit=1.0), None), (Stop(time_limit=seconds), taken)):
         monitor = Monitor(stop, callback, CLOCKS[clock])
-        run = run_solver(get_solver(solver)(), instance, Context(objective, seed, monitor, threads=threads))
+        context = Context(objective, seed, monitor, threads=threads)
+        run = run_solver(get_solver(solver)(), instance, context, finish_compilation)
         if run.error is not None:
             raise run.error
     return taken

@@ -25,7 +25,7 @@ from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution
 from cbs_opt.solvers.layers.solve import solve_layers
-from cbs_opt.solvers.layers.warm_up import warm_up_layers
+from cbs_opt.solvers.layers.warm_up import layers_joint, layers_selection
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
@@ -189,7 +189,8 @@ def report(
     folder: Path, parts: Sequence[str], sparsities: Sequence[float], seconds: float, threads: int, clock: str
 ) -> Iterator[str]:
     """The tables, one piece after the other as they are made."""
-    warm_up_layers()
+    layers_joint()
+    layers_selection()
     yield f"{machine()}, {threads} thread{'s' if threads > 1 else ''}, {clock} seconds. {load()}\n"
     paths = sorted(folder.glob("*.npz")) if folder.is_dir() else []
     if not paths and set(parts) & {"joint", "gap", "row", "selection"}:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from cbs_opt import Budget, GradientFactor, Instance
-from cbs_opt.solvers.joint import swap_search as joint
 from cbs_opt.solvers.joint.tableau import Tableau
+from cbs_opt.solvers.joint.warm_up import warm_up_joint
 from cbs_opt.solvers.kernels import selection_numba as kernels
 from cbs_opt.solvers.kernels.warm_up import warm_up_selection
 from cbs_opt.solvers.problem.columns import Columns, DenseBlock
@@ -116,7 +116,7 @@ def test_pair_descent(benchmark: Any, n: int) -> None:
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 def test_joint_swap(benchmark: Any, sparsity: float) -> None:
     """The best swap of the tableau at n = 3,100, found and made."""
-    joint.warm_up()
+    warm_up_joint()
     n = 3100
     H = dense(n) + 1e-3 * np.eye(n)
     w = np.random.default_rng(2).standard_normal(n)

@@ -10,8 +10,12 @@ imports none of the others; `cbs_opt.solvers` and `cbs_opt.instances` import thi
 `cbs_opt.bench` imports all.
 """
 
-import logging
-from pathlib import Path
+from cbs_opt.early_signals import end_quietly_while_importing
+
+end_quietly_while_importing()
+
+import logging  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "solvers" / "__init__.py").is_file():

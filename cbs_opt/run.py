@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -63,7 +63,9 @@ class Run:
     processor_seconds: float
 
 
-def run_solver(solver: Solver, instance: Instance, context: Context) -> Run:
+def run_solver(
+    solver: Solver, instance: Instance, context: Context, prepared: Callable[[], None] = lambda: None
+) -> Run:
     """Prepare a solver, run it, and recompute the losses of its incumbent.
 
     Parameters
@@ -73,6 +75,8 @@ def run_solver(solver: Solver, instance: Instance, context: Context) -> Run:
     context : Context
         A fresh one; its monitor holds the rules of stopping, and its clock is the clock of the run. Without
         `threads` the libraries take one thread where all blocks are small, else all.
+    prepared : callable, optional
+        Called after the preparation, outside the solver's clock: to wait for kernels that compile beside it.
 
     Returns
     -------
@@ -97,11 +101,14 @@ def run_solver(solver: Solver, instance: Instance, context: Context) -> Run:
     with thread_limit(limit, solver.supports.batched):
         try:
             solver.prepare(instance, context)
+            prepared()
             build_seconds = monitor.elapsed
-            monitor.start()
-            status = solver.run(instance, context)
+            status = Status.CONVERGED
+            if monitor.reason is None:  # else told to stop while it prepared
+                monitor.start()
+                status = solver.run(instance, context)
         except Exception as failure:
-            error = failure
+            error, status = failure, Status.ERROR
         if build_seconds is None:
             build_seconds = monitor.elapsed
         else:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cbs_opt.bench.anytime import CLOCKS, Anytime
+from cbs_opt.bench.compilation import finish_compilation
 from cbs_opt.bench.peers import PEERS, MissingPeerError, Samplers, run_sampler
 from cbs_opt.bench.runs import store
 from cbs_opt.bench.runs.store import Key, Row, Trace
@@ -240,7 +241,7 @@ def _solver_row(task: Task, instance: Instance, should_stop: Callable[[], bool] 
         solver.check_supports(instance, context)
     except SolverError as error:
         raise _UnsupportedError(str(error)) from error
-    run, failure = run_solver(solver, instance, context), None
+    run, failure = run_solver(solver, instance, context, finish_compilation), None
     if run.error is not None:
         known = isinstance(run.error, CbsError)
         failure = str(run.error) if known else f"{type(run.error).__name__}: {run.error}"
@@ -316,7 +317,7 @@ def _warm_up(solver: str, parameters: str, objective: str, kind: str, threads: i
             return
         context = Context(objective, 0, Monitor(Stop(time_limit=SECONDS)), threads=threads)
         chosen = get_solver(solver)(json.loads(parameters))
-        run_solver(chosen, tiny, context)
+        run_solver(chosen, tiny, context, finish_compilation)
     except Exception:
         return
 

@@ -14,10 +14,11 @@ from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.joint.swap_search import JointSearch
+from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.search import Search
-from cbs_opt.solvers.trees.prove import MAX_WEIGHTS, Proof, Report, check_size, warm_up
+from cbs_opt.solvers.trees.prove import MAX_WEIGHTS, Proof, Report, check_size
 from cbs_opt.stop import Stop
 
 logger = logging.getLogger("cbs_opt")
@@ -61,9 +62,10 @@ class Exact(Solver):
         if self.parameters.certificate is not None:
             check_target(instance, self.parameters.certificate)
         check_size(instance, context.objective)
-        warm_up(context.objective)
         problem = SelectionProblem(instance) if context.objective == "selection" else JointProblem(instance)
         self._proof = Proof(problem)
+        heuristic = self.parameters.effort and problem.n >= self.parameters.heuristic
+        loading.request(*(context.objective,) * bool(heuristic), *self._proof.kernels)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Find a first incumbent, prove, and write the certificate if one is requested."""

@@ -25,7 +25,7 @@ from cbs_opt.solvers.joint.elimination import (
     UncoupledElimination,
 )
 from cbs_opt.solvers.joint.thinning import thinning_of
-from cbs_opt.solvers.kernels import joint_numba as kernels
+from cbs_opt.solvers.kernels import loading
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 logger = logging.getLogger("cbs_opt")
@@ -66,7 +66,7 @@ class BackwardElimination(Solver):
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile."""
-        warm_up()
+        loading.wait("joint", should_stop=context.monitor.should_stop)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Eliminate; when stopped early, the cheapest of the remaining weights complete the selection."""
@@ -288,10 +288,3 @@ def _thin_out(
         allowance -= taken
         open_budget -= taken
         state.drop(order)
-
-
-def warm_up() -> None:
-    """Compile the kernels."""
-    one, index = np.ones((1, 1)), np.zeros(1, dtype=np.int64)
-    kernels.eliminate(one, one.copy(), 0, np.ones(1), np.ones(1), np.ones(1, dtype=bool), -1, 1, index, np.ones(1))
-    kernels.subtract_from_rest(one, index, one.copy())

@@ -21,9 +21,8 @@ from cbs_opt.solvers.joint.bulk_exchange import exchange_in_bulk
 from cbs_opt.solvers.joint.lagrangian_bound import improve_bound
 from cbs_opt.solvers.joint.moves import KEPT_LIMIT, JointMoves
 from cbs_opt.solvers.joint.tableau import Tableau
-from cbs_opt.solvers.kernels.warm_up import compiling
+from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
-from cbs_opt.solvers.layers.warm_up import warm_up_layers
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.trees import prove
 from cbs_opt.typing import BoolArray
@@ -63,6 +62,9 @@ class JointParameters(Parameters):
         backward.BackwardParameters(self.stage)
 
 
+_AT_ONCE = 2e8  # operations of one joint loss up to which a first selection is reported before any search
+
+
 @register("joint")
 class JointSearch(Solver):
     """Minimise the joint loss: backward elimination, best-swap descent, tabu search; an iteration is a move.
@@ -88,17 +90,15 @@ class JointSearch(Solver):
         sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
         provable = prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop)
         if not provable and (layered := layered_instance(instance, "joint")) is not None:
-            warm_up_layers()
+            loading.wait("layers_joint", should_stop=context.monitor.should_stop)
             self._layered = layered
             return
-        with compiling():
-            backward.warm_up()
-            warm_up()
+        loading.request("joint")
         if provable:
             # The search itself reports what is wrong with an instance, and keeps its incumbent.
             with suppress(CbsError, np.linalg.LinAlgError):
-                prove.warm_up("joint")
                 self._proof = prove.Proof(JointProblem(instance))
+                loading.request(*self._proof.kernels)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Start, descend, and search until told to stop."""
@@ -106,6 +106,14 @@ class JointSearch(Solver):
         if self._layered is not None:
             return self._layered.run(context, self.parameters.bound_share if self.parameters.bound_steps else 0.0)
         pruned = context.warm_start
+        if pruned is not None:
+            monitor.report(joint_loss(instance, pruned), pruned)
+        elif float((instance.curvature.block_sizes.astype(np.float64) ** 3).sum()) <= _AT_ONCE:
+            score = instance.weights**2 / instance.curvature.inverse_diagonal()
+            first = instance.budget.cheapest(score, instance.fixed)
+            monitor.report(joint_loss(instance, first), first)
+        if not loading.wait("joint", should_stop=monitor.should_stop):
+            return Status.CONVERGED
         if pruned is None:
             pruned = backward.eliminate(instance, self.parameters.stage, monitor.should_stop, context.workers)
         monitor.report(joint_loss(instance, pruned), pruned)
@@ -238,15 +246,3 @@ def _shake(moves: JointMoves, rng: np.random.Generator, swaps: int) -> None:
         if costs[s] < 1e299 and gains[r] > -1e299:
             tableau.swap(r, s)
             moves.forget(k)
-
-
-def warm_up() -> None:
-    """Compile the kernels of the tableau."""
-    H = np.diag([1.0, 2.0, 3.0, 4.0])
-    kept, free = np.array([True, False, True, False]), np.ones(4, dtype=bool)
-    for group in (np.zeros(4, dtype=np.int64), np.array([0, 0, 1, 1])):
-        tableau = Tableau(H, np.ones(4), 1.0, kept, group, free)
-        for _ in range(2):  # the first search of all has nothing to bring up to date
-            r, s, _ = tableau.best_swap()
-            tableau.swap(r, s)
-        assert tableau.U.size

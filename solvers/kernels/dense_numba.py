@@ -5,17 +5,20 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-_FAST = {"reassoc", "contract", "arcp", "nsz"}  # sums may be reordered; infinities and NaN keep their meaning
-_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+from cbs_opt.solvers.kernels.compilation import entry, entry_fast, inner, inner_fast
 
-entry = njit(**_OPTIONS)
-"""A kernel that Python calls."""
-entry_fast = njit(**_OPTIONS, fastmath=_FAST)
-inner = njit(**_OPTIONS, no_cpython_wrapper=True)
-"""A kernel that only kernels call: without a wrapper for Python it compiles in half the time."""
-inner_fast = njit(**_OPTIONS, no_cpython_wrapper=True, fastmath=_FAST)
+__all__ = [
+    "axpy",
+    "cholesky",
+    "entry",
+    "entry_fast",
+    "inner",
+    "inner_fast",
+    "invert_factor",
+    "kth_largest",
+    "solve",
+]
 
 
 @inner_fast

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from cbs_opt.solvers.kernels.compilation import compiled, entry
 
 # Minima vectorise only where the order of comparisons and NaN do not matter; infinities stay in use as "never".
-_FAST = {"nnan", "nsz", "contract", "reassoc"}
+entry_minimum = compiled(fastmath={"nnan", "nsz", "contract", "reassoc"})
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST)
+@entry_minimum
 def best_swap(
     U: Any,
     q: int,
@@ -92,7 +93,7 @@ def best_swap(
     return best_r, best_s, best
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST)
+@entry_minimum
 def rank_two_update(U: Any, q: int, f: Any, left: Any, g: Any, right: Any, start: int, stop: int) -> None:
     """Subtract f leftᵀ + g rightᵀ from the first q columns of the rows start … stop-1 of U, in place."""
     for r in range(start, stop):
@@ -101,7 +102,7 @@ def rank_two_update(U: Any, q: int, f: Any, left: Any, g: Any, right: Any, start
             row[s] -= fr * left[s] + gr * right[s]
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST)
+@entry_minimum
 def subtract_from_rest(T: Any, left: Any, out: Any) -> None:
     """Replace `out` by T[left, left] − out, in one pass; T float64 (b, b), left int64 (l,), out float64 (l, l)."""
     for i in range(left.size):
@@ -110,7 +111,7 @@ def subtract_from_rest(T: Any, left: Any, out: Any) -> None:
             target[j] = source[left[j]] - target[j]
 
 
-@njit(cache=True, nogil=True)
+@entry
 def eliminate(
     T: Any, V: Any, done: int, x: Any, t: Any, removable: Any, forced: int, steps: int, order: Any, losses: Any
 ) -> int:

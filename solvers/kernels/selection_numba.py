@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-_SUM = {"reassoc", "contract", "nsz", "arcp"}  # lets sums run in vector registers
+from cbs_opt.solvers.kernels.compilation import entry, entry_fast, inner, inner_counted
+
 _ORDERED = ("nnan", "nsz")  # lets minima run in vector registers
 _CHUNK = 128
 _SHORT = 32  # where looking up costs more
@@ -30,7 +31,7 @@ def _least(typing_context: Any, a: Any, b: Any) -> Any:
     return types.float64(types.float64, types.float64), generate
 
 
-@njit(cache=True, nogil=True, fastmath=_SUM)
+@entry_fast
 def row_norms(rows: Any) -> Any:
     """Squared Euclidean norms of float32 rows, in float64."""
     n, m = rows.shape
@@ -44,7 +45,7 @@ def row_norms(rows: Any) -> Any:
     return out
 
 
-@njit(cache=True, nogil=True, fastmath=_SUM)
+@entry_fast
 def combine_rows(rows: Any, index: Any, value: Any) -> Any:
     """Sum of value[i] * rows[index[i]] in float64."""
     m = rows.shape[1]
@@ -57,7 +58,7 @@ def combine_rows(rows: Any, index: Any, value: Any) -> Any:
     return r
 
 
-@njit(cache=True, nogil=True, fastmath=_SUM)
+@entry_fast
 def add_dots(rows: Any, r: Any, out: Any) -> Any:
     """Add rows @ r to out, accumulated in float64."""
     n, m = rows.shape
@@ -69,7 +70,7 @@ def add_dots(rows: Any, r: Any, out: Any) -> Any:
         out[k] += t
 
 
-@njit(cache=True, nogil=True)
+@entry
 def add_rows(q: Any, index: Any, value: Any, out: Any) -> Any:
     """Add sum of value[i] * q[index[i]] to out."""
     n = q.shape[1]
@@ -80,7 +81,7 @@ def add_rows(q: Any, index: Any, value: Any, out: Any) -> Any:
             out[k] += v * row[k]
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _argmin(v: Any) -> Any:
     """First index of the least number."""
     m = np.inf
@@ -92,19 +93,20 @@ def _argmin(v: Any) -> Any:
     return k
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _add_scaled(h: Any, row: Any, s: Any) -> Any:
     for k in range(len(h)):
         h[k] += s * row[k]
 
 
-@njit(cache=True, nogil=True)
+@inner_counted
 def _cells_of_groups(block_cell: Any, cell_group: Any, n_groups: Any) -> Any:
     """Block of every cell, and the cells of every group as (start, cells), ascending."""
     n_cells = len(cell_group)
     cell_block = np.empty(n_cells, np.int64)
     for b in range(len(block_cell) - 1):
-        cell_block[block_cell[b] : block_cell[b + 1]] = b
+        for c in range(block_cell[b], block_cell[b + 1]):
+            cell_block[c] = b
     start = np.zeros(n_groups + 2, np.int64)
     for c in range(n_cells):
         start[cell_group[c] + 2] += 1
@@ -118,7 +120,7 @@ def _cells_of_groups(block_cell: Any, cell_group: Any, n_groups: Any) -> Any:
     return cell_block, start[: n_groups + 1], cells
 
 
-@njit(cache=True, nogil=True)
+@inner_counted
 def _row(q: Any, q_start: Any, block_start: Any, b: Any, k: Any) -> Any:
     """Row of the core matrix that belongs to variable k of block b."""
     size = block_start[b + 1] - block_start[b]
@@ -126,7 +128,7 @@ def _row(q: Any, q_start: Any, block_start: Any, b: Any, k: Any) -> Any:
     return q[o : o + size]
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _gaps(
     cell_group: Any, group_start: Any, group_cells: Any, low: Any, high: Any, first: Any, last: Any, gap: Any
 ) -> Any:
@@ -141,7 +143,7 @@ def _gaps(
         gap[g] = lo + hi
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _costs(h: Any, drop: Any, add: Any, start: Any, first: Any, last: Any, out_drop: Any, out_add: Any) -> Any:
     """Least drop - h and least add + h of the cells from `first` to `last`, into `out_drop` and `out_add`."""
     for c in range(first, last):
@@ -158,7 +160,7 @@ def _costs(h: Any, drop: Any, add: Any, start: Any, first: Any, last: Any, out_d
         out_add[c] = va
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _exchange(h: Any, row: Any, other: Any, move: Any, cost: Any) -> Any:
     """Add move (row - other) to h; returns the least cost + h and an index from which to look for it."""
     n = len(h)
@@ -180,7 +182,7 @@ def _exchange(h: Any, row: Any, other: Any, move: Any, cost: Any) -> Any:
     return best, at
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@inner
 def _partner(h: Any, x: Any, curvature: Any, row: Any, hi: Any, ci: Any, cap: Any, tol: Any, best: Any) -> Any:
     """Greatest gain above `best` of moving mass from one of these variables to one with gradient hi.
 
@@ -223,7 +225,7 @@ def _partner(h: Any, x: Any, curvature: Any, row: Any, hi: Any, ci: Any, cap: An
     return best, j, move
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@entry
 def pair_descent(
     q: Any,
     q_start: Any,
@@ -248,13 +250,11 @@ def pair_descent(
     n_cells = len(cell_group)
     cell_block, group_start, group_cells = _cells_of_groups(block_cell, cell_group, n_groups)
     # Infinite where x cannot fall or rise.
-    drop = np.zeros(len(x))
-    add = np.zeros(len(x))
+    drop = np.empty(len(x))
+    add = np.empty(len(x))
     for k in range(len(x)):
-        if not x[k] > 0.0:
-            drop[k] = np.inf
-        if not x[k] < 1.0:
-            add[k] = np.inf
+        drop[k] = 0.0 if x[k] > 0.0 else np.inf
+        add[k] = 0.0 if x[k] < 1.0 else np.inf
     low = np.empty(n_cells)  # least h among x < 1
     high = np.empty(n_cells)  # minus the greatest h among x > 0
     _costs(h, drop, add, cell_start, 0, n_cells, high, low)
@@ -340,7 +340,7 @@ def pair_descent(
     return steps
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _mix(state: Any) -> Any:
     """One step of the splitmix64 generator: new state and a 63-bit value."""
     state = state + np.uint64(0x9E3779B97F4A7C15)
@@ -350,7 +350,7 @@ def _mix(state: Any) -> Any:
     return state, z ^ (z >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _add_row(h: Any, row: Any, s: Any, cost: Any) -> Any:
     """Add s row to h, s = ±1; returns the least cost - s h and an index from which to look for it."""
     best = np.inf
@@ -370,7 +370,7 @@ def _add_row(h: Any, row: Any, s: Any, cost: Any) -> Any:
     return best, at
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _find(h: Any, s: Any, cost: Any, v: Any, k: Any, stop: Any) -> Any:
     """First index from k on at which cost - s h is v."""
     while k < stop - 1 and cost[k] - s * h[k] != v:
@@ -378,7 +378,7 @@ def _find(h: Any, s: Any, cost: Any, v: Any, k: Any, stop: Any) -> Any:
     return k
 
 
-@njit(cache=True, nogil=True)
+@entry
 def tabu_swaps(
     q: Any,
     q_start: Any,
@@ -412,14 +412,18 @@ def tabu_swaps(
     cell_block, group_start, group_cells = _cells_of_groups(block_cell, cell_group, n_groups)
     # Costs but for h, infinite where the move is not allowed; chains of tabu variables by the time of release.
     n = len(y)
-    drop = np.full(n, np.inf)
-    add = np.full(n, np.inf)
+    drop = np.empty(n)
+    add = np.empty(n)
     after = np.empty(n, np.int64)
     turn = 2 * tenure + 1
     for k in range(n):
         turn = max(turn, release[k] - clock + 1)
-    chain = np.full(turn, -1)
+    chain = np.empty(turn, np.int64)
+    for k in range(turn):
+        chain[k] = -1
     for k in range(n):
+        drop[k] = np.inf
+        add[k] = np.inf
         if release[k] > clock:
             after[k] = chain[release[k] % turn]
             chain[release[k] % turn] = k
@@ -430,7 +434,9 @@ def tabu_swaps(
     low = np.empty(n_cells)
     high = np.empty(n_cells)
     gap = np.empty(n_groups)
-    look = cell_start[:-1].copy()
+    look = np.empty(n_cells, np.int64)
+    for c in range(n_cells):
+        look[c] = cell_start[c]
     _costs(h, drop, add, cell_start, 0, n_cells, low, high)
     _gaps(cell_group, group_start, group_cells, low, high, 0, n_cells, gap)
     for _ in range(steps):
@@ -444,7 +450,13 @@ def tabu_swaps(
                 b += 1
             c = block_cell[b]
             if n_groups > 1:
-                c += np.searchsorted(cell_start[c : block_cell[b + 1] + 1], k, side="right") - 1
+                after_last = block_cell[b + 1]
+                while after_last - c > 1:
+                    middle = (c + after_last) // 2
+                    if cell_start[middle] <= k:
+                        c = middle
+                    else:
+                        after_last = middle
             if y[k] == 1:
                 drop[k] = half[k]
                 v = half[k] - h[k]
@@ -511,7 +523,8 @@ def tabu_swaps(
             for b in (bi, bj):
                 _costs(h, drop, add, cell_start, block_cell[b], block_cell[b + 1], low, high)
                 _gaps(cell_group, group_start, group_cells, low, high, block_cell[b], block_cell[b + 1], gap)
-                look[block_cell[b] : block_cell[b + 1]] = cell_start[block_cell[b] : block_cell[b + 1]]
+                for c in range(block_cell[b], block_cell[b + 1]):
+                    look[c] = cell_start[c]
                 if bi == bj:
                     break
         f += gain + cost
@@ -526,6 +539,7 @@ def tabu_swaps(
             chain[release[j] % turn] = j
         if f < f_best - 1e-12 * abs(f_best):
             f_best = f
-            best[:] = y
+            for k in range(n):
+                best[k] = y[k]
             idle = 0
     return f, f_best, clock, rng, idle

@@ -13,12 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-_SUM = {"reassoc", "contract", "nsz", "arcp"}  # lets sums run in vector registers
+from cbs_opt.solvers.kernels.compilation import entry, inner, inner_fast
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _best_value(x: Any, h: Any, bend: Any) -> Any:
     """Minimiser in [0, 1] of h (z − x) + bend/2 (z − x)²; x itself where nothing gains."""
     if bend > 0.0:
@@ -30,7 +29,7 @@ def _best_value(x: Any, h: Any, bend: Any) -> Any:
     return 0.0 if down < up else 1.0
 
 
-@njit(cache=True, nogil=True, fastmath=_SUM)
+@inner_fast
 def _dot(row: Any, r: Any) -> Any:
     v = 0.0
     for s in range(len(r)):
@@ -38,13 +37,13 @@ def _dot(row: Any, r: Any) -> Any:
     return v
 
 
-@njit(cache=True, nogil=True, fastmath=_SUM)
+@inner_fast
 def _axpy(a: Any, row: Any, r: Any) -> None:
     for s in range(len(r)):
         r[s] += a * row[s]
 
 
-@njit(cache=True, nogil=True)
+@entry
 def sweep_factor(
     rows: Any,
     ridge: Any,
@@ -87,7 +86,7 @@ def sweep_factor(
     return kept, gain
 
 
-@njit(cache=True, nogil=True)
+@entry
 def sweep_dense(
     q: Any,
     g: Any,
@@ -129,7 +128,7 @@ def sweep_dense(
     return kept, gain
 
 
-@njit(cache=True, nogil=True)
+@entry
 def sweep_diagonal(
     diagonal: Any,
     linear: Any,
@@ -168,7 +167,7 @@ def sweep_diagonal(
     return kept, gain
 
 
-@njit(cache=True, nogil=True)
+@entry
 def scaled_transpose(gradients: Any, index: Any, factor: Any, rows: Any) -> None:
     """rows[i] = factor[i] * gradients[:, index[i]], in tiles that fit the cache."""
     m = gradients.shape[0]
@@ -181,14 +180,14 @@ def scaled_transpose(gradients: Any, index: Any, factor: Any, rows: Any) -> None
                 rows[i, s] = row[index[i]] * factor[i]
 
 
-@njit(cache=True, nogil=True)
+@entry
 def project(gradients: Any, start: Any, v: Any, out: Any) -> None:
     """Out = gradients[:, start : start + len(v)] @ v, in float64."""
     for s in range(gradients.shape[0]):
         out[s] = _dot(gradients[s, start : start + len(v)], v)
 
 
-@njit(cache=True, nogil=True)
+@entry
 def back_project(gradients: Any, start: Any, r: Any, out: Any) -> None:
     """Out = rᵀ gradients[:, start : start + len(out)], in float64."""
     out[:] = 0.0

@@ -28,13 +28,18 @@ def compiling() -> Iterator[None]:
         timer.cancel()
 
 
-def warm_up_selection() -> None:
-    """Compile, or load from the cache, every kernel with the types that it is called with."""
+def warm_up_products(gradients: bool) -> None:
+    """Compile, or load from the cache, products with Q: of dense blocks, or of rows of gradients."""
     with compiling():
-        _selection_kernels()
+        kernels.add_rows(np.eye(2), np.array([0]), np.ones(1), np.zeros(2))
+        if gradients:
+            for rows in (np.eye(2), np.eye(2, dtype=np.float32)):
+                kernels.row_norms(rows)
+                kernels.add_dots(rows, kernels.combine_rows(rows, np.array([0]), np.ones(1)), np.zeros(2))
 
 
-def _selection_kernels() -> None:
+def warm_up_selection() -> None:
+    """Compile, or load from the cache, every kernel of a core with the types that it is called with."""
     q, start, cells = np.eye(2).ravel(), np.array([0, 2]), np.array([0, 2])
     layout = (q, np.array([0, 4]), start, np.array([0, 1]), cells, np.zeros(1, dtype=np.int64), 1)
     half, h = np.full(2, 0.5), np.array([1.0, 0.0])
@@ -42,7 +47,3 @@ def _selection_kernels() -> None:
     y = np.array([1, 0], dtype=np.int8)
     release = np.zeros(2, dtype=np.int64)
     kernels.tabu_swaps(*layout, half, y, h, 0.5, y.copy(), 0.5, release, 0, 1, 1, 1, np.uint64(1), 0)
-    for rows in (np.eye(2), np.eye(2, dtype=np.float32)):
-        kernels.row_norms(rows)
-        kernels.add_dots(rows, kernels.combine_rows(rows, np.array([0]), np.ones(1)), np.zeros(2))
-    kernels.add_rows(np.eye(2), np.array([0]), np.ones(1), np.zeros(2))

@@ -10,14 +10,13 @@ h_κᵀB_κκ⁻¹h_κ grows by (residual of i)² / pivot. Pivots and coefficien
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+from cbs_opt.solvers.kernels.compilation import compiled, entry
+
 _FAST = {"nnan", "nsz", "contract", "reassoc"}
 
-entry = njit(**_OPTIONS)
-entry_fast = njit(**_OPTIONS, fastmath=_FAST)
-inner_fast = njit(**_OPTIONS, no_cpython_wrapper=True, fastmath=_FAST)
+entry_fast = compiled(fastmath=_FAST)
+inner_fast = compiled(no_cpython_wrapper=True, fastmath=_FAST)
 
 
 @entry

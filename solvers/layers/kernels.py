@@ -13,14 +13,13 @@ the last moves as a list of vectors, which is multiplied out when it is full.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from cbs_opt.solvers.kernels.compilation import compiled, entry
 
 _FAST = {"nnan", "nsz", "contract", "reassoc"}
-_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 
-entry = njit(**_OPTIONS)
-inner = njit(**_OPTIONS, no_cpython_wrapper=True)
-inner_fast = njit(**_OPTIONS, no_cpython_wrapper=True, fastmath=_FAST)
+inner = compiled(no_cpython_wrapper=True)
+inner_fast = compiled(no_cpython_wrapper=True, fastmath=_FAST)
 
 NEVER = 1e299
 """The price of what is not allowed."""

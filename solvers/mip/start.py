@@ -12,7 +12,8 @@ from cbs_opt.instance import Instance
 from cbs_opt.monitor import Monitor
 from cbs_opt.solver import Context
 from cbs_opt.solvers.joint.swap_search import JointSearch
-from cbs_opt.solvers.kernels.warm_up import compiling, warm_up_selection
+from cbs_opt.solvers.kernels import loading
+from cbs_opt.solvers.kernels.warm_up import warm_up_products
 from cbs_opt.solvers.mip.joint_model import ScaledJoint, start_joint
 from cbs_opt.solvers.mip.joint_outer import JointOuterModel
 from cbs_opt.solvers.mip.selection_model import LinearModel, check_open_weights
@@ -21,7 +22,6 @@ from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.solvers.selection.search import Search
-from cbs_opt.solvers.trees.joint_diagonal import best_diagonal
 from cbs_opt.solvers.trees.prove import check_size
 from cbs_opt.stop import Stop
 from cbs_opt.typing import FloatArray
@@ -83,14 +83,13 @@ class Start:
         if self.joint:
             check_open_weights(instance.n if instance.fixed is None else int((instance.fixed == 0).sum()))
             check_size(instance, "joint")
-            with compiling():
-                one = np.eye(2)
-                best_diagonal(one, one, np.ones(2), np.array([0, 2]), np.array([1]), 1.0, passes=1)
+            loading.wait("joint_tables", should_stop=context.monitor.should_stop)
             self._joint = JointProblem(instance)
             if heuristic:
                 self._heuristic = JointSearch({"bound_steps": 0})
         else:
-            warm_up_selection()
+            loading.wait("selection", should_stop=context.monitor.should_stop)
+            warm_up_products(instance.curvature.as_factor() is not None)
             self._selection = SelectionProblem(instance)
             check_open_weights(self._selection.n)
             if heuristic:

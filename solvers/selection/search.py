@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Solver
-from cbs_opt.solvers.kernels.warm_up import warm_up_selection
-from cbs_opt.solvers.kernels.warm_up_sweeps import warm_up_sweeps
+from cbs_opt.solvers.kernels import loading
+from cbs_opt.solvers.kernels.warm_up import warm_up_products
 from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
-from cbs_opt.solvers.layers.warm_up import warm_up_layers
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem, Storage
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent, candidate_swaps
 from cbs_opt.solvers.selection.parameters import SearchParameters
@@ -19,6 +20,8 @@ from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.solvers.selection.sweep_search import SweepSearch, is_large, is_split
 from cbs_opt.solvers.trees import prove
 from cbs_opt.typing import FloatArray, IntArray
+
+logger = logging.getLogger("cbs_opt")
 
 PATH = (0.1, 0.03, 0.01, 3e-3, 1e-3)
 """Concave weights of the path that leads to the relaxation from which cores and starts are taken."""
@@ -64,18 +67,21 @@ class Search(Solver):
         """Compile, presolve, build columns; or find out that the rows of layers share Hessians."""
         self._layered = self._layers(instance, context)
         if self._layered is not None:
-            warm_up_layers()
+            loading.wait("layers_selection", should_stop=context.monitor.should_stop)
             return
-        warm_up_selection()
+        loading.request("selection")
+        warm_up_products(instance.curvature.as_factor() is not None)
         given = self.parameters
         storage = Storage(given.dense_bytes, given.double_bytes, given.threaded_gradients)
         self._problem = SelectionProblem(instance, context.threads, storage)
-        if self._problem.threaded or is_large(self._problem, given.large):  # loading them takes most of a second
-            warm_up_sweeps()
+        if self._problem.threaded:
+            loading.wait("sweeps", should_stop=context.monitor.should_stop)
+        elif is_large(self._problem, given.large):  # loading them takes most of a second
+            loading.request("sweeps")
         self._proof: prove.Proof | None = None
         if self._is_provable(context):
-            prove.warm_up("selection")
             self._proof = prove.Proof(self._problem)
+            loading.request(*self._proof.kernels)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Search until told to stop, or until nothing improves any more."""
@@ -152,10 +158,12 @@ class _Run:
             return
         if monitor.should_stop():
             return
+        large = is_large(problem, self.parameters.large)
+        if not self._wait("selection", *("sweeps",) * (self.split or large)):
+            return
         if self.split:
             self._search_blocks()
             return
-        large = is_large(problem, self.parameters.large)
         deepen = _DEEPEN_ROUNDS_LARGE if large else _DEEPEN_ROUNDS
         relaxed = self._sweep() if large else self._path()
         if monitor.should_stop():
@@ -188,6 +196,24 @@ class _Run:
                 return
             if epochs is not None and epoch >= epochs:
                 return
+
+    def _wait(self, *kernels: str) -> bool:
+        """Wait for kernels; False when told to stop before they are there.
+
+        Meanwhile swaps that need none improve the first selection. It counts only where the run ends here: what a
+        seed leads to must not depend on whether there was a wait.
+        """
+        monitor = self.monitor
+        if loading.is_loaded(*kernels):
+            return loading.wait(*kernels, should_stop=monitor.should_stop)
+        point = self.point.copy()
+        candidate_swaps(point, lambda: loading.is_loaded(*kernels) or monitor.should_stop(), limit=10**6)
+        value = self.problem.objective(point.y)
+        logger.info(f"a selection of loss {value:.6e} stands, by swaps without compiled kernels")
+        if loading.wait(*kernels, should_stop=monitor.should_stop):
+            return True
+        monitor.report(value, self.problem.expand(point.y))
+        return False
 
     def _sweeps(self) -> SweepSearch:
         seed = int(self.rng.integers(2**62))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from cbs_opt.instance import Instance
 from cbs_opt.monitor import Monitor
 from cbs_opt.result import Status
 from cbs_opt.solver import Context
+from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
@@ -128,6 +128,12 @@ class Proof:
         if max(sizes, default=0) > MAX_WEIGHTS:
             raise _too_large(max(sizes), "a block")
 
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Units of `kernels.loading` that a proof needs."""
+        kind = "selection" if isinstance(self.problem, SelectionProblem) else "joint"
+        return f"{kind}_tree", f"{kind}_tables"
+
     def start(self, context: Context) -> None:
         """Report first selections."""
         report = Report(self.problem, context.monitor)
@@ -146,6 +152,8 @@ class Proof:
             # The first selection has the cheapest weights of each group.
             Report(problem, monitor).bound(problem.certified_bound(np.zeros(problem.n)))
             return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+        if not loading.wait(*self.kernels, should_stop=monitor.should_stop):
+            return Status.CONVERGED
         solve = self._one_tree if self.one_tree else self._tables
         tolerance = TOLERANCE
         for _ in range(_ATTEMPTS):
@@ -297,28 +305,3 @@ def _limited_monitor(outer: Monitor) -> Monitor:
     if outer.bound is not None:
         inner.report_bound(outer.bound)
     return inner
-
-
-def warm_up(objective: str) -> None:
-    """Compile the kernels of an objective, by a small problem of every kind."""
-    rng = np.random.default_rng(0)
-    G = rng.standard_normal((16, 14))
-    H, w, group = G.T @ G, rng.standard_normal(14), np.zeros(14, np.int64)
-    never: Callable[[], bool] = lambda: False  # noqa: E731
-    tree: Any
-    if objective == "selection":
-        Q = H * w[:, None] * w
-        tree = prepare_selection(Q, np.zeros(14), group, np.array([7]), [])
-        table: Table = SelectionTable(Q[:3, :3], w[:3])
-        second: Table = SelectionTable(Q[:3, :3], w[:3])
-    else:
-        A = np.asarray(np.linalg.inv(H), np.float64)
-        tree = prepare_joint(A, H, w, group, np.array([7]), [])
-        inverse = np.asarray(np.linalg.inv(A[:3, :3]), np.float64)
-        table, second = (JointTable(A[:3, :3], inverse, w[:3]) for _ in range(2))
-    worker = tree.queue.new_worker(np.array([np.inf]))
-    worker.load(tree.queue.best_open())
-    worker.better_diagonal()
-    tree.queue.run(never)
-    tree.value()
-    BlockSearch([table, second], 3, TOLERANCE).run(never, never)

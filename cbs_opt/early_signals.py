@@ -1,0 +1,39 @@
+"""What Ctrl-C does before a command has set its own handlers. Imports nothing that takes time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+_PREFIX = "cbs-"
+"""How the names of our commands begin."""
+
+
+def end_quietly_while_importing() -> None:
+    """Let Ctrl-C end a command of this package without a traceback while it still imports; code 130.
+
+    Imports take most of a second, and the handlers of a command come after them. In a process that merely imports
+    the package nothing changes.
+    """
+    if is_command(sys.argv, sys.orig_argv) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _end)
+
+
+def is_command(argv: list[str], original: list[str]) -> bool:
+    """Whether a process with these arguments is one of our commands, by its script or as ``python -m cbs_opt.…``.
+
+    While a package is imported for ``-m`` the first argument is still ``-m`` itself.
+    """
+    if argv and os.path.basename(argv[0]).startswith(_PREFIX):  # noqa: PTH119
+        return True
+    if not argv or argv[0] != "-m" or "-m" not in original:
+        return False
+    after = original[original.index("-m") + 1 :]
+    return bool(after) and after[0].startswith(("cbs_opt.cli.", "cbs_opt.bench."))
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os._exit(130)
