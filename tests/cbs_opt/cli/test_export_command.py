@@ -148,7 +148,7 @@ def test_a_network_of_the_package_in_a_process_of_its_own(tmp_path, run):
         (["mynet_export:network", "-o", "instance.npz"], 2, "provides no data"),
         (["mlpnet", "-o", "instance.npz", "--data", "images.npz"], 2, "`--checkpoint` is needed for 'mlpnet'"),
         (["mlpnet", "-o", "instance.npz", "--checkpoint", "mine.pt"], 2, "`--data` is needed for 'mlpnet'"),
-        (["lenet", "-o", "i.npz", "--data", "images.npz", "--checkpoint", "mine.pt"], 2, "'lenet' is not a known network"),
+        (["lenet", "-o", "i.npz", "--data", "images.npz", "--checkpoint", "mine.pt"], 2, "'lenet' is not a known"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, code, message, folder, capsys):
