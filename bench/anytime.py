@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cbs_opt import Context, Instance, Monitor, Stop, get_solver, joint_loss, selection_loss
-from cbs_opt.bench.compilation import finish_compilation
 from cbs_opt.bench.reports import canvas
+from cbs_opt.compilation import finish_compilation
 from cbs_opt.run import run_solver
 from cbs_opt.typing import BoolArray
 

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cbs_opt.bench.anytime import CLOCKS, Anytime
-from cbs_opt.bench.compilation import finish_compilation
 from cbs_opt.bench.peers import PEERS, MissingPeerError, Samplers, run_sampler
 from cbs_opt.bench.runs import store
 from cbs_opt.bench.runs.store import Key, Row, Trace
 from cbs_opt.bench.runs.warm_up import SECONDS, tiny_instance
+from cbs_opt.compilation import finish_compilation
 from cbs_opt.errors import CbsError, InstanceError, SolverError
 from cbs_opt.files import read_instance
 from cbs_opt.instance import Instance

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cbs_opt.arguments import as_solver
+from cbs_opt.compilation import finish_compilation
 from cbs_opt.errors import CbsError, SolverError
 from cbs_opt.instance import Instance
 from cbs_opt.losses import evaluate
@@ -38,7 +39,6 @@ _NEEDS: Mapping[str, Callable[[Instance], bool]] = {
 }
 _GRACE = 5.0  # seconds that a run with a limit of 0.2 s may take, on a busy machine too
 _BROKEN = (Status.ERROR, Status.INTERRUPTED)
-_COMPILATION = 300.0  # seconds that the first runs may take on a busy machine, where kernels compile
 
 
 def _within(seconds: float) -> Stop:
@@ -141,7 +141,8 @@ class _Contract:
             self._warm = True
             for case in ("hessian", "gradients, blocks", "shared, everything"):
                 with contextlib.suppress(CbsError):
-                    self.solve(make_problem(0, **CASES[case]).instance, _within(_COMPILATION))
+                    self.solve(make_problem(0, **CASES[case]).instance)
+                finish_compilation()
         if stop is None:
             stop = _within(self.patience)
         return solve(
