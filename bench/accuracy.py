@@ -1,7 +1,8 @@
 """Accuracy of a pruned network: `python -m cbs_opt.bench.accuracy INSTANCE.npz --checkpoint FILE --data PATH`.
 
-For every sparsity and every way of choosing and updating, the network of an exported instance is pruned one-shot,
-without any training, and scored on test images: the columns of the tables 1 to 5 of the CBS paper and of ours.
+For every sparsity and every method of selection and update, the network of an exported instance is pruned
+one-shot, without any training, and scored on test images: the columns of the tables 1 to 5 of the CBS paper and
+of ours.
 
 No view of `cbs-bench`: a store holds losses of the quadratic model, not selections to apply to a network.
 """
@@ -32,7 +33,7 @@ SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
 class Way(NamedTuple):
-    """A way of pruning: its name in the paper, solver, objective, whether the kept weights move, its colour."""
+    """A pruning method: its name in the paper, solver, objective, whether kept weights change, its colour."""
 
     paper: str
     solver: str
@@ -189,12 +190,12 @@ def _main(arguments: list[str]) -> int:
     from cbs_opt.instances.networks import is_factory, load_network
 
     parser = Parser(
-        "python -m cbs_opt.bench.accuracy", "Accuracy of a network over sparsity, pruned in several ways."
+        "python -m cbs_opt.bench.accuracy", "Accuracy of a network over sparsity, pruned by several methods."
     )
     add = parser.add_argument
     add("instance", type=Path, metavar="INSTANCE.npz", help="exported by cbs-export")
-    add("--network", metavar="NAME|module:factory", help="default: what the instance says")
-    add("--checkpoint", type=Path, metavar="FILE", help="default: what a factory returns")
+    add("--network", metavar="NAME|module:factory", help="default: as in the instance")
+    add("--checkpoint", type=Path, metavar="FILE", help="default: as returned by a factory")
     add("--data", metavar="PATH", help="test images; default: a factory's own")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     add("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="F")

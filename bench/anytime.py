@@ -1,4 +1,4 @@
-"""What a solver has at given times: snapshots of its incumbent and bound, and tables of them over seeds."""
+"""Incumbents and bounds of a solver at given times, and tables of them over seeds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cbs_opt import Context, Instance, Monitor, Stop, get_solver, joint_loss, selection_loss
-from cbs_opt.bench.compilation import finish_compilation
 from cbs_opt.bench.reports import canvas
+from cbs_opt.compilation import finish_compilation
 from cbs_opt.run import run_solver
 from cbs_opt.typing import BoolArray
 
@@ -47,12 +47,12 @@ class Anytime:
         return bisect.bisect_right(self.seconds, seconds) - 1
 
     def at(self, seconds: float) -> BoolArray | None:
-        """The incumbent after so many seconds, bool (n,), or None."""
+        """The incumbent after the given number of seconds, bool (n,), or None."""
         k = self._last(seconds)
         return None if k < 0 else self.selections[k]
 
     def bound_at(self, seconds: float) -> float | None:
-        """The bound after so many seconds, or None."""
+        """The bound after the given number of seconds, or None."""
         k = self._last(seconds)
         return None if k < 0 else self.bounds[k]
 
@@ -67,7 +67,7 @@ def run_for(
     threads: int = 1,
     clock: str = "wall",
 ) -> Anytime:
-    """Run a solver for so many seconds after an untimed warm-up of one iteration.
+    """Run a solver for the given time after an untimed warm-up of one iteration.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Thresholding and coordinate descent on the joint loss, after CHITA: a peer of `joint`, written anew.
+"""Thresholding and coordinate descent on the joint loss, after CHITA: our own implementation, for comparison.
 
 Benbaki, Chen, Meng, Hazimeh, Ponomareva, Zhao, Mazumder: Fast as CHITA: Neural Network Pruning with
 Combinatorial Optimization. ICML 2023. The problem is min ½‖A(β − w̄)‖² + ½λ‖β − w̄‖² with A = G/√m and at most

@@ -1,8 +1,8 @@
-"""What a user of a new machine waits for: `python -m cbs_opt.bench.first_minute` prints a Markdown table.
+"""Waiting times on a new machine: `python -m cbs_opt.bench.first_minute` prints a Markdown table.
 
 Every run is a fresh process with an empty cache of compiled kernels. Seconds count from the start of the process
-to the first selection, and to what the README promises of the solver; processor seconds are those of the process
-and of all processes that it starts.
+to the first selection, and to the result that the README states for the solver; processor seconds are those of
+the process and of all processes that it starts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Peers of `solvers.layers` on one layer, written anew from their papers.
+"""Other methods for one layer, implemented from their papers, for comparison with `solvers.layers`.
 
 - Wanda, Sun et al., 2306.11695: prune the least |w| √S_ii; no update.
 - SparseGPT, Frantar and Alistarh, 2301.00774: one pass over the columns with the Cholesky factor of S⁻¹; the mask

@@ -1,9 +1,10 @@
 """Layers against their peers: `python -m cbs_opt.bench.layers FOLDER` prints Markdown tables.
 
-`solvers.layers` beside magnitude, SparseGPT and ALPS (`cbs_opt.bench.layer_peers`) on layers of networks, at the
-peers' own time and later, its certified gap, the selection problem beside Wanda with 1-swaps, and generated large
-layers. FOLDER holds `.npz` files of `weight` (rows, K) and `covariance` (K, K); the Hessian is the covariance plus
-a hundredth of its mean diagonal. Errors are relative, Σ (ŵ − w)ᵀH(ŵ − w) / Σ wᵀHw, recomputed in float64.
+`solvers.layers` compared with magnitude, SparseGPT and ALPS (`cbs_opt.bench.layer_peers`) on layers of networks,
+at the peers' own time and later, its certified gap, the selection problem compared with Wanda with 1-swaps, and
+generated large layers. FOLDER holds `.npz` files of `weight` (rows, K) and `covariance` (K, K); the Hessian is
+the covariance plus a hundredth of its mean diagonal. Errors are relative, Σ (ŵ − w)ᵀH(ŵ − w) / Σ wᵀHw, recomputed
+in float64.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Case:
         return Timed(self.error(weights), seconds)
 
     def solve(self, budget: LayerBudget, seconds: float, **options: object) -> LayerSolution:
-        """Our own answer after so many seconds."""
+        """Our own answer after the given number of seconds."""
         return solve_layers(
             [self.layer],
             budget,
@@ -82,7 +83,7 @@ class Case:
         )
 
     def error_at(self, solution: LayerSolution, seconds: float) -> float:
-        """Relative error of the incumbent after so many seconds; infinite before the first."""
+        """Relative error of the incumbent after the given number of seconds; infinite before the first."""
         found = [objective for at, objective, _ in solution.history if at <= seconds and objective is not None]
         return 2 * min(found, default=np.inf) / self.reference
 
@@ -144,7 +145,7 @@ def joint_rows(case: Case, sparsities: Sequence[float], seconds: float) -> list[
 
 
 def gap_rows(case: Case, sparsities: Sequence[float], seconds: float) -> list[list[object]]:
-    """Objective, bound and gap after so many seconds."""
+    """Objective, bound and gap after the given number of seconds."""
     out: list[list[object]] = []
     for sparsity in sparsities:
         count = int(np.ceil(sparsity * case.weights.size))
@@ -233,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    parser = Parser("python -m cbs_opt.bench.layers", "Print the errors and gaps of layers beside their peers.")
+    parser = Parser("python -m cbs_opt.bench.layers", "Print errors and gaps of layers and of other methods.")
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="layers as .npz files of `weight` and `covariance`")
     add("--parts", choices=PARTS, nargs="+", default=["joint", "gap", "row", "selection"], metavar="PART")

@@ -1,4 +1,4 @@
-"""Outside samplers on the selection problem: tabu search and simulated annealing of dwave-samplers on a QUBO.
+"""External samplers on the selection problem: tabu search and simulated annealing of dwave-samplers on a QUBO.
 
 The budget becomes a penalty, E(y) = ½yᵀQy + cᵀy + A(Σy − p)², and a sample is repaired to the budget by greedy
 drops or additions. Both samplers see Q divided by the mean price of a pruned weight in the magnitude selection, so

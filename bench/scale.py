@@ -1,4 +1,4 @@
-"""Seconds and memory on an instance as large as MLPNet: `python -m cbs_opt.bench.scale` prints a Markdown table.
+"""Time and memory on an instance as large as MLPNet: `python -m cbs_opt.bench.scale` prints a Markdown table.
 
 Random weights and gradients, one block. The evaluator goes first, so that the peak of its memory is known
 before torch is loaded. No view of `cbs-bench`: rows hold neither memory nor the evaluator's seconds.

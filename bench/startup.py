@@ -1,8 +1,8 @@
-"""Seconds that a user waits: `python -m cbs_opt.bench.startup` prints a Markdown table.
+"""Start-up times as a user experiences them: `python -m cbs_opt.bench.startup` prints a Markdown table.
 
 Everything is measured in fresh processes from their start to their end, so that the interpreter, imports and
 reading count. "First run" means with empty caches of bytecode and compiled kernels. The processor's seconds, of
-all threads, tell what is left of a figure on a machine that nobody else uses.
+all threads, show what remains of a figure on an idle machine.
 
 No view of `cbs-bench`: it measures within a process, after imports and warm-up.
 """

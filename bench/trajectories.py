@@ -1,4 +1,4 @@
-"""Objective over time, one line a solver: `python -m cbs_opt.bench.trajectories INSTANCE.npz -o picture.png`."""
+"""Objective over time, one line per solver: `python -m cbs_opt.bench.trajectories INSTANCE.npz -o picture.png`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def draw(results: Mapping[str, Row], title: str) -> Figure:
     Parameters
     ----------
     results : mapping of str to Row
-        Runs by the names that stand beside their lines.
+        Runs by the labels of their lines.
     title : str
 
     Returns

@@ -5,7 +5,7 @@
 >>> result = cbs_opt.solve(instance, "cbs", seed=0)            # doctest: +SKIP
 >>> result.objective, result.gap                               # doctest: +SKIP
 
-The package is four rooms. This one, `cbs_opt`, holds the problem, the file formats and the command lines and
+The package has four parts. This one, `cbs_opt`, holds the problem, the file formats and the command lines. It
 imports none of the others; `cbs_opt.solvers` and `cbs_opt.instances` import this one but not each other;
 `cbs_opt.bench` imports all.
 """
@@ -19,7 +19,7 @@ from pathlib import Path  # noqa: E402
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "solvers" / "__init__.py").is_file():
-    __path__.append(str(_root))  # a checkout: the other three rooms are folders beside this one
+    __path__.append(str(_root))  # a checkout: the other three packages are sibling folders
 
 from cbs_opt.budget import Budget  # noqa: E402
 from cbs_opt.certificate import verify as verify_certificate  # noqa: E402
@@ -70,7 +70,7 @@ from cbs_opt.version import __version__  # noqa: E402
 
 
 def __dir__() -> list[str]:
-    """What a user of the package asks for; modules are found by their full names."""
+    """The public names; modules are imported by their full names."""
     return sorted(__all__)
 
 

@@ -25,7 +25,7 @@ Kind = tuple[Callable[[Any], bool], str]
 
 
 def got(value: object) -> str:
-    """A value as an error sentence shows it: short, with its type."""
+    """A short description of a value and its type, for error messages."""
     text = repr(value)
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} of shape {value.shape}"
@@ -55,7 +55,7 @@ def check_arguments(**given: Any) -> None:
     Raises
     ------
     UsageError
-        With one sentence that names the argument, what is expected and what came.
+        One sentence that names the argument, what is expected and what was given.
     """
     for name, value in given.items():
         fits, expected = _KINDS[name]
@@ -70,14 +70,14 @@ def check_arguments(**given: Any) -> None:
 
 
 def as_instance(instance: object) -> Instance:
-    """The instance itself, or the one that a path or `library:NAME` stands for.
+    """The instance itself, or the one that a path or `library:NAME` denotes.
 
     Raises
     ------
     UsageError
         For anything else.
     InstanceError
-        When the file is missing or wrong.
+        When the file is missing or invalid.
     """
     if isinstance(instance, Instance):
         return instance
@@ -89,7 +89,7 @@ def as_instance(instance: object) -> Instance:
 
 
 def as_solver(solver: object) -> type[Solver]:
-    """The class of a solver, from its name or as it is.
+    """The class of a solver, from its name or the class itself.
 
     Raises
     ------

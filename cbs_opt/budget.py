@@ -24,14 +24,14 @@ class Budget:
     total : int
         Weights to prune in all, 0 … n.
     groups : int64 (n,), optional
-        Group of each weight, 0 … G-1: layers, rows, or the little groups of an N:M pattern.
+        Group of each weight, 0 … G-1: layers, rows, or the cells of an N:M pattern.
     group_budgets : int64 (G,), optional
         Weights to prune in each group; they sum to `total`.
 
     Raises
     ------
     InstanceError
-        When the numbers do not fit one another.
+        When the numbers are inconsistent.
 
     Examples
     --------
@@ -53,7 +53,7 @@ class Budget:
             raise InstanceError(f"`budget` must not be negative, got {self.total}")
         if (self.groups is None) != (self.group_budgets is None):
             missing = "groups" if self.groups is None else "group_budgets"
-            raise InstanceError(f"`groups` and `group_budgets` come together: `{missing}` is missing")
+            raise InstanceError(f"`groups` and `group_budgets` are required together: `{missing}` is missing")
         if self.groups is None or self.group_budgets is None:
             return
         groups = _whole_numbers("groups", self.groups)
@@ -84,11 +84,11 @@ class Budget:
 
     @property
     def per_group(self) -> IntArray:
-        """int64 (G,): what to prune in each group; `[total]` when there are no groups."""
+        """int64 (G,): number to prune in each group; `[total]` when there are no groups."""
         return np.array([self.total], dtype=np.int64) if self.group_budgets is None else self.group_budgets
 
     def facts(self, n: int | None = None) -> text.Facts:
-        """Names and values for a person; with shares of the `n` weights where n is given."""
+        """Names and values for display; with shares of the `n` weights if n is given."""
         of = f" of {n:,} ({text.share(self.total, n)})" if n else ""
         rows = [("budget", f"{self.total:,} to prune{of}")]
         if self.groups is not None:
@@ -146,7 +146,7 @@ class Budget:
             where = "" if self.groups is None else f" in group {g}"
             raise InstanceError(
                 f"`fixed` contradicts the budget: between {must[g]} and {may[g]} weights can be "
-                f"pruned{where}, {self.per_group[g]} are asked for"
+                f"pruned{where}, the budget is {self.per_group[g]}"
             )
 
     def is_met_by(self, pruned: BoolArray) -> bool:
@@ -162,7 +162,7 @@ class Budget:
         scores : float (n,)
             The price of each weight; ties go to the lower index.
         fixed : int8 (n,), optional
-            1 must be pruned, −1 must stay, 0 free.
+            1 must be pruned, −1 must be kept, 0 undecided.
 
         Returns
         -------

@@ -1,8 +1,8 @@
-"""Where files are kept that can be made again: the one place that decides.
+"""The cache folder for files that can be regenerated.
 
-In this order: ``CBS_OPT_CACHE``; the cache directory that the system has for its user; a private temporary
-directory, gone when the process ends. The source tree and site-packages are never written to, so that a read-only
-installation works as an editable one does.
+In this order: ``CBS_OPT_CACHE``; the cache directory of the user, according to the system; a private temporary
+directory, removed when the process ends. The source tree and site-packages are never written to, so that a
+read-only installation works as an editable one does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VARIABLE = "CBS_OPT_CACHE"
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """The folder of this process for files that can be made again, or None where nothing can be written.
+    """The cache folder of this process, or None if nothing can be written.
 
     Child processes share it, a temporary one included: the environment variable is set for them.
     """
@@ -46,7 +46,7 @@ def cache_folder() -> Path | None:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be made in a folder, which is made where it is missing."""
+    """Whether files can be written to a folder, which is created if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -56,7 +56,7 @@ def is_writable(folder: Path) -> bool:
 
 
 def _of_the_user() -> Path | None:
-    """The folder for caches of the system's user, as the system's conventions have it."""
+    """The cache folder of the user, by the conventions of the system."""
     if sys.platform == "win32":
         root = os.environ.get("LOCALAPPDATA")
         return Path(root) / "cbs-opt" / "cache" if root else None

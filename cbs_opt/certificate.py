@@ -1,41 +1,43 @@
-"""Checks a certificate: that no feasible selection of an instance is cheaper than the bound it claims.
+"""Checks a certificate: that no feasible selection of an instance is cheaper than the bound that it states.
 
-Independent of every solver: the trees are walked, and each bound is computed again from the instance in float64,
-with plain NumPy and a margin for rounding. What the file says only directs where to look.
+The check is independent of every solver. It traverses the trees and recomputes each bound from the instance in
+float64, with plain NumPy and a margin for rounding. The file only determines which bounds are computed.
 
 The rules of soundness
 ----------------------
-A file is written by an adversary. Whatever stands in it, the reported bound must not lie above the loss of any
-feasible selection. Each rule has forgeries in ``tests/cbs_opt/certificate`` that would pass without it.
+The file is assumed to be written by an adversary. Whatever it contains, the reported bound must not exceed the
+loss of any feasible selection. For each rule, ``tests/cbs_opt/certificate`` has forgeries that would pass without
+it.
 
-1. *Nothing claimed is used.* Objective and bound are computed afresh; claims are only compared with them. The
-   bound that is reported is the one found, and it is what "optimal" is decided by.
+1. *Nothing claimed is used.* Objective and bound are recomputed; claims are only compared with them. The reported
+   bound is the recomputed one, and "optimal" is decided by it.
 2. *Same problem.* Hash (where both sides have one), budget, damping, groups and `fixed` are those of the
    instance given. The open weights are derived from `fixed` and the budgets, never read.
-3. *Pieces are independent.* The pieces name each open weight once. No entry of the Hessian joins two pieces;
-   in the joint problem a piece holds whole blocks. With several groups of open weights there is one piece.
+3. *Pieces are independent.* A piece is a connected component. Every open weight belongs to exactly one piece. No
+   entry of the Hessian couples two pieces; in the joint problem a piece consists of whole blocks. With several
+   groups of open weights there is one piece.
 4. *The leaves cover everything.* Both children of a branching are in the tree, and every node belongs to it.
-   A leaf bounds all selections that agree with the decisions above it. Only counting shows that there are
-   none: the word of the file does not.
-5. *A decision by bound pays for what it excludes.* The selections in which the weight goes the other way are
-   bounded like a leaf, by a point or (joint, kept weights only) by the loss of the pruned weights. A weight
-   is decided once. Where the budgets settle weights by themselves, what they settle is part of the bound.
+   A leaf bounds all selections that agree with the decisions above it. That a node has no feasible selection is
+   established by counting, never by a statement of the file.
+5. *A decision by bound accounts for what it excludes.* The selections with the opposite decision are bounded like
+   a leaf, by a point or (joint, kept weights only) by the loss of the pruned weights. A weight is decided once.
+   Where the budgets alone decide weights, the loss of these weights is part of the bound.
 6. *No bound, no proof.* A leaf or decision without a point or value above it has the bound −∞. So has every
    overflow, NaN included.
-7. *Points are free, the inequality is ours.* Any finite point gives a valid bound, if R is semidefinite: that
-   is shown by a Cholesky factorisation with a margin, and what is missing is taken off (selection) or the
-   diagonal is backed off (joint).
+7. *Points are arbitrary, the inequality is recomputed.* Any finite point gives a valid bound if R is semidefinite.
+   This is verified by a Cholesky factorisation with a margin; a deficit is subtracted from the bound (selection)
+   or removed from the diagonal (joint).
 8. *A diagonal that is valid on exact sums only* is used at points that have these sums, within the box, with
-   the rounding of the sums in the margin, and for the numbers it was made for only: it says nothing of other
+   the rounding of the sums in the margin, and only for the numbers it was computed for: it does not bound other
    entries of the joined table.
 9. *Tables.* An entry is the best of its own trees, of the root point of any tree of its piece that rule 8
-   allows, and of the cheap bound; no entry is left out or taken from another number. The checker joins them
-   itself.
+   allows, and of the cheap bound; no entry is omitted or taken from another number. The checker joins the
+   tables itself.
 10. *Rounding counts against the claim.* Each bound is lowered by the worst case of its sums (`_doubt`), each
-    table entry by its own. Not covered is the rounding of the data that instance and evaluator share: Q =
+    table entry by its own. Not covered is the rounding of data that instance and evaluator share: Q =
     diag(w) H diag(w), the curvature of a gradient factor, the Schur complement of the kept weights, and the
     loss of decided weights.
-11. *Nothing is left over.* All streams are read to their ends, so that no two readings of one file exist.
+11. *Nothing is left over.* All streams are read to their ends, so that a file has only one interpretation.
 """
 
 from __future__ import annotations
@@ -57,10 +59,10 @@ from cbs_opt.result import relative_gap
 from cbs_opt.typing import FloatArray, IntArray
 
 SMALL = 18
-"""Pieces of up to so many weights need no tree: all their selections are looked at."""
+"""Pieces of up to this many weights need no tree: all their selections are enumerated."""
 
 MAX_WEIGHTS = 4000
-"""Largest block that is checked."""
+"""Largest block that can be checked."""
 
 _AGREE = 1e-7  # relative, between the claimed objective and the one found
 _BOUND_AGREES = 1e-9  # relative, between the claimed bound and the one found
@@ -73,7 +75,7 @@ class Verified:
     Attributes
     ----------
     objective, bound : float
-        Both computed afresh.
+        Both recomputed.
     gap : float
     optimal : bool
         Whether they agree to `OPTIMAL_GAP`.
@@ -91,35 +93,35 @@ class Verified:
 
 
 def verify(
-    instance: Instance, certificate: Certificate, beat: Callable[[int], None] = lambda nodes: None
+    instance: Instance, certificate: Certificate, progress: Callable[[int], None] = lambda nodes: None
 ) -> Verified:
-    """Check a certificate against the instance that it says it is for.
+    """Check a certificate against its instance.
 
     Parameters
     ----------
     instance : Instance
-        With the budget and the damping that were solved for.
+        With the budget and the damping of the run.
     certificate : Certificate
-    beat : callable, optional
-        Called with the number of nodes done, now and then.
+    progress : callable, optional
+        Called from time to time with the number of nodes checked.
 
     Raises
     ------
     SolutionError
-        With one sentence, where anything does not agree.
+        One sentence, if anything does not agree.
 
     Notes
     -----
     O(nodes · m²) for pieces of m weights, and O(m³) per diagonal.
     """
     objective = check_incumbent(instance, certificate)
-    proof = Proof(instance, certificate, beat)
+    proof = Proof(instance, certificate, progress)
     bound = proof.bound()
     if instance.linear is None:
         bound = max(bound, 0.0)  # the Hessian is semidefinite, and the evaluator never gives less
     margin = _BOUND_AGREES * max(abs(certificate.bound), abs(bound)) if np.isfinite(bound) else 0.0
     if not bound >= certificate.bound - margin:
-        raise SolutionError(f"its leaves prove a bound of {bound:.9g}, the file claims {certificate.bound:.9g}")
+        raise SolutionError(f"its leaves prove a bound of {bound:.9g}, the file states {certificate.bound:.9g}")
     if certificate.bound > objective + _AGREE * abs(objective):
         raise SolutionError(
             f"the bound {certificate.bound:.9g} lies above the loss {objective:.9g} of its selection"
@@ -166,13 +168,13 @@ def check_incumbent(instance: Instance, certificate: Certificate) -> float:
     objective = loss(instance, certificate.pruned)
     if not abs(objective - certificate.objective) <= _AGREE * abs(objective) + 1e-300:
         raise SolutionError(
-            f"the selection has the loss {objective:.9g}, the file claims {certificate.objective:.9g}"
+            f"the selection has the loss {objective:.9g}, the file states {certificate.objective:.9g}"
         )
     return objective
 
 
 def damping_of(instance: Instance) -> float | None:
-    """The damping of a gradient factor; None where it is inside the blocks."""
+    """The damping of a gradient factor; None if it is part of the blocks."""
     damping = getattr(instance.curvature, "damping", None)
     return None if damping is None else float(damping)
 
@@ -190,8 +192,8 @@ class Proof:
     leaves : int
     """
 
-    def __init__(self, instance: Instance, certificate: Certificate, beat: Callable[[int], None]) -> None:
-        self.instance, self.certificate, self._beat = instance, certificate, beat
+    def __init__(self, instance: Instance, certificate: Certificate, progress: Callable[[int], None]) -> None:
+        self.instance, self.certificate, self._progress = instance, certificate, progress
         self.leaves = 0
         self.state, self.left = forced_state(instance)
         pieces = np.asarray(certificate.pieces, np.int64)
@@ -204,7 +206,7 @@ class Proof:
         used, group = np.unique(group[self.state < 0], return_inverse=True)
         self._single = used.size <= 1
         if count > 1 and not self._single:
-            raise SolutionError("`pieces` has several where groups tie them together")
+            raise SolutionError("`pieces` must have one piece, because the groups couple all weights")
         self.left = self.left[used] if used.size else np.zeros(1, np.int64)
         self._group = np.zeros(instance.n, np.int64)
         self._group[self.state < 0] = group
@@ -229,7 +231,7 @@ class Proof:
             part, table = self.parts[piece], tables[piece]
             if (count >= 0) != several or count >= table.size:
                 raise SolutionError(f"`tree_count` {count} does not fit piece {piece}")
-            check = TreeCheck(part, np.array([count]) if several else self.left, streams, self._beat)
+            check = TreeCheck(part, np.array([count]) if several else self.left, streams, self._progress)
             found = check.run(int(nodes))
             self.leaves += check.leaves
             with_tree.add(piece)
@@ -253,7 +255,7 @@ class Proof:
 
 
 def forced_state(instance: Instance) -> tuple[States, IntArray]:
-    """State of every weight, −1 where there is a choice, and what is left to prune in every group."""
+    """State of every weight, −1 if undecided, and the number left to prune in every group."""
     n, group, wanted = instance.n, instance.budget.group_of(instance.n), instance.budget.per_group
     fixed = np.zeros(n, np.int8) if instance.fixed is None else instance.fixed
     state = np.where(fixed == 1, 1, np.where(fixed == -1, 0, -1)).astype(np.int8)
@@ -274,7 +276,7 @@ def _check_size(block: int, size: int) -> None:
 def selection_parts(
     instance: Instance, state: States, pieces: IntArray, count: int, group: IntArray, left: IntArray
 ) -> tuple[list[Part], float]:
-    """The pieces of the selection problem, and what the decided weights cost; checks that no term joins two."""
+    """The pieces of the selection problem, the loss of the decided weights; checks that pieces are uncoupled."""
     curvature, w = instance.curvature, instance.weights
     one = state == 1
     c = np.zeros(instance.n) if instance.linear is None else -instance.linear * w
@@ -293,13 +295,13 @@ def selection_parts(
         Q = 0.5 * (Q + Q.T)
         found = pieces[block][at]
         if (Q[found[:, None] != found] != 0).any():
-            raise SolutionError(f"`pieces` cuts block {k} where the Hessian has an entry")
+            raise SolutionError(f"`pieces` splits block {k} where the Hessian has a nonzero entry")
         for piece in np.unique(found):
             mine = np.flatnonzero(found == piece)
             place = np.searchsorted(index[piece], block.start + at[mine])
             squares[piece][np.ix_(place, place)] = Q[np.ix_(mine, mine)]
     for at, Q in zip(index, squares, strict=True):
-        # y_i² = y_i: where weight i has no term with another one, ½ Q_ii is a linear cost.
+        # y_i² = y_i: if weight i is uncoupled, ½ Q_ii is a linear cost.
         diagonal = Q.diagonal().copy()
         uncoupled = np.count_nonzero(Q, axis=0) == (diagonal != 0)
         c[at] += np.where(uncoupled, 0.5 * diagonal, 0.0)
@@ -310,7 +312,7 @@ def selection_parts(
 def joint_parts(
     instance: Instance, state: States, pieces: IntArray, count: int, group: IntArray, left: IntArray
 ) -> tuple[list[Part], float]:
-    """Pieces of the joint problem, with all weights of their blocks, and what the other blocks cost."""
+    """Pieces of the joint problem, with all weights of their blocks, and the loss of the other blocks."""
     curvature = instance.curvature
     g = np.zeros(instance.n) if instance.linear is None else instance.linear
     blocks_of: list[list[int]] = [[] for _ in range(count)]
@@ -319,7 +321,7 @@ def joint_parts(
         block = curvature.block_slice(k)
         found = np.unique(pieces[block][pieces[block] >= 0])
         if found.size > 1:
-            raise SolutionError(f"`pieces` cuts block {k}, which hangs together in the joint problem")
+            raise SolutionError(f"`pieces` splits block {k}, which is connected in the joint problem")
         if found.size:
             _check_size(k, block.stop - block.start)
             blocks_of[int(found[0])].append(k)

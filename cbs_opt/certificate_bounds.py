@@ -1,8 +1,8 @@
-"""Lower bounds that a certificate rests on, recomputed from the instance: plain NumPy, no code of a solver.
+"""The lower bounds of a certificate, recomputed from the instance: plain NumPy, no code of a solver.
 
-A *part* is a piece of the problem as the checker sees it. A *frame* is a part at a node, with a diagonal; it turns
-points into a constant and a price per weight, so that no selection costs less than the constant and the prices of
-what it prunes. A *state*, int8 (m,), is 1 for pruned, 0 for kept and −1 for open weights.
+A *part* is a connected component (a piece) as the checker sees it. A *frame* is a part at a node, with a diagonal.
+It turns points into a constant and a price per weight: no selection costs less than the constant plus the prices
+of the weights that it prunes. A *state*, int8 (m,), is 1 for pruned, 0 for kept and −1 for open weights.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class SelectionPart:
     needs_diagonal = False
 
     def __init__(self, index: IntArray, Q: FloatArray, c: FloatArray, group: IntArray, left: IntArray) -> None:
-        # A weight without a term with any other costs c + ½ Q_ii or nothing, as y² = y.
+        # An uncoupled weight costs c + ½ Q_ii or nothing, as y² = y.
         diagonal = Q.diagonal()
         alone = np.count_nonzero(Q, axis=0) == (diagonal != 0)
         Q = np.where(np.eye(index.size, dtype=bool) & alone, 0.0, Q)
@@ -79,7 +79,7 @@ class SelectionPart:
         return SelectionFrame(self, state, diagonal, left)
 
     def value(self, state: States) -> float:
-        """The loss of a complete selection; nothing is known of others, whose entries of Q may be negative."""
+        """The loss of a complete selection; −∞ for others, because their entries of Q may be negative."""
         if (state < 0).any():
             return -np.inf
         y = (state == 1).astype(np.float64)
@@ -107,7 +107,7 @@ class SelectionFrame:
     ½ yᵀQy + cᵀy ≥ −½ xᵀRx + (Rx + c + d/2)ᵀy.
 
     It needs R ⪰ 0, with a diagonal only where all group sums of the open weights are zero: x is brought to the
-    right sums then. What R lacks to it by Cholesky's word is taken off the bound.
+    right sums then. If Cholesky shows a deficit of R, it is subtracted from the bound.
     """
 
     def __init__(self, part: SelectionPart, state: States, diagonal: FloatArray | None, left: IntArray) -> None:
@@ -217,11 +217,11 @@ class JointPart:
         return rest, L, s, u, loss - _doubt(self.w.size) * lost
 
     def frame(self, state: States, diagonal: FloatArray | None, left: IntArray) -> Frame:
-        """The open weights once the kept ones follow at their best."""
+        """The open weights after the kept ones have been eliminated."""
         return JointFrame(self, state, diagonal)
 
     def value(self, state: States) -> float:
-        """To prune more never costs less."""
+        """Pruning more weights never costs less."""
         return self.minimum(state, np.zeros(state.size, bool))[4]
 
     def leaps(self, state: States) -> FloatArray:
@@ -282,7 +282,7 @@ class JointFrame:
 
 
 def _doubt(m: int) -> float:
-    """What sums of m products may lose to rounding, relative to the sum of their sizes.
+    """Bound on the rounding error of sums of m products, relative to the sum of their absolute values.
 
     The worst case of two nested sums, not the typical one: a forger chooses points whose errors all add up.
     """

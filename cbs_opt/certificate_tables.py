@@ -1,4 +1,4 @@
-"""Tables of a certificate's check: pieces that are small enough to look at every selection, and their best sum."""
+"""Tables for checking a certificate: small pieces by enumeration, and the best sum of all tables."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _EPS = float(np.finfo(np.float64).eps)
 
 
 def small_table(part: Part, most: int) -> FloatArray | None:
-    """Least loss for every number of pruned open weights, float64 (k+1,), by looking at everything.
+    """Least loss for every number of pruned open weights, float64 (k+1,), by enumeration.
 
-    None where the weights hang together and are more than `most`.
+    None if the weights are coupled and more than `most`.
     """
     at = np.flatnonzero(part.state < 0)
     if isinstance(part, SelectionPart):
@@ -42,7 +42,7 @@ def small_table(part: Part, most: int) -> FloatArray | None:
 
 
 def _selections(Q: FloatArray, c: FloatArray) -> tuple[FloatArray, IntArray, FloatArray]:
-    """½ yᵀQy + cᵀy of all binary y, how many ones they have, and what rounding may have lost."""
+    """½ yᵀQy + cᵀy of all binary y, their numbers of ones, and bounds on the rounding errors."""
     value, size, number = np.zeros(1), np.zeros(1), np.zeros(1, np.int64)
     linear, sizes = c[None].copy(), np.abs(c)[None].copy()
     for i in range(c.size):
@@ -56,7 +56,7 @@ def _selections(Q: FloatArray, c: FloatArray) -> tuple[FloatArray, IntArray, Flo
 
 
 def _joint(A: FloatArray, v: FloatArray) -> tuple[FloatArray, IntArray, FloatArray]:
-    """½ v_Pᵀ(A_PP)⁻¹v_P of all P, their sizes, and what rounding may have lost; one weight after the other."""
+    """½ v_Pᵀ(A_PP)⁻¹v_P of all P, their sizes, and bounds on the rounding errors; adds one weight at a time."""
     scale = 1.0 / np.sqrt(np.diag(A))
     A, v = A * scale[:, None] * scale, v * scale
     value, number = np.zeros(1), np.zeros(1, np.int64)
@@ -88,7 +88,7 @@ def join(tables: list[FloatArray], budget: int) -> float:
         new = np.full(min(best.size + table.size - 1, budget + 1), np.inf)
         for j, value in enumerate(table[: new.size]):
             part = best[: new.size - j]
-            with np.errstate(invalid="ignore"):  # −∞ + ∞: of what is impossible nothing needs to be known
+            with np.errstate(invalid="ignore"):  # −∞ + ∞: infeasible combinations need no bound
                 np.fmin(new[j : j + part.size], part + value, out=new[j : j + part.size])
         new[: max(budget - room, 0)] = np.inf  # what the tables to come cannot fill up
         best = new

@@ -1,4 +1,4 @@
-"""Walks a tree of a certificate and takes the least bound over its leaves and over what it decides on the way."""
+"""Traverses a tree of a certificate: the least bound over its leaves and over its decisions by bound."""
 
 from __future__ import annotations
 
@@ -138,17 +138,17 @@ class TreeCheck:
     left : int64 (G,)
         Weights to prune in each group, over the open weights of the part.
     streams : Streams
-    beat : callable, optional
-        Called now and then, with the number of nodes done.
+    progress : callable, optional
+        Called from time to time with the number of nodes checked.
     """
 
-    def __init__(self, part: Part, left: IntArray, streams: Streams, beat: Callable[[int], None]) -> None:
-        self.part, self.left, self.streams, self._beat = part, left, streams, beat
+    def __init__(self, part: Part, left: IntArray, streams: Streams, progress: Callable[[int], None]) -> None:
+        self.part, self.left, self.streams, self._progress = part, left, streams, progress
         self.bound, self.leaves = np.inf, 0
         self.root: tuple[Frame, FloatArray] | None = None
         self._local = {int(i): k for k, i in enumerate(part.index)}
         self._open = part.state < 0
-        # What the part has decided before is no part of the counting.
+        # Weights that the part has decided before are not counted.
         self._group = part.group
         self._waiting: list[tuple[Frame, FloatArray, States, list[tuple[int, int]], bool]] = []
         self._size = self._first = 0
@@ -170,9 +170,9 @@ class TreeCheck:
             self._node(streams.node, state, context, stack)
             streams.node += 1
             if streams.node % 1000 == 0:
-                self._beat(streams.node)
+                self._progress(streams.node)
         if streams.node != last:
-            raise SolutionError("a tree has nodes that do not hang together")
+            raise SolutionError("a tree has nodes that are not connected")
         self._evaluate()
         return float(self.bound)
 
@@ -192,8 +192,8 @@ class TreeCheck:
                 context = _Context(part.frame(part.state, None, self.left), part.state, None)
             point = self._point(state, context.frame_state)
             context = _Context(context.frame, context.frame_state, point)
-            # The root says something of other numbers of pruned weights too, unless it has a diagonal that holds
-            # for one number only, or weights that one number has settled.
+            # The root also bounds other numbers of pruned weights, unless its diagonal holds for one number only
+            # or it has weights that are decided by one number.
             plain = part.needs_diagonal or not int(certificate.how[k]) & FRAME
             same = np.array_equal(context.frame_state, part.state)
             if k == self._first and plain and same and context.frame is not None:
@@ -217,7 +217,7 @@ class TreeCheck:
     def _weight(self, index: int, state: States) -> int:
         i = self._local.get(index)
         if i is None or state[i] >= 0:
-            raise SolutionError(f"weight {index} is decided where it is open no more")
+            raise SolutionError(f"weight {index} is decided but not open at this node")
         return i
 
     def _fixings(self, state: States, count: int) -> list[tuple[int, int]]:
@@ -244,7 +244,7 @@ class TreeCheck:
     def _bound(
         self, how: int, state: States, context: _Context, fixings: list[tuple[int, int]], closed: bool
     ) -> None:
-        """Take up the bound of a leaf, and of what a node excludes by deciding weights."""
+        """Queue the bound of a leaf, and the bounds of the selections that a node excludes by deciding weights."""
         if closed and not self._possible(state):
             if fixings:
                 raise SolutionError("a node without a selection decides weights")
@@ -261,7 +261,7 @@ class TreeCheck:
         forced_state = settled(state, self._open, self._group, self.left)
         if fixings:
             if any(value == 1 for _, value in fixings):
-                raise SolutionError("a node prunes a weight without a point that says why")
+                raise SolutionError("a node prunes a weight without a point that justifies it")
             leaps = self.part.leaps(forced_state)
             self.bound = min(self.bound, *(float(leaps[i]) for i, _ in fixings if forced_state[i] < 0), np.inf)
             if any(forced_state[i] == 1 for i, _ in fixings):  # the budget prunes what the node keeps
@@ -274,7 +274,7 @@ class TreeCheck:
         return bool(((need >= 0) & (need <= free)).all())
 
     def _evaluate(self) -> None:
-        """Evaluate what waits, frame by frame."""
+        """Evaluate the queued bounds, frame by frame."""
         by_frame: dict[int, list[int]] = {}
         for k, entry in enumerate(self._waiting):
             by_frame.setdefault(id(entry[0]), []).append(k)
@@ -324,7 +324,7 @@ def floor_of(part: Part, left: IntArray) -> float:
 
 
 def root_table(root: tuple[Frame, FloatArray] | None, part: Part) -> FloatArray:
-    """What the cheap bound and a root's point say of every number pruned, float64 (k+1,)."""
+    """Bounds for every number pruned, from the cheap bound and the point of a root, float64 (k+1,)."""
     table = table_of(*part.floor(), part)
     if root is not None:
         base, price = root[0].prices(root[1][None], part.state[None])

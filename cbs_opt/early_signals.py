@@ -1,4 +1,4 @@
-"""What Ctrl-C does before a command has set its own handlers. Imports nothing that takes time."""
+"""Handling of Ctrl-C before a command has set its own handlers. Imports nothing that takes time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 
 _PREFIX = "cbs-"
-"""How the names of our commands begin."""
+"""Prefix of the names of the commands."""
 
 
 def end_quietly_while_importing() -> None:

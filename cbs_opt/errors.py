@@ -1,4 +1,4 @@
-"""The errors that a user can cause, each with the exit code that the command lines give it."""
+"""The errors that a user can cause, each with its exit code on the command line."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from typing import ClassVar
 
 
 class CbsError(Exception):
-    """Base of every error that has one clear sentence for its reader."""
+    """Base of all errors whose message is one sentence for the user."""
 
     exit_code: ClassVar[int] = 4
 
 
 class UsageError(CbsError):
-    """An option, a parameter or a combination of them that makes no sense."""
+    """An invalid option or parameter, or an invalid combination of them."""
 
     exit_code = 2
 
 
 class InstanceError(CbsError):
-    """An instance, or the file that holds it, is wrong: the sentence names the field."""
+    """An invalid instance or instance file; the message names the field."""
 
     exit_code = 3
 
 
 class SolutionError(CbsError):
-    """A solution file is wrong, or does not belong to the instance."""
+    """An invalid solution file, or one that does not belong to the instance."""
 
     exit_code = 3
 
@@ -42,10 +42,10 @@ class SolverError(CbsError):
 
 
 class RequirementError(CbsError):
-    """A package that the job needs is not installed."""
+    """A required package is not installed."""
 
     exit_code = 4
 
 
 class UnboundedError(CbsError):
-    """The update problem has no minimum: H is singular along a direction that the linear term favours."""
+    """The update problem has no minimum: H is singular along a descent direction of the linear term."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Instance:
-    """A pruning problem that has checked itself.
+    """A pruning problem; its data are checked on construction.
 
     Parameters
     ----------
@@ -37,9 +37,9 @@ class Instance:
     linear : float (n,), optional
         Mean gradient g at w̄: both losses then gain gᵀδ and may be negative.
     fixed : int8 (n,), optional
-        1 must be pruned, −1 must stay, 0 free.
+        1 must be pruned, −1 must be kept, 0 undecided.
     metadata : mapping, optional
-        Whatever describes the origin: network, tensors, data, samples. JSON types only.
+        Describes the origin: network, tensors, data, samples. JSON types only.
     path : Path, optional
         The file it was read from.
     sha256 : str, optional
@@ -48,7 +48,7 @@ class Instance:
     Raises
     ------
     InstanceError
-        When the parts do not fit, with the field named.
+        When the parts are inconsistent; the message names the field.
 
     Examples
     --------
@@ -98,7 +98,7 @@ class Instance:
         return self.weights.size
 
     def with_budget(self, total: int) -> Instance:
-        """The same problem with another budget; raises `UsageError` where it has groups or does not fit."""
+        """The same problem with another budget; raises `UsageError` if it has groups or does not fit."""
         if total == self.budget.total:
             return self
         if self.budget.groups is not None:
@@ -115,7 +115,7 @@ class Instance:
         """The same problem with p = ⌈sparsity · n⌉ weights to prune."""
         if not is_finite(sparsity) or not 0 <= sparsity <= 1:
             raise UsageError(f"`sparsity` must be a number between 0 and 1, got {sparsity!r}")
-        # The product of a decimal fraction and n may lie a rounding error above a whole number.
+        # The product of a decimal fraction and n may exceed a whole number by a rounding error.
         return self.with_budget(min(self.n, math.ceil(sparsity * self.n - 1e-9 * self.n)))
 
     def with_damping(self, damping: float) -> Instance:
@@ -129,7 +129,7 @@ class Instance:
         return self.fixed is None or not ((self.fixed == 1) & ~pruned | (self.fixed == -1) & pruned).any()
 
     def identity(self) -> dict[str, Any]:
-        """What results and solutions say about their instance; JSON types only."""
+        """The identification of an instance in results and solutions; JSON types only."""
         return {
             "path": None if self.path is None else str(self.path),
             "sha256": self.sha256,
@@ -139,16 +139,16 @@ class Instance:
         }
 
     def interaction_graph(self, threshold: float = 0.0, **options: Any) -> Graph:
-        """The pairs of weights that matter to each other, as a networkx graph.
+        """The strongly coupled pairs of weights, as a networkx graph.
 
-        Takes the options of `cbs_opt.interactions.interaction_graph`, which says what is in the graph.
+        For the options and the contents of the graph see `cbs_opt.interactions.interaction_graph`.
         """
         from cbs_opt.interactions import interaction_graph
 
         return interaction_graph(self, threshold, **options)
 
     def facts(self) -> text.Facts:
-        """Names and values of what a person wants to know first, as text."""
+        """Names and values of the main properties, as text."""
         rows = [("weights", f"{self.n:,}"), *self.curvature.facts(), *self.budget.facts(self.n)]
         if self.linear is not None:
             rows.append(("linear", "first-order term"))

@@ -1,7 +1,7 @@
-"""Which pairs of weights matter to each other: the strongest couplings Q_ij = w_i H_ij w_j of an instance.
+"""The strongest couplings Q_ij = w_i H_ij w_j of an instance.
 
-Pruning i and j together costs Q_ij more than pruning each alone. A pair with Q_ij < 0 cancels: what one does to
-the loss, the other takes back. These pairs are what separates a combinatorial choice from a ranking.
+Pruning i and j together costs Q_ij more than pruning each alone. A pair with Q_ij < 0 cancels: removing
+both costs less than the sum of the single costs. Without such pairs a ranking of the weights would be optimal.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from cbs_opt.instance import Instance
 
-_PANEL_ENTRIES = 1 << 22  # of H that are looked at in one go
-_ROUNDING = 1e-12  # relative; a bound on |Q_ij| is taken for reached a little earlier
+_PANEL_ENTRIES = 1 << 22  # of H that are examined at a time
+_ROUNDING = 1e-12  # relative; a bound on |Q_ij| counts as reached a little earlier
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Couplings:
     values : float64 (E,)
         Q_ij.
     complete : bool
-        Whether these are all the pairs that were asked for; False where a limit left weaker ones out.
+        Whether these are all requested pairs; False if a limit omitted weaker ones.
     """
 
     first: IntArray
@@ -55,17 +55,17 @@ def strongest_couplings(
     max_weights: int = 10_000,
     cancelling: bool = False,
 ) -> Couplings:
-    """The pairs with the largest |Q_ij|, block by block, without ever forming a block that is large.
+    """The pairs with the largest |Q_ij|, block by block, without forming large blocks.
 
     Parameters
     ----------
     instance : Instance
     threshold : float
-        Pairs with |Q_ij| below it, or equal to zero, are left out.
+        Pairs with |Q_ij| below it, or equal to zero, are omitted.
     max_pairs : int
-        Of more pairs than this, the strongest are kept.
+        At most this many pairs are returned, the strongest.
     max_weights : int
-        Of a block with more weights than this, those with the largest Q_ii are looked at.
+        In a block with more weights than this, only those with the largest Q_ii are examined.
     cancelling : bool
         Only pairs with Q_ij < 0.
 
@@ -80,8 +80,8 @@ def strongest_couplings(
 
     Notes
     -----
-    H is positive semidefinite, so that Q_ij² ≤ Q_ii Q_jj: weights are taken by decreasing Q_ii, and the search in
-    a block ends where no pair can reach the threshold, or the weakest of `max_pairs` pairs found so far.
+    H is positive semidefinite, so that Q_ij² ≤ Q_ii Q_jj: weights are examined by decreasing Q_ii, and the search
+    in a block ends when no pair can reach the threshold, or the weakest of `max_pairs` pairs found so far.
     O(Σ b²) entries of H at worst, b the smaller of b_k and `max_weights`; panels of 4 million entries in memory.
     """
     if not is_finite(threshold) or threshold < 0:
@@ -140,7 +140,7 @@ class _Strongest:
         self._unseen = 0.0
 
     def leave_out(self, most: float) -> None:
-        """Take note of pairs with |Q_ij| up to `most` that nobody will look at."""
+        """Record that pairs with |Q_ij| up to `most` will not be examined."""
         self._unseen = max(self._unseen, most)
 
     def add(self, first: IntArray, second: IntArray, values: FloatArray) -> None:
@@ -189,15 +189,15 @@ def interaction_graph(
         The graph has at most `max_pairs` edges, the strongest, among the `max_weights` weights with the largest
         Q_ii of each block.
     cancelling : bool
-        Only pairs with Q_ij < 0, which cost less together than alone.
+        Only pairs with Q_ij < 0, which cost less together than separately.
     isolated : bool
-        Also take the weights that are in no pair.
+        Also include the weights that are in no pair.
 
     Returns
     -------
     networkx.Graph
         A node for each weight, by its index, with `weight` (w_i), `cost` (selection loss of pruning it alone),
-        `block`, `tensor` (its name, None where the metadata does not say) and `index` (its place in the tensor).
+        `block`, `tensor` (its name, None if not in the metadata) and `index` (its position in the tensor).
         An edge for each pair, with `coupling` (Q_ij), and `weight` (|Q_ij|) for the algorithms of networkx. The
         graph's own attributes are `threshold` and `complete`: whether no pair is missing.
 

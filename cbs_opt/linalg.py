@@ -1,4 +1,4 @@
-"""Symmetric positive (semi)definite systems, for the curvature kinds and the update."""
+"""Symmetric positive (semi)definite systems, for the forms of the curvature and the update."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from cbs_opt.typing import FloatArray
 
 SYMMETRY_TOLERANCE = 1e-5
-"""Largest |A - Aᵀ| accepted, relative to the largest entry: float32 products are that far off."""
+"""Largest |A - Aᵀ| accepted, relative to the largest entry: the accuracy of float32 products."""
 
 _SMALLEST_PIVOT = 1e-7  # of a unit-diagonal matrix: its square is what rounding leaves of a zero pivot
 _CHOLESKY_LIMIT = 4096  # above this size definiteness is probed by Lanczos instead of proven by Cholesky
@@ -16,7 +16,7 @@ _CHOLESKY_LIMIT = 4096  # above this size definiteness is probed by Lanczos inst
 def solve_psd(A: FloatArray, rhs: FloatArray) -> tuple[FloatArray, bool]:
     """Solve A x = rhs for a symmetric positive semidefinite A.
 
-    A is first scaled to a unit diagonal, which makes Cholesky safe for badly scaled weights. When it is
+    A is first scaled to a unit diagonal, which makes Cholesky reliable for badly scaled weights. When it is
     singular to working precision, the pseudo-inverse gives the least-squares solution of the scaled system.
 
     Parameters
@@ -91,14 +91,14 @@ def is_positive(A: FloatArray, *, definite: bool, precision: float) -> bool:
     ----------
     A : float64 (b, b)
     definite : bool
-        Ask for positive definite; semidefinite otherwise, then eigenvalues down to −10·b·precision of the
+        Require positive definite; otherwise semidefinite, then eigenvalues down to −10·b·precision of the
         largest diagonal entry count as zero.
     precision : float
         Relative rounding of the entries: the machine epsilon of the type they were stored in.
 
     Notes
     -----
-    Proven by Cholesky, O(b³/3), up to 4096 rows; beyond that Lanczos looks for a negative eigenvalue, O(b²).
+    Verified by Cholesky, O(b³/3), up to 4096 rows; above that Lanczos searches for a negative eigenvalue, O(b²).
     """
     from scipy.linalg import lapack
 

@@ -1,4 +1,4 @@
-"""The one evaluator: every loss that the package reports is computed here, in float64."""
+"""The evaluator: every loss that the package reports is computed here, in float64."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cbs_opt.update import best_update
 
 @dataclass(frozen=True)
 class Losses:
-    """What a selection costs.
+    """The losses of a selection.
 
     Attributes
     ----------
     selection_loss : float
-        Predicted rise of the loss when the kept weights stay where they are.
+        Predicted increase of the loss when the kept weights do not change.
     joint_loss : float or None
-        The rise after the best update of the kept weights; None where that has no minimum.
+        The increase after the best update of the kept weights; None if the update has no minimum.
     weights : float64 (n,) or None
         The weights after that update.
     """
@@ -33,7 +33,7 @@ class Losses:
 
 
 def predicted_loss(instance: Instance, delta: FloatArray) -> float:
-    """gᵀδ + ½ δᵀHδ, the predicted rise of the loss when the weights move by `delta`, float64 (n,)."""
+    """gᵀδ + ½ δᵀHδ, the predicted increase of the loss when the weights change by `delta`, float64 (n,)."""
     value = 0.5 * instance.curvature.quadratic(delta)
     return value if instance.linear is None else value + float(instance.linear @ delta)
 
@@ -57,8 +57,8 @@ def selection_loss(instance: Instance, pruned: ArrayLike) -> float:
 def joint_loss(instance: Instance, pruned: ArrayLike) -> float:
     """½ w_Pᵀ ([H⁻¹]_PP)⁻¹ w_P: the loss after the best update of the kept weights.
 
-    The value is gᵀδ + ½ δᵀHδ at the δ of `best_update`, so that rounding in the solve enters it only
-    squared, and it is the loss of weights that exist.
+    The value is gᵀδ + ½ δᵀHδ at the δ of `best_update`, so that rounding errors of the solve enter
+    only quadratically, and it is the loss of weights that exist.
 
     Raises
     ------

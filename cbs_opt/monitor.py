@@ -1,4 +1,4 @@
-"""The clock, the incumbent and the history of a run: what a solver talks to while it works."""
+"""The clock, the incumbent and the history of a run: the interface between a solver and its caller."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from cbs_opt.typing import BoolArray
 logger = logging.getLogger("cbs_opt")
 
 OPTIMAL_GAP = 1e-6
-"""Relative gap at which a selection is called optimal."""
+"""Relative gap up to which a selection counts as optimal."""
 
 Callback = Callable[["Monitor"], None]
 """Called after each new incumbent or bound, from the solver's thread; progress printers are callbacks."""
 
 
 class Monitor:
-    """Keeps the best selection and bound of a run and says when to stop.
+    """Keeps the best selection and bound of a run, and decides when to stop.
 
-    A solver reports what it finds with `report` and `report_bound`, counts its work with `advance`, and asks
-    `should_stop` at least every 50 ms or so. What was reported survives interrupts, limits and errors.
+    A solver reports selections and bounds with `report` and `report_bound`, counts iterations with `advance`, and
+    calls `should_stop` about every 50 ms. Reported values survive interrupts, limits and errors.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Monitor:
         self._started = clock()
 
     def start(self) -> None:
-        """Start the clock; whatever came before was preparation."""
+        """Start the clock; preparation ends here."""
         self._started = self._clock()
 
     @property
@@ -102,7 +102,7 @@ class Monitor:
         return True
 
     def report_bound(self, bound: float) -> bool:
-        """Offer a proven lower bound; returns whether it is better than the one known."""
+        """Offer a proven lower bound; returns whether it improves on the current one."""
         bound = float(bound)
         if not np.isfinite(bound) or (self.bound is not None and bound <= self.bound):
             return False
@@ -111,7 +111,7 @@ class Monitor:
         return True
 
     def should_stop(self) -> bool:
-        """Whether a rule of `stop` holds; `reason` then says which."""
+        """Whether a rule of `stop` holds; `reason` is then that rule."""
         if self.reason is None:
             self.reason = self._rule_that_holds()
         return self.reason is not None

@@ -1,4 +1,4 @@
-"""The front door for people with a network: `export`, `apply` and `masks`, which take what they have.
+"""Functions for users with a network: `export`, `apply` and `masks`.
 
 torch and `cbs_opt.instances` are loaded when a function is called.
 """
@@ -36,19 +36,19 @@ def export(
     Parameters
     ----------
     model : torch.nn.Module
-        Also compiled, in DataParallel, or of half precision; it is left as it was.
+        May be compiled, in DataParallel, or of half precision; it is not changed.
     inputs, labels : tensors, arrays, lists
         Or `inputs` alone: (inputs, labels), dictionaries, a loader of batches, a data set, a function that runs
         the model; see `cbs_opt.instances.own_data`. Reconstruction (`source="reconstruction"`) and
         `source="kfac"` with `fisher="exact"` or `"sampled"` need no labels.
     names : sequence of str, optional
-        What is pruned, by names or patterns; the weights of all layers that multiply by default.
+        Tensors to prune, by names or patterns; by default the weights of all layers that multiply.
     sparsity : float or str, optional
         0.5 or "50%".
     nm : str or (int, int), optional
-        "2:4": of four consecutive inputs two stay.
+        "2:4": two of four consecutive inputs are kept.
     samples : int, optional
-        How many at most.
+        Maximum number.
     seed : int, optional
         Draw them at random; also of labels that `fisher="sampled"` draws, 0 there by default.
     **options
@@ -62,7 +62,7 @@ def export(
     Raises
     ------
     UsageError, InstanceError
-        In one sentence that names what does not fit; torch's own error is its `__cause__`.
+        One sentence that names what does not fit; the error of torch is its `__cause__`.
 
     Examples
     --------
@@ -92,7 +92,7 @@ def export(
 
 
 def apply(model: nn.Module, instance: Instance, solution: Result | Solution) -> list[LayerMask]:
-    """Prune a network in place, and move its kept weights where the solution has updated weights.
+    """Prune a network in place, and update its kept weights if the solution has updated weights.
 
     Parameters, result and errors are those of `cbs_opt.instances.apply.apply`.
     """
@@ -102,12 +102,12 @@ def apply(model: nn.Module, instance: Instance, solution: Result | Solution) -> 
 
 
 def masks(instance: Instance, solution: Result | Solution) -> dict[str, Tensor]:
-    """The masks of a solution by name of tensor, bool of the tensor's shape: True where a weight stays.
+    """The masks of a solution by name of tensor, bool of the tensor's shape: True where a weight is kept.
 
     Raises
     ------
     InstanceError
-        When the instance does not say which tensors it is about.
+        When the instance does not name its tensors.
     """
     import torch
 
@@ -118,7 +118,7 @@ def masks(instance: Instance, solution: Result | Solution) -> dict[str, Tensor]:
 
 
 def _array(values: Any) -> Any:
-    """Lists and series as arrays; tensors and trees of them as they are."""
+    """Lists and series as arrays; tensors and trees of them unchanged."""
     import numpy as np
 
     if isinstance(values, list) or type(values).__module__.startswith("pandas"):
@@ -131,5 +131,5 @@ def _pattern(nm: str | tuple[int, int]) -> tuple[int, int]:
     try:
         keep, of = (int(part) for part in parts)
     except (TypeError, ValueError):
-        raise UsageError(f"`nm` must be 'N:M', '2:4' say, or (N, M), got {nm!r}") from None
+        raise UsageError(f"`nm` must be 'N:M', such as '2:4', or (N, M), got {nm!r}") from None
     return keep, of

@@ -1,4 +1,4 @@
-"""Packages that the core needs only for one job: imported when the job is asked for, missed in one sentence."""
+"""Optional packages: imported when they are needed; if missing, the error is one sentence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 from cbs_opt.errors import RequirementError
 
 _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "dwave": "dwave-samplers"}
-"""Names under which packages are installed, where they are imported under others."""
+"""Names under which packages are installed, if they differ from those under which they are imported."""
 
 
 def require(module: str, purpose: str) -> ModuleType:
@@ -19,12 +19,12 @@ def require(module: str, purpose: str) -> ModuleType:
     module : str
         Its dotted name.
     purpose : str
-        What needs it, as the subject of the sentence: "a picture".
+        What needs the module, as the subject of the sentence: "a picture".
 
     Raises
     ------
     RequirementError
-        When it is not installed, with the command that helps.
+        When it is not installed; the message gives the command to install it.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""One instance under many budgets: solutions along a path of sparsities, each the start of the next."""
+"""One instance under many budgets: solutions along a path of sparsities, each the warm start of the next."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from cbs_opt.typing import BoolArray
 
 
 def extended(instance: Instance, pruned: BoolArray) -> BoolArray:
-    """A selection for the instance's budget that prunes what `pruned` does, and the cheapest others beside it.
+    """A selection for the instance's budget: the weights of `pruned`, and the cheapest others.
 
-    Weight i costs what it adds to the selection loss of those pruned already: w_i (H w_P)_i + ½ H_ii w_i², less
-    its part of a linear term. What is added together is not priced together: the result is a start, not a
-    solution.
+    The price of weight i is its increase of the selection loss of `pruned`: w_i (H w_P)_i + ½ H_ii w_i², less its
+    linear term. Couplings among the added weights are ignored: the result is a warm start.
 
     Parameters
     ----------
@@ -58,7 +57,7 @@ def solve_path(
     Parameters
     ----------
     instance : Instance
-        Without groups: their budgets would contradict another sparsity.
+        Without groups, whose budgets would contradict other sparsities.
     sparsities : sequence of float
         In [0, 1]; sorted and taken once each.
     solver, objective, options
@@ -66,9 +65,9 @@ def solve_path(
     warm_start : bool (n,), optional
         For the lowest sparsity.
     on_result : callable, optional
-        Gets each sparsity with its result as soon as it is there.
+        Called with each sparsity and its result.
     should_stop : callable
-        Asked between sparsities.
+        Called between sparsities.
 
     Returns
     -------

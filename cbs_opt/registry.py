@@ -1,4 +1,4 @@
-"""Solvers by name: those that come with the package, and those of third parties."""
+"""Solvers by name: those of the package and those of third parties."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _registered: dict[str, type[Solver]] = {}
 
 
 def register(name: str) -> Callable[[S], S]:
-    """Class decorator that makes a solver known under `name` for this process.
+    """Class decorator that registers a solver under `name`, in this process.
 
-    A class that is defined again, as notebooks do, takes the place of the old one.
+    A class that is defined again, as in notebooks, replaces the old one.
     """
 
     def add(solver: S) -> S:
@@ -47,7 +47,7 @@ def _foreign() -> dict[str, EntryPoint]:
 
 
 def solver_names() -> list[str]:
-    """Every solver that can be asked for, in the order of the documentation, third parties last."""
+    """The names of all solvers, in the order of the documentation, third parties last."""
     own = list(_modules())
     return own + sorted(({*_registered} | {*_foreign()}) - {*own})
 
@@ -58,7 +58,7 @@ def get_solver(name: str) -> type[Solver]:
     Raises
     ------
     SolverError
-        For an unknown name, with the known ones listed, or a solver whose requirements are not installed.
+        For an unknown name (the message lists the known ones), or a solver whose requirements are not installed.
     """
     if name in _registered:
         return _registered[name]

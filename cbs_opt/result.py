@@ -1,4 +1,4 @@
-"""What a run gives back, and the solution that a file keeps of it."""
+"""The result of a run, and its solution file."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Result:
     environment : mapping
         Versions, threads, device.
     extras : mapping
-        What the solver has to say beyond this; JSON types only.
+        Further information from the solver; JSON types only.
     instance : mapping
         Of the instance: `path`, `sha256`, `n`, `blocks`, `budget`; see `Instance.identity`.
 
@@ -139,7 +139,7 @@ class Result:
         return html.facts(f"Result of {self.solver}", self.facts())
 
     def facts(self) -> text.Facts:
-        """Names and values of what a person wants to know first, as text."""
+        """Names and values of the main properties, as text."""
         updated = "" if self.weights is None else ", weights updated"
         return [
             ("status", str(self.status)),
@@ -163,7 +163,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """The run as JSON types, schema 1 of `cbs-solve --json`; every number is finite.
 
-        The selection and the weights are not in it: `save` keeps them.
+        The selection and the weights are not included: see `save`.
         """
         identity = dict.fromkeys(("path", "sha256", "n", "blocks", "budget"))
         content: dict[str, Any] = finite(
@@ -191,7 +191,7 @@ class Result:
         return content
 
     def to_solution(self) -> Solution:
-        """What a solution file keeps of this result."""
+        """The solution that is stored in a file."""
         return Solution(self.pruned, self.instance.get("sha256") or "", self.weights, self.to_dict())
 
     def save(self, path: Path | str) -> None:
@@ -205,7 +205,7 @@ class Result:
         Raises
         ------
         UsageError
-            For another ending.
+            For another extension.
         OutputError
             When the file cannot be written; nothing is left behind then.
         """

@@ -1,7 +1,7 @@
-"""One run of a solver on an instance, for everybody who runs solvers: `solve`, and the benchmarks.
+"""One run of a solver on an instance, for `solve` and for the benchmarks.
 
-Preparation stays outside the solver's clock, thread limits hold for all of it, an error does not lose the
-incumbent, and the losses are recomputed by the package's evaluator.
+Preparation is not part of the solving time, thread limits apply throughout, an error does not lose the incumbent,
+and the losses are recomputed by the package's evaluator.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _SMALL_BLOCK = 256
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a run, not judged yet.
+    """The outcome of a run, before its evaluation.
 
     Attributes
     ----------
     monitor : Monitor
-        What the solver reported: history, bound, iterations, and the loss that it claims.
+        The reports of the solver: history, bound, iterations, and the loss that it states.
     status : Status
         Why it ended; `error` where it failed.
     pruned : bool array or None
@@ -76,7 +76,8 @@ def run_solver(
         A fresh one; its monitor holds the rules of stopping, and its clock is the clock of the run. Without
         `threads` the libraries take one thread where all blocks are small, else all.
     prepared : callable, optional
-        Called after the preparation, outside the solver's clock: to wait for kernels that compile beside it.
+        Called after the preparation, outside the solver's clock: to wait for kernels that compile in the
+        background.
 
     Returns
     -------
@@ -104,7 +105,7 @@ def run_solver(
             prepared()
             build_seconds = monitor.elapsed
             status = Status.CONVERGED
-            if monitor.reason is None:  # else told to stop while it prepared
+            if monitor.reason is None:  # else stopped during the preparation
                 monitor.start()
                 status = solver.run(instance, context)
         except Exception as failure:
@@ -136,7 +137,7 @@ def thread_limit(threads: int | None, batched: bool) -> Iterator[None]:
         try:
             import torch  # before the limits, which hold for the libraries that are loaded
         except ModuleNotFoundError:
-            with_torch = False  # a solver that needs it says so itself
+            with_torch = False  # a solver that needs it reports it
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(threads))
         if with_torch:

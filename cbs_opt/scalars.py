@@ -1,4 +1,4 @@
-"""What counts as a number where a caller passes one: Python's and NumPy's, but no truth values and no text."""
+"""Checks for numbers as arguments: those of Python and NumPy, but no booleans and no text."""
 
 from __future__ import annotations
 

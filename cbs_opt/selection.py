@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class SelectionObjective:
     """CBS-S (eqs 7-9) of an instance, with c = −g∘w where there is a first-order term.
 
-    Solvers work on this view; it forms nothing that the curvature does not.
+    Solvers work on this view; it forms no matrix that the curvature does not form.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A selection as a file keeps it."""
+"""A selection as stored in a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cbs_opt.typing import BoolArray, FloatArray
 
 
 class HasSolution(Protocol):
-    """What can be written as a solution: a `Result`, for one."""
+    """What can be written as a solution, such as a `Result`."""
 
     def to_solution(self) -> Solution:
         """The selection with its weights and the JSON of the run."""
@@ -18,13 +18,13 @@ class HasSolution(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A selection as a file keeps it.
+    """A selection as stored in a file.
 
     Attributes
     ----------
     pruned : bool (n,)
     instance_sha256 : str
-        Hash of the instance file that it belongs to; empty for an instance that never was a file.
+        Hash of the instance file that it belongs to; empty for an instance without a file.
     weights : float64 (n,) or None
     result : mapping
         The JSON of the run that found it; may be empty.

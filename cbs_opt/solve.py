@@ -1,4 +1,4 @@
-"""Run a solver on an instance: the one front door for Python callers."""
+"""Run a solver on an instance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cbs_opt.version import __version__
 logger = logging.getLogger("cbs_opt")
 
 DEFAULT_SOLVERS = {"selection": "search", "joint": "joint"}
-"""The solver of each objective where none is named."""
+"""The default solver of each objective."""
 
 
 def solve(
@@ -55,12 +55,12 @@ def solve(
     solver : str or subclass of Solver, optional
         A name of `solver_names()`; that of `DEFAULT_SOLVERS` when not given.
     objective : {"selection", "joint"}, optional
-        The loss to minimise: of the selection as it stands, or after the best update of the kept weights.
+        The loss to minimise: of the selection without an update, or after the best update of the kept weights.
         "selection" when not given, unless the solver minimises only the other.
     stop : Stop, optional
         Without one the solver runs to its own end.
     seed : int
-        Same seed, instance, parameters and iteration limit: same history.
+        The same seed, instance, parameters and iteration limit give the same history.
     parameters : mapping, optional
         Parameters of the solver by name.
     update : bool
@@ -79,12 +79,12 @@ def solve(
     Returns
     -------
     Result
-        Its losses are recomputed in float64, whatever the solver said.
+        Its losses are recomputed in float64, independently of the solver.
 
     Raises
     ------
     UsageError
-        For arguments that make no sense.
+        For invalid arguments.
     SolverError
         When the solver is unknown, cannot take the instance, or failed before it had a selection. When it
         fails later the incumbent is returned with status `error`.

@@ -1,4 +1,4 @@
-"""What a solver is: a name, what it can do, its parameters, one method."""
+"""The base class of solvers: a name, capabilities, parameters, and one method."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ OBJECTIVES = ("selection", "joint")
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a solver claims; it is refused, in a sentence, whatever it does not.
+    """The capabilities of a solver. Instances that need others are refused with one sentence.
 
     Attributes
     ----------
     objectives : frozenset of str
         Of "selection" and "joint".
     groups, several_blocks, linear, fixed : bool
-        Whether instances with these are honoured.
+        Whether it supports instances with these.
     bound : bool
         Whether it proves a lower bound.
     batched : bool
-        Whether it works on batches, so that `batch_size` and `device` mean something.
+        Whether it works on batches, so that `batch_size` and `device` have an effect.
     warm_start : bool
         Whether it can start from a selection.
     """
@@ -65,7 +65,7 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class Context:
-    """All that a run depends on beside the instance.
+    """Everything that a run depends on, except the instance.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class Context:
     threads : int or None
         Threads that the run may use; None for all cores that the process may use, but one for a tree.
     extras : dict
-        What the solver wants in `Result.extras`; JSON types only.
+        Entries for `Result.extras`; JSON types only.
     """
 
     objective: str = "selection"
@@ -95,12 +95,12 @@ class Context:
 
     @property
     def workers(self) -> int:
-        """Threads for independent pieces of work, whose result does not depend on timing."""
+        """Threads for independent tasks, whose results do not depend on timing."""
         return usable_threads(self.threads)
 
     @property
     def tree_workers(self) -> int:
-        """Threads of one branch-and-bound tree: one unless asked for, as the order of nodes depends on timing."""
+        """Threads of one branch-and-bound tree: one by default, because the order of nodes depends on timing."""
         return self.threads or 1
 
     def rng(self) -> np.random.Generator:
@@ -111,7 +111,7 @@ class Context:
 class Solver(abc.ABC):
     """Base of every solver.
 
-    A subclass sets `name`, `summary`, `supports` and, where it has any, `parameters_type`, and gives `run`.
+    A subclass sets `name`, `summary`, `supports` and, if it has any, `parameters_type`, and implements `run`.
     """
 
     name: ClassVar[str]
@@ -123,18 +123,18 @@ class Solver(abc.ABC):
         self.parameters = parse_parameters(self.name, self.parameters_type, parameters or {})
 
     def prepare(self, instance: Instance, context: Context) -> None:  # noqa: B027
-        """Do what the clock should not count: compilation, float64 copies, contexts."""
+        """Work that is not part of the solving time: compilation, float64 copies, contexts."""
 
     @abc.abstractmethod
     def run(self, instance: Instance, context: Context) -> Status:
-        """Search, reporting to `context.monitor`; return why it ended.
+        """Search, reporting to `context.monitor`; return the reason for the end.
 
-        `Status.CONVERGED` means that the algorithm came to its own end. A status of `context.monitor.reason`
-        takes precedence where a rule of `Stop` ended the run.
+        `Status.CONVERGED` means that the algorithm terminated by itself. If a rule of `Stop` ended the run,
+        `context.monitor.reason` takes precedence.
         """
 
     def check_supports(self, instance: Instance, context: Context) -> None:
-        """Raise `SolverError` with one sentence for what this solver cannot take."""
+        """Raise `SolverError` with one sentence if this solver does not support the instance."""
         supports = self.supports
         if context.objective not in supports.objectives:
             able = " and ".join(sorted(supports.objectives))
@@ -156,7 +156,7 @@ class Solver(abc.ABC):
 
 
 def usable_threads(threads: int | None = None) -> int:
-    """`threads`, or where None the number of cores that this process may use."""
+    """`threads`, or if None the number of cores that this process may use."""
     if threads is not None:
         return threads
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -168,7 +168,7 @@ def parse_parameters(solver: str, kind: type[Parameters], given: Mapping[str, An
     Raises
     ------
     UsageError
-        For an unknown name, with the known ones listed, or a value of the wrong type.
+        For an unknown name (the message lists the known ones), or a value of the wrong type.
     SolverError
         When `kind` declares parameters but is no dataclass.
     """

@@ -11,7 +11,7 @@ from cbs_opt.scalars import is_finite
 
 @dataclass(frozen=True)
 class Stop:
-    """The rules that end a run; the first that holds ends it, and the status says which.
+    """The rules that end a run. The first one that holds ends it and is the status of the result.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ class Stop:
     gap : float, optional
         Stop once (objective − bound) / |objective| is at most this; needs a solver with a bound.
     should_stop : callable, optional
-        Asked inside long loops; True ends the run with status `interrupted`.
+        Called inside long loops; True ends the run with status `interrupted`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Which weight of an instance is which entry of which tensor, as far as its metadata say."""
+"""The tensors of an instance: which weight is which entry of which tensor, according to the metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TensorEntry:
-    """A tensor of the network, or the part of it that the instance is about.
+    """A tensor of the network, or the part of it that belongs to the instance.
 
     Attributes
     ----------
@@ -27,7 +27,7 @@ class TensorEntry:
     start, stop : int
         Its weights among those of the instance.
     positions : int64 (stop − start,) or None
-        Their places in the flattened tensor; None where the instance has all of them in order.
+        Their positions in the flattened tensor; None if the instance has all of them in order.
     """
 
     name: str
@@ -42,16 +42,16 @@ class TensorEntry:
         return self.stop - self.start
 
     def index(self, i: int) -> tuple[int, ...]:
-        """Where weight i of the instance stands in the tensor."""
+        """The position of weight i of the instance in the tensor."""
         flat = i - self.start if self.positions is None else int(self.positions[i - self.start])
         return tuple(int(axis) for axis in np.unravel_index(flat, self.shape))
 
 
 def tensor_table(instance: Instance) -> list[TensorEntry]:
-    """The tensors in the order of their weights; empty where the metadata do not name them, or not rightly.
+    """The tensors in the order of their weights; empty if the metadata do not name them correctly.
 
     Read from `tensors`, a list of `name`, `shape` and `offset`, or from `tensor`, `shape` and `positions` of an
-    instance that is cut out of one tensor.
+    instance that is a part of one tensor.
     """
     metadata = instance.metadata
     try:

@@ -1,4 +1,4 @@
-"""CBS-U: the best move of the weights that stay."""
+"""CBS-U: the best update of the kept weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a solution what it says it is? Everything that it claims is computed again."""
+"""Verification of a solution: all values that it states are recomputed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from cbs_opt.typing import BoolArray
 from cbs_opt.view import html, text
 
 TOLERANCE = 1e-6
-"""Largest relative difference between what is claimed and what is found."""
+"""Largest relative difference between a stated and a recomputed value."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What is true of a solution, beside what it claims.
+    """The recomputed values of a solution, and every statement that is wrong.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class Verification:
     weights_loss : float or None
         Predicted loss of the weights that the solution holds; None where it holds none.
     problems : tuple of str
-        One sentence for each claim that is not true.
+        One sentence for each wrong statement.
     """
 
     feasible: bool
@@ -52,11 +52,11 @@ class Verification:
 
     @property
     def valid(self) -> bool:
-        """Whether the selection is feasible and every claim is true."""
+        """Whether the selection is feasible and every statement is correct."""
         return not self.problems
 
     def facts(self) -> text.Facts:
-        """Names and values for a person."""
+        """Names and values for display."""
         rows = [
             ("feasible", "yes" if self.feasible else "no"),
             ("pruned", f"{self.pruned_count} of {self.n} weights"),
@@ -73,18 +73,18 @@ class Verification:
 
 
 def verify(instance: Instance | Path | str, solution: Solution | Result | BoolArray | Path | str) -> Verification:
-    """Check that a solution is feasible, and recompute every loss that it claims, in float64.
+    """Check that a solution is feasible, and recompute every loss that it states, in float64.
 
     Parameters
     ----------
     instance : Instance, Path or str
     solution : Solution, Result, bool (n,), Path or str
-        A path is that of a solution file. A bare selection claims nothing but to be feasible.
+        A path is that of a solution file. For a selection alone, only feasibility is checked.
 
     Returns
     -------
     Verification
-        `valid`, and a sentence for everything that is not true.
+        `valid`, and a sentence for every wrong statement.
 
     Raises
     ------
@@ -95,8 +95,8 @@ def verify(instance: Instance | Path | str, solution: Solution | Result | BoolAr
 
     Notes
     -----
-    The claimed bound is compared with the loss, not proven again: for that there are certificates, see
-    `verify_certificate`. The solution may have another budget than the instance as long as it says so.
+    The stated bound is compared with the loss but not proven again; for this use certificates, see
+    `verify_certificate`. The solution may have another budget than the instance if its file states it.
 
     Examples
     --------
@@ -154,9 +154,9 @@ def _as_solution(instance: Instance, solution: object) -> Solution:
 
 
 def _asked(instance: Instance, claims: Mapping[str, Any], count: int) -> Instance:
-    """The instance with the budget that was solved for.
+    """The instance with the budget of the run.
 
-    Where `fixed` does not allow that budget, the instance stays as it is, and the selection is wrong.
+    If `fixed` does not allow that budget, the instance is not changed, and the selection is infeasible.
     """
     stored = claims.get("instance")
     if instance.budget.groups is None and isinstance(stored, Mapping) and stored.get("budget") == count:
@@ -183,5 +183,5 @@ def _wrong_claims(claims: Mapping[str, Any], found: Mapping[str, float | None]) 
 
 
 def _is_number(value: Any) -> bool:
-    """Whether JSON gave a number that float64 can hold."""
+    """Whether a JSON value is a number that float64 can represent."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308

@@ -1,3 +1,3 @@
-"""The package's version, in the one place where it is written beside `pyproject.toml`."""
+"""The version of the package; also in `pyproject.toml`."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
-"""A solution back into the network that its instance came from.
+"""Applies a solution to the network from which its instance was exported.
 
-The instance says in `metadata["tensors"]` which of its weights are which tensor: name, shape, offset. Before
-anything changes, names, shapes and values are compared, so that a solution never lands in another network.
+`metadata["tensors"]` of the instance maps its weights to tensors: name, shape, offset. Before anything changes,
+names, shapes and values are compared, so that a solution is never applied to another network.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def layer_masks(instance: Instance, pruned: NDArray[np.bool_]) -> list[LayerMask
 
 
 def apply(model: nn.Module, instance: Instance, solution: Result | Solution) -> list[LayerMask]:
-    """Prune a network in place; its kept weights move where the solution has updated weights.
+    """Prune a network in place; kept weights change if the solution has updated weights.
 
     Parameters
     ----------
@@ -48,8 +48,8 @@ def apply(model: nn.Module, instance: Instance, solution: Result | Solution) -> 
     Raises
     ------
     InstanceError
-        When the instance does not say which tensors it is about, or the model has others: other names, shapes
-        or values. The model is then unchanged.
+        When the instance does not name its tensors, or the model has tensors of other names, shapes or values. The
+        model is then unchanged.
     SolutionError
         When the solution belongs to another instance.
 
@@ -69,10 +69,10 @@ def apply(model: nn.Module, instance: Instance, solution: Result | Solution) -> 
 def prune_masks(
     model: nn.Module, instance: Instance, solution: Result | Solution, *, hooks: bool = False
 ) -> list[LayerMask]:
-    """Prune a network in place and hold the pruned weights at zero while it is trained on.
+    """Prune a network in place and keep the pruned weights at zero during further training.
 
-    Every pruned tensor gets a `masks.Mask`, a parametrisation; `masks.squash` bakes them in. With `hooks` they are
-    masks of `torch.nn.utils.prune`. Parameters, result and errors are otherwise those of `apply` and
+    Every pruned tensor gets a `masks.Mask`, a parametrisation; `masks.squash` makes them permanent. With `hooks`
+    they are masks of `torch.nn.utils.prune`. Parameters, result and errors are otherwise those of `apply` and
     `masks.add_masks`.
     """
     masks = apply(model, instance, solution)
@@ -83,12 +83,12 @@ def prune_masks(
 def pruned_tensors(
     instance: Instance, solution: Result | Solution, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors after pruning, those that the instance is about; parameters and errors as of `apply`.
+    """The tensors of the instance after pruning; parameters and errors as for `apply`.
 
     Parameters
     ----------
     tensors : mapping of str to Tensor
-        Of the network before pruning, by name; they stay as they are. Of several names of one tensor those that
+        Of the network before pruning, by name; they are not changed. Of several names of one tensor those that
         are there are compared and pruned alike.
 
     Returns
@@ -113,7 +113,7 @@ def _pruned(name: str, place: Place, instance: Instance, solution: Result | Solu
     if tuple(old.shape) != shape:
         raise InstanceError(f"{name} has shape {shape} in the instance and {tuple(old.shape)} in the network")
     _check_values(name, place.tensor(instance.weights), old, place.dtype)
-    # Types of eight bits cannot do everything: the work is done in a wider one.
+    # Types of eight bits lack operations: the computation uses a wider one.
     new = old if old.dtype.itemsize > 1 else old.float()
     pruned = torch.from_numpy(place.tensor(solution.pruned)).to(old.device)
     if solution.weights is not None:
@@ -139,7 +139,7 @@ def _check_belongs(instance: Instance, solution: Result | Solution) -> None:
 
 
 def _check_values(name: str, weights: NDArray[np.float64], tensor: Tensor, dtype: str) -> None:
-    """Compare with the instance; a checkpoint may be finer than the network that it was loaded into."""
+    """Compare with the instance; a checkpoint may have higher precision than the network it was loaded into."""
     values = tensor.detach().cpu()
     held: Any = getattr(torch, dtype, None)
     for form in (values, values.to(held) if isinstance(held, torch.dtype) else values):

@@ -1,4 +1,4 @@
-"""The networks that the pruning literature measures on, as torch modules: layers and names only, no weights."""
+"""Networks of the pruning literature as torch modules: layers and names only, no weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Inputs and targets of a network: a tensor, or tuples and dictionaries of tensors, cut along the samples.
 
-A `Bundle` behaves like a tensor in the few ways that the rest of the room needs: it has a length, slices, and
-moves to a device. `Pieces` holds samples of several shapes, sequences of different lengths say, shape after shape;
-`slices` cuts without crossing a border. `call` runs a model on any of them.
+A `Bundle` behaves like a tensor in the few ways that the rest of the package needs: it has a length, slices, and
+moves to a device. `Pieces` holds samples of several shapes, such as sequences of different lengths, grouped by
+shape; `slices` never mixes shapes. `call` runs a model on any of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Samples(Protocol):
 
 
 def map_leaves(change: Callable[[Any], Any], tree: Any) -> Any:
-    """The same tuples, lists, dictionaries and dataclasses with every other object changed."""
+    """The same tuples, lists, dictionaries and dataclasses with all other objects mapped."""
     if isinstance(tree, tuple | list) and not isinstance(tree, PackedSequence):  # sequences packed stay so
         parts = [map_leaves(change, part) for part in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
@@ -210,6 +210,6 @@ def checked_call(model: nn.Module, samples: Any, name: str = "") -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """An error of somebody else's code in one line."""
+    """An error of external code in one line."""
     text = (str(error).strip().splitlines() or [""])[0][:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

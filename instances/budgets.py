@@ -27,12 +27,12 @@ def share_of(value: object, what: str) -> float:
     except ValueError:
         number = math.nan
     if isinstance(value, bool) or not 0 <= number <= 1:
-        raise UsageError(f"{what} must be a fraction between 0 and 1, 0.5 or 50% say, got '{text[:40]}'")
+        raise UsageError(f"{what} must be a fraction between 0 and 1, such as 0.5 or 50%, got '{text[:40]}'")
     return number
 
 
 def read_rules(texts: Sequence[str]) -> dict[str, float]:
-    """Sparsities by pattern, from `PATTERN=F` and `.toml` files of such pairs; later ones win.
+    """Sparsities by pattern, from `PATTERN=F` and `.toml` files of such pairs; later ones take precedence.
 
     Raises
     ------
@@ -49,11 +49,11 @@ def read_rules(texts: Sequence[str]) -> dict[str, float]:
         if not equals:
             if not text.endswith(".toml"):
                 raise UsageError(
-                    f"`--sparsity-per-layer` takes PATTERN=FRACTION, 'fc.*=0.9' say, or a .toml file, got '{text}'"
+                    f"`--sparsity-per-layer` takes PATTERN=FRACTION ('fc.*=0.9') or a .toml file, got '{text}'"
                 )
             pairs, where = _flat(_toml(Path(text))), text
         for name, number in pairs.items():
-            rules.pop(name, None)  # the last rule stands last
+            rules.pop(name, None)  # the last rule takes precedence
             rules[name] = share_of(number, f"{where}: the sparsity of '{name}'")
     return rules
 
@@ -68,7 +68,7 @@ def _toml(path: Path) -> dict[str, object]:
 
 
 def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Names with dots are tables to TOML where they are not quoted."""
+    """TOML reads unquoted names with dots as tables."""
     out: dict[str, object] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -81,7 +81,7 @@ def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 def budget_of_layers(
     names: Sequence[str], sizes: Sequence[int], rules: Mapping[str, float], sparsity: float
 ) -> Budget:
-    """A group for each layer that a rule names, and one for all others together.
+    """A group for each layer with a rule, and one for all others together.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def keeping(
     least: float,
     fixed: NDArray[np.int8] | None,
 ) -> tuple[Budget, NDArray[np.int8]]:
-    """Keep at least so many weights of every tensor: its largest ones are fixed.
+    """Keep at least a number of weights of every tensor: its largest ones are fixed.
 
     Parameters
     ----------
@@ -138,14 +138,14 @@ def keeping(
     least : float
         A whole number of weights, or below 1 a share of each tensor.
     fixed : int8 (n,), optional
-        What must be zero or must stay already.
+        Weights that are already fixed.
 
     Returns
     -------
     budget : Budget
         Lowered where it would prune more than may be pruned.
     fixed : int8 (n,)
-        −1 for the weights that stay.
+        −1 for the weights that are kept.
 
     Raises
     ------
@@ -181,5 +181,5 @@ def keeping(
 
 
 def _count(share: float, size: int) -> int:
-    # The product of a decimal fraction and a number may lie a rounding error above a whole number.
+    # The product of a decimal fraction and a number may exceed a whole number by a rounding error.
     return min(size, math.ceil(share * size - 1e-9 * size))

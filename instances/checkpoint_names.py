@@ -1,4 +1,4 @@
-"""From the names that a checkpoint uses to those of the network: prefixes, extras, the right dictionary."""
+"""Maps the names of a checkpoint to those of the network: prefixes, extras, the right dictionary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 _WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_layer)\.")
 _PARALLEL = "module."
 
-# What profilers, averages and older releases leave beside the parameters.
+# What profilers, averages and older releases store in addition to the parameters.
 _EXTRA = re.compile(
     r"(?:.*\.)?(?:total_ops|total_params|n_averaged|num_batches_tracked|position_ids|masked_bias|inv_freq"
     r"|relative_position_index|attn_mask|activation_post_process\..*|_extra_state|_metadata|_device_tensor)"
@@ -62,8 +62,8 @@ def matched(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
     -------
     dict
         The names of the file as the network would call them, to what they are in the file. A prefix of all wanted
-        names (`model.` of Lightning, `encoder.` of a larger network) is taken away, or put before them, where more
-        of the wanted ones are then there.
+        names (`model.` of Lightning, `encoder.` of a larger network) is removed or added if this matches more of
+        the wanted names.
     """
     names = list(names)
     wanted = set(wanted)
@@ -125,7 +125,7 @@ def ignorable(name: str, floating: bool) -> bool:
 
 
 def preference(path: str) -> tuple[int, int, int]:
-    """Order of equally fitting dictionaries: averages last, the top before what is below, usual names first."""
+    """Order of dictionaries that match equally well: averages last, top level first, usual names first."""
     parts = path.split(".") if path else []
     usual = next((rank for rank, name in enumerate(_USUAL) if parts and parts[-1] == name), len(_USUAL))
     average = int(any(_AVERAGES.search(part) for part in parts))

@@ -1,8 +1,8 @@
-"""Checkpoints as people have them, into a network and out again.
+"""Reading checkpoints into a network, and writing them.
 
-Read are safetensors, `.npz` of tensors, whatever `torch.save` writes, and folders of Hugging Face; see
-`containers` for the files, `checkpoint_names` for prefixes and extras, `stored_forms` for tensors that are stored
-as others. What is not taken from a file is said in the log, and is still there in the file that is written.
+Supported are safetensors, `.npz` of tensors, files of `torch.save`, and Hugging Face folders; see `containers` for
+the file formats, `checkpoint_names` for prefixes and extras, `stored_forms` for tensors that are stored as others.
+Entries of a file that are not used are logged, and are preserved when the file is written.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def read_checkpoint(
     ----------
     path : Path or str
     wanted : collection of str, optional
-        Names of the network's tensors: only these are read, prefixes that wrappers add to them are taken away,
-        and effective values given of those that are stored as others.
+        Names of the network's tensors: only these are read; prefixes of wrappers are removed, and tensors that are
+        stored as others are returned by their effective values.
     key : str, optional
-        Of a file with several dictionaries of tensors, the one to take.
+        The dictionary of tensors to use, if the file has several.
 
     Raises
     ------
@@ -62,10 +62,10 @@ def read_checkpoint(
 def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) -> None:
     """Load a checkpoint into a network, strictly.
 
-    Every tensor of the network must be there. Of tensors that several layers share one name is enough. Prefixes of
-    wrappers are looked through, masks and parametrisations of the file or of the network as well; masks that only
-    the file has become masks of the network. Tensors of the file that are no parameters are ignored, and so is
-    what lies outside the prefix of the network; both are said.
+    Every tensor of the network must be present; for a tensor that several layers share, one name suffices.
+    Prefixes of wrappers are removed, and masks and parametrisations of the file or of the network are resolved.
+    Masks that only the file has become masks of the network. Tensors of the file that are not parameters, or that
+    are outside the prefix of the network, are ignored and logged.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) 
     archive = open_file(path, _stored_names(wanted), key)
     mapping = _mapping(archive, wanted)
     tensors = {plain: archive.read(raw) for plain, raw in mapping.items()}
-    # Stored as a parametrisation where the network is plain, and the other way round.
+    # Stored as a parametrisation although the network is plain, and vice versa.
     parts = dict(tensors)
     tensors, forms = effective(tensors, own.keys() - computed.keys())
     plain_in_file = [name for name in computed if name in tensors]
@@ -117,7 +117,7 @@ def load_checkpoint(model: nn.Module, path: Path | str, key: str | None = None) 
 def write_checkpoint(
     path: Path | str, tensors: Mapping[str, Tensor], like: Path | str, key: str | None = None
 ) -> None:
-    """Write a checkpoint in the container of another one, whose other entries are kept.
+    """Write a checkpoint in the file format of another one, whose other entries are kept.
 
     Parameters
     ----------

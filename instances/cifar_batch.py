@@ -1,7 +1,7 @@
-"""The python batches of CIFAR-10, read without running anything that they hold.
+"""The python batches of CIFAR-10, read without executing their contents.
 
 A batch is a pickle of a dictionary with an array and lists. The decoder below hands every object that the file
-wants to build to an inert record of its own, knows five names in all, and refuses any other.
+constructs to an inert record, accepts five names in all, and refuses any other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scores of classes beside the numbers of the right ones, however a network lays them out."""
+"""Class scores and target class numbers, for all layouts that networks use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ClassView:
             if bool((self.target < 0).any()) or bool(((sums - 1).abs() > 1e-3).any()):
                 raise InstanceError(
                     f"the loss {name} needs class numbers or probabilities that sum to 1, the targets sum to "
-                    f"{float(sums.min()):g} … {float(sums.max()):g}: for several labels a sample declare "
+                    f"{float(sums.min()):g} … {float(sums.max()):g}: for several labels per sample declare "
                     "`--loss bce`"
                 )
             return
@@ -113,13 +113,13 @@ def class_view(scores: Tensor, targets: Any, ignore_index: int, shift: bool) -> 
         raise _unfit(scores, targets)
     if scores.shape[1] < 2:
         raise InstanceError(
-            f"the network gives {tuple(scores.shape[1:])} a sample, which makes no two classes: declare the loss, "
+            f"the network gives {tuple(scores.shape[1:])} per sample, less than two classes: declare the loss, "
             "`--loss mse` for values, `--loss bce` for a probability"
         )
     if y.is_floating_point():
         raise InstanceError(
             f"labels must be class numbers, int64, got {targets.dtype}: convert them, or declare the loss, "
-            "`--loss mse` say"
+            "such as `--loss mse`"
         )
     y = y.to(torch.int64)
     return ClassView(scores, y, y != ignore_index)
@@ -127,6 +127,6 @@ def class_view(scores: Tensor, targets: Any, ignore_index: int, shift: bool) -> 
 
 def _unfit(scores: Tensor, targets: Tensor) -> InstanceError:
     return InstanceError(
-        f"outputs {tuple(scores.shape)} and targets {tuple(targets.shape)} are no classes beside their numbers: "
+        f"outputs {tuple(scores.shape)} and targets {tuple(targets.shape)} are not scores with class numbers: "
         "declare the loss, `--loss mse`, `--loss bce` or `--loss module:function`"
     )

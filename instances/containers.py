@@ -1,4 +1,4 @@
-"""Checkpoint files of every container: their tensors by the names that they have in the file, read and written."""
+"""Checkpoint files of all formats: reading and writing their tensors by the names in the file."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ _WEIGHTS = (
 
 
 def container_of(path: Path | str) -> Container:
-    """Which kind of checkpoint a file is, by its content.
+    """The format of a checkpoint file, from its content.
 
     Raises
     ------
     InstanceError
-        When there is no such file, or it is none that we know.
+        When there is no such file, or its format is unknown.
     """
     path = Path(path)
     if path.is_dir():
@@ -83,7 +83,7 @@ def container_of(path: Path | str) -> Container:
     if head[:4] == b"PK\x03\x04":
         raise InstanceError(f"{path}: is damaged: its end is missing")
     raise InstanceError(
-        f"{path}: is no checkpoint that we know: safetensors, .npz of tensors, a file of torch.save, or a folder "
+        f"{path}: is no known checkpoint format: safetensors, .npz of tensors, a file of torch.save, or a folder "
         "of these with an index"
     )
 
@@ -98,7 +98,7 @@ class Archive:
     floating : dict of str to bool
         Whether a tensor holds floating-point numbers.
     ignored : list of str
-        What else is in the file, for the log.
+        Other contents of the file, for the log.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,7 +112,7 @@ class Archive:
         raise NotImplementedError
 
     def write(self, path: Path, changes: Mapping[str, Tensor], replaced: Collection[str] = ()) -> None:
-        """Write the checkpoint anew.
+        """Rewrite the checkpoint.
 
         Parameters
         ----------
@@ -150,7 +150,7 @@ class SafetensorsArchive(Archive):
             raise InstanceError(f"{self.path}: is damaged: {error}") from None
 
     def write(self, path: Path, changes: Mapping[str, Tensor], replaced: Collection[str] = ()) -> None:
-        """Write the file anew, with its metadata."""
+        """Rewrite the file, with its metadata."""
         with safe_open(self.path, framework="pt") as file:
             metadata = file.metadata()
         tensors = {name: self.read(name) for name in self.shapes if name not in changes and name not in replaced}
@@ -181,7 +181,7 @@ class NpzArchive(Archive):
         return torch.from_numpy(np.array(array, array.dtype.newbyteorder("=")).reshape(array.shape))
 
     def write(self, path: Path, changes: Mapping[str, Tensor], replaced: Collection[str] = ()) -> None:
-        """Write the file anew."""
+        """Rewrite the file."""
         kept = {key: array for key, array in self._arrays.items() if key not in replaced}
         write_npz(path, kept | {name: tensor.numpy() for name, tensor in changes.items()})
 
@@ -195,9 +195,9 @@ class TorchArchive(Archive):
     wanted : collection of str
         Tensors of the network: the dictionary that has most of them is taken.
     key : str, optional
-        Path of the dictionary, `state_dict_ema` say, in place of that choice.
+        Path of the dictionary, such as `state_dict_ema`, instead of that choice.
     quiet : bool
-        Do not tell the choice.
+        Do not log the choice.
     """
 
     def __init__(
@@ -242,11 +242,11 @@ class TorchArchive(Archive):
             )
         elif path and not quiet:
             logger.info(f"{self.path}: {title} is taken")
-        beside = [str(k) for k in entries if not isinstance(entries[k], StoredTensor)]
+        ignored = [str(k) for k in entries if not isinstance(entries[k], StoredTensor)]
         content = self._file.content
         if path and isinstance(content, dict):
-            beside += [str(k) for k in content if str(k) != path.partition(".")[0] and str(k) not in others]
-        self.ignored += beside
+            ignored += [str(k) for k in content if str(k) != path.partition(".")[0] and str(k) not in others]
+        self.ignored += ignored
         return path, _tensors(entries)
 
     def read(self, name: str) -> Tensor:
@@ -254,14 +254,14 @@ class TorchArchive(Archive):
         return self._file.read(self._tensors[name])
 
     def write(self, path: Path, changes: Mapping[str, Tensor], replaced: Collection[str] = ()) -> None:
-        """Write other numbers into the same places; where names change, the dictionary alone."""
+        """Write new values into the same places; if names change, write only the dictionary."""
         if replaced or any(name not in self._tensors for name in changes):
             kept = {name: self.read(name) for name in self._tensors if name not in replaced}
             if self.ignored or self.key:
                 logger.warning(
                     f"{path}: only the tensors are written: other names than in {self.path} need a new file"
                 )
-            buffer = io.BytesIO()  # torch would turn an error of the disk into one of its own
+            buffer = io.BytesIO()  # torch would replace an error of the disk by one of its own
             torch.save(OrderedDict(kept | dict(changes)), buffer)
             with atomic_write(path) as file:
                 file.write(buffer.getvalue())
@@ -271,7 +271,7 @@ class TorchArchive(Archive):
             self._file.write(file, {name: (self._tensors[name], tensor) for name, tensor in changes.items()})
 
     def _check_overlaps(self, changes: Mapping[str, Tensor]) -> None:
-        """Refuse to change numbers that another tensor, which is to stay, has in common with a changed one."""
+        """Refuse to change memory that a changed tensor shares with an unchanged one."""
         changed = {self._tensors[name].place for name in changes}
         keys = {self._tensors[name].storage.key: name for name in changes}
         for name, stored in self._tensors.items():
@@ -287,7 +287,7 @@ class TorchArchive(Archive):
 
 
 class FolderArchive(Archive):
-    """A folder of Hugging Face: shards with an index, or one file; written back as it is divided.
+    """A Hugging Face folder: shards with an index, or one file; written with the same shards.
 
     Parameters
     ----------
@@ -322,7 +322,7 @@ class FolderArchive(Archive):
         return self.files[self._owner[name]].read(name)
 
     def write(self, path: Path, changes: Mapping[str, Tensor], replaced: Collection[str] = ()) -> None:
-        """Write every shard and the index into another folder, with configurations and the like beside them."""
+        """Write every shard and the index into another folder, with configuration files and the like."""
         target = path if not path.name.endswith(".index.json") else path.parent
         try:
             target.mkdir(exist_ok=True)
@@ -354,7 +354,7 @@ class FolderArchive(Archive):
 
 
 def open_file(path: Path, wanted: Collection[str] = (), key: str | None = None, *, quiet: bool = False) -> Archive:
-    """Open a checkpoint of any container; raises `InstanceError` for what is none or is damaged."""
+    """Open a checkpoint of any format; raises `InstanceError` if it is none or is damaged."""
     container = container_of(path)
     if container == "folder":
         return FolderArchive(path, wanted, key, quiet=quiet)
@@ -389,7 +389,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         found = content["weight_map"]
-        # A shard lies in the folder of the index: its name leads nowhere else.
+        # A shard is in the folder of the index: its name must not lead elsewhere.
         if isinstance(found, dict) and all(isinstance(f, str) and Path(f).name == f for f in found.values()):
             return {str(name): file for name, file in found.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Blocks of the Hessian or of its inverse, one after the other, as an instance file lays them.
+"""Blocks of the Hessian or of its inverse, in the order of an instance file.
 
 The blocks are made in float64 and yielded one by one, so that all of them together may be larger than memory.
 """
@@ -18,7 +18,7 @@ from cbs_opt.typing import FloatArray, RealArray
 Shape = tuple[int, ...]
 
 PANEL_BYTES = 1 << 28
-"""Columns of the gradients are read in pieces of about this size: G may lie on disk, row by row."""
+"""Columns of the gradients are read in chunks of about this size: G may lie on disk, row by row."""
 
 _PANEL_ROWS = 1024  # of a block that is made and mirrored at a time
 
@@ -31,7 +31,7 @@ def block_sizes(shapes: Sequence[Shape], blocks: str | int) -> list[int]:
     shapes : sequence of tuple
         The tensors, in the order of the weights.
     blocks : {"full", "layer", "row"} or int
-        One block for everything, for each tensor, for each output neuron or channel, or of so many weights,
+        One block for everything, for each tensor, for each output neuron or channel, or of this many weights,
         the last one of a tensor with what is left.
 
     Raises
@@ -76,7 +76,7 @@ def fisher_blocks(
     sizes : sequence of int
         Consecutive blocks, n weights in all.
     inverse : bool
-        H_k⁻¹ in place of H_k.
+        H_k⁻¹ instead of H_k.
 
     Yields
     ------
@@ -111,7 +111,7 @@ def fisher_blocks(
 
 
 def singular_sentence(what: str) -> str:
-    """Why there is no inverse, and what to do."""
+    """The error of a block without an inverse, with a remedy."""
     return f"{what} is singular to working precision and has no inverse: raise the damping"
 
 

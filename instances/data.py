@@ -1,4 +1,4 @@
-"""Samples for a network, from the files that people have: what is read, drawn, checked and prepared.
+"""Samples for a network: reading, drawing, checking and preparing them.
 
 | `path` | what is read |
 |---|---|
@@ -9,8 +9,8 @@
 | `digits` | the digits of scikit-learn, uint8 0 … 16, split as by `cbs_opt.instances.digits` |
 | None | what the network's own factory returned, see `own_data` |
 
-A source without a division serves both splits. Colours are red, green, blue. What happens to the pixels is the
-network's business: `Network.prepare`.
+A source without splits is used for both. Colours are red, green, blue. `Network.prepare` converts pixels to
+inputs.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ def open_samples(
     Raises
     ------
     InstanceError
-        When there is no such file, its layout is unknown, it has no samples, or labels that the network has not.
+        When there is no such file, its layout is unknown, it has no samples, or labels that the network does not
+        have.
     UsageError
         When `limit` is not positive, or a factory without data is asked for some.
     """
@@ -246,10 +247,10 @@ def _digits(split: Split) -> Images:
 def _own_samples(network: Network, split: Split, limit: int | None, seed: int | None) -> SampleSource:
     data = network.test_data if split == "test" and network.test_data is not None else network.data
     if data is None:
-        raise UsageError(f"{network.name}: brings no data of its own: name some with `--data`")
+        raise UsageError(f"{network.name}: provides no data: give some with `--data`")
     name = f"the data of {network.name}"
     if split == "test" and network.test_data is None:
-        logger.warning(f"{name}: there are no test data: the training data stand in for them")
+        logger.warning(f"{name}: there are no test data: the training data are used instead")
     samples = own_samples(data, network.model, name, limit, seed)
     if isinstance(samples.targets, Tensor) and network.classes is not None:
         _check_range(name, samples.targets.numpy(), network.classes)
@@ -260,7 +261,7 @@ def _choose(name: str, count: int, limit: int | None, seed: int | None) -> Indic
     if count == 0:
         raise InstanceError(f"{name}: holds no samples")
     if limit is not None and limit > count:
-        logger.warning(f"{name}: holds {count} samples, {limit} were asked for: all are taken")
+        logger.warning(f"{name}: holds {count} samples, {limit} were requested: all are used")
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
     return order[:limit].astype(np.int64)
 

@@ -1,4 +1,4 @@
-"""The dense network on the samples of an export: its loss and metric, and whether they fit each other."""
+"""The loss and metric of the dense network on the samples of an export, and checks of the data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def dense_scores(
     chunk_bytes: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float | str]:
-    """Score the network, and warn of data that give no useful gradients.
+    """Score the network, and warn about data without useful gradients.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def _warn(judge: Judge, score: Score, m: int) -> None:
     if abs(score.loss) < _CERTAIN:
         right = " and the accuracy 1" if score.accuracy == 1 else ""
         logger.warning(
-            f"THE LOSS OF THE SAMPLES IS {score.loss:.3g}{right}: its gradients all but vanish, and so do every "
-            "objective and bound; take samples that the network has not learnt by heart, held-out ones say, or "
+            f"THE LOSS OF THE SAMPLES IS {score.loss:.3g}{right}: its gradients almost vanish, and so do every "
+            "objective and bound; use samples that the network does not fit perfectly, such as held-out ones, or "
             "`--source reconstruction`"
         )

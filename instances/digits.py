@@ -1,8 +1,8 @@
-"""Instances of a small network that reads digits: `python -m cbs_opt.instances.digits` makes the library.
+"""Instances of a small network that reads digits: `python -m cbs_opt.instances.digits` generates the library.
 
 The network is a 64-40-20-10 multilayer perceptron without biases, trained here on the 8×8 digits that
 scikit-learn ships. Everything is seeded, single-threaded and in float64: the same machine and versions give
-the same bytes, others the same numbers up to rounding.
+the same bytes; others give the same numbers up to rounding.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def make_instance(
 
 
 def write_library(folder: Path) -> list[Path]:
-    """Train the network and write its instances to `folder`; same machine and versions, same bytes."""
+    """Train the network and write its instances to `folder`; reproducible on the same machine and versions."""
     digits = read_digits()
     model = train_digits_network(digits)
     names = [name for name, _ in model.named_parameters()]

@@ -1,4 +1,4 @@
-"""From a trained network and its data to an instance: `export`, and `Export` behind it and behind `cbs-export`."""
+"""From a trained network and its data to an instance: `export`, and the class `Export` that `cbs-export` uses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from cbs_opt.version import __version__
 logger = logging.getLogger("cbs_opt")
 
 Progress = Callable[[str, int, int], None]
-"""Gets what is being done, how much of it is done, and how much there is."""
+"""Called with the current task, the amount done, and the total."""
 
 _CUDA_CHUNK_BYTES = 1 << 30
 
@@ -83,7 +83,7 @@ def export(
     Parameters
     ----------
     model : torch.nn.Module
-        Any model that takes a batch; used in evaluation mode, and left as it was.
+        Any model that takes a batch; used in evaluation mode, and not changed.
     inputs : (m, …)
         Samples, a tensor or anything whose slices are tensors.
     labels : (m, …)
@@ -107,9 +107,9 @@ def export(
     device : {"auto", "cpu", "cuda"}
         "auto" takes CUDA where there is one.
     path : Path or str, optional
-        Write the instance to this file piece by piece and read it back: it may then be larger than memory.
+        Write the instance to this file in chunks and read it back: it may then be larger than memory.
     metadata : mapping, optional
-        Added to what the export itself tells.
+        Added to the metadata of the export.
     progress : callable, optional
 
     Returns
@@ -174,7 +174,7 @@ def export(
 
 
 class Export:
-    """One export, checked as far as can be before the work.
+    """One export; its arguments are checked before the work.
 
     Parameters
     ----------
@@ -182,7 +182,7 @@ class Export:
         As for `export`.
     recipe : Recipe
     should_stop : callable, optional
-        Asked between pieces of the gradients: they then end with those that are there, at least one.
+        Called between chunks of the gradients; True ends with those collected so far, at least one.
 
     Attributes
     ----------
@@ -191,7 +191,7 @@ class Export:
     stored : int
         How many blocks are stored, known after the work: rows of a layer may share one.
     facts : dict
-        What the work finds out for the metadata: `dense_loss`, `dense_accuracy` of classifiers, `damping`.
+        Results for the metadata: `dense_loss`, `dense_accuracy` of classifiers, `damping`.
     collecting : bool
         Whether gradients are being collected, so that a stop would keep them.
 
@@ -240,7 +240,7 @@ class Export:
         if recipe.source == "fisher" and recipe.batch == 1 and fewest(model) > 1:
             raise UsageError(
                 "a batch norm of the network takes its statistics from the batch (it keeps none of its own), "
-                "so that single samples have no gradient: take means over batches, `--batch 50` say (from Python "
+                "so that single samples have no gradient: use batch means, such as `--batch 50` (from Python "
                 "`batch=50`)"
             )
         plan = make_plan(model, names, exclude, source=recipe.source, run=self._run_one)
@@ -302,7 +302,7 @@ class Export:
         return Instance(self.weights, form, self.budget, self._linear(), self.fixed, metadata=self._metadata())
 
     def write(self, path: Path | str) -> None:
-        """Do the work and write the file, piece by piece: at most the gradients and one block are in memory."""
+        """Do the work and write the file in chunks: at most the gradients and one block are in memory."""
         path, recipe = Path(path), self.recipe
         check_writable(path)
         recipe.check_fits(self.shapes, self.samples, path.parent)
@@ -365,7 +365,7 @@ class Export:
             logger.warning(
                 "ALL GRADIENTS ARE ZERO: nothing tells the weights apart; check that the loss is that of the "
                 "network, "
-                "`--loss mse` say, and that its outputs depend on the weights that are pruned"
+                "`--loss mse` perhaps, and that its outputs depend on the weights that are pruned"
             )
 
     def _collected(self, dtype: np.dtype[Any], folder: Path | None) -> NDArray[Any]:
@@ -437,7 +437,7 @@ class Export:
         self.facts["damping"] = damping
         return damping
 
-    # What the instance says of itself -----------------------------------------------------------------------
+    # Metadata of the instance -------------------------------------------------------------------------------
 
     def _judge(self) -> None:
         """Score the dense network, which finds data that do not fit before the long work."""
@@ -511,7 +511,7 @@ class Export:
             return checked_call(model, placed(self.inputs[: fewest(model)], model))
 
     def _tell_zeros(self) -> None:
-        """Say what is zero already, and what becomes of it."""
+        """Log how many weights are already zero, and whether they stay zero."""
         n, kept = self.weights.size, 0 if self.fixed is None else int((self.fixed == 1).sum())
         if self.zeros > kept and self.zeros >= 0.001 * n:
             logger.warning(

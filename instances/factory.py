@@ -1,4 +1,4 @@
-"""What a user's factory returns: a model, and what it may bring along."""
+"""The return value of a user's factory: a model, and optionally data, loss and metric."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class Made:
-    """The parts of what a factory made.
+    """The parts of the return value of a factory.
 
     Attributes
     ----------

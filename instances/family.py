@@ -1,9 +1,9 @@
-"""The family of small instances in the library: `python -m cbs_opt.instances.family` makes them.
+"""The family of small instances in the library: `python -m cbs_opt.instances.family` generates them.
 
 Blocks of 12 to 200 weights from several layers of two networks that read the 8×8 digits of scikit-learn, the
 multilayer perceptron of `cbs_opt.instances.digits` and a small convolutional network, single and several under
 one budget, with N:M groups and with a first-order term. Seeded, single-threaded, in float64. The best-known
-values in the index come from `python -m cbs_opt.bench.best_known`; making the files again keeps them.
+values in the index come from `python -m cbs_opt.bench.best_known`; generating the files again keeps them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CONV = "digits convolutional network: 3×3 convolutions with 8 and 16 channels, 
 
 @dataclass(frozen=True)
 class Member:
-    """What an instance of the family is made of.
+    """The specification of an instance of the family.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class Member:
         order of the tensor; several blocks take its weights from the first on.
     block_sizes : tuple of int
     inverse : bool
-        Write inverse blocks in place of Hessian blocks.
+        Write inverse blocks instead of Hessian blocks.
     group : tuple of int, optional
         (N, M): prune N of every M consecutive weights.
     linear : bool
@@ -121,7 +121,7 @@ def make_member(member: Member, weights: FloatArray, gradients: FloatArray, meta
     gradients : float64 (m, n₀)
         Its single-sample gradients.
     metadata : dict
-        What the instance says of the network; the positions of its weights in the flattened tensor are added.
+        Description of the network; the positions of its weights in the flattened tensor are added.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The empirical Fisher matrix H = λI + GᵀG/m of a network's gradients, as an instance wants it."""
+"""The empirical Fisher matrix H = λI + GᵀG/m of a network's gradients, in the form that an instance needs."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def fisher_inverse_blocks(gradients: RealArray, damping: float, block_sizes: Arr
     Notes
     -----
     Cholesky in float64, of the block where b_k ≤ m, O(m b_k² + b_k³), and by Woodbury's formula of the
-    (m, m) matrix of inner products otherwise, O(m³ + m b_k²). WoodFisher comes to the same matrix by m
-    rank-one steps, which gather rounding errors.
+    (m, m) matrix of inner products otherwise, O(m³ + m b_k²). WoodFisher computes the same matrix by m
+    rank-one steps, which accumulate rounding errors.
     """
     factor = GradientFactor(gradients, damping, block_sizes)
     return InverseHessianBlocks.from_blocks([factor.inverse_block(k) for k in range(factor.number_of_blocks)])
 
 
 def row_blocks(shapes: list[tuple[int, ...]]) -> list[int]:
-    """Block sizes that give each output neuron, a row of its weight matrix, a block of its own."""
+    """Block sizes with one block for each output neuron, a row of its weight matrix."""
     return [int(np.prod(shape[1:])) for shape in shapes for _ in range(shape[0])]
 
 
 def tensor_table(names: list[str], shapes: list[tuple[int, ...]]) -> list[dict[str, Any]]:
-    """Where each tensor lies among the weights: `metadata["tensors"]` of an instance."""
+    """The position of each tensor among the weights: `metadata["tensors"]` of an instance."""
     table, offset = [], 0
     for name, shape in zip(names, shapes, strict=True):
         table.append({"name": name, "shape": list(shape), "offset": offset})

@@ -1,9 +1,9 @@
 """The gradient of the loss of every sample or mini-batch: the rows of the empirical Fisher matrix.
 
-`per_sample_gradients` holds all of them; `gradient_rows` yields them in pieces, and takes one of three routes to
-them that give the same as automatic differentiation of one sample at a time: the inputs and output gradients of
-the layers (`layers`), `torch.func`, or that very loop, which a timed trial prefers where it is faster, for
-recurrent networks say.
+`per_sample_gradients` holds all of them; `gradient_rows` yields them in chunks, by one of three methods
+with the same result as automatic differentiation of one sample at a time: the inputs and output gradients of
+the layers (`layers`), `torch.func`, or that loop itself, if a timed trial finds it faster, as for
+recurrent networks.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def per_sample_gradients(
 
     Notes
     -----
-    O(m n) memory for the result, and what the model needs for `chunk_size` samples.
+    O(m n) memory for the result, plus that of the model for `chunk_size` samples.
     """
     criterion = declared(loss)
     parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}

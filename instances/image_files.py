@@ -1,4 +1,4 @@
-"""Labelled images in the files that they are published in: IDX, CIFAR-10 batches, `.npz`, folders of pictures.
+"""Labelled images in common file formats: IDX, CIFAR-10 batches, `.npz`, folders of pictures.
 
 Every reader gives `Images`: the labels at once, the pixels of any choice of images when they are asked for.
 Nothing is unpickled: the python batches of CIFAR-10 are read by a decoder that can only put together arrays.
@@ -39,7 +39,7 @@ class Images:
     take : callable
         From indices, int64 (k,), to those images: uint8 (k, H, W[, C]), or the file's own type.
     classes : int or None
-        How many classes the source has, where it says so.
+        Number of classes of the source, if known.
     """
 
     labels: NDArray[np.int64]
@@ -107,7 +107,7 @@ def labels_beside(path: Path) -> Path:
     """The label file that belongs to an IDX file of images; raises `InstanceError` when it is not there."""
     labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
     if labels == path or not labels.is_file():
-        raise InstanceError(f"{path}: its labels are missing: {labels.name} was looked for beside it")
+        raise InstanceError(f"{path}: its labels are missing: {labels.name} was expected in the same folder")
     return labels
 
 
@@ -198,7 +198,7 @@ def read_npz_images(path: Path, split: Split, image_shape: tuple[int, ...] | Non
 
 
 def read_image_folder(folder: Path, image_shape: tuple[int, ...] | None) -> Images | None:
-    """Pictures in one sub-folder per class, the classes being the sorted names; None where there are none.
+    """Pictures in one sub-folder per class, with the sorted names as classes; None if there are none.
 
     Pictures of another size than the network's are scaled until their shorter side is 8/7 of it (256 for 224)
     and cropped in the middle, as is usual for ImageNet.

@@ -1,4 +1,4 @@
-"""What passes through the linear and convolutional layers of a network: their inputs and output gradients.
+"""Inputs and output gradients of the linear and convolutional layers of a network.
 
 A linear layer's gradient is a product of its input and the gradient of its output, so that one forward and
 one backward pass of a whole batch give the gradients of every sample [1]_. Its input alone gives the Hessian
@@ -72,7 +72,7 @@ def tapped(layers: Sequence[nn.Module], *, graph: bool) -> Iterator[dict[nn.Modu
 
 
 def columns(layer: nn.Conv2d, a: Tensor) -> Tensor:
-    """The patches that the filters of a convolution meet, side by side.
+    """The input patches of the filters of a convolution, as columns.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The loss that a network was trained with, sample by sample.
+"""The training loss of a network, per sample.
 
 Everything in this package that differentiates or reports a loss asks a `SampleLoss`. It gives for each sample a
 sum over what counts in it (its tokens, pixels or outputs, each times its class weight) and the weight of that. The
@@ -85,7 +85,7 @@ class SampleLoss(abc.ABC):
         """Raise `InstanceError` where outputs and targets of m samples do not fit each other."""
 
     def classes(self, outputs: Any, targets: Any) -> ClassView | None:
-        """Scores of classes beside their numbers, None for a loss without classes."""
+        """Class scores with class numbers, None for a loss without classes."""
         return None
 
     def per_sample(self, outputs: Any, targets: Any) -> Tensor:
@@ -150,8 +150,8 @@ class ClassLoss(SampleLoss):
         raw = output_tensor(outputs, self.output_key)
         if targets.shape == raw.shape and not targets.is_floating_point() and not _one_hot(targets):
             raise InstanceError(
-                f"the loss {self.name} needs one class a sample, the targets name several or none: for several "
-                "labels a sample declare `--loss bce`"
+                f"the loss {self.name} needs one class per sample, the targets name several or none: for several "
+                "labels per sample declare `--loss bce`"
             )
         if raw.dim() == 3 and raw.shape[1] == raw.shape[2] == targets.shape[-1] and not self.shift:
             logger.warning(
@@ -219,7 +219,7 @@ class FunctionLoss(SampleLoss):
     """Any function of outputs and targets, called with one sample at a time.
 
     It gets the network's output as it is, or the tensor that `output_tensor` finds in it where it takes that only.
-    A vector of m losses is taken as it is; of a scalar the mean and the sum over a batch are told apart.
+    A vector of m losses is taken as it is; for a scalar, the mean and the sum over a batch are distinguished.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, output_key: str | None = None) -> None:
@@ -345,7 +345,7 @@ def guessed(outputs: Any, targets: Any, inputs: Any, output_key: str | None) -> 
     tensor = output_tensor(outputs, output_key)
     if isinstance(targets, Tensor) and tensor.dim() == 3 and not targets.is_floating_point():
         given = inputs.leaves if isinstance(inputs, Bundle) else [inputs]
-        # -100 marks what is not predicted, padding say.
+        # -100 marks what is not predicted, such as padding.
         if any(
             isinstance(leaf, Tensor)
             and leaf.shape == targets.shape
@@ -355,7 +355,7 @@ def guessed(outputs: Any, targets: Any, inputs: Any, output_key: str | None) -> 
         ):
             logger.info("the labels are the inputs: the loss is the cross entropy of the next token (next-token)")
             return declared("next-token", output_key)
-    examples = "`--loss mse` for values, `--loss bce` for several labels a sample (from Python `loss=`)"
+    examples = "`--loss mse` for values, `--loss bce` for several labels per sample (from Python `loss=`)"
     if not isinstance(targets, Tensor):
         raise UsageError(
             f"the targets are no single tensor: declare the loss, {examples}, or `--loss module:function`"
@@ -368,7 +368,7 @@ def guessed(outputs: Any, targets: Any, inputs: Any, output_key: str | None) -> 
         if not probabilities and (targets.shape == tensor.shape or not _whole(targets)):
             raise UsageError(f"{shapes}: these are no class numbers: declare the loss, {examples}")
     elif targets.shape == tensor.shape and tensor.dim() == 2 and not _one_hot(targets):
-        raise UsageError(f"{shapes}, are several labels a sample: declare the loss, {examples}")
+        raise UsageError(f"{shapes}, are several labels per sample: declare the loss, {examples}")
     return declared("cross-entropy", output_key)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what is pruned: the mask of every layer."""
+"""Figures of the mask of every layer."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def draw_masks(path: Path | str, layers: Sequence[LayerMask], title: str = "") -
 
 
 def _draw_bars(axes: Any, layers: Sequence[LayerMask], overall: float) -> None:
-    """Sparsity of each layer beside that of the network."""
+    """Sparsity of each layer compared with that of the network."""
     places = np.arange(len(layers))
     axes.barh(places, [layer.sparsity for layer in layers], color=_BAR, height=0.68)
     axes.axvline(overall, color="#d1495b", linewidth=1.2, label=f"whole network {overall:.1%}")

@@ -1,7 +1,7 @@
-"""Masks: what is pruned of each tensor, in a network that is trained on, and in files.
+"""Masks of pruned weights, in networks for further training and in files.
 
 A mask in a network is a parametrisation of `torch.nn.utils.parametrize`: the layer multiplies by weight · mask, so
-that no optimiser, weight decay or checkpoint brings a pruned weight back. `squash` bakes the masks in.
+that no optimiser, weight decay or checkpoint restores a pruned weight. `squash` makes the masks permanent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cbs_opt.instances.plain import make_plain
 
 @dataclass(frozen=True)
 class LayerMask:
-    """What is pruned of one tensor.
+    """The pruned weights of one tensor.
 
     Attributes
     ----------
@@ -58,12 +58,12 @@ class LayerMask:
 
 
 class Mask(nn.Module):
-    """A parametrisation that holds weights at zero: the effective tensor is tensor · mask.
+    """A parametrisation that keeps weights at zero: the effective tensor is tensor · mask.
 
     Parameters
     ----------
     kept : bool Tensor
-        Of the shape of the tensor; True = stays.
+        Of the shape of the tensor; True = kept.
     """
 
     mask: Tensor
@@ -82,7 +82,7 @@ class Mask(nn.Module):
 
 
 def add_masks(model: nn.Module, masks: Iterable[LayerMask], *, hooks: bool = False) -> None:
-    """Hold pruned weights at zero while the network is trained on.
+    """Keep pruned weights at zero during further training.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def add_masks(model: nn.Module, masks: Iterable[LayerMask], *, hooks: bool = Fal
     InstanceError
         For a tensor that the network does not have.
     UsageError
-        When a tensor is in no state to be masked, or hooks would not hold it at zero.
+        When a tensor cannot be masked, or hooks would not keep it at zero.
     """
     masks = list(masks)
     for mask in masks:
@@ -118,7 +118,7 @@ def add_masks(model: nn.Module, masks: Iterable[LayerMask], *, hooks: bool = Fal
 
 
 def squash(model: nn.Module) -> nn.Module:
-    """Bake all masks in: plain parameters again, with zeros where the masks were.
+    """Make all masks permanent: plain parameters again, with zeros where the masks were.
 
     Masks made by `add_masks`, by torchao and by `torch.nn.utils.prune` alike; other parametrisations stay. Returns
     the model, which is changed in place.
@@ -136,12 +136,12 @@ def squash(model: nn.Module) -> nn.Module:
 
 
 def masks_of_zeros(tensors: Mapping[str, Tensor]) -> list[LayerMask]:
-    """Masks that keep at zero what is zero in the given tensors."""
+    """Masks that keep the zeros of the given tensors at zero."""
     return [LayerMask(name, (tensor == 0).cpu().numpy()) for name, tensor in tensors.items()]
 
 
 def write_masks(path: Path | str, masks: Iterable[LayerMask]) -> None:
-    """Write masks alone, by name of tensor: bool, True = kept, under each name that a tensor has.
+    """Write only the masks, by tensor name: bool, True = kept, under each name that a tensor has.
 
     Raises
     ------
@@ -163,7 +163,7 @@ def read_masks(path: Path | str) -> list[LayerMask]:
     Raises
     ------
     InstanceError
-        When there is no such file, or it holds something else.
+        When there is no such file, or it does not hold masks.
     """
     try:
         with safe_open(path, framework="pt") as file:

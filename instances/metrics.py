@@ -1,4 +1,4 @@
-"""How good a network is, beside its loss: accuracy, top-5, R², mean IoU, perplexity, or a user's function."""
+"""Metrics of a network other than its loss: accuracy, top-5, R², mean IoU, perplexity, or a user's function."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ METRIC_NAMES = ("accuracy", "top-5", "r2", "mse", "mean-iou", "perplexity", "non
 
 
 class Metric(abc.ABC):
-    """A number over all samples, gathered batch by batch.
+    """A number over all samples, accumulated batch by batch.
 
     Attributes
     ----------
     name : str
     higher_is_better : bool
     share : bool
-        Whether it is a share of one, of which a hundredth is a point.
+        Whether it is a share between 0 and 1, of which a hundredth is a point.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Metric(abc.ABC):
 
     @abc.abstractmethod
     def reset(self) -> None:
-        """Forget all samples."""
+        """Reset."""
 
     @abc.abstractmethod
     def update(self, outputs: Any, targets: Any) -> None:
-        """Take a batch in."""
+        """Add a batch."""
 
     @abc.abstractmethod
     def value(self, loss: float) -> float:
@@ -71,11 +71,11 @@ class TopAccuracy(_OfClasses):
         super().__init__(loss)
 
     def reset(self) -> None:
-        """Forget all samples."""
+        """Reset."""
         self._right = self._count = 0
 
     def update(self, outputs: Any, targets: Any) -> None:
-        """Take a batch in."""
+        """Add a batch."""
         view = self.view(outputs, targets)
         k = min(self.k, view.scores.shape[1])
         # As `argmax` for k = 1: of equal scores the first counts.
@@ -90,7 +90,7 @@ class TopAccuracy(_OfClasses):
 
 
 class BinaryAccuracy(Metric):
-    """Share of the yes-or-no answers that are right: a logit above 0, a probability above ½."""
+    """Share of the binary predictions that are correct: a logit above 0, a probability above ½."""
 
     name = "accuracy"
 
@@ -100,11 +100,11 @@ class BinaryAccuracy(Metric):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all samples."""
+        """Reset."""
         self._right = self._count = 0
 
     def update(self, outputs: Any, targets: Any) -> None:
-        """Take a batch in."""
+        """Add a batch."""
         out, y = self._loss.values(outputs, targets)
         self._right += int(((out > self._threshold) == (y > 0.5)).sum())
         self._count += y.numel()
@@ -120,11 +120,11 @@ class MeanIoU(_OfClasses):
     name = "mean-iou"
 
     def reset(self) -> None:
-        """Forget all samples."""
+        """Reset."""
         self._confusion: Tensor | None = None
 
     def update(self, outputs: Any, targets: Any) -> None:
-        """Take a batch in."""
+        """Add a batch."""
         view = self.view(outputs, targets)
         classes = view.scores.shape[1]
         found, true = view.scores.argmax(1)[view.counted], view.numbers[view.counted]
@@ -154,12 +154,12 @@ class SquaredError(Metric):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all samples."""
+        """Reset."""
         self._count = 0
         self._sums: list[Tensor] = []
 
     def update(self, outputs: Any, targets: Any) -> None:
-        """Take a batch in."""
+        """Add a batch."""
         values = ValueLoss(torch.nn.MSELoss(), self.name, self._loss.output_key).values(outputs, targets)
         out, y = (part.double().reshape(len(part), -1).cpu() for part in values)
         if not self._count:
@@ -208,7 +208,7 @@ class FunctionMetric(Metric):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all samples."""
+        """Reset."""
         self._outputs: list[Any] = []
         self._targets: list[Any] = []
 
@@ -219,7 +219,7 @@ class FunctionMetric(Metric):
         self._targets.append(map_leaves(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, targets))
 
     def value(self, loss: float) -> float:
-        """What the function says of all."""
+        """The value of the function on all samples."""
         try:
             outputs = torch.cat(self._outputs)
             targets = (

@@ -25,7 +25,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def single_precision(model: nn.Module) -> Iterator[None]:
-    """Let tensors of half precision be float32; they come back to the last bit.
+    """Convert tensors of half precision to float32 and restore them exactly.
 
     Every float16 and bfloat16 number is one of float32, so that nothing is lost either way.
     """

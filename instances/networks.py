@@ -1,4 +1,4 @@
-"""Networks by name, and a user's own: which of their tensors are pruned, and how images become their inputs.
+"""Networks by name, and user-defined ones: which tensors are pruned, and how images are converted to inputs.
 
 | name | data | normalisation (after scaling to [0, 1]) | pruned tensors |
 |---|---|---|---|
@@ -106,7 +106,7 @@ _NETWORKS = {
 
 
 def network_names() -> list[str]:
-    """The networks that the package knows; `mobilenetv1-W` takes any width W beside those listed."""
+    """The networks that the package knows; `mobilenetv1-W` accepts any width W, not only those listed."""
     return list(_NETWORKS)
 
 
@@ -122,12 +122,12 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
     ----------
     spec : str
         One of `network_names()`, or `module:factory`: a function without arguments in a module that Python
-        finds, the current directory included, or in a file, `./nets.py:make` say. It returns the model, (model,
-        data), (model, training data, test data[, loss[, metric]]) or a dictionary of these; data are (inputs,
-        labels), a loader of such batches and much else, see `own_data`. What of it is pruned is told in
+        finds, the current directory included, or in a file, such as `./nets.py:make`. It returns the model,
+        (model, data), (model, training data, test data[, loss[, metric]]) or a dictionary of these; data are
+        (inputs, labels), a loader of such batches and much else, see `own_data`. What of it is pruned is told in
         `cbs_opt.instances.prunable`.
     mean, std : sequence of float, optional
-        In place of the network's normalisation, one number or one per channel. Given for a factory, the images
+        Instead of the network's normalisation, one number or one per channel. Given for a factory, the images
         of a file are scaled to [0, 1], normalised and laid out as (m, C, H, W); without them it takes inputs as
         the file holds them.
 
@@ -144,7 +144,7 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
         entry = _Entry(lambda: MobileNetV1(width), _NETWORKS["mobilenetv1"].preparation, 1000)
     if entry is None:
         raise UsageError(
-            f"'{spec}' is no network that we know: {', '.join(_NETWORKS)}; for your own, give module:factory"
+            f"'{spec}' is not a known network: {', '.join(_NETWORKS)}; for your own, give module:factory"
         )
     model = entry.make().eval()
     prunable = tuple(name for name in select(model).names if entry.prunes(name))

@@ -1,4 +1,4 @@
-"""A pruned network as an ONNX file: its zeros are ordinary numbers there, for runtimes that use them or not."""
+"""Writes a pruned network as an ONNX file; its zeros are stored as ordinary numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cbs_opt.instances.modes import evaluation_mode, single_precision
 
 
 def check_onnx() -> None:
-    """Raise `UsageError` unless the package that torch writes ONNX with is there."""
+    """Raise `UsageError` unless the package that torch needs to write ONNX is installed."""
     if importlib.util.find_spec("onnx") is None:
         raise UsageError('ONNX files need the package onnx: pip install "cbs-opt[onnx]"')
 

@@ -1,4 +1,4 @@
-"""Which tensor of a network's output is the one that the loss is about."""
+"""The tensor of a network's output to which the loss applies."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def output_tensor(outputs: Any, key: str | None = None) -> Tensor:
     if len(tensors) == 1 or (tensors and isinstance(outputs, tuple | list)):
         return next(iter(tensors.values()))
     raise InstanceError(
-        f"the network's output, {_listed(named)}, does not say which tensor the loss is about: name it with "
-        "`--output-key` (from Python `output_key`), 'logits' say"
+        f"the network's output, {_listed(named)}, does not determine the tensor of the loss: name it with "
+        "`--output-key` (from Python `output_key`), such as 'logits'"
     )
 
 

@@ -1,4 +1,4 @@
-"""Samples as people hand them over: pairs, dictionaries, loaders, data sets, calibration loops.
+"""Samples of users: pairs, dictionaries, loaders, data sets, calibration loops.
 
 | data | what is taken |
 |---|---|
@@ -9,8 +9,8 @@
 | a `torch.utils.data.Dataset`, or (data set, collate function) | the samples that are drawn, collated |
 | a function of the model | is called with it, and what the model is called with is taken, without labels |
 
-Of a batch with more parts, (x, y, index) say, as many go into the network as `forward` needs, the next one is the
-label, and the rest is left out, which the log says.
+Of a batch with more parts, such as (x, y, index), `forward` gets as many as it needs, the next one is the label,
+and the rest is ignored and logged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cbs_opt.instances.batches import Bundle, Pieces, Samples, leaves_of, map_le
 logger = logging.getLogger("cbs_opt")
 
 UNSIZED = 10_000
-"""Samples taken from a loader that does not say how many it has, where no number is asked for."""
+"""Samples read from a loader of unknown length if no number is requested."""
 
 _LABELS = ("labels", "label", "targets", "target", "y", "label_ids")
 _COLLATED = 64  # samples of a data set that are collated at a time
@@ -70,7 +70,7 @@ def own_samples(data: Any, model: nn.Module, name: str, limit: int | None, seed:
     data : object
         See the table above.
     model : torch.nn.Module
-        Says which arguments it takes.
+        Determines the arguments of `forward`.
     name : str
         What error messages call the data.
     limit : int, optional
@@ -101,7 +101,7 @@ def own_samples(data: Any, model: nn.Module, name: str, limit: int | None, seed:
     else:
         items = _items(batches, fitting, name, None)
         if limit is not None and limit > count:
-            logger.warning(f"{name}: holds {count} samples, {limit} were asked for: all are taken")
+            logger.warning(f"{name}: holds {count} samples, {limit} were requested: all are used")
     return _put_together(items, indices, name)
 
 
@@ -441,7 +441,7 @@ def _joined(parts: list[Any]) -> Any:
 
 def _choose(name: str, count: int, limit: int | None, seed: int | None) -> Tensor | None:
     if limit is not None and limit > count:
-        logger.warning(f"{name}: holds {count} samples, {limit} were asked for: all are taken")
+        logger.warning(f"{name}: holds {count} samples, {limit} were requested: all are used")
     if seed is None:
         return None if limit is None or limit >= count else torch.arange(limit)
     return torch.from_numpy(np.random.default_rng(seed).permutation(count)[:limit].astype(np.int64))

@@ -1,4 +1,4 @@
-"""What the filters of a convolution meet: its input as a matrix, plain or transposed, of one to three axes."""
+"""The inputs of the filters of a convolution as a matrix: plain or transposed, one to three axes."""
 
 from __future__ import annotations
 

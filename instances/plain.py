@@ -1,7 +1,7 @@
 """Networks whose weights are computed from other tensors, and the plain networks that compute the same.
 
 `weight_norm`, `spectral_norm`, `orthogonal`, masks of `torch.nn.utils.prune` and of our own, any parametrisation
-of `torch.nn.utils.parametrize`: what is pruned is the effective value, the tensor that the layer multiplies by.
+of `torch.nn.utils.parametrize`: pruning applies to the effective value, the tensor that the layer multiplies by.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def plain_model(model: nn.Module) -> Plain:
     Parameters
     ----------
     model : torch.nn.Module
-        Stays as it is.
+        Not changed.
 
     Raises
     ------
@@ -128,8 +128,8 @@ def effective_tensors(model: nn.Module) -> dict[str, Tensor]:
 def set_effective(model: nn.Module, name: str, value: Tensor) -> None:
     """Give a tensor of a network a new effective value.
 
-    Where its parametrisation cannot produce the value (an orthogonal matrix with zeros, say), it is removed and
-    the tensor becomes plain, with a warning.
+    Where its parametrisation cannot produce the value (such as an orthogonal matrix with zeros), it is
+    removed and the tensor becomes plain, with a warning.
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)

@@ -1,4 +1,4 @@
-"""What an export prunes of a network: its tensors in the order of the instance, their weights and old zeros."""
+"""The tensors that an export prunes, in the order of the instance, with their weights and existing zeros."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("cbs_opt")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is pruned.
+    """The pruned tensors of a network.
 
     Attributes
     ----------
@@ -75,7 +75,7 @@ def make_plan(
     names, exclude : sequence of str, optional
         Names and patterns, see `prunable.matches`. The order of exact names is kept.
     source : {"fisher", "reconstruction", "kfac"}
-        Tensors without a reconstruction error that can be computed are left out of the latter two.
+        For the latter two, tensors whose reconstruction error cannot be computed are omitted.
     run : callable
         Runs a network on one sample.
 
@@ -151,7 +151,7 @@ def _in_order(selection: Selection, names: Sequence[str] | None) -> Selection:
 def _followed(
     model: nn.Module, selection: Selection, run: Callable[[nn.Module], object], *, required: bool
 ) -> Selection:
-    """Look at one sample for how tensors are multiplied; leave out what cannot be followed, where it must be."""
+    """Trace one sample to see how tensors are multiplied; omit those that cannot be traced, if required."""
     layouts = {tensor.name: tensor.layout for tensor in selection.tensors}
     _, reasons = followed(model, run, layouts)
     other = {

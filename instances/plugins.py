@@ -29,7 +29,7 @@ def load_object(spec: str, what: str) -> Any:
     Parameters
     ----------
     spec : str
-        `module:name`, or the path of a `.py` file in place of the module.
+        `module:name`, or the path of a `.py` file instead of the module.
     what : str
         The option, for error messages.
 
@@ -62,7 +62,7 @@ def _parts(spec: str) -> tuple[str, str]:
     match = _SPEC.fullmatch(spec)
     module_name, name = (match["module"], match["name"]) if match else ("", "")
     if not module_name or not name.isidentifier():
-        raise UsageError(f"'{spec}' must be module:factory, 'mynet:make' or './mynet.py:make' say")
+        raise UsageError(f"'{spec}' must be module:factory, such as 'mynet:make' or './mynet.py:make'")
     return module_name, name
 
 
@@ -74,7 +74,7 @@ def _file(module_name: str) -> Path | None:
 @contextmanager
 def _importable(spec: str) -> Iterator[None]:
     """The folder of a file, or the current one, first on the path; errors of the code in one sentence."""
-    # The folder of a file comes first on the path, as it does for a script: its neighbours can be imported.
+    # The folder of a file comes first on the path, as for a script, so that modules next to it can be imported.
     file = _file(_parts(spec)[0])
     folder = str(Path.cwd() if file is None else file.resolve().parent)
     sys.path.insert(0, folder)

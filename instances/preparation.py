@@ -1,4 +1,4 @@
-"""From images as files hold them to the inputs that a network was trained on."""
+"""Converts images from files to the inputs of a network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Preparation:
     scale : float
         The largest value of a pixel in whole numbers.
     flat : bool
-        Give (m, H·W·C) in place of (m, C, H, W).
+        Return (m, H·W·C) instead of (m, C, H, W).
     """
 
     image_shape: tuple[int, ...] | None

@@ -1,8 +1,8 @@
-"""What each weight of a network multiplies, seen where torch is called rather than where layers are.
+"""The inputs that each weight of a network multiplies, observed at the calls of torch, not at the layers.
 
-In a forward pass every call of torch is looked at: one that multiplies by a weight, or by a part or the transpose
-of one, is reported with the matrix of inputs that the weight meets there. So it does not matter which layer owns
-the weight, how often it is used, or whether a layer is called at all (`MultiheadAttention` never calls its
+In a forward pass every call of torch is inspected. A call that multiplies by a weight, or by a part or the
+transpose of one, is reported with the matrix of inputs of that product. It therefore does not matter which layer
+owns the weight, how often it is used, or whether the layer is called at all (`MultiheadAttention` never calls its
 `out_proj`).
 """
 
@@ -26,7 +26,7 @@ from cbs_opt.instances.views import NotFollowed, is_view, memory_of, part_of
 
 @dataclass(frozen=True)
 class Product:
-    """A call in which rows of a weight meet inputs.
+    """A call in which rows of a weight are multiplied by inputs.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ class Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the call, and look at it where one of its arguments is a weight."""
+        """Run the call, and inspect it if one of its arguments is a weight."""
         kwargs = kwargs or {}
         title = getattr(func, "__name__", "")
         if title in _HARMLESS:

@@ -1,9 +1,9 @@
-"""Which tensors of a network are pruned: the weights of layers that multiply their inputs, wherever they live.
+"""Which tensors of a network are pruned: the weights of layers that multiply their inputs.
 
 Pruned by default are the weights of `Linear`, `Conv1d/2d/3d` and their transposes, `Bilinear`, the matrices of
 `RNN`, `LSTM`, `GRU` and their cells, the projections of `MultiheadAttention`, and those of a user's own layers
-that turn out to compute x·Wᵀ or x·W (`Conv1D` of Hugging Face is one). Left out are embeddings, biases, scales of
-normalisation, tokens, positions: whatever a network does not multiply its activations by as a matrix.
+that are found to compute x·Wᵀ or x·W (such as `Conv1D` of Hugging Face). Embeddings, biases, normalisation scales,
+tokens and positions are not pruned: activations are not multiplied by them as a matrix.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is pruned of a network, and what is not, both in the order of the network."""
+    """The tensors of a network that are pruned, and those that are not, in the order of the network."""
 
     tensors: tuple[Prunable, ...]
     left_out: tuple[LeftOut, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of what is pruned."""
+        """Names of the pruned tensors."""
         return tuple(tensor.name for tensor in self.tensors)
 
     def chosen(self, names: Iterable[str] | None = None, exclude: Iterable[str] | None = None) -> Selection:
@@ -119,7 +119,7 @@ class Selection:
         return Selection(kept, (*self.left_out, *more))
 
     def log(self) -> None:
-        """Tell what is pruned, and what is left out and why."""
+        """Log what is pruned, and what is not, with reasons."""
         for t in self.tensors:
             order = ", stored inputs first" if t.layout.inputs_first else ""
             logger.debug(f"to prune: {' = '.join(t.names)}  {' × '.join(map(str, t.layout.shape))}{order}")
@@ -159,7 +159,7 @@ class Selection:
 
 
 def select(model: nn.Module) -> Selection:
-    """What of a network is pruned by default, with reasons for the rest.
+    """The tensors of a network that are pruned by default, with reasons for the others.
 
     Parameters
     ----------
@@ -234,7 +234,7 @@ def _fits(pattern: str, names: Iterable[str]) -> bool:
 
 
 def _judged(owner: nn.Module, leaf: str, parameter: Tensor) -> Layout | str:
-    """How a module stores a matrix by which it multiplies; or what the parameter is instead."""
+    """The layout of a matrix by which a module multiplies; or a description of the parameter."""
     shape = tuple(parameter.shape)
     if not parameter.is_floating_point():
         return f"{str(parameter.dtype).removeprefix('torch.')}, not real floating-point numbers"

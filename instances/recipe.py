@@ -1,4 +1,4 @@
-"""What an export is to make of a network: the form of H, its blocks, its damping, and the budget."""
+"""The options of an export: the form of H, its blocks, its damping, and the budget."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SUGGESTED_SIZES = (5000, 2000, 1000, 500, 200, 100, 50, 20)
 
 @dataclass(frozen=True)
 class Recipe:
-    """The options of an export; it checks them, and fills in what is not given.
+    """The options of an export, checked, with defaults for those that are not given.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class Recipe:
     memory : int, optional
         Bytes that the export may use; half of what is free by default.
     keep_mask : bool
-        Weights that are zero already stay zero, and count as pruned. Those of masks always do.
+        Weights that are already zero stay zero, and count as pruned. This always holds for masks.
     nm_along : {"inputs", "outputs"}
         The M weights of an N:M pattern are consecutive inputs of one output, or outputs of one input.
 
@@ -334,7 +334,7 @@ def scratch(shape: tuple[int, int], dtype: np.dtype[Any], memory: int, folder: P
     UsageError
         When the disk has no room for it either.
     OutputError
-        When the file cannot take its space, on a full disk say.
+        When the file cannot take its space, as on a full disk.
     """
     import tempfile
 

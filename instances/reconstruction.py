@@ -5,8 +5,8 @@ output is ‖δᵀX‖² = δᵀXXᵀδ. As ½δᵀHδ is the loss everywhere in
 squared error of the layer's output, summed over places and averaged over samples. Optimal Brain Compression
 [1]_ and SparseGPT [2]_ use the same matrix, up to a constant factor; all rows of a layer share it.
 
-A place is whatever a weight is multiplied at: a place of an image, a time step, a token, and every use of a tensor
-that several layers share.
+A place is each point where a weight is multiplied: a place of an image, a time step, a token, and every use of a
+tensor that several layers share.
 
 .. [1] Frantar, Singh, Alistarh: Optimal Brain Compression, NeurIPS 2022.
 .. [2] Frantar, Alistarh: SparseGPT, ICML 2023.
@@ -142,7 +142,7 @@ def input_covariances(
     names : sequence of str, or mapping of str to Layout
         Weights, and how they are laid out where that is known already.
     chunk_bytes : int
-        Memory for the activations and patches of one piece.
+        Memory for the activations and patches of one chunk.
     progress : callable, optional
         Gets the number of samples done.
 
@@ -230,7 +230,7 @@ class _Sums:
             total.addmm_(piece, piece.T)
 
     def covariance(self, name: str, samples: int) -> LayerCovariance:
-        """Cut the rows where any of the ranges ends, and add up what each piece has met."""
+        """Split the rows where any of the ranges ends, and sum the inputs of each part."""
         rows, K = self.layout.rows, self.layout.inputs
         if not self.products and self.counts is None:
             raise InstanceError(f"the layer of '{name}' is never called: it has no inputs to reconstruct from")

@@ -1,4 +1,4 @@
-"""What sparse tensors take on disk: the formats that zeros can be left out in, to the byte."""
+"""Exact sizes of sparse tensors in formats that omit zeros."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Sizes:
     ----------
     dense : int
     bitmask : int
-        One bit a weight, and the values that are kept.
+        One bit per weight, and the kept values.
     csr : int
-        Compressed rows: values, column numbers of 2 bytes where these do (4 otherwise), 4 bytes a row.
+        Compressed rows: values, column numbers of 2 bytes where these do (4 otherwise), 4 bytes per row.
     """
 
     dense: int

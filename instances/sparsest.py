@@ -1,4 +1,4 @@
-"""The largest sparsity that costs at most so much on held-out data."""
+"""The largest sparsity whose cost on held-out data is at most a given value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cbs_opt.path import solve_path
 from cbs_opt.result import Result
 
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
-"""Sparsities that are tried where none are named."""
+"""Sparsities that are tried by default."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sparsest:
-    """What was found.
+    """The result of the search.
 
     Attributes
     ----------
     chosen : Trial or None
-        The largest sparsity that costs at most what it may; None where all cost more.
+        The largest sparsity within the allowed cost; None if all cost more.
     before : Score
         Of the dense network.
     trials : list of Trial
@@ -72,11 +72,11 @@ def largest_sparsity(
     Parameters
     ----------
     model : torch.nn.Module
-        With the weights that the instance was made from; it is left as it was.
+        With the weights from which the instance was made; it is not changed.
     instance : Instance
         Without groups.
     source : SampleSource
-        Data that were not used to make the instance: what is chosen on them is no unbiased estimate.
+        Data that were not used to make the instance: a score on the data used for selection is biased.
     max_drop : float
         Points of accuracy and the like, or percent of perplexity, error or loss.
     sparsities : sequence of float

@@ -1,8 +1,8 @@
-"""Tensors that a checkpoint stores as others: masks, weight_norm, spectral_norm, whatever `parametrize` has made.
+"""Tensors that a checkpoint stores as others: masks, weight_norm, spectral_norm, parametrisations.
 
-The names tell: `a.weight_orig` beside `a.weight_mask` is `a.weight`, pruned by `torch.nn.utils.prune`. A `Form`
-gives the effective tensor, and the stored ones that produce a new value of it, so that a network which loads them
-computes with exactly that value.
+They are recognised by name: `a.weight_orig` with `a.weight_mask` is `a.weight`, pruned by `torch.nn.utils.prune`.
+A `Form` computes the effective tensor, and the stored ones that produce a new value of it, so that a network which
+loads them computes with exactly that value.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Form:
         Names of the stored tensors.
     kind : str
     value : callable or None
-        From the stored tensors, in the order of `parts`, to the effective one; None where only the network knows.
+        From the stored tensors, in the order of `parts`, to the effective one; None if only the network can
+        compute it.
     encode : callable or None
         From a new value and the old stored tensors to new ones, or None where none produce it.
     """

@@ -1,6 +1,6 @@
 """The tensors of an instance: which of its weights are which tensor of the network, and how they are laid out.
 
-An instance holds every tensor as rows × inputs: one row for each output, the weights of a row one after the other.
+An instance holds every tensor as rows × inputs: one row for each output, in row-major order.
 That is how `Linear` and `Conv2d` store their weights. `Conv1D` of Hugging Face and transposed convolutions store
 (inputs, outputs, …); a `Layout` turns the one into the other, for arrays of numpy and tensors of torch alike.
 """
@@ -25,14 +25,14 @@ Flat = TypeVar("Flat", NDArray[Any], Tensor)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows and inputs of a tensor lie in its memory.
+    """The memory layout of the rows and inputs of a tensor.
 
     Attributes
     ----------
     shape : tuple of int
         Of the tensor as it is stored.
     inputs_first : bool
-        Stored as (inputs, outputs, …) in place of (outputs, inputs, …).
+        Stored as (inputs, outputs, …) instead of (outputs, inputs, …).
     groups : int
         Groups of channels of a transposed convolution: its inputs are stored group by group.
     """
@@ -92,7 +92,7 @@ class Place:
     aliases : tuple of str
         Other names of the same tensor: layers that share it.
     dtype : str
-        Type in which the network held it, `float32` say; empty where the instance does not tell.
+        Its type in the network, such as `float32`; empty if unknown.
     """
 
     name: str
@@ -160,11 +160,11 @@ def read_places(instance: Instance) -> list[Place]:
     Raises
     ------
     InstanceError
-        When the instance does not say which tensors its weights are, or says it wrongly.
+        When the tensors of the instance are missing from its metadata or wrong.
     """
     table = instance.metadata.get("tensors")
     if table is None:
-        raise InstanceError("the instance does not say which tensors its weights are: `metadata` has no `tensors`")
+        raise InstanceError("the instance does not name its tensors: `metadata` has no `tensors`")
     if not isinstance(table, list | tuple) or not table:
         raise InstanceError("`metadata`: `tensors` must be a list of name, shape and offset")
     out = sorted(map(_place, table), key=lambda place: (place.start, place.layout.size))

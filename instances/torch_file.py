@@ -1,9 +1,10 @@
-"""Files of `torch.save`, read without running anything, and written anew with other numbers in the same places.
+"""Files of `torch.save`: read without executing anything, rewritten with new values in the same places.
 
-A file of `torch.save` is a pickle with raw storages beside it. The pickle is read by an unpickler that knows the
-handful of names by which torch describes tensors; every other class or function becomes an inert placeholder:
-nothing is imported, nothing is called. So checkpoints can be read whatever lies beside their tensors: optimizers,
-configs, whole models, TorchScript. To write, the bytes of the changed storages are replaced, all else is copied.
+A file of `torch.save` is a pickle together with raw storages. The pickle is read by an unpickler that knows only
+the few names by which torch describes tensors. Every other class or function becomes an inert placeholder:
+nothing is imported or called. Checkpoints can therefore be read whatever else they contain: optimizers,
+configurations, whole models, TorchScript. When a file is written, the bytes of the changed storages are replaced;
+all others are copied.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class StoredTensor:
 
 
 class Inert:
-    """What an unknown object of a pickle becomes: it holds what it was given and does nothing."""
+    """A placeholder for an unknown object of a pickle: it stores its arguments and does nothing."""
 
     origin = "an object"
 
@@ -168,7 +169,7 @@ class TorchFile:
             raise InstanceError(f"{self.path}: is damaged: a tensor reaches beyond its storage") from None
 
     def write(self, file: IO[bytes], changes: Mapping[str, tuple[StoredTensor, Tensor]]) -> None:
-        """Write the file anew with other numbers in some tensors, which keep their types and places.
+        """Rewrite the file with new values in some tensors, which keep their types and places.
 
         Parameters
         ----------
@@ -264,7 +265,7 @@ class TorchFile:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors, and makes placeholders of all else."""
+    """Reads tensors, and replaces everything else by placeholders."""
 
     def __init__(self, file: IO[bytes], storages: dict[str, Storage], unknown: list[str]) -> None:
         super().__init__(file, encoding="utf-8", errors="surrogateescape")

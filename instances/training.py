@@ -1,4 +1,4 @@
-"""A training loop that gives the same network every time."""
+"""A reproducible training loop."""
 
 from __future__ import annotations
 
@@ -82,5 +82,5 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """Share of the samples that the classifier gets right."""
+    """Share of the samples that are classified correctly."""
     return float((model(inputs).argmax(1) == targets).double().mean())

@@ -1,12 +1,12 @@
-"""How to solve it.
+"""The solvers.
 
 Each folder imports only from those above it in this list, and not from all of them: `tests/cbs_opt/test_house.py`
 holds the exact table.
 
 =========  ============================================================================================
 kernels    compiled inner loops
-problem    the problems as solvers see them: presolved, scaled, in connected components
-trees      branch and bound, which proves
+problem    the presolved, scaled problems in connected components
+trees      the branch-and-bound engine
 layers     layers whose rows share one Hessian
 paper      the methods of the CBS paper and its baselines; imports none of the others
 selection  heuristics and bounds for the selection objective: `search`, `relax`
@@ -37,4 +37,4 @@ MODULES = {
     "exact": "cbs_opt.solvers.exact.solver",
     "brute": "cbs_opt.solvers.exact.brute",
 }
-"""Where each solver that comes with the package lives."""
+"""The module of each solver of the package."""

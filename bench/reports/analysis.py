@@ -1,4 +1,4 @@
-"""What the rows of a store say: problems with their best known losses, and every run measured against them.
+"""Analysis of the rows of a store: problems with their best known losses, and the gaps and times of every run.
 
 A *problem* is an instance with a budget and an objective. *Best known* is the least loss of all valid rows of the
 store, *proven* a best known loss that some valid row's bound, or its finished search, shows to be optimal. A row
@@ -92,7 +92,7 @@ class Run:
 
 @dataclass
 class Problem:
-    """An instance with a budget and an objective, and what all rows know of it.
+    """An instance with a budget and an objective, and the results of all its rows.
 
     Attributes
     ----------
@@ -277,7 +277,7 @@ def _id(row: Row) -> int:
 
 
 def _unknown_instance(row: Row) -> StoredInstance:
-    """Stands for an instance that the store has rows of, but no description."""
+    """A placeholder for an instance without a description in the store."""
     n = round(row.budget / row.sparsity) if row.sparsity else row.budget
     return StoredInstance(row.instance_sha256, row.instance_sha256[:12], n, 0, "unknown", {})
 
@@ -336,7 +336,7 @@ def _time(store: Store, sections: Sequence[Section]) -> None:
             build = row.build_s or 0.0
             trace = store.trace(_id(row))
             run.events = len(trace)
-            # What the solver says decides when, the recomputed loss whether.
+            # The solver's own values determine when, the recomputed loss whether.
             said_exact, said_near = first_times(trace, (exact, near))
             if row.objective <= near:
                 run.near_s = min(build + said_near, run.total_s)

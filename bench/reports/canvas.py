@@ -1,4 +1,4 @@
-"""The paper that the pictures of a report are drawn on: figures, axes, lines of one look for each solver.
+"""Common elements of the figures of a report: figures, axes, and one line style for each solver.
 
 Text and axes are drawn in one ink, which the page replaces by the colour of its own text.
 """
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS = 400
-"""At most about as many points has a line."""
+"""Approximate maximum number of points of a line."""
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.4)), (0, (6, 1.6, 1.2, 1.6)), (0, (2.5, 1.2)))
 _MARKERS = ("o", "s", "^", "D", "v")
 _WIDTH = 9.9  # inches
-_LETTER, _HANDLE = 5.3, 45.0  # points of a letter in the legend, and of what stands beside each name
+_LETTER, _HANDLE = 5.3, 45.0  # points of a letter in the legend, and of the handle of each name
 
 
 class Style(NamedTuple):
-    """How the lines of a solver look.
+    """The line style of a solver.
 
     Thin lines are drawn over thick ones, so that equal lines show as nested ones.
     """
@@ -62,7 +62,7 @@ def styles(solvers: Sequence[str]) -> dict[str, Style]:
 
 
 def shown(name: str) -> str:
-    """A name as matplotlib shows it as it stands: no formula, and not left out of the legend for a first "_"."""
+    """A name that matplotlib shows literally: no formula, and not hidden in legends because of a leading "_"."""
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 

@@ -1,6 +1,6 @@
 """A document of headings, paragraphs, tables and pictures, written as Markdown and as one HTML page.
 
-Text is plain: what looks like markup in a label or a message is shown as it stands. Only `code` between backquotes
+Text is plain: markup in a label or a message is shown literally. Only `code` between backquotes
 and **bold** are marked.
 """
 

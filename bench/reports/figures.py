@@ -1,6 +1,6 @@
 """The pictures of a benchmark report, drawn from an analysis; every function gives a matplotlib figure.
 
-One colour and line style a solver throughout a report.
+Each solver has one colour and line style throughout a report.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def _draw_problem(axes: Axes, problem: Problem, looks: Mapping[str, Style], trac
 
 
 def choose(section: Section, count: int = 4) -> list[Problem]:
-    """Problems worth a picture of their own: many solvers, hard for many of them, large; one an instance."""
+    """Problems for single figures: many solvers, hard for many of them, large; at most one per instance."""
 
     def interest(problem: Problem) -> tuple[int, int, int]:
         late = [name for name in problem.runs if median([run.exact_s for run in problem.runs[name]]) > 0.05]

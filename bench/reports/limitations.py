@@ -1,4 +1,4 @@
-"""What a reader of a benchmark report must know before believing it, as far as the rows themselves can tell."""
+"""The limitations of a benchmark report, as far as they follow from its rows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cbs_opt.bench.runs.store import OK, UNSUPPORTED
 from cbs_opt.result import Status
 
 FEW_SEEDS = 5
-"""Fewer seeds tell little about a method that draws at random."""
+"""Fewer seeds are not enough for a randomised method."""
 
-_SHORT = 0.05  # seconds; the processor's clock says nothing about shorter runs
+_SHORT = 0.05  # seconds; the processor clock is too coarse for shorter runs
 _BUSY = 0.8  # of the wall's seconds; with less the processor was shared
 
 
@@ -24,8 +24,8 @@ def limitations(analysis: Analysis) -> list[str]:
         *(sentence for section in analysis.sections for sentence in _of_section(analysis, section)),
         *_of_rows(analysis),
         *_of_machines(analysis),
-        "Times are those of this machine with these versions; ratios carry over to others better than seconds.",
-        "Instances and settings were chosen by whoever ran this; on other networks the order may differ. "
+        "Times are those of this machine with these versions; ratios transfer better to others than seconds.",
+        "Instances and settings were chosen for this benchmark; on other networks the order may differ. "
         "Solvers ran with the settings above, which need not be the best for each.",
     ]
 
@@ -125,8 +125,8 @@ def _of_machines(analysis: Analysis) -> Iterator[str]:
     if shares:
         busy = sum(share < _BUSY for share in shares) / len(shares)
         yield (
-            f"Seconds are by the wall. Runs of {_SHORT:g} s and more on one thread had {median(shares):.2f} "
-            f"processor seconds a second in the median, {100 * busy:.0f} % of them less than {_BUSY:g}"
+            f"Seconds are wall-clock time. Runs of {_SHORT:g} s and more on one thread had {median(shares):.2f} "
+            f"processor seconds per second in the median, {100 * busy:.0f} % of them less than {_BUSY:g}"
             + (": other work shared the processor, and times are noisy." if busy > 0.05 else ".")
         )
     used = {row.environment for row in analysis.rows if row.environment is not None}
@@ -138,4 +138,4 @@ def _of_machines(analysis: Analysis) -> Iterator[str]:
             "compare."
         )
     if any(row.environment not in analysis.environments for row in analysis.rows if row.kind == OK):
-        yield "Some rows do not say on which machine they were made."
+        yield "The machine of some rows is unknown."

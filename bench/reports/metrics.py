@@ -201,7 +201,7 @@ def performance_profiles(times: ArrayLike, least: float = 0.0) -> list[Steps]:
     -------
     list of Steps
         One for each solver. ρ_s(1) is the share of problems on which it is (one of) the fastest; the last value
-        the share that it solves. A problem that nobody solves counts in the denominator.
+        the share that it solves. A problem that no solver solves counts in the denominator.
     """
     clock = np.maximum(np.asarray(times, dtype=np.float64), least)
     fastest = clock.min(axis=1, keepdims=True) if clock.size else clock

@@ -1,4 +1,4 @@
-"""From a store to a report one can publish: `write_report` makes a Markdown file, one HTML page, and the pictures.
+"""From a store to a report: `write_report` makes a Markdown file, one HTML page, and the figures.
 
 Everything is computed from the store alone; the same store gives the same report.
 """
@@ -55,7 +55,7 @@ def write_report(store: Path | str, output: Path | str | None = None, *, title: 
         Written by `cbs-bench run`.
     output : Path, optional
         The report's name, with or without an ending; a folder for a report named as the store. Without one it
-        stands beside the store.
+        is written next to the store.
     title : str, optional
 
     Returns

@@ -1,4 +1,4 @@
-"""Is the new one slower, or worse? Two stores, key by key: ratios, geometric means, sign tests."""
+"""Comparison of two stores, run by run: ratios of time and loss, geometric means, sign tests."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that two stores say about each other.
+    """The comparison of two stores.
 
     Attributes
     ----------

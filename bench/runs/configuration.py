@@ -1,4 +1,4 @@
-"""What a benchmark runs: a TOML file of instances and solvers, read into tasks.
+"""Configurations of benchmarks: a TOML file of instances and solvers, read into tasks.
 
 Instances are paths relative to the file, with wildcards, or `library:NAME`, with wildcards too. At the top stand
 the settings of all solvers; each `[[solvers]]` may replace them::
@@ -79,7 +79,7 @@ class Configuration:
 
 
 def shipped() -> dict[str, Path]:
-    """The configurations that come with the package, by name."""
+    """The shipped configurations, by name."""
     folder = Path(str(resources.files("cbs_opt.bench.runs"))) / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
@@ -92,12 +92,12 @@ def read_configuration(source: Path | str, time_limit: float | None = None) -> C
     source : Path or str
         A TOML file, or the name of a shipped configuration.
     time_limit : float, optional
-        In place of every time limit of the file.
+        Instead of every time limit of the file.
 
     Raises
     ------
     UsageError
-        For what is wrong in it, with file and line.
+        For errors in it, with file and line.
     """
     path = Path(source)
     if path.suffix != ".toml" and not path.is_file():
@@ -219,7 +219,7 @@ class _Reader:
             try:
                 objectives = get_solver(name).supports.objectives
                 given = self._parameters(number, name, given)
-            except SolverError:  # something it needs is not installed: `unavailable` says so
+            except SolverError:  # something it needs is not installed: reported by `unavailable`
                 objectives = frozenset(OBJECTIVES)
         if objective is None:
             objective = next(kind for kind in OBJECTIVES if kind in objectives)

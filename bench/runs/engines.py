@@ -1,7 +1,7 @@
-"""Where the rows of a benchmark are made: in this process, in processes of this machine, or on a Ray cluster.
+"""Execution of benchmark runs: in this process, in processes of this machine, or on a Ray cluster.
 
-An engine takes tasks and a function, and gives back the results as they come. A worker that is killed, by the
-system for its memory say, costs the task that it was at, and no other; that task is tried again.
+An engine takes tasks and a function, and gives back the results as they come. A worker that is killed, for
+example by the system because of its memory, loses only the task that it was running; that task is tried again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ R = TypeVar("R")
 TRIES = 3
 """How often a task is given to a worker before it counts as lost."""
 
-_POLL = 0.1  # seconds between looks at the interrupts
+_POLL = 0.1  # seconds between checks for interrupts
 
 
 def never() -> bool:

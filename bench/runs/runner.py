@@ -1,4 +1,4 @@
-"""Run a benchmark: plan its rows, leave out those that are there, write each as it comes."""
+"""Run a benchmark: plan its rows, omit those in the store, write each as it is produced."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Plan:
 
 
 class Progress(Protocol):
-    """Told of the rows as they come."""
+    """Receives the progress of a run."""
 
     def start(self, total: int) -> None:
         """So many rows are to be made."""
@@ -61,7 +61,7 @@ class Progress(Protocol):
 
 @dataclass
 class Outcome:
-    """What a run of a benchmark did.
+    """The outcome of a run of a benchmark.
 
     Attributes
     ----------
@@ -186,7 +186,7 @@ def _matches(pattern: str, folder: Path) -> list[tuple[str, Path]]:
     path = Path(pattern).expanduser()
     path = path if path.is_absolute() else folder / path
     if not glob.has_magic(pattern):
-        return [(path.stem, path)]  # where there is none, reading it says so
+        return [(path.stem, path)]  # if there is none, reading it reports that
     paths = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
     if not paths:
         raise UsageError(f"`instances`: no file matches {path}")

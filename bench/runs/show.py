@@ -1,4 +1,4 @@
-"""How far a benchmark is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a benchmark: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Bar(Lines):
 
 
 def progress(names: dict[str, str], quiet: bool) -> Lines:
-    """A bar where a person looks on, else lines.
+    """A bar on a terminal, else lines.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def progress(names: dict[str, str], quiet: bool) -> Lines:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds as a short text."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:

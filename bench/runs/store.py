@@ -1,6 +1,6 @@
-"""The store of a benchmark: one SQLite file of rows, each there as soon as it is made.
+"""The store of a benchmark: one SQLite file of rows, each written as soon as it is produced.
 
-A run has one writer, which holds a lock beside the file for as long as it lives; anybody may read meanwhile. A
+A run has one writer, which holds a lock file next to the store while it runs; others may read. A
 process that dies in the middle of a row leaves the rows before it, as SQLite has it.
 """
 
@@ -24,7 +24,7 @@ VERSION = 1
 
 OK, WRONG, INFEASIBLE, ERROR, LOST, UNSUPPORTED = "ok", "wrong", "infeasible", "error", "lost", "unsupported"
 KINDS = (OK, WRONG, INFEASIBLE, ERROR, LOST, UNSUPPORTED)
-"""Kinds of rows: what the recomputation says, not what the solver says.
+"""Kinds of rows, according to the recomputation, not to the solver.
 
 `ok` is a feasible selection with the loss and a bound that can be true; `wrong` claims a loss or a bound that the
 recomputation refutes; `infeasible` misses the budget; `error` gave nothing; `lost` killed its worker at every try;
@@ -265,11 +265,11 @@ class Store:
         return added
 
     def set_kind(self, row_id: int | None, kind: str, message: str) -> None:
-        """Say of a row that is there what another one has shown."""
+        """Correct a stored row by the result of another one."""
         self._execute("UPDATE rows SET kind = ?, message = ? WHERE id = ?", (kind, message, row_id))
 
     def add_instance(self, instance: StoredInstance) -> None:
-        """Keep what there is to say about an instance; the first word stays."""
+        """Store the description of an instance; the first one is kept."""
         values = (
             instance.sha256,
             instance.name,
@@ -390,7 +390,7 @@ class Store:
 
 
 def _lock(path: Path) -> sqlite3.Connection:
-    """Take the only writer's place: an exclusive lock of a file beside the store, which dies with the process."""
+    """Become the only writer: an exclusive lock of a file next to the store, released with the process."""
     if path.is_dir():
         raise StoreError(f"{path}: is a directory, a store is a file")
     target = path.resolve()  # a store has one lock, whatever links lead to it

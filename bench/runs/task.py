@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cbs_opt.bench.anytime import CLOCKS, Anytime
-from cbs_opt.bench.compilation import finish_compilation
 from cbs_opt.bench.peers import PEERS, MissingPeerError, Samplers, run_sampler
 from cbs_opt.bench.runs import store
 from cbs_opt.bench.runs.store import Key, Row, Trace
 from cbs_opt.bench.runs.warm_up import SECONDS, tiny_instance
+from cbs_opt.compilation import finish_compilation
 from cbs_opt.errors import CbsError, InstanceError, SolverError
 from cbs_opt.files import read_instance
 from cbs_opt.instance import Instance
@@ -49,7 +49,7 @@ _PACKAGES = ("scipy", "numba", "torch", "highspy", "pyomo", "pyscipopt", "gurobi
 
 @dataclass(frozen=True)
 class Task:
-    """A row to be made: its key, and what the run needs beside it."""
+    """A row to be made: its key, and what the run needs in addition."""
 
     path: str
     instance_sha256: str
@@ -162,7 +162,7 @@ def _make(task: Task, read: Callable[[], Instance], should_stop: Callable[[], bo
 
 
 class _UnsupportedError(CbsError):
-    """The solver refuses the instance, and says so."""
+    """The solver refuses the instance with a message."""
 
 
 def judge(
@@ -174,7 +174,7 @@ def judge(
     bound: float | None = None,
     failure: str | None = None,
 ) -> Row:
-    """Make the row of a selection from what it is, not from what the solver says.
+    """Make the row of a selection from recomputed values, not from those of the solver.
 
     Parameters
     ----------
@@ -246,7 +246,7 @@ def _solver_row(task: Task, instance: Instance, should_stop: Callable[[], bool] 
         known = isinstance(run.error, CbsError)
         failure = str(run.error) if known else f"{type(run.error).__name__}: {run.error}"
         if run.pruned is None and (isinstance(run.error, InstanceError) or "licence" in str(run.error)):
-            # A valid instance that this solver cannot take: too large for it, say, or for its licence.
+            # A valid instance that this solver cannot take: too large for it or for its licence.
             raise _UnsupportedError(str(run.error)) from run.error
     row = judge(task, instance, run.pruned, run.losses, monitor.objective, monitor.bound, failure)
     nodes = context.extras.get("nodes")

@@ -1,4 +1,4 @@
-"""Work outside the clock: each solver solves a tiny instance once per process before its first row."""
+"""Work outside the time measurement: each solver solves a tiny instance once per process before its first row."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The command lines. Only these modules reach across the rooms, inside their functions."""
+"""The command lines. Only these modules import the other packages, inside their functions."""

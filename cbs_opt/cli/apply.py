@@ -1,4 +1,4 @@
-"""`cbs-apply`: a solution back into the checkpoint that its instance came from."""
+"""`cbs-apply`: writes a solution into the checkpoint from which its instance was exported."""
 
 from __future__ import annotations
 
@@ -49,13 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> common.Parser:
     parser = common.Parser(
-        "cbs-apply", "Prune a checkpoint as a solution says, and compare the network before and after."
+        "cbs-apply", "Prune a checkpoint according to a solution, and compare the network before and after."
     )
     add = parser.add_argument
     add("instance", metavar="INSTANCE.npz", type=Path)
     add("solution", metavar="SOLUTION.npz", type=Path, nargs="+", help="several with `--max-drop`")
     add("--checkpoint", metavar="IN", type=Path, required=True, help="the checkpoint that was exported")
-    add("-o", "--output", metavar="OUT", type=Path, required=True, help="pruned checkpoint, of the same container")
+    add(
+        "-o",
+        "--output",
+        metavar="OUT",
+        type=Path,
+        required=True,
+        help="pruned checkpoint, in the file format of the input",
+    )
     add("--data", metavar="PATH", help="images and labels to score on: file, folder, or digits")
     add("--split", choices=("test", "train"), default="test", help="which of them; default: test")
     add("--samples", metavar="N", type=whole_option(1), help="score on N of them; default: all")
@@ -63,7 +70,7 @@ def _parser() -> common.Parser:
     add(
         "--network",
         metavar="NAME|module:factory",
-        help="default: what the instance says; a factory is code, and runs only when it is named here",
+        help="default: as in the instance; a factory is code, and runs only if it is named here",
     )
     add("--mean", metavar="X", type=number_option(), nargs="+", help="normalisation in place of the network's")
     add("--std", metavar="X", type=number_option(), nargs="+", help="likewise")
@@ -73,7 +80,7 @@ def _parser() -> common.Parser:
         metavar="KEY",
         help="which of its dictionaries; default: as exported",
     )
-    add("--masks", metavar="FILE.safetensors", type=Path, help="write the masks alone, by name of tensor")
+    add("--masks", metavar="FILE.safetensors", type=Path, help="write only the masks, by tensor name")
     add_loss_options(parser)
     add("--no-score", action="store_true", help="write the checkpoint, and run no network")
     add("--no-magnitude", action="store_true", help="leave out the comparison with magnitude pruning")
@@ -81,8 +88,8 @@ def _parser() -> common.Parser:
         "--max-drop",
         metavar="POINTS",
         type=number_option(0),
-        help="of several solutions take the sparsest that costs at most so much on the data: points of accuracy "
-        "and the like, percent of perplexity, error or loss",
+        help="of several solutions select the sparsest that costs at most this much on the data: points of "
+        "accuracy and the like, percent of perplexity, error or loss",
     )
     add("--onnx", metavar="FILE.onnx", type=Path, help="also write the pruned network as ONNX")
     add("--picture", metavar="MASKS.png", type=Path, help="draw the mask of every layer; .png, .svg or .pdf")
@@ -117,7 +124,7 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
     solutions = [read_solution(path, instance) for path in options.solution]
     for path, solution in zip(options.solution, solutions, strict=True):
         if not solution.instance_sha256:
-            logger.warning(f"{path}: does not say which instance it is for: only its size is checked")
+            logger.warning(f"{path}: does not name its instance: only its size is checked")
 
     from cbs_opt.instances.apply import layer_masks, pruned_tensors
     from cbs_opt.instances.checkpoints import checkpoint_sha256, read_checkpoint, write_checkpoint
@@ -240,7 +247,7 @@ def _sparsest(options: argparse.Namespace, solutions: list[Solution], scores: Sc
 
     if scores.before is None:
         raise UsageError(
-            "several solutions are compared on data: name them with `--data`, and the network with `--network`"
+            "several solutions are compared on data: give them with `--data`, and the network with `--network`"
         )
     within = []
     lines = []
@@ -285,8 +292,7 @@ def _check_hash(instance: Instance, options: argparse.Namespace, sha256: str) ->
     expected = noted.get("sha256") if isinstance(noted, dict) else None
     if not isinstance(expected, str):
         logger.warning(
-            f"{options.instance}: does not say which checkpoint it came from: only names, shapes and values are "
-            "compared"
+            f"{options.instance}: does not name its checkpoint: only names, shapes and values are compared"
         )
     elif expected != sha256:
         raise InstanceError(
@@ -296,7 +302,7 @@ def _check_hash(instance: Instance, options: argparse.Namespace, sha256: str) ->
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    """Find out before the work whether its results can be written."""
+    """Check before the work that its results can be written."""
     # A checkpoint in shards becomes a folder of shards.
     folder = options.checkpoint.is_dir() or options.checkpoint.name.endswith(".index.json")
     if folder and options.output.exists() and not options.output.is_dir():
@@ -315,9 +321,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
         ),
     )
     if len(options.solution) > 1 and options.max_drop is None:
-        raise UsageError("several solutions need `--max-drop`, which chooses one of them")
+        raise UsageError("several solutions need `--max-drop`, which selects one of them")
     if options.max_drop is not None and options.no_score:
-        raise UsageError("`--max-drop` needs scores: it goes without `--no-score`")
+        raise UsageError("`--max-drop` needs scores: omit `--no-score`")
     if options.onnx is not None:
         from cbs_opt.instances.onnx_file import check_onnx
 
@@ -329,7 +335,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _text(content: dict[str, Any]) -> str:
-    """The report for a person."""
+    """The report as text."""
     n = content["instance"]["n"]
     rows = [
         (

@@ -16,7 +16,7 @@ from cbs_opt.solve import DEFAULT_SOLVERS
 
 def solve_parser() -> Parser:
     """The parser of `cbs-solve`."""
-    parser = Parser("cbs-solve", "Choose which weights of a trained network to prune, and say how good that is.")
+    parser = Parser("cbs-solve", "Choose which weights of a trained network to prune, and bound the gap.")
     add = parser.add_argument
     add("instance", metavar="INSTANCE.npz", nargs="?", type=Path, help="instance file, or library:NAME")
     defaults = ", ".join(f"{solver} for {objective}" for objective, solver in DEFAULT_SOLVERS.items())
@@ -31,22 +31,22 @@ def solve_parser() -> Parser:
         action="append",
         type=share_option,
         metavar="F",
-        help="prune this fraction, in place of the file's budget; with several, .5 .6 .7 say, each solution is "
-        "the start of the next",
+        help="prune this fraction, instead of the budget in the file; with several, such as .5 .6 .7, each "
+        "solution is the warm start of the next",
     )
-    add("--budget", type=whole_option(0), metavar="N", help="prune this many, in place of the file's budget")
-    add("--update", action="store_true", help="also give the best update of the kept weights (CBS-U)")
+    add("--budget", type=whole_option(0), metavar="N", help="prune this many, instead of the budget in the file")
+    add("--update", action="store_true", help="also compute the best update of the kept weights (CBS-U)")
     add(
         "--damping",
         type=number_option(0),
         metavar="L",
-        help="damping of a gradient factor, in place of the file's",
+        help="damping of a gradient factor, instead of that in the file",
     )
     add("--time-limit", type=number_option(0), metavar="S", help="seconds of solving")
     add("--max-iterations", type=whole_option(0), metavar="N", help="iterations, as the solver counts them")
-    add("--no-improvement", type=whole_option(1), metavar="N", help="stop after N iterations without a better one")
+    add("--no-improvement", type=whole_option(1), metavar="N", help="stop after N iterations without improvement")
     add("--target", type=number_option(), metavar="X", help="stop at this objective")
-    add("--gap", type=number_option(0), metavar="G", help="stop at this relative gap to the bound")
+    add("--gap", type=number_option(0), metavar="G", help="stop at this relative gap")
     add("--seed", type=whole_option(0), default=0, metavar="N", help="default: 0")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--threads", type=whole_option(1), metavar="N", help="threads; default: all cores")
@@ -58,7 +58,7 @@ def solve_parser() -> Parser:
         metavar="KEY=VALUE",
         help="parameter of the solver; may be repeated",
     )
-    add("--config", type=Path, metavar="FILE.toml", help="options from a file; the command line wins")
+    add("--config", type=Path, metavar="FILE.toml", help="options from a file; the command line takes precedence")
     add("--warm-start", type=Path, metavar="FILE.npz", help="solution to start from")
     add("--solution", type=Path, metavar="FILE.npz", help="write the selection")
     add("--json", metavar="FILE|-", help="write the result as JSON; - for stdout, and nothing else there")
@@ -112,7 +112,7 @@ def parse_solve(arguments: list[str]) -> argparse.Namespace:
     if options.sparsity is None or len(options.sparsity) < 2:
         for name in ("table", "picture"):
             if getattr(options, name) is not None:
-                raise UsageError(f"`--{name}` shows several sparsities: give two or more, `--sparsity .5 .6` say")
+                raise UsageError(f"`--{name}` needs several sparsities, such as `--sparsity .5 .6`")
     if options.quiet and options.verbose:
         raise UsageError("`-q` and `-v` exclude each other")
     if options.instance is None and not options.list_solvers:
@@ -132,7 +132,7 @@ def _one_by_one(arguments: list[str]) -> list[str]:
             out.append(f"--sparsity={argument}")
             values += 1
             continue
-        out += ["--sparsity"] if values == 0 else []  # without a number: argparse says so
+        out += ["--sparsity"] if values == 0 else []  # without a number: argparse reports it
         values = 0 if argument == "--sparsity" else None
         out += [] if values == 0 else [argument]
     return out + (["--sparsity"] if values == 0 else [])
@@ -171,7 +171,7 @@ def _from_toml(parser: Parser, path: Path, arguments: list[str]) -> list[str]:
             listed = ", ".join(sorted(k.replace("_", "-") for k in known))
             raise UsageError(f"{path}: '{key}' is not an option; known: {listed}")
         if name in ("sparsity", "budget") and given & {"--sparsity", "--budget"}:
-            continue  # the command line wins over either
+            continue  # the command line takes precedence over both
         option = known[name].option_strings[-1]
         if name == "set":
             if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""`cbs-bench`: run solvers on instances, make a report of it, compare two runs."""
+"""`cbs-bench`: run solvers on instances, report the results, compare two runs."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ def _parser() -> common.Parser:
     commands = parser.add_subparsers(metavar="run | report | compare", required=True)
     run = commands.add_parser("run", help="make rows", description="Make the rows that the store lacks.")
     add = run.add_argument
-    add("configuration", metavar="CONFIG.toml|NAME", help="a file, or what `cbs-bench list` names")
-    add("-o", "--output", type=Path, metavar="STORE", help="default: the configuration's name, .sqlite, here")
+    add("configuration", metavar="CONFIG.toml|NAME", help="a file, or a name from `cbs-bench list`")
+    add("-o", "--output", type=Path, metavar="STORE", help="default: here, CONFIGURATION.sqlite")
     add("--engine", choices=("serial", "processes", "ray"), help="default: serial; processes with --workers")
-    add("--workers", type=_whole, metavar="N", help="rows at a time; default: as many as there are processors")
-    add("--time-limit", type=_seconds, metavar="S", help="in place of every time limit of the configuration")
-    add("--rerun-timeouts", action="store_true", help="make rows again that ended at their time limit")
-    add("--rerun-errors", action="store_true", help="make rows again that are not ok")
-    add("--dry-run", action="store_true", help="say what would be done")
+    add("--workers", type=_whole, metavar="N", help="runs at a time; default: the number of processors")
+    add("--time-limit", type=_seconds, metavar="S", help="instead of every time limit of the configuration")
+    add("--rerun-timeouts", action="store_true", help="repeat runs that ended at their time limit")
+    add("--rerun-errors", action="store_true", help="repeat runs that are not ok")
+    add("--dry-run", action="store_true", help="show what would be done")
     _talk(run)
     run.set_defaults(command=_run)
 
     report = commands.add_parser("report", help="tables and pictures", description="Make a report of a store.")
     report.add_argument("store", type=Path, metavar="STORE")
     add = report.add_argument
-    add("-o", "--output", type=Path, metavar="NAME", help="its name, or a folder; default: beside the store")
+    add("-o", "--output", type=Path, metavar="NAME", help="its name, or a folder; default: next to the store")
     add("--title", metavar="TEXT")
-    add("--profile", type=Path, metavar="FILE.svg", help="also draw the performance profile alone; .png, .pdf")
+    add("--profile", type=Path, metavar="FILE.svg", help="also draw the performance profile; .png, .pdf")
     add("--proofs", type=Path, metavar="FILE.md", help="also write seconds, nodes and gaps of exact solvers")
     _talk(report)
     report.set_defaults(command=_report)
 
     compare = commands.add_parser(
-        "compare", help="old against new", description="Compare two stores key by key, of two versions say."
+        "compare", help="old against new", description="Compare two stores run by run, such as two versions."
     )
     compare.add_argument("old", type=Path, metavar="OLD")
     compare.add_argument("new", type=Path, metavar="NEW")
@@ -64,13 +64,13 @@ def _parser() -> common.Parser:
         "--fail-above",
         type=_seconds,
         metavar="R",
-        help="exit code 1 where a mean ratio of time or loss exceeds R, or a row broke",
+        help="exit code 1 if a mean ratio of time or loss exceeds R, or a run failed",
     )
     compare.add_argument("--json", metavar="FILE|-", help="write it as JSON; - for stdout")
     _talk(compare)
     compare.set_defaults(command=_compare)
 
-    listing = commands.add_parser("list", help="configurations that ship", description="List what ships.")
+    listing = commands.add_parser("list", help="shipped configurations", description="List what ships.")
     listing.set_defaults(command=_list)
     return parser
 
@@ -124,7 +124,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     if outcome.interrupted:
         left = outcome.planned - outcome.there - outcome.made
-        common.say(f"interrupted: {left} rows are left; the same command goes on with them\n")
+        common.say(f"interrupted: {left} rows are left; the same command resumes\n")
     return common.EXIT_OK
 
 
@@ -173,7 +173,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 class _Interrupts(common.Interrupts):
-    """As for a solve; but what is kept are rows."""
+    """As for a solve; finished rows are kept."""
 
     def _handle(self, number: int, frame: object) -> None:
         if self.asked:

@@ -1,4 +1,4 @@
-"""`cbs-solve --check`: is a solution what it says it is, and does a certificate prove what it claims?"""
+"""`cbs-solve --check`: verifies a solution or a certificate of optimality."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("cbs_opt")
 def check_solution(instance: Instance, path: Path, json_target: str | None) -> int:
     """Check feasibility and recompute every loss; exit code 0 if all agrees, 3 otherwise.
 
-    A certificate is told by its format, see `check_certificate`.
+    A certificate is recognised by its format, see `check_certificate`.
     """
     if is_certificate(path):
         return check_certificate(instance, path, json_target)
@@ -47,24 +47,24 @@ def check_solution(instance: Instance, path: Path, json_target: str | None) -> i
 
 
 def check_certificate(instance: Instance, path: Path, json_target: str | None) -> int:
-    """Check what a certificate proves by computing every bound afresh; exit code 0 if it holds.
+    """Verify a certificate by recomputing every bound; exit code 0 if it holds.
 
     Raises
     ------
     SolutionError
-        With one sentence, where it does not.
+        One sentence, if it does not hold.
     """
     from cbs_opt.certificate import verify as verify_certificate
 
     certificate = read_certificate(path)
     total = certificate.branch.size
 
-    def beat(done: int) -> None:
+    def progress(done: int) -> None:
         if done % 20_000 == 0:
             logger.info(f"certificate: {done} of {total} nodes checked")
 
     try:
-        found = verify_certificate(instance, certificate, beat)
+        found = verify_certificate(instance, certificate, progress)
     except SolutionError as error:
         raise SolutionError(f"{path}: {error}") from None
     if json_target is not None:

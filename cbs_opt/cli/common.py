@@ -1,4 +1,4 @@
-"""What every command line shares: options, errors and exit codes, logging, signals."""
+"""Shared by all command lines: options, errors and exit codes, logging, signals."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
     try:
         with warnings.catch_warnings():
             if "--debug" not in given:
-                warnings.simplefilter("ignore")  # of NumPy, on overflow say: results are checked to be finite
+                warnings.simplefilter("ignore")  # of NumPy, as on overflow: results are checked to be finite
             return body(with_dashes(given))
     except CbsError as error:
         if "--debug" in given:
@@ -61,7 +61,7 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
         print(f"{program}: {error}{hint}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     except BrokenPipeError:
-        # Whoever read our output has left; point stdout elsewhere so that the interpreter's flush is silent.
+        # The reader of stdout has closed it; redirect stdout so that the interpreter's flush is silent.
         _drop_stdout()
         return EXIT_OK
     except KeyboardInterrupt:
@@ -87,13 +87,13 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
 
 
 def _keep_printing(stream: object) -> None:
-    """Let a terminal that lacks a character, `ᵀ` say, show a stand-in instead of raising."""
+    """Replace characters that the terminal cannot show, such as `ᵀ`, instead of raising."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:
-    """Write to stdout at once, so that an error can still be told, and does not wait for the interpreter's end."""
+    """Write to stdout and flush, so that an error is reported now and not at interpreter exit."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -109,9 +109,9 @@ def _drop_stdout() -> None:
 
 
 def check_outputs(inputs: Iterable[Path | str | None], outputs: Iterable[Path | str | None]) -> None:
-    """Find out before the work whether its results can be written, and would not overwrite an input.
+    """Check before the work that its results can be written and do not overwrite an input.
 
-    None stands for what was not asked for.
+    None denotes an output that was not requested.
 
     Raises
     ------
@@ -146,7 +146,7 @@ def start_logging(quiet: bool, verbose: bool) -> None:
 
 
 class _PlainFormatter(logging.Formatter):
-    """Messages as they are; warnings and errors say so; tracebacks only when debugging."""
+    """Plain messages; warnings and errors are labelled; tracebacks only when debugging."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
@@ -177,7 +177,7 @@ class Interrupts:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._before[number] = signal.signal(number, self._handle)
-            except ValueError:  # not in the main thread: signals are somebody else's business
+            except ValueError:  # not in the main thread: signals are not handled here
                 return self
         return self
 

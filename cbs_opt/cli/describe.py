@@ -1,4 +1,4 @@
-"""What an instance, a solution or a certificate holds, as JSON types: the content of `cbs-info`."""
+"""The contents of an instance, a solution or a certificate as JSON types, for `cbs-info`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEPT = ("solver", "objective_kind", "status", "objective", "selection_loss", "j
 
 
 def describe_instance(instance: Instance) -> dict[str, Any]:
-    """Everything that there is to say about an instance without solving it; O(Σ b_k³) for inverse blocks."""
+    """All properties of an instance that need no solve; O(Σ b_k³) for inverse blocks."""
     curvature, sizes = instance.curvature, instance.curvature.block_sizes
     diagonal = curvature.diagonal()
     content: dict[str, Any] = {
@@ -66,7 +66,7 @@ def describe_instance(instance: Instance) -> dict[str, Any]:
 def describe_tensor(instance: Instance, tensor: TensorEntry) -> dict[str, Any]:
     """Name, shape, weights, blocks and budget of a tensor.
 
-    `budget` is None where groups, or one budget over all weights, leave open how much of it is pruned.
+    `budget` is None if groups, or one budget over all weights, do not determine how much of it is pruned.
     """
     starts, ends = instance.curvature.offsets[:-1], instance.curvature.offsets[1:]
     budget = instance.budget
@@ -88,7 +88,7 @@ def describe_tensor(instance: Instance, tensor: TensorEntry) -> dict[str, Any]:
 
 
 def describe_solution(path: Path, solution: Solution, instance: Instance | None = None) -> dict[str, Any]:
-    """What a solution file says; with its instance also what it prunes of each tensor."""
+    """The contents of a solution file; with its instance also the numbers pruned in each tensor."""
     content: dict[str, Any] = {
         "format": solution_file.FORMAT,
         "path": str(path),
@@ -111,7 +111,7 @@ def describe_solution(path: Path, solution: Solution, instance: Instance | None 
 
 
 def describe_certificate(path: Path, certificate: Certificate) -> dict[str, Any]:
-    """What a certificate claims; whether it is true is for `cbs-solve --check` to say."""
+    """The statements of a certificate; `cbs-solve --check` verifies them."""
     objective, bound = certificate.objective, certificate.bound
     return {
         "format": CERTIFICATE,
@@ -135,7 +135,7 @@ def describe_certificate(path: Path, certificate: Certificate) -> dict[str, Any]
 def _best_known(instance: Instance, objective: str) -> BestKnown | None:
     try:
         return best_known(instance, objective)
-    except InstanceError:  # a library without an index has nothing to say
+    except InstanceError:  # a library without an index
         return None
 
 
@@ -146,5 +146,5 @@ def _instance_path(solution: Solution) -> str | None:
 
 
 def _few(values: list[Any]) -> list[Any]:
-    """At most a dozen values, the middle left out."""
+    """At most a dozen values, the middle omitted."""
     return values if len(values) <= 12 else [*values[:10], "…", values[-1]]

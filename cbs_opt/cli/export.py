@@ -36,22 +36,22 @@ def export_parser() -> common.Parser:
     """The parser of `cbs-export`."""
     parser = common.Parser(
         "cbs-export",
-        "Turn a trained network into an instance: its weights, the curvature of its loss on samples, a budget.",
+        "Convert a trained network to an instance: its weights, the curvature of its loss on samples, a budget.",
     )
     add = parser.add_argument
     add(
         "network",
         metavar="NETWORK|module:factory",
-        help="a network of the package, or a function that makes yours",
+        help="a network of the package, or a function that returns yours",
     )
     add("-o", "--output", type=Path, required=True, metavar="INSTANCE.npz", help="the file to write")
     add(
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help=".safetensors, .npz, a file of torch.save, or a folder of Hugging Face",
+        help=".safetensors, .npz, a file of torch.save, or a Hugging Face folder",
     )
-    add("--checkpoint-key", metavar="KEY", help="which of its dictionaries of tensors, state_dict_ema say")
+    add("--checkpoint-key", metavar="KEY", help="which of its dictionaries of tensors, such as state_dict_ema")
     add("--data", metavar="PATH", help="IDX, CIFAR-10 batches, .npz, an image folder, or `digits`")
     add("--split", choices=("train", "test"), default="train", help="default: train")
     add("--samples", type=whole_option(1), default=1000, metavar="M", help="drawn at random; default: 1000")
@@ -60,7 +60,7 @@ def export_parser() -> common.Parser:
         type=whole_option(1),
         default=1,
         metavar="B",
-        help="mean gradient of B samples as a row; default: 1",
+        help="each row is the mean gradient of B samples; default: 1",
     )
     add(
         "--source",
@@ -78,7 +78,8 @@ def export_parser() -> common.Parser:
     add(
         "--curvature",
         choices=("gradients", "hessian", "inverse-hessian"),
-        help="what is stored; default: gradients for one full block, hessian for kfac, inverse-hessian otherwise",
+        help="form in which H is stored; default: gradients for one full block, hessian for kfac, "
+        "inverse-hessian otherwise",
     )
     add(
         "--blocks",
@@ -110,28 +111,28 @@ def export_parser() -> common.Parser:
         "--sparsity-per-layer",
         nargs="+",
         metavar="PATTERN=F|FILE.toml",
-        help="sparsity of single layers, 'fc.*=0.9' say; `--sparsity` is that of all others together",
+        help="sparsity of single layers, such as 'fc.*=0.9'; `--sparsity` applies to all others together",
     )
     add(
         "--keep-at-least",
         type=number_option(0),
         metavar="N",
-        help="weights that every layer keeps, or below 1 a share of each: no layer dies",
+        help="weights that every layer keeps at least, or below 1 a share of each layer",
     )
     add("--per-layer", action="store_true", help="prune the same fraction of every tensor")
-    add("--nm", type=_pattern, metavar="N:M", help="keep N of every M consecutive inputs, in place of a sparsity")
-    add("--nm-along", choices=("inputs", "outputs"), default="inputs", help="default: inputs, as hardware does")
+    add("--nm", type=_pattern, metavar="N:M", help="keep N of every M consecutive inputs, instead of a sparsity")
+    add("--nm-along", choices=("inputs", "outputs"), default="inputs", help="default: inputs, as for hardware")
     add(
         "--tensors",
         nargs="+",
         metavar="NAME",
         help="what to prune: names, patterns with *, or re:EXPRESSION; default: weights of layers that multiply",
     )
-    add("--exclude", nargs="+", metavar="NAME", help="what not to prune: names and patterns, 're:.*lm_head' say")
-    add("--keep-mask", action="store_true", help="weights that are zero already stay zero and count as pruned")
-    add("--mean", type=number_option(), nargs="+", metavar="X", help="of the images, one or one a channel")
-    add("--std", type=number_option(), nargs="+", metavar="X", help="of the images, one or one a channel")
-    add("--memory", type=number_option(0), metavar="GB", help="what may be used; default: half of what is free")
+    add("--exclude", nargs="+", metavar="NAME", help="what not to prune: names, patterns, or 're:.*lm_head'")
+    add("--keep-mask", action="store_true", help="weights that are already zero stay zero and count as pruned")
+    add("--mean", type=number_option(), nargs="+", metavar="X", help="of the images, one or one per channel")
+    add("--std", type=number_option(), nargs="+", metavar="X", help="of the images, one or one per channel")
+    add("--memory", type=number_option(0), metavar="GB", help="memory to use; default: half of the free memory")
     add(
         "--seed",
         type=whole_option(0),
@@ -255,7 +256,7 @@ def _network(options: argparse.Namespace) -> Network:
 
 
 def _origin(options: argparse.Namespace, network: Network) -> dict[str, Any]:
-    """The part of the metadata that tells where weights and samples came from, without folders."""
+    """The part of the metadata that describes the origin of weights and samples, without folders."""
     origin: dict[str, Any] = {
         "network": network.name,
         "data": f"brought by {network.name}" if options.data is None else Path(options.data).name,
@@ -272,7 +273,7 @@ def _origin(options: argparse.Namespace, network: Network) -> dict[str, Any]:
         if options.checkpoint_key is not None:
             origin["checkpoint"]["key"] = options.checkpoint_key
     for key in ("loss", "metric", "output_key"):
-        # Code is run only where it is named: what a factory declares comes from it again.
+        # Code runs only if it is named explicitly: what a factory declares is read from it again.
         if isinstance(value := getattr(options, key), str):
             origin[f"declared_{key}"] = value
     normalisation = {key: getattr(options, key) for key in ("mean", "std") if getattr(options, key) is not None}
@@ -282,7 +283,7 @@ def _origin(options: argparse.Namespace, network: Network) -> dict[str, Any]:
 
 
 class _Batches:
-    """The inputs of a source as something that can be sliced."""
+    """The inputs of a source as a sequence that can be sliced."""
 
     def __init__(self, source: Any) -> None:
         self._source = source
@@ -301,7 +302,7 @@ class _Batches:
 
 
 class Interrupts(common.Interrupts):
-    """A signal while gradients are collected keeps those that are there; another, or any other time, ends it all.
+    """A first signal while gradients are collected keeps those collected; any other signal ends the command.
 
     The end is a `KeyboardInterrupt`, so that no temporary file stays behind.
     """
@@ -319,7 +320,7 @@ class Interrupts(common.Interrupts):
             os.write(2, b"interrupted: nothing is written\n")
             raise KeyboardInterrupt
         self.asked = True
-        os.write(2, b"interrupted: going on with the gradients so far; once more to quit and write nothing\n")
+        os.write(2, b"interrupted: continuing with the gradients so far; once more to quit and write nothing\n")
 
 
 class Progress:
@@ -373,7 +374,7 @@ def _blocks(text: str) -> str | int:
 def _pattern(text: str) -> tuple[int, int]:
     keep, _, of = text.partition(":")
     if not (keep.isdecimal() and of.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be N:M, 2:4 say, got '{text[:40]}'")
+        raise argparse.ArgumentTypeError(f"must be N:M, such as 2:4, got '{text[:40]}'")
     return int(keep), int(of)
 
 

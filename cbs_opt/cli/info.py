@@ -1,4 +1,4 @@
-"""`cbs-info`: what an instance, a solution or a certificate holds, as a page, as JSON, or as a picture."""
+"""`cbs-info`: describes an instance, a solution or a certificate, as text, as JSON, or as a picture."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    parser = common.Parser("cbs-info", "Say what an instance, a solution or a certificate holds.")
+    parser = common.Parser("cbs-info", "Describe an instance, a solution or a certificate.")
     parser.add_argument(
-        "file", metavar="FILE.npz", type=Path, help="or library:NAME; library: alone lists the instances that ship"
+        "file", metavar="FILE.npz", type=Path, help="or library:NAME; library: alone lists the shipped instances"
     )
     parser.add_argument(
-        "--solution", metavar="S.npz", type=Path, help="a solution of the instance, shown beside it"
+        "--solution", metavar="S.npz", type=Path, help="a solution of the instance, to be shown with it"
     )
     parser.add_argument(
         "--picture",
         metavar="OUT.{png,svg,pdf}",
         type=Path,
-        help="draw spectra, couplings, and the pairs that cancel most; with a solution also which it cuts",
+        help="draw spectra, couplings, and the pairs that cancel most; with a solution also which pairs it cuts",
     )
     parser.add_argument("--json", metavar="FILE|-", help="write it as JSON; - for stdout")
     parser.add_argument(

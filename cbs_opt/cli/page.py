@@ -1,4 +1,4 @@
-"""The text of `cbs-info`: a page for a person, from the content that `describe` collects."""
+"""The text of `cbs-info`, from the content that `describe` collects."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LONGEST_VALUE = 300
 
 
 def page(content: Mapping[str, Any], instance: Instance | None = None) -> str:
-    """The page of an instance, a solution or a certificate, told by `format`."""
+    """The page of an instance, a solution or a certificate, according to `format`."""
     if content["format"] == instance_file.FORMAT:
         assert instance is not None
         return _instance_page(content, instance)
@@ -60,7 +60,7 @@ def _instance_page(content: Mapping[str, Any], instance: Instance) -> str:
     if "gradients" in content:
         rows.append(("gradients", f"m = {content['gradients']:,}, of {content['weights']:,} entries each"))
     if isinstance(damping, int | float):
-        baked = "" if "damping" in content else ", inside the blocks"
+        baked = "" if "damping" in content else ", included in the blocks"
         rows.append(("damping", f"λ = {damping:g} (loss per squared unit of weight){baked}"))
     rows.append(("H_ii", f"{short(low)} to {short(high)} (loss per squared unit of weight)"))
     if content["linear"]:
@@ -105,7 +105,7 @@ def _tensor_table(tensors: list[dict[str, Any]], instance: Instance) -> str:
         lines.append(["all", "", f"{instance.n:,}", blocks, f"{total:,}", share(total, instance.n)])
     text = table(header, lines, left=2)
     if any(tensor["budget"] is None for tensor in tensors):
-        text += "\nopen: the budget is over several tensors, and the solver decides"
+        text += "\nopen: the budget covers several tensors, and the solver divides it"
     return text
 
 
@@ -145,7 +145,7 @@ def _value(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    """A loss as a file claims it, which need not be a number."""
+    """A loss as a file states it, which need not be a number."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return number(float(value))
     return "-" if value is None else str(value)[:40]
@@ -196,7 +196,7 @@ def _solution_page(content: Mapping[str, Any]) -> str:
         if len(tensors) > 1:
             lines.append(["all", "", f"{n:,}", f"{pruned:,}", share(pruned, n)])
         parts.append(table(["tensor", "shape", "weights", "pruned", "share"], lines, left=2))
-    parts.append("The losses are what the file claims: cbs-solve INSTANCE --check SOLUTION recomputes them.")
+    parts.append("The losses are those stated in the file: cbs-solve INSTANCE --check SOLUTION recomputes them.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -218,5 +218,5 @@ def _certificate_page(content: Mapping[str, Any]) -> str:
         rows.append(("damping", f"λ = {content['damping']:g}"))
     if content["instance_sha256"]:
         rows.append(("sha256", f"{content['instance_sha256']}  (of the instance)"))
-    claim = "This is what the file claims: cbs-solve INSTANCE --check CERTIFICATE proves it again."
+    claim = "These are the statements of the file: cbs-solve INSTANCE --check CERTIFICATE verifies them."
     return f"{facts(rows)}\n\n{claim}\n"

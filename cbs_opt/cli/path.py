@@ -31,9 +31,9 @@ def solution_paths(path: Path, sparsities: list[float]) -> list[Path]:
 
 
 def check_path(options: argparse.Namespace) -> list[Path | None]:
-    """The outputs of a path beside `--json`; raises `UsageError` for options that are of one solve only."""
+    """The outputs of a path except `--json`; raises `UsageError` for options that apply to a single solve only."""
     if options.history is not None:
-        raise UsageError("`--history` is of one sparsity; `--table` holds the path")
+        raise UsageError("`--history` is for one sparsity; `--table` writes the path")
     if options.picture is not None and options.picture.suffix.lower() not in FORMATS:
         raise UsageError(f"{options.picture}: a picture must end in {', '.join(FORMATS)}")
     solutions = [] if options.solution is None else solution_paths(options.solution, options.sparsity)
@@ -43,7 +43,7 @@ def check_path(options: argparse.Namespace) -> list[Path | None]:
 def run_path(
     instance: Instance, options: argparse.Namespace, stop: Stop, read_seconds: float, warm_start: Any
 ) -> int:
-    """Solve for every sparsity and write what was asked for; every solution as soon as it is there."""
+    """Solve for every sparsity and write the requested outputs, each solution as soon as it is found."""
     rows: list[dict[str, Any]] = []
     results: list[tuple[float, Result]] = []
     failures: list[OutputError] = []
@@ -143,7 +143,7 @@ def draw_path(
     scores: list[float] | None = None,
     name: str = "accuracy",
 ) -> None:
-    """Draw objective and bound over sparsity, and below them a score of the network where it is known.
+    """Draw objective and bound over sparsity, and below them a score of the network if it is known.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def draw_path(
         axes[0].plot(*zip(*bounds, strict=True), "s--", color="#d1495b", mfc="white", label="lower bound")
     if min([*objective, *(bound for _, bound in bounds)]) > 0:
         axes[0].set_yscale("log")
-    axes[0].set_ylabel("predicted rise of the loss")
+    axes[0].set_ylabel("predicted increase of the loss")
     axes[0].legend(frameon=False)
     if scores is not None:
         axes[1].plot(x, scores, "o-", color="#2a6f97")

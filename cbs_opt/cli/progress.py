@@ -20,7 +20,7 @@ class ProgressTable:
         self._pending = False
 
     def __call__(self, monitor: Monitor) -> None:
-        """Take notice of an improvement."""
+        """Record an improvement."""
         self._pending = True
         if self._last_row is None:
             logger.info(f"{'time':>9}  {'iteration':>10}  {'incumbent':>14}  {'bound':>14}  {'gap':>8}")

@@ -1,4 +1,4 @@
-"""What a solve says: JSON, text, CSV."""
+"""The output of a solve: JSON, text, CSV."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def result_json(result: Result, read_seconds: float, known: BestKnown | None = N
 
 
 def result_text(result: Result, read_seconds: float, known: BestKnown | None = None) -> str:
-    """The result for a person."""
+    """The result as text."""
     *rows, (name, seconds) = result.facts()
     if known is not None:
         above = (result.objective - known.value) / max(abs(known.value), 1e-300)

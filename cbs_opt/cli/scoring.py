@@ -1,4 +1,4 @@
-"""What `cbs-apply` measures: the network before and after, beside magnitude's choice at the same budget."""
+"""What `cbs-apply` measures: the network before and after, and with magnitude pruning at the same budget."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Scores:
         Its name, where it is known.
     before : Score or None
     after, magnitude : list of Score or None
-        Of each solution, and of magnitude's choice at the same budget.
+        For each solution, and for magnitude pruning at the same budget.
     worries : list of str
-        Warnings that belong into the report.
+        Warnings for the report.
     model : Network or None
-        With the weights that were taken last.
+        With the weights that were evaluated last.
     source : SampleSource or None
     """
 
@@ -70,7 +70,7 @@ class Scores:
 
 
 class Scoring:
-    """The network and the data of one `cbs-apply`, opened where they are needed.
+    """The network and the data of one `cbs-apply`, opened when they are needed.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ class Scoring:
         self._own: Tensors = {}
 
     def open(self) -> None:
-        """Load the network and its data, unless neither is asked for."""
+        """Load the network and its data, unless neither is needed."""
         options = self._options
         nothing = options.network is None and options.data is None and options.onnx is None
         if nothing or (options.no_score and options.onnx is None):
@@ -121,14 +121,12 @@ class Scoring:
         except UsageError as error:
             if options.network is not None or spec in network_names():
                 raise
-            raise UsageError(
-                f"{options.instance}: {error}; `--network` overrides what the instance says"
-            ) from None
+            raise UsageError(f"{options.instance}: {error}; `--network` overrides the instance") from None
         load_checkpoint(network.model, options.checkpoint, checkpoint_key(options, self._instance))
         return network
 
     def measure(self, candidates: Sequence[Tensors], magnitude: Sequence[Tensors]) -> None:
-        """Score the network before, with the tensors of every candidate, and with magnitude's of each."""
+        """Score the network before, with the tensors of every candidate, and with magnitude pruning for each."""
         network, source = self.result.model, self.result.source
         if network is None or source is None or self._options.no_score:
             return
@@ -162,7 +160,7 @@ class Scoring:
                 self.result.worries.append(text)
 
     def _declared(self) -> tuple[Any, Any, Any]:
-        """Loss, metric and part of the output: of the command line, the factory, or the instance."""
+        """Loss, metric and relevant part of the output: from the command line, the factory, or the instance."""
         network, noted = self.result.model, self._instance.metadata
         found = []
         for key in ("loss", "metric", "output_key"):
@@ -236,7 +234,7 @@ def normalisation(options: argparse.Namespace, instance: Instance) -> tuple[Any,
 
 
 def score_lines(content: dict[str, Any]) -> list[str]:
-    """Metric and loss of the report for a person."""
+    """Metric and loss of the report."""
     before, after, magnitude = (content.get(key) for key in ("before", "after", "magnitude"))
     if before is None or after is None:
         return []
@@ -245,8 +243,8 @@ def score_lines(content: dict[str, Any]) -> list[str]:
         over = f"interrupted: {before['samples']} samples before, {after['samples']} after"
 
     def line(name: str, show: Callable[[dict[str, Any]], str], more: str) -> str:
-        beside = f", {show(magnitude)} by magnitude" if magnitude is not None else ""
-        return f"{name:<9} {show(before)} before, {show(after)} after{beside}{more}"
+        added = f", {show(magnitude)} by magnitude" if magnitude is not None else ""
+        return f"{name:<9} {show(before)} before, {show(after)} after{added}{more}"
 
     lines = []
     if before["metric"] is not None:
@@ -264,14 +262,14 @@ def score_lines(content: dict[str, Any]) -> list[str]:
 
 
 def trial_line(trial: dict[str, Any]) -> str:
-    """One of several solutions, for a person."""
+    """One of several solutions, as text."""
 
     def value(score: dict[str, Any]) -> float:
         return float(score["loss"] if score["value"] is None else score["value"])
 
     name = trial["score"]["metric"] or "loss"
-    beside = f", {value(trial['magnitude']):.4f} by magnitude" if "magnitude" in trial else ""
-    return f"{trial['sparsity']:>7.2%} pruned: {name} {value(trial['score']):.4f}{beside}  ({trial['solution']})"
+    added = f", {value(trial['magnitude']):.4f} by magnitude" if "magnitude" in trial else ""
+    return f"{trial['sparsity']:>7.2%} pruned: {name} {value(trial['score']):.4f}{added}  ({trial['solution']})"
 
 
 def _shifted(tell: Callable[[int], None], start: int, done: int) -> None:

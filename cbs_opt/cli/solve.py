@@ -1,4 +1,4 @@
-"""`cbs-solve`: the main job of the package."""
+"""`cbs-solve`: solves an instance."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _main(arguments: list[str]) -> int:
             ),
         )
         if options.check is None:
-            # A wrong name or parameter should not wait for a large file to be read.
+            # Wrong names or parameters are reported before a large file is read.
             chosen = get_solver(options.solver)
             parse_parameters(options.solver, chosen.parameters_type, options.set)
         started = time.perf_counter()
@@ -128,7 +128,7 @@ def _stop(options: argparse.Namespace, interrupts: common.Interrupts) -> Stop:
 
 
 def _write(instance: Instance, result: Result, read_seconds: float, options: argparse.Namespace) -> int:
-    """Write every output that was asked for, even where one of them fails."""
+    """Write every requested output, even if one of them fails."""
     known = best_known(instance, result.objective_kind)
     content = result_json(result, read_seconds, known)
     failures: list[OutputError] = []
@@ -143,7 +143,7 @@ def _write(instance: Instance, result: Result, read_seconds: float, options: arg
     attempt(options.solution, write_solution, replace(result.to_solution(), result=content))
     attempt(options.history, write_history, result)
     attempt(None if options.json == "-" else options.json, write_json, content)
-    if options.json == "-":  # last, so that a reader who has left costs no file
+    if options.json == "-":  # last, so that a closed pipe does not prevent files
         write_json("-", content)
     else:
         common.say(result_text(result, read_seconds, known) + "\n")

@@ -1,4 +1,4 @@
-"""The block-diagonal Hessian H, in the forms in which it comes, behind one interface."""
+"""The block-diagonal Hessian H: one interface, several forms."""
 
 from cbs_opt.curvature.base import Curvature, Member
 from cbs_opt.curvature.gradient_factor import GradientFactor

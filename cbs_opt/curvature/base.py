@@ -1,4 +1,4 @@
-"""What every form of the Hessian offers."""
+"""The interface of all forms of the Hessian."""
 
 from __future__ import annotations
 
@@ -58,19 +58,18 @@ class SharedRows:
 class Curvature(abc.ABC):
     """Block-diagonal, symmetric, positive semidefinite Hessian H of the loss at the trained weights.
 
-    A kind of curvature says what it can do: the methods below the abstract ones have defaults for dense blocks,
-    and a kind that knows better overrides them. `register_curvature` makes a kind known to the file
-    format.
+    The methods after the abstract ones have defaults for dense blocks; a kind of curvature overrides those for
+    which it has a faster algorithm. `register_curvature` adds a kind to the file format.
 
     Indices named `rows`, `columns` or `index` count within block k; vectors run over all n weights unless a
-    method says otherwise. Everything is computed in float64, whatever the entries were stored in.
+    method states otherwise. Everything is computed in float64, whatever the stored type.
 
     Attributes
     ----------
     kind : str
         Its name in the file format; set by `register_curvature`.
     members : mapping of str to Member
-        The arrays that hold it in an instance file; the first one tells this kind from the others.
+        The arrays that store it in an instance file; the first one identifies the kind.
     format_version : int
         Version of the file format that can hold it.
     block_sizes : int64 (K,)
@@ -116,7 +115,7 @@ class Curvature(abc.ABC):
         return slice(int(self.offsets[k]), int(self.offsets[k + 1]))
 
     def facts(self) -> text.Facts:
-        """Names and values for a person: the form, the blocks, and whatever a form has of its own."""
+        """Names and values for display: the form, the blocks, and properties of the form."""
         blocks = f"{text.count(self.number_of_blocks, 'block')}, sizes {text.sizes(self.block_sizes)}"
         return [("curvature", self.kind.replace("_", " ")), ("blocks", blocks)]
 
@@ -128,7 +127,7 @@ class Curvature(abc.ABC):
     def _repr_html_(self) -> str:
         return html.facts(type(self).__name__, [("weights", f"{self.n:,}"), *self.facts()])
 
-    # What a form of the Hessian must give ------------------------------------------------------------------
+    # What a form of the Hessian must provide --------------------------------------------------------------
 
     @abc.abstractmethod
     def diagonal(self) -> FloatArray:
@@ -169,34 +168,34 @@ class Curvature(abc.ABC):
             When this kind of curvature has no place in the file format.
         """
         raise InstanceError(
-            f"a curvature of the kind {type(self).__name__} cannot be written: it has no `arrays` method; "
-            "`cbs_opt.register_curvature` and docs/extending.md say what a kind of curvature needs"
+            f"a curvature of the kind {type(self).__name__} cannot be written: it has no `arrays` method; see "
+            "`cbs_opt.register_curvature` and docs/extending.md for what a kind of curvature needs"
         )
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], block_sizes: ArrayLike) -> Self:
-        """Build from what `arrays` gives; raises `InstanceError` as the constructor does."""
+        """Build from the result of `arrays`; raises `InstanceError` as the constructor does."""
         raise InstanceError(f"a curvature of the kind {cls.__name__} cannot be read: it lacks `from_arrays`")
 
     @property
     def damping(self) -> float | None:
-        """λ of a curvature λI + …, None where a damping, if any, is inside the blocks."""
+        """λ of a curvature λI + …, None if a damping, if any, is part of the blocks."""
         return None
 
     def with_damping(self, damping: float) -> Curvature:
-        """The same curvature with another damping; raises `UsageError` where damping is inside the blocks."""
+        """The same curvature with another damping; raises `UsageError` if damping is part of the blocks."""
         raise UsageError(f"`damping` is already inside dense `{self.kind}` blocks and cannot be changed")
 
     def describe(self) -> str:
-        """A few words for a log: the form in which H is given."""
+        """A short description for the log: the form in which H is given."""
         return self.kind.replace("_", " ")
 
     def as_factor(self) -> GradientFactor | None:
-        """H as λI + GᵀG/m with the gradients G, where it has that form; None elsewhere."""
+        """H as λI + GᵀG/m with the gradients G if it has this form, else None."""
         return None
 
     def shared_rows(self) -> list[SharedRows] | None:
-        """All blocks as rows that share stored Hessians, where the curvature is given so; None elsewhere."""
+        """All blocks as rows that share stored Hessians if the curvature has this form, else None."""
         return None
 
     # What is known of its structure -------------------------------------------------------------------------
@@ -209,37 +208,37 @@ class Curvature(abc.ABC):
         return np.asarray(self.block(k) != 0)
 
     def coupled(self, k: int) -> BoolArray:
-        """Which weights of block k have a second-order term with another one, bool (b_k,)."""
+        """Which weights of block k are coupled to another one by a nonzero entry of H, bool (b_k,)."""
         pattern = self.pattern(k)
         return np.asarray(np.count_nonzero(pattern, axis=0) > pattern.diagonal())
 
     def connected_components(self, k: int, index: IntArray) -> IntArray:
         """Connected component, 0, 1, …, of each of the weights `index` of block k, int64 (len(index),).
 
-        Two weights in one component may depend on each other; weights in two components never do. Weights outside
-        of `index` may connect others or not: fewer components than there are is allowed.
+        Weights in different components are uncoupled. Weights outside of `index` may or may not connect others:
+        the result may have fewer components than the graph.
         """
         return components_of(self.submatrix(k, index, index) != 0)
 
     def empty_columns(self, k: int, index: IntArray) -> BoolArray:
         """Whether columns of H of block k whose diagonal entry is 0 are 0 throughout, bool (len(index),).
 
-        They are in exact arithmetic; blocks that are semidefinite only up to rounding must look.
+        True in exact arithmetic; forms that are semidefinite only up to rounding must check.
         """
         return ~np.asarray((self.columns(k, index) != 0).any(axis=0))
 
     def indefiniteness(self) -> FloatArray:
         """How far below zero the smallest eigenvalue of the block of each weight may lie, float64 (n,).
 
-        Zero but for stored entries of single precision, whose rounding may leave a block indefinite.
+        Zero except for entries stored in single precision, whose rounding may make a block indefinite.
         """
         return np.zeros(self.n)
 
     def check_regular(self) -> None:  # noqa: B027
-        """Raise `InstanceError` where H is known to be singular, with what helps. Dense blocks find out later."""
+        """Raise `InstanceError`, with a remedy, if H is known to be singular. Dense blocks detect this later."""
 
     def diagonal_split(self, should_stop: Callable[[], bool] = lambda: False) -> FloatArray | None:
-        """A diagonal D > 0 with H − D positive semidefinite, float64 (n,), or None where there is none at hand.
+        """A diagonal D > 0 with H − D positive semidefinite, float64 (n,), or None if none is known.
 
         For a dense block the larger, by its trace, of σ I and θ diag(H), where σ and θ are the smallest
         eigenvalues of H and of H scaled to a unit diagonal, a little reduced for rounding. O(Σ b_k³).
@@ -340,7 +339,7 @@ class Curvature(abc.ABC):
 
 
 def unbounded_sentence(k: int) -> str:
-    """Why block k has no best update."""
+    """The error of a block k without a best update."""
     return (
         f"block {k}: the update has no minimum, because the Hessian is singular and `linear` has a component "
         "in its null space: a positive damping is needed"

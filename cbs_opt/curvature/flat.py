@@ -1,4 +1,4 @@
-"""Dense symmetric blocks laid one after the other: their making and their checks."""
+"""Dense symmetric blocks in one flat array: construction and checks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cbs_opt.typing import IntArray, RealArray
 
 
 def flatten(blocks: Sequence[ArrayLike]) -> tuple[RealArray, IntArray]:
-    """Lay square matrices one after the other; returns the flat array and the block sizes.
+    """Concatenate square matrices in one flat array; returns the array and the block sizes.
 
-    The array is float32 where all matrices are, as their rounding is then judged by, and float64 otherwise.
+    The array is float32 if all matrices are (this determines the rounding tolerance), and float64 otherwise.
     """
     try:
         matrices = [np.asarray(block) for block in blocks]
@@ -74,7 +74,7 @@ def check_flat(name: str, flat: RealArray, block_sizes: IntArray, *, definite: b
 
 
 def real_array(name: str, values: ArrayLike) -> RealArray:
-    """`values` as float32 or float64 in native byte order, uncopied where it is that already."""
+    """`values` as float32 or float64 in native byte order, without a copy if possible."""
     array = np.asarray(values)
     if array.dtype.newbyteorder("=") not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise InstanceError(f"`{name}` must be float32 or float64, got {array.dtype}")

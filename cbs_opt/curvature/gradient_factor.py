@@ -16,7 +16,7 @@ from cbs_opt.linalg import solve_psd
 from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
 from cbs_opt.view import text
 
-_CHUNK_BYTES = 1 << 26  # float64 copies of large gradients are made in pieces of this size
+_CHUNK_BYTES = 1 << 26  # float64 copies of large gradients are made in chunks of this size
 _COPY_BYTES = 1 << 29  # and of smaller ones once and for all
 _MOST_COMPONENTS = 1000  # of more than one weight, of one block; the rest is left together
 
@@ -41,7 +41,7 @@ class GradientFactor(Curvature):
 
     Notes
     -----
-    H is never formed, except by `block`. Products cost O(m b) a vector and read G in pieces, so that G may be
+    H is never formed, except by `block`. Products cost O(m b) per vector and read G in chunks, so that G may be
     larger than memory.
     """
 
@@ -73,7 +73,7 @@ class GradientFactor(Curvature):
                 )
 
     def facts(self) -> text.Facts:
-        """Names and values for a person."""
+        """Names and values for display."""
         return [*super().facts(), ("gradients", f"{self.m:,}"), ("damping", f"{self.damping:g}")]
 
     @property
@@ -87,9 +87,9 @@ class GradientFactor(Curvature):
         return int(self.gradients.shape[0])
 
     def pieces(self, start: int, stop: int, size: int | None = None) -> Iterator[tuple[slice, FloatArray]]:
-        """Cut G's columns start … stop-1 into float64 pieces (m, c) of at most `size` bytes.
+        """Iterate over G's columns start … stop-1 in float64 chunks (m, c) of at most `size` bytes.
 
-        Without `size` a piece is as large as is free: everything where a float64 copy is kept.
+        Without `size` a chunk costs no extra copy: all columns if a float64 copy is kept.
         """
         if size is None:
             size = _CHUNK_BYTES if self._float64 is None else 8 * self.m * max(stop - start, 1)
@@ -189,14 +189,14 @@ class GradientFactor(Curvature):
         return out
 
     def submatrix(self, k: int, rows: IntArray, columns: IntArray) -> FloatArray:
-        """H[rows, columns] of block k: O(m) an entry."""
+        """H[rows, columns] of block k: O(m) per entry."""
         out = self.factor(k, rows).T @ self.factor(k, columns) / self.m
         if self.damping:
             out[rows[:, None] == columns[None, :]] += self.damping
         return np.asarray(out)
 
     def block_matmul(self, k: int, x: FloatArray) -> FloatArray:
-        """H x for block k: O(m b_k) a vector."""
+        """H x for block k: O(m b_k) per vector."""
         return self.back_project(k, self.project(k, x)) / self.m + self.damping * x
 
     def block_quadratic(self, k: int, x: FloatArray) -> float:
@@ -269,18 +269,18 @@ class GradientFactor(Curvature):
         return self
 
     def pattern(self, k: int) -> BoolArray:
-        """Two weights may depend on each other where some sample has a gradient for both; O(m b_k²)."""
+        """Two weights are adjacent if some sample has nonzero gradients for both; O(m b_k²)."""
         touches = (self.gradients[:, self.block_slice(k)] != 0).astype(np.float32)
         return np.asarray(touches.T @ touches > 0)
 
     def coupled(self, k: int) -> BoolArray:
-        """The weights with a gradient other than zero; O(m b_k). Alone with its gradients a weight counts too."""
+        """The weights with a nonzero gradient; O(m b_k). Weights that share no sample are included."""
         return np.asarray(self.gradients[:, self.block_slice(k)].any(axis=0))
 
     def connected_components(self, k: int, index: IntArray) -> IntArray:
-        """Components of the graph of weights and samples: each sample joins the weights that it touches.
+        """Components of the graph of weights and samples: each sample connects the weights with nonzero gradients.
 
-        O(m b_k). Single weights are always told apart, of the others the largest `_MOST_COMPONENTS`.
+        O(m b_k). Components of one weight are always separated; of the others the largest `_MOST_COMPONENTS`.
         """
         start = int(self.offsets[k])
         touches = self.gradients[:, start + index[0] : start + index[-1] + 1] != 0

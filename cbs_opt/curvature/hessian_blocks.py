@@ -24,7 +24,7 @@ class HessianBlocks(Curvature):
     Parameters
     ----------
     flat : float32 or float64 (Σ b_k²,)
-        The blocks one after the other, each row by row; may be memory-mapped.
+        The blocks in order, each in row-major order; may be memory-mapped.
     block_sizes : int64 (K,)
 
     Raises
@@ -34,7 +34,7 @@ class HessianBlocks(Curvature):
 
     Notes
     -----
-    Memory: `flat`, and a float64 copy of the block at hand where the entries are float32.
+    Memory: `flat`, and a float64 copy of the current block if the entries are float32.
     """
 
     members: ClassVar[Mapping[str, Member]] = {"hessian": Member("float", (None,))}
@@ -73,7 +73,7 @@ class HessianBlocks(Curvature):
         return inverse
 
     def columns(self, k: int, index: IntArray) -> FloatArray:
-        """Columns of H of block k, read as rows, which lie together in memory."""
+        """Columns of H of block k, read as rows, which are contiguous in memory."""
         return self._raw(k)[index].T.astype(np.float64)
 
     def submatrix(self, k: int, rows: IntArray, columns: IntArray) -> FloatArray:
@@ -98,7 +98,7 @@ class HessianBlocks(Curvature):
         return out
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The blocks one after the other."""
+        """The flat array of the blocks."""
         return {"hessian": self.flat}
 
     @classmethod

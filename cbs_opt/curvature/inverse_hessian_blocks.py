@@ -24,13 +24,13 @@ _BATCH_LARGEST = 128  # beyond this size LAPACK alone keeps a core busy
 class InverseHessianBlocks(Curvature):
     """H given through dense blocks of H⁻¹.
 
-    A block of H is made by inversion when it is first asked for, O(b_k³), and kept while the blocks kept
-    together stay below 1 GiB.
+    A block of H is computed by inversion when it is first needed, O(b_k³), and cached while the cached blocks
+    are below 1 GiB in total.
 
     Parameters
     ----------
     flat : float32 or float64 (Σ b_k²,)
-        The blocks of H⁻¹ one after the other, each row by row; may be memory-mapped.
+        The blocks of H⁻¹ in order, each in row-major order; may be memory-mapped.
     block_sizes : int64 (K,)
 
     Raises
@@ -96,7 +96,7 @@ class InverseHessianBlocks(Curvature):
         """The best move of block k, on the side, pruned or kept, that has the smaller system.
 
         On the pruned side, eqs 10-12 of the paper: δ = u − H⁻¹_{:,P} ([H⁻¹]_PP)⁻¹ (w_P + u_P), where
-        u = −H⁻¹g is the free minimiser (0 without `linear`); O(p³/3 + p b) time for p pruned weights.
+        u = −H⁻¹g is the unconstrained minimiser (0 without `linear`); O(p³/3 + p b) time for p pruned weights.
         """
         index = np.flatnonzero(pruned)
         if index.size > w.size - index.size and k in self._inverted:
@@ -128,7 +128,7 @@ class InverseHessianBlocks(Curvature):
         return updated
 
     def pattern(self, k: int) -> BoolArray:
-        """The pattern of H⁻¹, which has the connected components of H."""
+        """The pattern of H⁻¹, which has the same connected components as H."""
         return np.asarray(self.inverse_block(k) != 0)
 
     def connected_components(self, k: int, index: IntArray) -> IntArray:
@@ -137,7 +137,7 @@ class InverseHessianBlocks(Curvature):
         return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The blocks of H⁻¹ one after the other."""
+        """The flat array of the blocks of H⁻¹."""
         return {"inverse_hessian": self.flat}
 
     @classmethod
@@ -151,8 +151,8 @@ def weight_update(
 ) -> FloatArray:
     """Best weights of a batch of equal blocks; CBS-U, eqs 10-12.
 
-    The system of every block is brought to the same size b by putting the identity in place of the rows and
-    columns that stay, and to a unit diagonal, so that one batched LAPACK call solves them all.
+    The system of every block is extended to the same size b by the identity in the rows and columns of the kept
+    weights, and scaled to a unit diagonal, so that one batched LAPACK call solves them all.
 
     Parameters
     ----------

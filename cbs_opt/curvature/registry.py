@@ -1,4 +1,4 @@
-"""Kinds of curvature by the array that tells them apart in an instance file."""
+"""Kinds of curvature, by the array that identifies them in an instance file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _registered: dict[str, type[Curvature]] = {}
 
 
 def register_curvature(kind: str) -> Callable[[C], C]:
-    """Class decorator that makes a kind of curvature known to the file format for this process.
+    """Class decorator that adds a kind of curvature to the file format, in this process.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def register_curvature(kind: str) -> Callable[[C], C]:
     ------
     InstanceError
         When the class has no such member, or shares a member with another kind. A class that is defined again, as
-        notebooks do, takes the place of the old one.
+        in notebooks, replaces the old one.
     """
 
     def add(curvature: C) -> C:

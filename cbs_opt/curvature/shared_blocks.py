@@ -1,4 +1,4 @@
-"""Blocks that share one stored Hessian: the rows of a layer, for which H differs by a factor at most."""
+"""Blocks that share one stored Hessian up to a factor: the rows of a layer."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class SharedBlocks(Curvature):
     Raises
     ------
     InstanceError
-        Wrong shape or type, an index without a stored block, a stored block without use, a scale that is not
-        positive and finite.
+        Wrong shape or type, an index without a stored block, an unused stored block, a scale that is not positive
+        and finite.
 
     Notes
     -----
     Memory and checks are those of the stored blocks. Products with all blocks of one stored block are one matrix
-    product; its inverse is formed once, and kept while such inverses stay below 1 GiB together.
+    product; its inverse is computed once, and cached while the cached inverses are below 1 GiB in total.
     """
 
     format_version = 2
@@ -115,12 +115,12 @@ class SharedBlocks(Curvature):
         return self._spread(self.stored.diagonal(), self.block_scale)
 
     def inverse_diagonal(self) -> FloatArray:
-        """[H⁻¹]_ii, float64 (n,); O(b³) a stored block."""
+        """[H⁻¹]_ii, float64 (n,); O(b³) per stored block."""
         inverses = [self.stored_inverse(s).diagonal() for s in range(self.number_of_stored)]
         return self._spread(np.concatenate(inverses), 1.0 / self.block_scale)
 
     def _spread(self, values: FloatArray, factor: FloatArray) -> FloatArray:
-        """Values over the stored weights, copied to all blocks, times a factor a block, float64 (n,)."""
+        """Values over the stored weights, copied to all blocks, times a factor per block, float64 (n,)."""
         out = np.empty(self.n)
         for s, index, _, _ in self._each():
             out[index] = np.outer(factor[self._rows[s]], values[self.stored.block_slice(s)]).ravel()
@@ -154,7 +154,7 @@ class SharedBlocks(Curvature):
         return scale * self.stored.block_matmul(s, x)
 
     def matmul(self, x: FloatArray) -> FloatArray:
-        """H x over all blocks: one matrix product a stored block."""
+        """H x over all blocks: one matrix product per stored block."""
         out = np.empty(x.shape, dtype=np.float64)
         for s, index, rows, scales in self._each():
             b, columns = int(self.stored.block_sizes[s]), x.shape[1:]
@@ -170,11 +170,11 @@ class SharedBlocks(Curvature):
         return scale * self.stored.block_quadratic(s, x)
 
     def quadratic(self, x: FloatArray) -> float:
-        """xᵀ H x over all blocks, none of which counts less than 0."""
+        """xᵀ H x over all blocks; negative rounding errors of a block count as 0."""
         return float(self.block_quadratics(x).sum())
 
     def block_quadratics(self, x: FloatArray) -> FloatArray:
-        """xᵀ H x of each block, never negative, float64 (K,); one matrix product a stored block."""
+        """xᵀ H x of each block, never negative, float64 (K,); one matrix product per stored block."""
         out = np.empty(self.number_of_blocks)
         for s, index, rows, scales in self._each():
             X = x[index].reshape(rows, -1)
@@ -227,11 +227,11 @@ class SharedBlocks(Curvature):
         return self._spread(self.stored.indefiniteness(), self.block_scale)
 
     def check_regular(self) -> None:
-        """As the stored blocks say."""
+        """Check the stored blocks."""
         self.stored.check_regular()
 
     def diagonal_split(self, should_stop: Callable[[], bool] = lambda: False) -> FloatArray | None:
-        """That of the stored blocks, float64 (n,); O(b³) a stored block."""
+        """That of the stored blocks, float64 (n,); O(b³) per stored block."""
         split = self.stored.diagonal_split(should_stop)
         return None if split is None else self._spread(split, self.block_scale)
 
@@ -260,7 +260,7 @@ class SharedBlocks(Curvature):
 def _in_batches(S: FloatArray, W: FloatArray, P: BoolArray) -> FloatArray | None:
     """Best weights of rows with one Hessian, float64 (R, b), on the kept side; None where it is singular.
 
-    The identity takes the place of the rows and columns that are pruned, so that the systems have one size.
+    Rows and columns of pruned weights are replaced by the identity, so that all systems have the same size.
     """
     b = S.shape[0]
     diagonal = S.diagonal()
@@ -291,11 +291,11 @@ def stored_sizes(block_sizes: IntArray, shared: ArrayLike) -> IntArray:
     Raises
     ------
     InstanceError
-        When `shared` has another length or type, leaves a stored block without use, or ties blocks of two sizes.
+        When `shared` has another length or type, leaves a stored block unused, or assigns two sizes to it.
     """
     index = np.asarray(shared)
     if index.shape != block_sizes.shape:
-        raise InstanceError(f"`shared` must have one entry a block, {block_sizes.size}, got {index.shape}")
+        raise InstanceError(f"`shared` must have one entry per block, {block_sizes.size}, got {index.shape}")
     number = int(index.max(initial=-1)) + 1 if np.issubdtype(index.dtype, np.integer) else 0
     if number > block_sizes.size:
         raise InstanceError(f"`shared` must hold numbers below {block_sizes.size}, got {number - 1}")
@@ -305,7 +305,7 @@ def stored_sizes(block_sizes: IntArray, shared: ArrayLike) -> IntArray:
     if (sizes[index] != block_sizes).any():
         k = int(np.argmax(sizes[index] != block_sizes))
         raise InstanceError(
-            f"`shared`: blocks of one stored block must have one size, stored block {index[k]} has blocks of "
+            f"`shared`: blocks of one stored block must have the same size, stored block {index[k]} has blocks of "
             f"{block_sizes[k]} and of {sizes[index[k]]} weights"
         )
     return sizes
@@ -332,7 +332,7 @@ def _scales(block_scale: ArrayLike | None, blocks: int) -> FloatArray:
     scale = np.ones(blocks) if block_scale is None else np.asarray(block_scale)
     if scale.shape != (blocks,) or not np.issubdtype(scale.dtype, np.floating):
         raise InstanceError(
-            f"`block_scale` must be float, one number a block, {blocks}, got {scale.dtype} of shape {scale.shape}"
+            f"`block_scale` must be float of length {blocks}, got {scale.dtype} of shape {scale.shape}"
         )
     scale = scale.astype(np.float64)
     if not (np.isfinite(scale) & (scale > 0)).all():

@@ -1,4 +1,4 @@
-"""Instance and solution files: `.npz`, version 1, without pickled objects; and the instances that ship."""
+"""Instance, solution and certificate files: `.npz` without pickled objects; and the shipped instances."""
 
 from cbs_opt.files.instance_file import read_instance, write_instance
 from cbs_opt.files.library_file import (

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writing: a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cbs_opt.errors import OutputError
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` and move it there when the block ends well.
+    """Open a temporary file in the folder of `path`, and rename it to `path` if the block succeeds.
 
     Raises
     ------
@@ -49,7 +49,7 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
 
 
 def _is_device(path: Path) -> bool:
-    """Whether `path` is a device or a pipe, /dev/null say, which a file must not take the place of."""
+    """Whether `path` is a device or a pipe, such as /dev/null, which a file must not replace."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 

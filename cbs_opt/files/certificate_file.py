@@ -1,4 +1,4 @@
-"""Reading and writing certificate files, `cbs-certificate` version 1: a branch and bound that others can check."""
+"""Reading and writing certificate files, `cbs-certificate` version 1: a checkable branch-and-bound tree."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ NOTHING, POINT, INHERIT, VALUE = range(4)
 """What bounds a node: no feasible selection, a point of its own, the last point above it, what its pruned weights
 cost."""
 FRAME = 16
-"""Added where a node brings a diagonal, which holds for the nodes below it too."""
+"""Added if a node has a new diagonal, which holds for the nodes below it too."""
 LEAF, SINGLE = -1, -2
-"""In `branch`, where a node has no child or one; else it names the weight that two children decide."""
+"""In `branch`, if a node has no child or one; else the weight that its two children decide."""
 
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """Why no feasible selection is cheaper than `bound`.
+    """A proof that no feasible selection is cheaper than `bound`.
 
     Attributes
     ----------
     instance_sha256 : str
-        Hash of the instance file; empty for an instance that never was a file.
+        Hash of the instance file; empty for an instance without a file.
     objective_kind : str
         "selection" or "joint".
     budget : int
     damping : float or None
-        Damping that was solved for, where the curvature has one.
+        Damping of the run, if the curvature has one.
     pruned : bool (n,)
         The incumbent.
     objective, bound : float
         Its loss, and the lower bound that the trees prove.
     pieces : int32 (n,)
-        Piece of each open weight, −1 where `fixed` and the budgets leave no choice. No term joins two pieces.
+        Piece (connected component) of each open weight, −1 if `fixed` and the budgets leave no choice.
     tree_piece, tree_count, tree_nodes : int32, int32, int64 (T,)
-        Piece and number of weights pruned in it (−1: the budgets of the groups) of each tree, and its nodes.
+        For each tree its piece, the number pruned in it (−1: the budgets of the groups), and its number of nodes.
     branch : int32 (N,)
         Weight that a node decides, `LEAF` or `SINGLE`; nodes in preorder, the child that keeps the weight first.
     how : uint8 (N,)
     fixed_counts : int32 (N,)
         Number of weights that each node decides by its bound.
     fixings : int32 (F,)
-        They, as twice the weight plus 1 where it is pruned.
+        These weights, as twice the index plus 1 if pruned.
     diagonals : float64
         One entry per open weight of every `FRAME`.
     codes : uint8
@@ -96,13 +96,13 @@ _ARRAYS: dict[str, type[np.generic]] = {
 
 
 def is_certificate(path: Path) -> bool:
-    """Whether a file calls itself a certificate; raises `SolutionError` where it cannot be read."""
+    """Whether a file has the format of a certificate; raises `SolutionError` if it cannot be read."""
     with NpzReader(path, SolutionError) as npz:
         return "format" in npz.headers and npz.headers["format"].dtype.kind == "U" and npz.text("format") == FORMAT
 
 
 def read_certificate(path: Path | str) -> Certificate:
-    """Read a certificate file; whether it proves anything is for `cbs_opt.certificate.verify` to say.
+    """Read a certificate file; `cbs_opt.certificate.verify` checks what it proves.
 
     Raises
     ------

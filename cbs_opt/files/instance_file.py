@@ -19,7 +19,7 @@ from cbs_opt.instance import Instance
 
 FORMAT = "cbs-instance"
 VERSION = 2
-"""The newest version; what needs no shared blocks is written as version 1."""
+"""The newest version; instances without shared blocks are written as version 1."""
 
 _REQUIRED = {"format", "version", "weights", "block_sizes", "budget", "metadata"}
 _OPTIONAL = {"groups", "group_budgets", "linear", "fixed"}
@@ -36,12 +36,12 @@ def read_instance(path: Path | str) -> Instance:
     Returns
     -------
     Instance
-        Its large arrays are memory-mapped where the file holds them uncompressed.
+        Large arrays are memory-mapped if the file stores them uncompressed.
 
     Raises
     ------
     InstanceError
-        With one sentence that names the file and the field.
+        One sentence that names the file and the field.
 
     Notes
     -----
@@ -93,17 +93,19 @@ def _kind(npz: NpzReader, kinds: dict[str, type[Curvature]]) -> type[Curvature]:
         for key in other.members:
             if (key in npz.headers) != (key in kind.members):
                 problem = "it is missing" if key in kind.members else f"the curvature is `{kind.kind}`"
-                raise InstanceError(f"{npz.path}: `{key}` comes with `{other.kind}` and only with it; {problem}")
+                raise InstanceError(
+                    f"{npz.path}: `{key}` is required with `{other.kind}` and not allowed otherwise; {problem}"
+                )
     sharing = sorted(_SHARING & npz.headers.keys())
     if sharing and npz.integer("version") < 2:
         raise InstanceError(f"{npz.path}: `{sharing[0]}` needs `version` 2, got 1")
     if "block_scale" in npz.headers and "shared" not in npz.headers:
-        raise InstanceError(f"{npz.path}: `block_scale` comes with `shared` and only with it")
+        raise InstanceError(f"{npz.path}: `block_scale` is allowed only with `shared`")
     return kind
 
 
 def _check_shapes(npz: NpzReader, n: int) -> None:
-    """What the headers tell of all but the curvature, before any data is read."""
+    """Check the headers of all members but the curvature, before any data are read."""
     (blocks,) = npz.expect("block_sizes", "integer", (None,)).shape
     npz.expect("budget", "integer", ())
     optional = {
@@ -131,7 +133,7 @@ def _block_sizes(npz: NpzReader, n: int) -> NDArray[np.int64]:
 
 
 def _curvature(npz: NpzReader, kind: type[Curvature], block_sizes: NDArray[np.int64]) -> Curvature:
-    """Read the curvature, after a look at the shapes of its arrays."""
+    """Read the curvature, after a check of the shapes of its arrays."""
     shared = npz.read("shared") if "shared" in npz.headers else None
     sizes = block_sizes if shared is None else stored_sizes(block_sizes, shared)
     for key, member in kind.members.items():
@@ -144,14 +146,14 @@ def _curvature(npz: NpzReader, kind: type[Curvature], block_sizes: NDArray[np.in
 
 
 def write_instance(path: Path | str, instance: Instance) -> None:
-    """Write an instance file; same instance, same bytes.
+    """Write an instance file. The same instance gives the same bytes.
 
     Raises
     ------
     OutputError
         When the file cannot be written; nothing is left behind then.
     InstanceError
-        When `metadata` holds what JSON cannot.
+        When `metadata` cannot be represented as JSON.
     """
     write_npz(path, instance_arrays(instance))
 

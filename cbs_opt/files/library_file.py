@@ -1,4 +1,4 @@
-"""The instances that ship with the package, by name: `library:NAME` wherever an instance file is asked for."""
+"""The shipped instances, by name: `library:NAME` wherever an instance file is expected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INDEX_VERSION = 1
 
 @dataclass(frozen=True)
 class BestKnown:
-    """The best value that we know of a problem of the library.
+    """The best known value of a problem of the library.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class BestKnown:
     proven : bool
         Whether `value` is optimal to 1e-6 relative.
     solver : str
-        Who found it.
+        The solver that found it.
     """
 
     objective: str
@@ -49,7 +49,7 @@ class BestKnown:
 
 @dataclass(frozen=True)
 class LibraryEntry:
-    """A line of the library's index: what the instance is, where it comes from, and its best-known values."""
+    """An entry of the index: description, origin and best known values of an instance."""
 
     name: str
     sha256: str
@@ -136,7 +136,7 @@ def library_entries() -> tuple[LibraryEntry, ...]:
 
 
 def best_known(instance: Instance, objective: str) -> BestKnown | None:
-    """What the library knows of the value of `instance`; None where there is nothing to know.
+    """The best known value of `instance`, or None if there is none.
 
     Instances are recognised by the hash of their file and by their budget.
     """
@@ -145,13 +145,13 @@ def best_known(instance: Instance, objective: str) -> BestKnown | None:
         return None
     entry = next((entry for entry in library_entries() if entry.sha256 == instance.sha256), None)
     groups = 0 if instance.budget.groups is None else instance.budget.number_of_groups
-    if entry is None or groups != entry.groups:  # the same number without the groups is another problem
+    if entry is None or groups != entry.groups:  # the same budget without the groups is another problem
         return None
     return entry.best(objective, instance.budget.total)
 
 
 def resolve(path: Path | str) -> Path:
-    """The file that `library:NAME` stands for; any other path as it is."""
+    """The file that `library:NAME` denotes; any other path unchanged."""
     text = str(path)
     return library_path(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else as_path(path)
 
@@ -161,5 +161,5 @@ def _entry(item: dict[str, Any]) -> LibraryEntry:
 
 
 def _folder() -> Path:
-    # The files lie in another room, as data: nothing of it is imported but its empty package.
+    # The files are data of another package, of which only the empty `__init__` is imported.
     return Path(str(resources.files("cbs_opt.instances.library")))

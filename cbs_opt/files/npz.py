@@ -1,7 +1,7 @@
-"""A careful reader and writer of `.npz` archives.
+"""A strict reader and writer of `.npz` archives.
 
-The reader looks at every header before it touches data, loads no pickled objects, checks each member's
-checksum, and memory-maps large uncompressed members. The writer aligns members, so that a mapped array is an
+The reader checks every header before it reads data, loads no pickled objects, verifies the checksum of each
+member, and memory-maps large uncompressed members. The writer aligns members, so that a mapped array is an
 aligned array, and writes the same bytes for the same arrays.
 """
 
@@ -24,7 +24,7 @@ from cbs_opt.errors import CbsError
 from cbs_opt.files.atomic import atomic_write
 
 MAP_BYTES = 1 << 26
-"""Uncompressed members from this size on are memory-mapped."""
+"""Uncompressed members of at least this size are memory-mapped."""
 
 _ALIGNMENT = 64
 _CHUNK = 1 << 22
@@ -33,7 +33,7 @@ _PADDING_ID = 0xD935  # the extra field that zipalign pads with
 
 @dataclass(frozen=True)
 class Header:
-    """What an array will be, before it is read."""
+    """Type, shape and position of an array, before it is read."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class NpzReader:
     ----------
     path : Path
     error : type
-        The error class to raise, with one sentence that names the file.
+        The error class to raise, with a message that names the file.
 
     Attributes
     ----------
@@ -107,8 +107,8 @@ class NpzReader:
             raise self._error(f"{self.path}: `{key}` holds pickled Python objects, which are never loaded")
         if any(length < 0 for length in shape) or header.data_offset + header.nbytes != info.file_size:
             raise self._error(
-                f"{self.path}: `{key}` is damaged: its header tells of {header.nbytes} bytes of data, "
-                f"{info.file_size - header.data_offset} are there"
+                f"{self.path}: `{key}` is damaged: its header announces {header.nbytes} bytes of data, "
+                f"the member has {info.file_size - header.data_offset}"
             )
         return header
 
@@ -159,7 +159,7 @@ class NpzReader:
         return text
 
     def json_object(self, key: str) -> dict[str, Any]:
-        """A member that holds one JSON object, without the NaN and Infinity that Python's reader lets pass."""
+        """A member that holds one JSON object, without the NaN and Infinity that Python accepts."""
         try:
             content = json.loads(self.text(key), parse_constant=_refuse, parse_float=_finite)
         except (ValueError, RecursionError):
@@ -186,7 +186,7 @@ class NpzReader:
             raise self._error(f"{self.path}: `version` must be at least 1, got {version}")
 
     def check_keys(self, required: set[str], optional: set[str]) -> None:
-        """Check that all `required` members and none but the `optional` beside them are there."""
+        """Check that all `required` members are present, and no others except the `optional` ones."""
         missing = sorted(required - self.headers.keys())
         if missing:
             raise self._error(f"{self.path}: `{missing[0]}` is missing")
@@ -198,7 +198,7 @@ class NpzReader:
     def expect(self, key: str, kind: str, shape: tuple[int | None, ...]) -> Header:
         """Check type and shape of a member before it is read.
 
-        `kind` is "float", "integer", "bool" or "int8"; None in `shape` stands for any length.
+        `kind` is "float", "integer", "bool" or "int8"; None in `shape` denotes any length.
         """
         header = self.headers[key]
         allowed = {
@@ -227,7 +227,7 @@ class NpzReader:
 
 @dataclass(frozen=True)
 class Stream:
-    """An array that is written while it is made: `chunks` hold its entries in C order."""
+    """An array that is written as it is computed: `chunks` yields its entries in C order."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -240,7 +240,7 @@ class Stream:
 
 
 Content: TypeAlias = NDArray[Any] | Stream | Callable[[], NDArray[Any]]
-"""What `write_npz` takes for a member; a function is called when the members before it have been written."""
+"""A member for `write_npz`; a function is called when the members before it have been written."""
 
 
 def write_npz(path: Path | str, arrays: Mapping[str, Content]) -> None:
@@ -293,7 +293,7 @@ def _write_stream(member: IO[bytes], stream: Stream) -> None:
 
 
 def json_text(content: Mapping[str, Any]) -> NDArray[Any]:
-    """A JSON object as an array of one text; raises `ValueError` for NaN and infinity, which JSON has not."""
+    """A JSON object as an array of one text; raises `ValueError` for NaN and infinity."""
     return np.array(json.dumps(dict(content), sort_keys=True, allow_nan=False))
 
 

@@ -1,7 +1,7 @@
 """Quadratic forms over binary variables as text: `.ubqp` (OR-Library, Biq Mac) and `.qubo` (qbsolv).
 
-Both formats hold an objective only. The cardinality, cardinalities of groups and fixed variables stand in
-comments, which `read_ubqp` and `read_qubo` understand and other programs skip. Lines: `docs/format.md`.
+Both formats hold an objective only. The cardinality, cardinalities of groups and fixed variables are in
+comments, which `read_ubqp` and `read_qubo` read and other programs ignore. Their syntax: `docs/format.md`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class QuadraticForm:
     value : float64 (k,)
         b.
     cardinality : int or None
-        How many y_i are 1; None where the file does not say.
+        Number of y_i that are 1; None if the file does not state it.
     groups : tuple of (int64 array, int)
-        Members of a group, and how many of them are 1.
+        Members of a group, and the number of them that are 1.
     fixed : int8 (n,)
-        1 where y_i = 1, −1 where y_i = 0, else 0; as in an instance.
+        1 if y_i = 1, −1 if y_i = 0, else 0; as in an instance.
     """
 
     linear: FloatArray
@@ -65,8 +65,8 @@ class QuadraticForm:
     def to_instance(self, cardinality: int | None = None) -> Instance:
         """An instance whose selection loss is this form, for the cardinality given or stated in the file.
 
-        All weights are 1, and H holds the b_ij. As y_i² = y_i, any diagonal may be added to H and taken off the
-        linear part: the least multiple of the identity that makes H positive semidefinite.
+        All weights are 1, and H holds the b_ij. As y_i² = y_i, any diagonal may be added to H and subtracted from
+        the linear part. The least multiple of the identity that makes H positive semidefinite is added.
 
         Raises
         ------
@@ -93,13 +93,13 @@ class QuadraticForm:
         )
 
     def _budget(self) -> Budget:
-        """What the file states; variables of no group make one more group."""
+        """The budget stated in the file; variables without a group form one more group."""
         counts = [count for _, count in self.groups]
         grouped = sum(members.size for members, _ in self.groups)
         total = self.cardinality if self.cardinality is not None or not counts else sum(counts)
         if total is None or (grouped == self.n and counts and total != sum(counts)):
             what = "no cardinality" if total is None else f"the cardinality {total} and groups of {sum(counts)}"
-            raise UsageError(f"the form states {what}: say how many variables are 1")
+            raise UsageError(f"the form states {what}: give the number of variables that are 1")
         if not counts:
             return Budget(total)
         label = np.full(self.n, len(counts), dtype=np.int64)
@@ -122,7 +122,7 @@ def write_ubqp(path: Path | str, n: int, diagonal: FloatArray, terms: Iterable[T
     diagonal : float64 (n,)
         a.
     terms : iterable of Term
-        Walked through twice; b ≠ 0.
+        Iterated twice; b ≠ 0.
     comments : list of str
         Lines without the leading `#`; variables in them count from 1.
     """
@@ -153,8 +153,8 @@ def write_qubo(path: Path | str, n: int, diagonal: FloatArray, terms: Iterable[T
 def read_ubqp(path: Path | str) -> QuadraticForm:
     """Read the sparse format of OR-Library and Biq Mac as a problem to minimise; see `write_ubqp`.
 
-    An entry stands for both q_ij and q_ji, in either order of i and j. OR-Library maximises, and puts several
-    problems behind their number into one file: change the signs, and split it.
+    An entry denotes both q_ij and q_ji, in either order of i and j. OR-Library maximises and stores several
+    problems in one file, after their number: change the signs, and split the file.
 
     Raises
     ------
@@ -201,7 +201,7 @@ def read_qubo(path: Path | str) -> QuadraticForm:
 
 
 class _Reader:
-    """Lines of a file, and what they have said so far; `first` is the index of the first variable."""
+    """The lines of a file and what has been read; `first` is the index of the first variable."""
 
     def __init__(self, path: Path, first: int) -> None:
         self.path, self.first, self.number = path, first, 0
@@ -213,7 +213,7 @@ class _Reader:
         return InstanceError(f"{self.path}, line {self.number}: {text}")
 
     def lines(self, comment: str) -> Iterator[list[str]]:
-        """Fields of the lines that are no comments; those of comments are put aside."""
+        """Fields of the lines that are not comments; those of comments are kept separately."""
         try:
             with self.path.open(encoding="utf-8") as file:
                 for self.number, line in enumerate(file, start=1):

@@ -34,7 +34,7 @@ def read_solution(path: Path | str, instance: Instance | None = None) -> Solutio
     Raises
     ------
     SolutionError
-        With one sentence that names the file and the field.
+        One sentence that names the file and the field.
     """
     path = as_path(path)
     with NpzReader(path, SolutionError) as npz:
@@ -67,7 +67,7 @@ def write_solution(path: Path | str, solution: Solution | HasSolution) -> None:
     ----------
     path : Path or str
     solution : Solution or Result
-        The result of `solve` as it is, or a selection with the JSON of your choice.
+        The result of `solve`, or a selection with any JSON object.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What a solver or a form of the curvature must do, as checks that third parties can run on their own.
+"""Contract tests for solvers and kinds of curvature, also those of third parties.
 
     from cbs_opt.testing import check_solver, check_curvature
 
@@ -33,5 +33,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """What a user of this module asks for."""
+    """The public names."""
     return sorted(__all__)

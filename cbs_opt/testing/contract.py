@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 
 class ContractError(AssertionError):
-    """What was checked does not do what it must; the message says what was expected and what came."""
+    """A failed check; the message states what was expected and what was found."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def run_all(subject: str, checks: Iterable[Check]) -> list[str]:
     Raises
     ------
     ContractError
-        When any failed, with a line for each; whatever else a check raises counts as a failure.
+        When any check failed, with a line for each; any other exception of a check counts as a failure.
     """
     names, failures = [], []
     for check in checks:
@@ -72,7 +72,7 @@ def require_close(
     ----------
     found, expected : array_like
     what : str
-        What is compared, for the sentence.
+        What is compared, for the message.
     rel : float
         Tolerance relative to `scale`.
     scale : float, optional

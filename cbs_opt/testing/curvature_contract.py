@@ -28,14 +28,14 @@ _SOLVERS = ("magnitude", "obd", "search", "joint")
 
 
 def check_curvature(curvature: Curvature, *, seed: int = 0) -> list[str]:
-    """Check that all methods of a curvature agree with the dense matrices that `block` gives.
+    """Check that all methods of a curvature agree with the dense matrices of `block`.
 
     Parameters
     ----------
     curvature : Curvature
-        Small, with blocks of up to 400 weights; give one with several blocks and one with a single block.
+        Small, with blocks of up to 400 weights; check one with several blocks and one with a single block.
     seed : int
-        Of the vectors that it is tried with.
+        Of the random test vectors.
 
     Returns
     -------
@@ -114,7 +114,7 @@ class _Contract:
         require(names[:2] == ["curvature", "blocks"], "`facts` must begin with curvature and blocks")
 
     def blocks_are_symmetric_and_semidefinite(self) -> None:
-        """The matrices that everything else is compared with."""
+        """The reference matrices for all other checks."""
         for k, H in self.dense():
             b = int(self.curvature.block_sizes[k])
             require(H.shape == (b, b), f"block {k} must have shape {(b, b)}, got {H.shape}")
@@ -248,7 +248,7 @@ class _Contract:
             require(least >= -allowed, f"`indefiniteness` of block {k} is smaller than its eigenvalue {least:.3g}")
 
     def diagonal_split(self) -> None:
-        """A diagonal below H: positive, and what is left of H is semidefinite."""
+        """A positive diagonal D with H − D semidefinite."""
         c = self.curvature
         below = c.diagonal_split()
         if below is None:
@@ -262,7 +262,7 @@ class _Contract:
             )
 
     def file(self) -> None:
-        """An instance file gives the same matrices back, or writing it is refused in words."""
+        """An instance file returns the same matrices, or writing it is refused with a sentence."""
         ours, _ = self._instances()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "instance.npz"
@@ -279,7 +279,7 @@ class _Contract:
             require(type(again) is type(self.curvature), f"a file gives {type(again).__name__} back")
 
     def damping(self) -> None:
-        """Another damping gives another curvature of the same sizes, or is refused in words."""
+        """Another damping gives another curvature of the same sizes, or is refused with a sentence."""
         c = self.curvature
         before = [H for _, H in self.dense()]
         try:
@@ -295,7 +295,7 @@ class _Contract:
         _require_refusal(lambda: c.with_damping(-1.0), UsageError, "a negative damping", "damping")
 
     def leaves_arguments_alone(self) -> None:
-        """No method writes to its arguments, and the answers do not change."""
+        """No method changes its arguments, and repeated calls return the same values."""
         c, rng = self.curvature, self.rng()
         first = [H for _, H in self.dense()]
         for k, H in enumerate(first):

@@ -1,4 +1,4 @@
-"""Small random problems of every kind, each beside the dense matrices that it came from."""
+"""Small random problems of every kind, each with the dense matrices from which it was made."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "ties": {"kind": "hessian", "weights": [1, -1, 1, -1, 1, -1, 1, -1], "zero_columns": range(8)},
     "badly scaled": {"kind": "gradients", "weights": [1e-6, 1e6, -1, 1e3, -1e-3, 1, 1e-6, -2]},
 }
-"""Arguments of `make_problem` by the name of what is special about the problem."""
+"""Arguments of `make_problem`, by the name of the special case."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """An instance beside its dense H and g, from which losses are computed by textbook formulae.
+    """An instance with its dense H and g, from which losses are computed by textbook formulae.
 
     Attributes
     ----------
@@ -93,7 +93,7 @@ class Problem:
         return float(self.g @ delta + 0.5 * delta @ self.H @ delta)
 
     def joint_loss(self, pruned: BoolArray) -> float:
-        """Eqs 10-12 with explicit inverses, around the free minimiser u = −H⁻¹g."""
+        """Eqs 10-12 with explicit inverses, around the unconstrained minimiser u = −H⁻¹g."""
         inverse = np.linalg.inv(self.H)
         u = -inverse @ self.g
         free = self.g @ u + 0.5 * u @ self.H @ u
@@ -126,7 +126,7 @@ class Problem:
         return min(self.loss(objective, pruned) for pruned in self.selections())
 
     def scale(self) -> float:
-        """A size of losses to compare rounding with."""
+        """A typical size of the losses, for tolerances."""
         return float(0.5 * np.abs(self.w) @ np.abs(self.H) @ np.abs(self.w) + np.abs(self.g) @ np.abs(self.w))
 
 
@@ -248,7 +248,7 @@ def _problem(
 def _shared_blocks(
     seed: int, b: int, kind: str, shared: Sequence[int], m: int | None, damping: float
 ) -> tuple[Curvature, FloatArray]:
-    """Blocks H_k = scale_k · S of a few stored S, beside the dense H that they stand for."""
+    """Blocks H_k = scale_k · S of a few stored S, and the dense H that they represent."""
     sizes = np.full(max(shared) + 1, b)
     factor = make_problem(seed, n=int(sizes.sum()), m=m or b + 2, damping=damping).instance.curvature
     assert isinstance(factor, GradientFactor)

@@ -1,4 +1,4 @@
-"""The contract of a solver, with enumeration as the oracle."""
+"""The contract of a solver, with enumeration as the reference."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cbs_opt.arguments import as_solver
+from cbs_opt.compilation import finish_compilation
 from cbs_opt.errors import CbsError, SolverError
 from cbs_opt.instance import Instance
 from cbs_opt.losses import evaluate
@@ -38,7 +39,6 @@ _NEEDS: Mapping[str, Callable[[Instance], bool]] = {
 }
 _GRACE = 5.0  # seconds that a run with a limit of 0.2 s may take, on a busy machine too
 _BROKEN = (Status.ERROR, Status.INTERRUPTED)
-_COMPILATION = 300.0  # seconds that the first runs may take on a busy machine, where kernels compile
 
 
 def _within(seconds: float) -> Stop:
@@ -54,7 +54,7 @@ def check_solver(
     cases: Mapping[str, Mapping[str, Any]] = CASES,
     patience: float = 15.0,
 ) -> list[str]:
-    """Check that a solver keeps its promises, on problems so small that enumeration knows the answer.
+    """Check that a solver meets its contract, on problems small enough for enumeration.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def check_solver(
     cases : mapping
         Problems, as arguments of `make_problem` by name.
     patience : float
-        Seconds after which a solver that should come to its own end is stopped, and fails.
+        Seconds after which a solver that should terminate by itself is stopped, and fails.
 
     Returns
     -------
@@ -112,7 +112,7 @@ class _Contract:
         self._warm = False
 
     def checks(self, cases: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Callable[[], None]]]:
-        """Names and bodies; cases that the solver does not claim must be refused."""
+        """Names and bodies; cases that the solver does not support must be refused."""
         some = ("gradients", "hessian, blocks", "everything")
         starts = ("gradients", "everything", "inverse hessian, blocks")
         families: list[tuple[str, int, Callable[[Problem], None], tuple[str, ...]]] = [
@@ -136,12 +136,13 @@ class _Contract:
     # Helpers -----------------------------------------------------------------------------------------------
 
     def solve(self, instance: Instance, stop: Stop | None = None, **options: Any) -> Result:
-        """Solve; without `stop` the solver must come to its own end."""
-        if not self._warm:  # imports and compilation, before anything looks at a clock
+        """Solve; without `stop` the solver must terminate by itself."""
+        if not self._warm:  # imports and compilation, before time is measured
             self._warm = True
             for case in ("hessian", "gradients, blocks", "shared, everything"):
                 with contextlib.suppress(CbsError):
-                    self.solve(make_problem(0, **CASES[case]).instance, _within(_COMPILATION))
+                    self.solve(make_problem(0, **CASES[case]).instance)
+                finish_compilation()
         if stop is None:
             stop = _within(self.patience)
         return solve(
@@ -261,7 +262,7 @@ class _Contract:
         )
 
     def feasible_when_stopped_at_once(self, problem: Problem) -> None:
-        """Every rule that ends a run before it began leaves a feasible selection."""
+        """Every rule that ends a run before its start leaves a feasible selection."""
         for end, stop in _ENDS.items():
             result = self.solve(problem.instance, stop)
             self._require_feasible(problem, result.pruned)
@@ -292,7 +293,7 @@ class _Contract:
         require(seconds < _GRACE, f"a time limit of 0.2 s must be kept, the run took {seconds:.1f} s")
 
     def singular_hessian(self, problem: Problem) -> None:
-        """Without damping there is a result, or a sentence that says `singular`."""
+        """Without damping there is a result, or a sentence with the word `singular`."""
         try:
             result = self.solve(problem.instance)
         except CbsError as refusal:
@@ -319,7 +320,7 @@ class _Contract:
 
 
 def claims(solver: type[Solver], instance: Instance) -> bool:
-    """Whether a solver claims to take what is special about an instance."""
+    """Whether a solver declares support for the special features of an instance."""
     return all(getattr(solver.supports, what) or not applies(instance) for what, applies in _NEEDS.items())
 
 
@@ -372,7 +373,7 @@ def _largest(instance: Instance) -> BoolArray:
 
 
 def _contents(instance: Instance) -> list[bytes]:
-    """The numbers of an instance, to see whether they have changed."""
+    """The arrays of an instance, to detect changes."""
     curvature = instance.curvature
     blocks = [curvature.block(k).tobytes() for k in range(curvature.number_of_blocks)]
     linear = b"" if instance.linear is None else instance.linear.tobytes()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cbs_opt.result import Result
 
 INCUMBENT, BOUND = "#0072b2", "#d55e00"
-_DECADES = 30.0  # ratio of largest to smallest loss from which on the axis is logarithmic
+_DECADES = 30.0  # ratio of largest to smallest loss above which the axis is logarithmic
 
 
 def draw_convergence(result: Result, axes: Axes | None = None) -> Axes:
@@ -49,5 +49,5 @@ def draw_convergence(result: Result, axes: Axes | None = None) -> Axes:
 
 
 def _column(values: list[float | None], final: float | None) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """The values over time with the final one at the end; NaN where there is none yet."""
+    """The values over time with the final one at the end; NaN before the first one."""
     return np.array([np.nan if value is None else value for value in [*values, final]], dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Small tables in HTML, as notebooks show an object at the end of a cell."""
+"""Small HTML tables for notebooks."""
 
 from __future__ import annotations
 

@@ -279,12 +279,12 @@ def _pair_handles(graph: Any, pruned: BoolArray) -> list[Any]:
 
 
 def _plain(name: str) -> str:
-    """A name as matplotlib shows it as it stands: no formula, and not left out of a legend for a first "_"."""
+    """A name that matplotlib shows literally: no formula, and not hidden in legends because of a leading "_"."""
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _edge_style(pruned: BoolArray, i: int, j: int) -> tuple[str, Any, str]:
-    """Colour, dashes and meaning of a pair beside a selection."""
+    """Colour, dashes and meaning of a pair, given a selection."""
     if pruned[i] and pruned[j]:
         return _BOTH, "-", "both pruned: the pair cancels"
     if pruned[i] or pruned[j]:
@@ -293,7 +293,7 @@ def _edge_style(pruned: BoolArray, i: int, j: int) -> tuple[str, Any, str]:
 
 
 def _layout(graph: Any) -> dict[int, FloatArray]:
-    """Places of the nodes: each component by its distances, the components packed in rows, large ones first."""
+    """Positions of the nodes: each component by its distances, the components packed in rows, large ones first."""
     import networkx
 
     boxes = []

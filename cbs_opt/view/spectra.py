@@ -1,4 +1,4 @@
-"""Eigenvalues of the blocks of a curvature, as many as are affordable."""
+"""Eigenvalues of the blocks of a curvature: all, or the largest ones of large blocks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ DENSE = 1500
 """Blocks of up to this size are decomposed completely."""
 
 LARGEST = 60
-"""As many eigenvalues of larger blocks are looked for, from the largest on."""
+"""Number of eigenvalues computed for larger blocks, from the largest on."""
 
 
 def block_spectrum(curvature: Curvature, k: int) -> tuple[FloatArray, bool]:
-    """Eigenvalues of block k in decreasing order, and whether they are all there.
+    """Eigenvalues of block k in decreasing order, and whether these are all.
 
     O(b³) time up to `DENSE` weights; beyond that from the m × m matrix GGᵀ/m of a gradient factor, or the largest
     by Lanczos.

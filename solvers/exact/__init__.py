@@ -1,1 +1,1 @@
-"""The registered solvers that enumerate: branch and bound with a first selection and certificates, brute force."""
+"""The exact solvers: branch and bound with a first incumbent and certificates, and enumeration."""

@@ -1,4 +1,4 @@
-"""Enumeration: the oracle of the tests."""
+"""Enumeration, the reference of the tests."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _CHUNK = 1 << 14
 
 @register("brute")
 class BruteForce(Solver):
-    """Try every selection that the budget, the groups and `fixed` allow; an iteration is one of them."""
+    """Evaluate every selection that the budget, the groups and `fixed` allow; each is an iteration."""
 
     summary = f"enumeration of every selection, up to {MAX_WEIGHTS} weights"
     supports = Capabilities(objectives=frozenset(OBJECTIVES), bound=True)
 
     def check_supports(self, instance: Instance, context: Context) -> None:
-        """Refuse what enumeration would not finish."""
+        """Refuse instances that are too large for enumeration."""
         super().check_supports(instance, context)
         if instance.n > MAX_WEIGHTS:
             raise SolverError(f"solver 'brute' takes at most {MAX_WEIGHTS} weights, the instance has {instance.n}")

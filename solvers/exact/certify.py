@@ -1,4 +1,4 @@
-"""Certificates of the exact solver: what another program needs to check its bound."""
+"""Certificates of the exact solver, from which another program can check its bound."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from cbs_opt.typing import FloatArray, Int8Array, IntArray
 logger = logging.getLogger("cbs_opt")
 
 MOST_NODES = 300_000
-"""Largest certificate; the open nodes are left with the bounds they have."""
+"""Largest number of nodes of a certificate; further nodes keep the bounds that they have."""
 
 _EMPTY: dict[str, Any] = {
     "tree_piece": np.zeros(0, np.int32),
@@ -64,7 +64,7 @@ class Certifier:
     monitor : Monitor
         With the incumbent and the bound to certify.
     search : BlockSearch, optional
-        The tables, where there are several pieces.
+        The tables, if there are several components.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Certifier:
         self.instance, self.problem, self.monitor, self.search = instance, problem, monitor, search
         self.kind = "selection" if isinstance(problem, SelectionProblem) else "joint"
         self.objective = monitor.objective
-        # An optimum needs no more than the tolerance of its tree; else what the run has proved.
+        # For an optimum the tolerance of its tree suffices; otherwise the bound of the run is certified.
         self.target = self.objective - TOLERANCE * abs(self.objective)
         if not monitor.closed:
             self.target = -np.inf if monitor.bound is None else min(monitor.bound, self.target)
@@ -155,11 +155,11 @@ class Certifier:
         self._note(recorder, 0, -1)
 
     def _blocks(self, search: BlockSearch) -> None:
-        """A tree for every number of a piece on which the joined bound rests."""
+        """A tree for every number of weights of a component on which the joined bound depends."""
         problem = self.problem
         lower = [table.lower for table in search.tables]
         mu, lagrange = multiplier(lower, search.budget)
-        # Beyond this an entry matters no more: any sum with it is above the bound.
+        # Above this an entry is irrelevant: any sum with it is above the bound.
         slack = max(search.bound - lagrange, 0.0) + 1e-9 * abs(search.bound)
         starts = np.concatenate([[0], np.cumsum([table.n for table in search.tables])])
         path = np.zeros(len(lower), np.int64) if search.path is None else search.path
@@ -207,7 +207,7 @@ class Certifier:
                 known[j] = max(known[j], need)
 
     def _assembled(self, precision: type[np.floating[Any]]) -> Certificate:
-        """The certificate, with the bound that its own check finds, lowered by what another machine may round."""
+        """The certificate, with the bound of its own check, less a margin for rounding on other machines."""
         joined: dict[str, Any] = {key: [] for key in ("branch", "how", "fixed_counts", "fixings")}
         arrays: dict[str, list[Any]] = {key: [] for key in ("diagonals", "codes", "numbers")}
         for tree in self._trees:
@@ -281,7 +281,7 @@ def certify(
     monitor: Monitor,
     search: BlockSearch | None,
 ) -> dict[str, Any]:
-    """Write the certificate of a run; what it proves, for `Result.extras`.
+    """Write the certificate of a run; returns what it proves, for `Result.extras`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The solver `exact`: a first selection from a heuristic, branch and bound, a certificate where asked for."""
+"""The solver `exact`: a first incumbent from a heuristic, branch and bound, and optionally a certificate."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger("cbs_opt")
 
 @dataclass(frozen=True)
 class ExactParameters(Parameters):
-    """Where the first selection comes from, and whether the proof is kept."""
+    """The source of the first incumbent, and the certificate."""
 
-    heuristic: int = option(120, "weights from which on a heuristic of the package looks for the first selection")
-    effort: int = option(12, "its iterations: cycles for selection, tens of moves for joint")
-    certificate: str | None = option(None, "file for what proves the bound, which `cbs-solve --check` can check")
+    heuristic: int = option(120, "number of weights from which a heuristic finds the first incumbent")
+    effort: int = option(12, "iterations of the heuristic: cycles for selection, tens of moves for joint")
+    certificate: str | None = option(None, "file for the proof of the bound, which `cbs-solve --check` verifies")
 
     def __post_init__(self) -> None:
         for name in ("heuristic", "effort"):
@@ -42,8 +42,8 @@ class ExactParameters(Parameters):
 class Exact(Solver):
     """Branch and bound with proof, for both objectives, over one problem or many components under one budget.
 
-    A short run of `search` or `joint` finds the first selection of a larger problem; `trees.prove.Proof` does the
-    rest, node by node; an iteration is a node.
+    For larger problems a short run of `search` or `joint` finds the first incumbent; then `trees.prove.Proof`
+    branches. An iteration is a node.
     """
 
     summary = "branch and bound: proven optima, valid bounds when stopped, blocks joined exactly"
@@ -52,7 +52,7 @@ class Exact(Solver):
     parameters: ExactParameters
 
     def check_supports(self, instance: Instance, context: Context) -> None:
-        """Refuse a singular Hessian where the joint problem needs its inverse."""
+        """Refuse a singular Hessian for the joint problem, which needs its inverse."""
         super().check_supports(instance, context)
         if context.objective == "joint":
             instance.curvature.check_regular()
@@ -68,7 +68,7 @@ class Exact(Solver):
         loading.request(*(context.objective,) * bool(heuristic), *self._proof.kernels)
 
     def run(self, instance: Instance, context: Context) -> Status:
-        """Find a first selection, then prove, and write down the proof where that is asked for."""
+        """Find a first incumbent, prove, and write the certificate if one is requested."""
         status = self._prove(instance, context)
         if self.parameters.certificate is not None:
             self._certify(Path(self.parameters.certificate), instance, context)
@@ -85,7 +85,7 @@ class Exact(Solver):
         return proof.run(context)
 
     def _heuristic(self, instance: Instance, context: Context) -> None:
-        """A first selection from the package's heuristic, for a fixed number of its iterations."""
+        """A first incumbent from a heuristic of the package, after a fixed number of its iterations."""
         joint = context.objective == "joint"
         steps = self.parameters.effort * (10 if joint else 1)
         stop = Stop(max_iterations=steps, should_stop=context.monitor.should_stop)
@@ -100,7 +100,7 @@ class Exact(Solver):
             report.bound(inner.monitor.bound)
 
     def _certify(self, path: Path, instance: Instance, context: Context) -> None:
-        """Write the certificate; the solution stands without it too."""
+        """Write the certificate; if this fails, the solution is kept."""
         from cbs_opt.solvers.exact.certify import certify
 
         try:

@@ -31,12 +31,12 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 logger = logging.getLogger("cbs_opt")
 
 DENSE_LIMIT = 5000
-"""Coupled weights of a block that are eliminated exactly; where there are more they are thinned out by stages."""
+"""Coupled weights of a block that are eliminated exactly; larger blocks are first reduced in stages."""
 
 
 @dataclass(frozen=True)
 class BackwardParameters(Parameters):
-    """How large blocks are thinned out."""
+    """How large blocks are reduced."""
 
     stage: float = option(0.1, "share of a large block's weights that a stage removes before it solves again")
 
@@ -51,7 +51,7 @@ class BackwardElimination(Solver):
 
     Every block keeps the conditional inverse of its Hessian (ExactOBS: Frantar, Alistarh: Optimal Brain
     Compression, NeurIPS 2022). The budget runs over all blocks in the order of the losses, and over groups.
-    A block of more than 5000 weights is first thinned out by stages.
+    A block of more than 5000 weights is first reduced in stages.
     """
 
     summary = "greedy removal with exact updates (ExactOBS), one budget over all blocks"
@@ -97,7 +97,7 @@ def eliminate(
 
     Notes
     -----
-    O(b³) time and O(b²) memory a block; for a large block with m gradients O(m² b) a stage.
+    O(b³) time and O(b²) memory per block; for a large block with m gradients O(m² b) per stage.
     """
     open_budget = instance.budget.per_group.copy()
     group = instance.budget.group_of(instance.n)
@@ -121,7 +121,7 @@ def eliminate(
         else:
             _merge_groups(states, pruned, open_budget, should_stop)
     if open_budget.any():
-        # Stopped before any elimination: what the last stage of thinning out says, or the size of the weights.
+        # Stopped before any elimination: the order of the last stage, or of the magnitudes.
         logger.info("stopped at the start of backward elimination: the smallest weights complete the selection")
         rest = np.where(pruned, 1, 0 if instance.fixed is None else np.minimum(instance.fixed, 0))
         scores = np.abs(instance.weights)
@@ -155,7 +155,7 @@ def _merge_blocks(
 ) -> None:
     """Eliminate every block by itself, in parallel, and take the removals in the order of their losses.
 
-    When stopped, the weights that a block has left follow in the order of their prices as things stand.
+    When stopped, the remaining weights of a block follow in the order of their current prices.
     """
     goal = int(open_budget[0])
     uncoupled = [state.rest() for state in states if isinstance(state, UncoupledElimination)]
@@ -213,7 +213,7 @@ def _merge_groups(
         block = blocks[k]
         if cost == np.inf:
             continue
-        if not block.removable[j]:  # its group was closed meanwhile
+        if not block.removable[j]:  # its group has been closed in the meantime
             heapq.heappush(heap, (*block.cheapest(), k))
             continue
         group = block.group[j]

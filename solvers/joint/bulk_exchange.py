@@ -19,7 +19,7 @@ def exchange_in_bulk(instance: Instance, pruned: BoolArray, monitor: Monitor, le
 
     A pass prices each removal at x²/2[H_KK⁻¹]_ii and each return at d²/2H_ii, exchanges the best pairs of every
     group together, and halves their number until the exact loss falls. H_ii is at least the Schur complement, so
-    a return is worth what it is priced at or more.
+    the price of a return underestimates its gain.
 
     Parameters
     ----------
@@ -28,12 +28,12 @@ def exchange_in_bulk(instance: Instance, pruned: BoolArray, monitor: Monitor, le
         Feasible.
     monitor : Monitor
     least_kept : int
-        Blocks that keep fewer weights are left alone.
+        Blocks that keep fewer weights are not changed.
 
     Returns
     -------
     bool (n,)
-        At least as good. O(m² q) a trial for m gradients and q kept weights, O(m n) memory.
+        At least as good. O(m² q) per trial for m gradients and q kept weights, O(m n) memory.
     """
     curvature = instance.curvature
     for k in range(curvature.number_of_blocks):

@@ -1,4 +1,4 @@
-"""What is left of a block during backward elimination: prices of the next removals, and their exact updates."""
+"""The remaining weights of a block during backward elimination: prices of removals, and exact updates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Removal = tuple[float, int]
 
 
 class Elimination(Protocol):
-    """Weights of one block from which one after the other is removed.
+    """Weights of one block that are removed one at a time.
 
     Attributes
     ----------
@@ -44,11 +44,11 @@ class Elimination(Protocol):
         """Remove up to `steps` weights, position `forced` first."""
 
     def rest(self) -> list[Removal]:
-        """Every weight that may still be removed, by its price as things stand, the cheapest first."""
+        """Every removable weight, by its current price, the cheapest first."""
 
 
 class CoupledElimination:
-    """ExactOBS: the conditional inverse of what is left, and the updated weights.
+    """ExactOBS: the conditional inverse of the remaining weights, and the updated weights.
 
     Parameters
     ----------
@@ -114,10 +114,10 @@ class CoupledElimination:
         return made
 
     def _apply(self) -> None:
-        """Bring the steps into T and drop what was removed."""
+        """Apply the stored steps to T and drop the removed weights."""
         left = np.flatnonzero(self._left)
         V = self._V[: self._done, left]
-        # Two buffers take turns: fresh memory would cost as much as the product.
+        # Two buffers alternate: new memory would cost as much as the product.
         if self._other is None:
             self._other = np.empty(left.size**2)
         product = self._other[: left.size**2].reshape(left.size, left.size)

@@ -1,4 +1,4 @@
-"""Inverses of principal submatrices: formed the cheapest way, and kept up to date without touching every entry."""
+"""Inverses of principal submatrices: formed in the cheapest way, and updated without changing every entry."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def conditional_inverse(curvature: Curvature, k: int, index: IntArray) -> FloatA
 
 
 class LazyInverse:
-    """A symmetric positive definite T from which a row is asked at a time, changed by rank-one terms.
+    """A symmetric positive definite T with access to single rows, changed by rank-one terms.
 
     T = base + Σ ± v vᵀ; the terms are added to the base by one matrix product when there are many, so that a
-    change costs O(q) and a row O(terms · q), in place of O(q²) each.
+    change costs O(q) and a row O(terms · q), instead of O(q²) each.
 
     Parameters
     ----------

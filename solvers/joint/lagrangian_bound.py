@@ -10,7 +10,7 @@ from cbs_opt.typing import FloatArray
 
 
 def dual_bound(instance: Instance, D: FloatArray, u: FloatArray) -> tuple[float, FloatArray]:
-    """A lower bound on the joint loss of every feasible selection, and a direction in which it rises.
+    """A lower bound on the joint loss of every feasible selection, and an ascent direction.
 
     With R = H − D and any u, ½dᵀRd ≥ (Ru)ᵀd − ½uᵀRu, so that gᵀd + ½dᵀHd is at least a separable function of d,
     which is minimised weight by weight: kept weights at −v²/2D, v = Ru + g, pruned ones at ½D(w̄ − v/D)² more. The
@@ -57,7 +57,7 @@ def improve_bound(
     monitor : Monitor
     steps : int
     seconds : float
-        Ends sooner than `steps` when this much time has gone.
+        Time limit.
     """
     if steps == 0:
         return

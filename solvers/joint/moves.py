@@ -1,4 +1,4 @@
-"""The moves of the joint search over all blocks: swaps inside a block, and exchanges of budget between blocks."""
+"""The moves of the joint search over all blocks: swaps within a block, and exchanges between blocks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cbs_opt.solvers.joint.uncoupled import UncoupledWeights
 from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 CORE_LIMIT = 5000
-"""Weights of a block that take part in swaps; of a larger block the kept and the most promising others do."""
+"""Largest number of weights of a block in swaps; of a larger block the kept and the most promising others."""
 
 KEPT_LIMIT = 4500
 """A block that keeps more weights than this has no tableau."""
 
 
 class Move(NamedTuple):
-    """A weight that goes and one that comes back, each with its block, and what that changes."""
+    """A weight that is removed and one that returns, each with its block, and the change of the loss."""
 
     leaving_block: int
     column: int
@@ -150,7 +150,7 @@ class JointMoves:
         return out
 
     def save(self) -> None:
-        """Remember this point for `go_back`; what has not changed since the last time costs nothing."""
+        """Store this point for `go_back`; parts that have not changed since the last time cost nothing."""
         for k, tableau in enumerate(self.tableaux):
             if k in self._changed:
                 self._saved[k] = tableau.copy()
@@ -165,7 +165,7 @@ class JointMoves:
         self._changed.clear()
 
     def refactor(self) -> float:
-        """Compute every tableau anew from its set; returns the error found, relative to the whole loss."""
+        """Recompute every tableau from its set; returns the error found, relative to the whole loss."""
         error = 0.0
         for k, tableau in enumerate(self.tableaux):
             error += tableau.refactor()
@@ -185,7 +185,7 @@ class JointMoves:
         self._swaps[k] = self._exchanges[k] = None
 
     def best_move(self) -> Move | None:
-        """The move that changes the loss most for the better, or least for the worse; None if there is none."""
+        """The move with the smallest change of the loss; None if there is none."""
         best: Move | None = None
         for k, tableau in enumerate(self.tableaux):
             found = self._swaps[k]

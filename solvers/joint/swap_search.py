@@ -44,7 +44,7 @@ class JointParameters(Parameters):
     patience: int | None = option(
         None, "moves without improvement after which the search ends; 400 without a limit on time or iterations"
     )
-    restart: int = option(60, "moves without improvement after which the search goes back to the best, shaken")
+    restart: int = option(60, "moves without improvement before a restart from the perturbed incumbent")
     bound_steps: int = option(200, "steps of the ascent to a lower bound, once a local optimum is found")
     proof: int = option(100, "weights of a block up to which branch and bound takes over; 0 for never")
     stage: float = option(0.1, "share of a large block's weights that backward elimination removes at once")
@@ -95,7 +95,7 @@ class JointSearch(Solver):
             return
         loading.request("joint")
         if provable:
-            # The search itself says what is wrong with an instance, and keeps its incumbent.
+            # The search itself reports what is wrong with an instance, and keeps its incumbent.
             with suppress(CbsError, np.linalg.LinAlgError):
                 self._proof = prove.Proof(JointProblem(instance))
                 loading.request(*self._proof.kernels)
@@ -119,12 +119,12 @@ class JointSearch(Solver):
         monitor.report(joint_loss(instance, pruned), pruned)
         if monitor.should_stop():
             return Status.CONVERGED
-        # After backward elimination single swaps do better, and sooner, wherever there is a tableau.
+        # After backward elimination single swaps are better and faster if there is a tableau.
         pruned = exchange_in_bulk(instance, pruned, monitor, KEPT_LIMIT if context.warm_start is None else 0)
         threads = context.workers
         with ThreadPoolExecutor(threads) as pool:
             while not monitor.should_stop():
-                # The core of a large block is chosen anew as long as that helps.
+                # The core of a large block is chosen again as long as this improves the loss.
                 moves = JointMoves(instance, pruned, pool if threads > 1 else None, threads)
                 context.extras["blocks_without_swaps"] = len(moves.skipped)
                 before = moves.doubled
@@ -139,7 +139,7 @@ class JointSearch(Solver):
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
     def _note_drift(self, moves: JointMoves, value: float, context: Context) -> None:
-        """Keep the largest relative error of the doubled loss that was found, and say so where it is not small.
+        """Keep the largest relative error of the doubled loss, and warn if it is not small.
 
         `value` is the doubled loss of the best selection by the evaluator.
         """
@@ -178,7 +178,7 @@ class JointSearch(Solver):
             move = moves.best_move()
             worth = move is not None and move.change < -_GAIN * abs(moves.doubled)
             if descending and not worth:
-                moves.refactor()  # a local optimum is declared on fresh numbers only
+                moves.refactor()  # a local optimum is declared only after recomputation
                 move = moves.best_move()
                 descending = move is not None and move.change < -_GAIN * abs(moves.doubled)
                 if not descending:

@@ -1,4 +1,4 @@
-"""The swap tableau of the joint problem on one block: what every removal, return and swap would cost."""
+"""The swap tableau of the joint problem on one block: the costs of all removals, returns and swaps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cbs_opt.solvers.kernels import joint_numba as kernels
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 NEVER = 1e300
-"""The price of what is not allowed."""
+"""The price of a forbidden move."""
 
 _Values = TypeVar("_Values", FloatArray, IntArray)
 
@@ -29,11 +29,11 @@ class Tableau:
     With H_SS⁻¹ = T, the kept weights are x = T b_S, the loss is κ − ½ b_Sᵀx, and for the others, P,
     U = H_PS T, d = b_P − H_PS x, a_i = H_ii − U_i H_Si. Removing s costs x_s²/T_ss (doubled), returning r gains
     d_r²/a_r, and a swap changes the doubled loss by x_s²/T_ss − (d_r + U_rs y_s)² / (a_r + U_rs²/T_ss) with
-    y_s = x_s/T_ss: O(1) a pair. These are the entries of the symmetric sweep tableau of [[H, b], [bᵀ, 2κ]] swept
-    on S, without its P×P part, which no swap reads.
+    y_s = x_s/T_ss: O(1) per pair. These are the entries of the symmetric sweep tableau of [[H, b], [bᵀ, 2κ]] swept
+    on S, without its P×P part, which no swap needs.
 
-    A move changes U by two ranks; that is put off until the next search for a swap, which reads U anyway. T is
-    needed a row at a time and keeps its moves as a list (`LazyInverse`).
+    A move is a rank-two change of U; it is applied during the next search for a swap, which reads U anyway. Of T
+    only single rows are needed; it keeps its changes as a list (`LazyInverse`).
 
     Parameters
     ----------

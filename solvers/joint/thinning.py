@@ -1,4 +1,4 @@
-"""What is left of a large block after each stage of thinning it out: updated weights and removal prices."""
+"""The remaining weights of a large block after each stage of elimination: updates and removal prices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHUNK = 4096  # weights priced at a time
 
 
 class Thinning(Protocol):
-    """A block on which weights are removed many at once."""
+    """A block from which many weights are removed at once."""
 
     def prices(self, kept: IntArray) -> FloatArray:
         """Rise of the doubled loss by each removal, float64 (len(kept),)."""
@@ -24,7 +24,7 @@ class Thinning(Protocol):
 
 
 def thinning_of(instance: Instance, k: int, kept: IntArray, coupled: BoolArray) -> Thinning:
-    """The way to price removals that suits the curvature of block k and the number of kept weights.
+    """The pricing of removals for the curvature of block k and the number of kept weights.
 
     `coupled`, bool (b_k,): the weights that are coupled to another one, from `Curvature.coupled`.
     """
@@ -35,7 +35,7 @@ def thinning_of(instance: Instance, k: int, kept: IntArray, coupled: BoolArray) 
 
 
 class DenseThinning:
-    """Prices by the inverse of H on the kept weights: O(q³) a stage."""
+    """Prices by the inverse of H on the kept weights: O(q³) per stage."""
 
     def __init__(self, instance: Instance, curvature: Curvature, k: int) -> None:
         part = curvature.block_slice(k)
@@ -55,10 +55,10 @@ class DenseThinning:
 
 
 class FactorThinning:
-    """Prices through M = G_K G_Kᵀ + mλI, which loses the dropped columns: O(m² q) a stage, in float32.
+    """Prices through M = G_K G_Kᵀ + mλI, which loses the dropped columns: O(m² q) per stage, in float32.
 
     With G_K in the kept columns, [H_KK⁻¹]_ii = (1 − ‖L⁻¹G_i‖²)/λ for M = LLᵀ, and the kept weights move by
-    G_Kᵀ M⁻¹ G_P w_P − (g_K − G_Kᵀ M⁻¹ G_K g_K)/λ. Prices only rank the weights, so that single precision does;
+    G_Kᵀ M⁻¹ G_P w_P − (g_K − G_Kᵀ M⁻¹ G_K g_K)/λ. Prices only rank the weights, so that single precision suffices;
     M itself is kept in float64. Weights without a gradient have x and 1/λ, and take no part in this.
     """
 

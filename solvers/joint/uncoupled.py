@@ -14,7 +14,7 @@ _NEVER = 1e300
 class UncoupledWeights:
     """The weights of a block whose H is diagonal, with the interface of `Tableau`.
 
-    Keeping weight i is worth b_i²/H_ii of the doubled loss, whatever the others do.
+    Keeping weight i reduces the doubled loss by b_i²/H_ii, independently of the others.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class UncoupledWeights:
 
     Notes
     -----
-    O(n) a move and in memory.
+    O(n) time per move and O(n) memory.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class UncoupledWeights:
         return self.constant - float(self.values[self.S].sum())
 
     def refactor(self) -> float:
-        """Nothing drifts here."""
+        """No rounding errors accumulate here."""
         return 0.0
 
     def copy(self) -> UncoupledWeights:

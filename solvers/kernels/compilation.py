@@ -1,8 +1,9 @@
-"""How kernels are compiled, and where the results are kept.
+"""Compilation of kernels, and the cache of the results.
 
-Compiled kernels are kept under `cbs_opt.cache`, in a folder named after everything that they depend on: the source
-of all kernels (numba alone would overlook that a kernel called from another file has changed), the versions of
-Python and numba, and the processor. `NUMBA_CACHE_DIR` takes precedence over the cache folder of the user.
+Compiled kernels are stored under `cbs_opt.cache`, in a folder named after everything that they depend on: the
+source of all kernels (numba alone would overlook that a kernel called from another file has changed), the
+versions of Python and numba, and the processor. `NUMBA_CACHE_DIR` takes precedence over the cache folder of the
+user.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def kernel_folder() -> Path | None:
 
 
 def _remove_unused(root: Path) -> None:
-    """Remove the kernels of versions that nobody has used for long."""
+    """Remove the kernels of versions that have not been used for a long time."""
     oldest = time.time() - _UNUSED_DAYS * 86400
     for other in root.glob("kernels-*"):
         try:
@@ -71,7 +72,7 @@ def _remove_unused(root: Path) -> None:
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator that makes a kernel of a function; numba compiles it at its first call."""
+    """A decorator that turns a function into a kernel; numba compiles it at its first call."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         folder = kernel_folder()

@@ -1,10 +1,10 @@
-"""Kernels compile in processes beside the solver, which goes on as far as it gets without them.
+"""Compiles kernels in background processes, while the solver continues as far as possible without them.
 
 A *unit* is a set of kernels that are needed together; its function calls each of them once. `request` loads units
-that this machine has compiled before and starts the compilation of the others in child processes, which leave
-their results in the cache: numba compiles under one lock, so that threads would neither work at the same time
-nor let the solver work. `wait` returns once units are loaded, or at once when told to stop. What a solver computes
-does not depend on whether it had to wait.
+that this machine has compiled before and starts the compilation of the others in child processes, which store
+their results in the cache: numba compiles under one lock, so that threads would run neither in parallel nor
+together with the solver. `wait` returns when units are loaded, or at once when it is stopped. The results of a
+solver do not depend on whether it had to wait.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _lock = threading.RLock()
 
 
 def request(*units: str) -> None:
-    """Load what is compiled already; start compiling the rest, and return."""
+    """Load units that are already compiled, start the compilation of the others, and return."""
     with _lock:
         wanted = [unit for unit in units if unit not in _loaded and unit not in _jobs]
         for unit in [unit for unit in wanted if is_ready([unit])]:
@@ -85,7 +85,7 @@ def wait(*units: str, should_stop: Callable[[], bool] = lambda: False) -> bool:
     Raises
     ------
     Exception
-        Whatever a compilation in this process has raised.
+        The exception of a compilation in this process.
     """
     request(*units)
     for unit in units:
@@ -136,23 +136,23 @@ def _shares(units: Sequence[str], workers: int) -> list[list[str]]:
 
 
 class _Job:
-    """A compilation that is under way."""
+    """A running compilation."""
 
     def is_done(self, unit: str) -> bool:
         """Whether a unit is compiled."""
         raise NotImplementedError
 
     def has_ended(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether it has ended."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """Leave off."""
+        """Stop."""
         raise NotImplementedError
 
 
 class _InProcess(_Job):
-    """A child process; its standard streams lead nowhere, and Ctrl-C in the terminal does not reach it."""
+    """A child process; without standard streams, and not reached by Ctrl-C in the terminal."""
 
     def __init__(self, units: Sequence[str]) -> None:
         import cbs_opt
@@ -227,7 +227,7 @@ def _start(units: Sequence[str]) -> _Job:
 
 @atexit.register
 def _end_jobs() -> None:
-    """Leave no process behind, and no thread inside the compiler while its library is unloaded."""
+    """End all processes, and threads in the compiler before its library is unloaded."""
     for job in _started:
         job.end()
 
@@ -236,7 +236,7 @@ def _end_jobs() -> None:
 
 
 def _compile(parent: int, units: Sequence[str]) -> None:
-    """Compile units into the cache; end with the process that has asked for them."""
+    """Compile units into the cache; end with the process that requested them."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     gc.set_threshold(100_000, 50, 50)  # a compiler makes many objects that live on
     for unit in units:

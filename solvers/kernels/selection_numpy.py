@@ -1,4 +1,4 @@
-"""The kernels of `selection_numba` in plain NumPy, one for one: the oracle of the tests."""
+"""The kernels of `selection_numba` in plain NumPy: the reference of the tests."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def sweep_factor(
     count: Any,
     margin: Any,
 ) -> Any:
-    """One sweep for Q = rows rowsᵀ + diag(ridge), with r = rowsᵀ x kept up to date: O(m) a variable.
+    """One sweep for Q = rows rowsᵀ + diag(ridge), with r = rowsᵀ x kept up to date: O(m) per variable.
 
     Returns how many variables stay active, and by how much the objective went down.
     """
@@ -101,7 +101,7 @@ def sweep_dense(
     count: Any,
     margin: Any,
 ) -> Any:
-    """One sweep for a dense Q, with g = Qx kept up to date: O(b) a variable that moves, O(1) one that stays.
+    """One sweep for a dense Q, with g = Qx kept up to date: O(b) per variable that moves, O(1) otherwise.
 
     Returns how many variables stay active, and by how much the objective went down.
     """
@@ -141,7 +141,7 @@ def sweep_diagonal(
     count: Any,
     margin: Any,
 ) -> Any:
-    """One sweep for a diagonal Q: O(1) a variable.
+    """One sweep for a diagonal Q: O(1) per variable.
 
     Returns how many variables stay active, and by how much the objective went down.
     """

@@ -1,4 +1,4 @@
-"""Twins of `sweeps_numba` in plain NumPy: the oracle of the tests."""
+"""The kernels of `sweeps_numba` in plain NumPy: the reference of the tests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sweep_factor(
     count: Any,
     margin: Any,
 ) -> Any:
-    """One sweep for Q = rows rowsᵀ + diag(ridge), with r = rowsᵀ x kept up to date: O(m) a variable.
+    """One sweep for Q = rows rowsᵀ + diag(ridge), with r = rowsᵀ x kept up to date: O(m) per variable.
 
     Returns how many variables stay active, and by how much the objective went down.
     """
@@ -74,7 +74,7 @@ def sweep_dense(
     count: Any,
     margin: Any,
 ) -> Any:
-    """One sweep for a dense Q, with g = Qx kept up to date: O(b) a variable that moves, O(1) one that stays.
+    """One sweep for a dense Q, with g = Qx kept up to date: O(b) per variable that moves, O(1) otherwise.
 
     Returns how many variables stay active, and by how much the objective went down.
     """
@@ -113,7 +113,7 @@ def sweep_diagonal(
     count: Any,
     margin: Any,
 ) -> Any:
-    """One sweep for a diagonal Q: O(1) a variable.
+    """One sweep for a diagonal Q: O(1) per variable.
 
     Returns how many variables stay active, and by how much the objective went down.
     """

@@ -18,7 +18,7 @@ _PATIENCE = 2.0  # seconds: loading from the cache is done by then
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Tell a waiting user why nothing happens: kernels are compiled once and then cached on disk."""
+    """Log that kernels are being compiled; this happens once, and the result is cached on disk."""
     timer = threading.Timer(_PATIENCE, logger.info, ["compiling kernels, once for this machine: up to a minute"])
     timer.daemon = True
     timer.start()

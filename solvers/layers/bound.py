@@ -27,7 +27,7 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 BLOCK = 9  # columns of a block
 _LIFT = 0.02  # of [S⁻¹]_kk in Ω
-_MEMORY = 0.5  # weight of the former Ω beside the present one
+_MEMORY = 0.5  # weight of the previous Ω relative to the current one
 _BARRIER = 3e-3  # least μ
 _CHUNK = 16  # rows that go through a sweep together
 
@@ -295,14 +295,14 @@ def lagrangian_bound(
 
 
 class BoundSearch:
-    """Bounds for all layers under their budget: Frank-Wolfe sweeps, steps of B and of the prices in turn.
+    """Bounds for all layers under their budget: Frank-Wolfe sweeps, steps of B and of the prices alternate.
 
     Parameters
     ----------
     layers : list of Layer
     budget : LayerBudget
     incumbent : Incumbent
-        Its masks are the start; it is told of the bounds.
+        Its masks are the start; it receives the bounds.
     weights : list of float64 (rows, K)
         The refitted weights of the incumbent.
     pool : RowPool
@@ -344,7 +344,7 @@ class BoundSearch:
         self.layer_of: list[int] = []
 
     def _kept_rows(self) -> list[FloatArray] | None:
-        """How many weights of each row stay, where the budget says so."""
+        """The number of kept weights of each row, if the budget determines it."""
         if self.budget.per_row is None:
             return None
         return [

@@ -1,4 +1,4 @@
-"""The best feasible masks so far, and who is told about them."""
+"""The best feasible masks so far, and the callbacks that receive them."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class JointSearch:
     layers : list of Layer
     budget : LayerBudget
     incumbent : Incumbent
-        Told of every better solution.
+        Receives every better solution.
     pool : RowPool
     seed : int
     clock : callable

@@ -407,7 +407,7 @@ def _apply_removal(column, j, x, t):
 def eliminate(T, V, x, t, removable, group, quota, order, losses):
     """Remove weights one by one, each time the one that costs least; ExactOBS with a quota for each group.
 
-    After s steps the conditional inverse is T − V[:s]ᵀ V[:s]; the caller multiplies V out. O(s b) a step.
+    After s steps the conditional inverse is T − V[:s]ᵀ V[:s]; the caller multiplies V out. O(s b) per step.
 
     Parameters
     ----------

@@ -135,7 +135,7 @@ def improve_in_bulk(
     should_stop: Callable[[], bool],
     rounds: int = 60,
 ) -> None:
-    """Exchanges in all layers, one round in each in turn, reporting what is better."""
+    """Exchanges in all layers, one round per layer at a time, reporting improvements."""
     engines = []
     for layer, mask in zip(layers, pruned, strict=True):
         engines.append(BulkExchange(layer, budget.pattern, mask, should_stop))

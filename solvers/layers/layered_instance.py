@@ -1,4 +1,4 @@
-"""Instances whose blocks share stored Hessians, as layers, and the way back."""
+"""Conversion of instances whose blocks share stored Hessians to layers, and of masks to selections."""
 
 from __future__ import annotations
 

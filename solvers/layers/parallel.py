@@ -1,4 +1,4 @@
-"""Rows in threads, with the clock asked in the calling thread."""
+"""Parallel work on rows; the calling thread checks the clock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-_POLL = 0.02  # seconds between two questions whether to stop
+_POLL = 0.02  # seconds between two checks whether to stop
 
 StopFlag = np.ndarray[tuple[int], np.dtype[np.uint8]]
 

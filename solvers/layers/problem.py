@@ -22,12 +22,12 @@ class Layer:
     scale : float64 (rows,), optional
         s_r > 0, H_r = s_r S; ones without.
     locked : int8 (rows, K), optional
-        1 must be pruned, −1 must stay, 0 free.
+        1 must be pruned, −1 must be kept, 0 undecided.
 
     Raises
     ------
     InstanceError
-        Shapes that do not fit, values that are not finite, or a scale that is not positive.
+        Shapes that do not match, values that are not finite, or a scale that is not positive.
     """
 
     weights: FloatArray
@@ -44,7 +44,7 @@ class Layer:
             )
         scale = np.ones(weights.shape[0]) if self.scale is None else np.asarray(self.scale, dtype=np.float64)
         if scale.shape != weights.shape[:1] or not (np.isfinite(scale).all() and (scale > 0).all()):
-            raise InstanceError(f"the scale of a layer must be {weights.shape[0]} positive numbers, one a row")
+            raise InstanceError(f"the scale of a layer must be {weights.shape[0]} positive numbers, one per row")
         if not (np.isfinite(weights).all() and np.isfinite(hessian).all()):
             raise InstanceError("weights and Hessian of a layer must be finite")
         if self.locked is not None:
@@ -104,7 +104,7 @@ class LayerBudget:
             raise InstanceError(f"the budget must be in [{least}, {most}], got {self.total}")
         if self.per_row is not None:
             if len(self.per_row) != len(layers):
-                raise InstanceError(f"per_row needs {len(layers)} arrays, one a layer, got {len(self.per_row)}")
+                raise InstanceError(f"per_row needs {len(layers)} arrays, one per layer, got {len(self.per_row)}")
             for layer, counts in zip(layers, self.per_row, strict=True):
                 counts = np.asarray(counts)
                 if counts.shape != (layer.rows,):
@@ -125,7 +125,7 @@ class LayerBudget:
                     raise InstanceError("the pattern is outside of what the fixed weights allow")
 
     def satisfied(self, pruned: list[BoolArray]) -> bool:
-        """Whether masks of the layers, bool (rows, K), have the numbers asked for."""
+        """Whether masks of the layers, bool (rows, K), meet the budget."""
         if self.total is not None:
             return sum(int(mask.sum()) for mask in pruned) == self.total
         if self.per_row is not None:
@@ -163,7 +163,7 @@ class LayerBudget:
 
 @dataclass(frozen=True)
 class LayerSolution:
-    """What `solve_layers` found.
+    """The result of `solve_layers`.
 
     Attributes
     ----------

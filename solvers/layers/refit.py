@@ -13,7 +13,7 @@ from cbs_opt.solvers.layers.problem import Layer, row_losses
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _ROW_COST, _LITTLE = 4e6, 8e9  # operations: overhead of a row; what is done exactly at any rate
-_FACTOR_COST = 8.0  # of an operation of a small factorisation beside one of a large single precision product
+_FACTOR_COST = 8.0  # an operation of a small factorisation relative to one of a large float32 product
 
 
 def refit_row(S: FloatArray, b: FloatArray, w: FloatArray, pruned: BoolArray) -> tuple[FloatArray, float]:
@@ -51,9 +51,9 @@ def refit_by_gradients(
     tolerance: float = 1e-10,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> NDArray[Any]:
-    """Preconditioned conjugate gradients on all rows at once, one product with S an iteration.
+    """Preconditioned conjugate gradients on all rows at once, one product with S per iteration.
 
-    S : (K, K), W, pruned : (rows, K), in one dtype. The preconditioner is diag(S). A row is left alone once its
+    S : (K, K), W, pruned : (rows, K), in one dtype. The preconditioner is diag(S). A row is skipped once its
     residual has fallen by `tolerance` (in energy, relative to the start). Never worse than the start.
     """
     kept = (~pruned).astype(W.dtype)

@@ -95,7 +95,7 @@ class RowTable:
 
 
 class RowState:
-    """Workspace of the swap tableau of one row at a time; one a thread. Memory 3 K² numbers."""
+    """Workspace of the swap tableau of one row at a time; one per thread. Memory 3 K² numbers."""
 
     def __init__(self, columns: int, groups: IntArray | None = None) -> None:
         K = columns

@@ -14,7 +14,7 @@ def greedy_row(Q, y, h, allowed, group, quota, order, costs):
     """Prune weights one by one, each time the one that adds least to the doubled loss yᵀQy; returns how many.
 
     Q (K, K) = diag(w) S diag(w); y uint8 (K,) and h = Qy float64 (K,), in place; allowed : uint8 (K,);
-    group, quota : int64 (K,), (G,), quota in place; order, costs : int64, float64 (steps,), out. O(K) a step.
+    group, quota : int64 (K,), (G,), quota in place; order, costs : int64, float64 (steps,), out. O(K) per step.
     """
     K = y.size
     for step in range(order.size):

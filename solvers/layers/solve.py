@@ -1,4 +1,4 @@
-"""The front door of the room: one call for layers, budget and objective."""
+"""The entry point of this package: `solve_layers`."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def solve_layers(
     warm_start : list of bool (rows, K), optional
         Feasible masks; the answer is never worse.
     report : callable, optional
-        Given (objective, masks) for every better solution, in the calling thread.
+        Called with (objective, masks) for every better solution, in the calling thread.
     report_bound : callable, optional
-        Given every better lower bound.
+        Called with every better lower bound.
     should_stop : callable, optional
         Asked every 20-50 ms; True ends the run, the incumbent is kept.
     time_limit : float, optional
@@ -141,7 +141,7 @@ class _Run:
     # Joint ---------------------------------------------------------------------------------------------------
 
     def joint(self, warm_start: list[BoolArray] | None) -> None:
-        """Magnitude first, then better and better; see `solve_layers`."""
+        """Quick starts, elimination, search and bounds; see `solve_layers`."""
         magnitude = self.budget.cheapest(self.layers, [np.abs(layer.weights) for layer in self.layers])
         self.incumbent.offer(self._zeroed_loss(magnitude), magnitude)  # a first answer at once
         pending = [magnitude] if warm_start is None else [magnitude, warm_start]

@@ -85,7 +85,7 @@ def priced_sweep(
     """Masks from one pass over each layer, at the price that fits the budget; None if stopped.
 
     The price is found on a sample of rows. With budgets for rows or N:M the price is that of their total number,
-    and the weights with the least costs within each group go. O(K³) a layer, then rows × K² a pass.
+    and the weights with the least costs within each group go. O(K³) per layer, then rows × K² per pass.
     """
     sweeps = []
     for layer in layers:
@@ -139,7 +139,7 @@ def admm(
 
     The scheme of ALPS (2406.07831, algorithm 1), where ρ grows with the changes of the support; here in float32,
     with the rows' scales in the thresholds, and over several layers under one budget. None if stopped. Memory
-    8 numbers a weight; O(K³) a layer, then 4 rows K² operations an iteration.
+    8 numbers per weight; O(K³) per layer, then 4 rows K² operations per iteration.
     """
     state = []
     for layer in layers:

@@ -1,1 +1,1 @@
-"""The problems as models for the solvers of others: HiGHS, Pyomo, text formats."""
+"""The problems as models for other solvers: HiGHS, Pyomo, text formats."""

@@ -32,20 +32,20 @@ _MARGIN = 1e-7  # that its bounds are reduced by, in scaled units; reduced costs
 _RELAXATION_CUTS = 1e-4  # violation of a tangent that the linear relaxation leaves
 _RELAXATION_ROUNDS = 30
 _POLL = 0.02  # seconds
-_GRACE = 0.5  # seconds: the rules of `Stop` end a run, and the limit of HiGHS only where it cannot be told
-_PATIENCE = 10.0  # seconds that HiGHS has to obey
+_GRACE = 0.5  # seconds: the rules of `Stop` end a run; the limit of HiGHS is used only if it cannot be interrupted
+_PATIENCE = 10.0  # seconds that HiGHS has to respond
 
 
 @dataclass(frozen=True)
 class HighsParameters(Parameters):
-    """The formulation, and what strengthens it."""
+    """The formulation, and options that strengthen it."""
 
     formulation: str = option(
         "auto",
         "outer (tangents), rlt (products; selection only), miqp; auto: miqp if HiGHS takes it, or outer",
     )
-    start: bool = option(True, "start from a short run of `search` or `joint`; else from the diagonal's selection")
-    shift: bool = option(True, "outer, selection: shift the diagonal as the semidefinite relaxation has it")
+    start: bool = option(True, "start from a short run of `search` or `joint`; else by the diagonal")
+    shift: bool = option(True, "outer, selection: shift the diagonal by the dual of the semidefinite relaxation")
 
     def __post_init__(self) -> None:
         if self.formulation not in FORMULATIONS:
@@ -58,9 +58,9 @@ class Highs(Solver):
     """Branch and bound by HiGHS on a MILP that is exact at binary points; an iteration is one MILP.
 
     `outer` minimises a piecewise linear function below the objective, adds the tangents at every selection that
-    was found, and goes on until the bound meets the best of them. `rlt` needs one MILP. HiGHS refuses
-    mixed-integer quadratic problems (up to 1.15); `miqp` is there for a release that takes them. Selections are
-    judged by the losses of the instance, whatever HiGHS says of their objective.
+    was found, and repeats this until the bound meets the incumbent. `rlt` needs one MILP. HiGHS refuses
+    mixed-integer quadratic problems (up to 1.15); `miqp` is for a release that accepts them. Selections are
+    evaluated by the losses of the instance, not by the objective that HiGHS reports.
     """
 
     summary = "exact by HiGHS: MILP by tangents on a convexified objective, or by products"
@@ -69,7 +69,7 @@ class Highs(Solver):
     parameters: HighsParameters
 
     def check_supports(self, instance: Instance, context: Context) -> None:
-        """Refuse a MIQP where HiGHS does, products for the joint objective, and a singular Hessian there."""
+        """Refuse a MIQP if HiGHS does; for the joint objective, refuse products and a singular Hessian."""
         super().check_supports(instance, context)
         check_objective(instance, context, self.parameters.formulation)
         if self.parameters.formulation == "miqp" and not takes_miqp():
@@ -185,7 +185,7 @@ def _solve(highs: highspy.Highs, problem: Scaled, context: Context, point: Float
             found.append(y)
     bound = info.mip_dual_bound / UNITS
     if status == solved and not np.isfinite(bound):
-        # Presolve alone saw that nothing beats the known point: there is no tree, and so no bound of one.
+        # Presolve proved that nothing improves on the known point: there is no tree, and no bound of one.
         bound = highs.getInfo().objective_function_value / UNITS * (1.0 - _GAP)
     if np.isfinite(bound) and abs(bound) < 1e20:
         assert monitor.objective is not None
@@ -216,7 +216,7 @@ def load(model: LinearModel, context: Context, monitor: Monitor) -> highspy.High
 
 
 def highs_lp(model: LinearModel) -> highspy.HighsLp:
-    """The arrays as HiGHS takes them."""
+    """The arrays in the form that HiGHS requires."""
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = model.cost.size, model.matrix.shape[0]
     lp.col_cost_, lp.offset_ = model.cost, model.offset
@@ -234,7 +234,7 @@ def highs_lp(model: LinearModel) -> highspy.HighsLp:
 
 
 def obey(highs: highspy.Highs, should_stop: Callable[[], bool]) -> bool:
-    """Run HiGHS in a thread of its own and cancel it as soon as `should_stop`; returns whether it ended."""
+    """Run HiGHS in a separate thread and cancel it when `should_stop`; returns whether it ended."""
     highs.HandleUserInterrupt = True
     thread = highs.startSolve()
     try:
@@ -249,13 +249,13 @@ def obey(highs: highspy.Highs, should_stop: Callable[[], bool]) -> bool:
             highs.cancelSolve()
             thread.join(_PATIENCE)
     if thread.is_alive():
-        logger.warning("HiGHS does not end %g seconds after it was told to; it is left alone", _PATIENCE)
+        logger.warning("HiGHS did not stop within %g seconds; the run ends without it", _PATIENCE)
     return not thread.is_alive()
 
 
 @cache
 def takes_miqp() -> bool:
-    """Whether HiGHS solves a small mixed-integer quadratic problem: tested, not read off its version."""
+    """Whether HiGHS solves a small mixed-integer quadratic problem: tested, not inferred from its version."""
     highs = highspy.Highs()
     highs.setOptionValue("output_flag", False)
     inf = highspy.kHighsInf

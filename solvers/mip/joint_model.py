@@ -1,4 +1,4 @@
-"""The joint problem as other solvers take it: scaled, with bounds from a level set, as MIQP and as cones."""
+"""The joint problem for other solvers: scaled, with bounds from a level set, as MIQP and with cones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 _MOVES = 200  # of the heuristic that finds the first selection
 _SECONDS = 10.0  # far above what they take
 _SHARES = (0.5, 0.8, 0.95)  # of the diagonal, in the bounds of single weights
-_WORSE = 1e-6  # relative: nothing that much worse than the incumbent need be represented
+_WORSE = 1e-6  # relative: selections that are worse than the incumbent by more need not be represented
 _ROUNDING = 1e-13  # relative to the terms of a bound, which may cancel
 _ROOM = 1e-6  # relative widening of every bound, so that none touches an optimal point
 
@@ -36,7 +36,7 @@ class ScaledJoint:
     ----------
     problem : JointProblem
     best : bool (n₀,)
-        A selection: whatever is worse is cut off.
+        A selection: worse ones are cut off.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class ScaledJoint:
     bound : float
         Of the perspective relaxation, valid for every selection.
     lower, upper : float64 (n,)
-        Range of x_i where weight i is kept, over all points that are no worse than `best`; 0 lies within it unless
+        Range of x_i where weight i is kept, over all points that are no worse than `best`; it contains 0 unless
         the weight is known to be kept.
     decided : int8 (n,)
         1 pruned, 0 kept, −1 open, in every selection that is no worse than `best`.
@@ -88,7 +88,7 @@ class ScaledJoint:
         self._relax()
 
     def _relax(self) -> None:
-        """Diagonal, bound, ranges, and what is decided."""
+        """Diagonal, bound, ranges, and decided weights."""
         order = np.argsort(self.group, kind="stable")
         back = np.argsort(order, kind="stable")
         counts = np.bincount(self.group, minlength=self.budget.size)
@@ -191,12 +191,12 @@ class ScaledJoint:
             rows.add([self.n + i, i], [1.0, low], low - at, np.inf)
 
     def y_bounds(self) -> tuple[FloatArray, FloatArray]:
-        """Bounds of y: what is decided is fixed."""
+        """Bounds of y: decided weights are fixed."""
         return (self.decided == 1).astype(np.float64), (self.decided != 0).astype(np.float64)
 
 
 def _decide(price: FloatArray, keep: int, slack: float) -> Int8Array:
-    """What every selection within `slack` of the bound does with the weights of one group, int8 (c,).
+    """The decisions shared by all selections within `slack` of the bound, for one group, int8 (c,).
 
     The bound is minus the sum of the `keep` largest prices: taking another weight in, or one of those out, raises
     it by the distance to the last price within, or to the first one outside.
@@ -228,7 +228,7 @@ def start_joint(context: Context, problem: JointProblem, heuristic: JointHeurist
         inner = Monitor(Stop(max_iterations=_MOVES, time_limit=_SECONDS, should_stop=monitor.should_stop))
         heuristic.run(problem.instance, Context("joint", context.seed, inner, context.warm_start, threads=1))
         if inner.pruned is not None:
-            monitor.report(problem.loss(inner.pruned), inner.pruned)  # its own figure may have drifted
+            monitor.report(problem.loss(inner.pruned), inner.pruned)  # its own value may have drifted
 
 
 def joint_shell(problem: ScaledJoint, units: float) -> LinearModel:

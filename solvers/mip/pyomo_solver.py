@@ -1,4 +1,4 @@
-"""The same models through any solver that Pyomo finds."""
+"""The same models with any solver that Pyomo finds."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class PyomoParameters(Parameters):
         "miqp, perspective (cones; joint only), outer (tangents), rlt (products; selection only); auto: miqp, or "
         "outer for a solver of linear problems, and for scip on the joint objective",
     )
-    start: bool = option(True, "scale and cut with the selection of a short run of `search` or `joint`")
+    start: bool = option(True, "scale and bound by the selection of a short run of `search` or `joint`")
 
     def __post_init__(self) -> None:
         if self.formulation not in FORMULATIONS:
@@ -86,7 +86,7 @@ class PyomoParameters(Parameters):
 
 @register("pyomo")
 class PyomoSolver(Solver):
-    """A solver of Pyomo's on the MIQP, the cones, or the MILPs of `highs`; an iteration is one call of it."""
+    """A solver called through Pyomo on the MIQP, the cones, or the MILPs of `highs`; an iteration is one call."""
 
     summary = "exact by any solver that Pyomo finds: MIQP, cones, or the MILPs of `highs`"
     supports = Capabilities(objectives=frozenset(OBJECTIVES), bound=True, warm_start=True)
@@ -94,7 +94,7 @@ class PyomoSolver(Solver):
     parameters: PyomoParameters
 
     def check_supports(self, instance: Instance, context: Context) -> None:
-        """Refuse what is not installed, and what is quadratic for a solver of linear problems."""
+        """Refuse solvers that are not installed, and quadratic formulations for solvers of linear problems."""
         super().check_supports(instance, context)
         formulation = self.parameters.formulation
         check_objective(instance, context, formulation)
@@ -112,8 +112,8 @@ class PyomoSolver(Solver):
     def run(self, instance: Instance, context: Context) -> Status:
         """Start, then one model, or a sequence of them with growing sets of tangents."""
         monitor = context.monitor
-        # What the start finds is held back until the solver has taken the model: where it refuses, that is an
-        # error with a sentence and not the result of a heuristic.
+        # The first incumbent is withheld until the solver has accepted the model: if it refuses, the run ends with
+        # an error and not with the result of a heuristic.
         self._held = Monitor(Stop(should_stop=monitor.should_stop))
         held = Context(context.objective, context.seed, self._held, context.warm_start)
         problem = self._start.run(held)
@@ -138,7 +138,7 @@ class PyomoSolver(Solver):
         return Status.OPTIMAL if context.monitor.closed else Status.CONVERGED
 
     def _publish(self, monitor: Monitor) -> None:
-        """Report what was held back."""
+        """Report the withheld incumbent."""
         held = self._held
         if held.objective is not None and held.pruned is not None:
             monitor.report(held.objective, held.pruned)
@@ -165,7 +165,7 @@ class PyomoSolver(Solver):
         family = self._family()
         options: dict[str, Any] = {}
         if family == "scip":
-            # Its log goes through a pipe that nobody empties while it computes: a long one would block for ever.
+            # Its log goes through a pipe that is not read while it computes: a long one would block forever.
             options["display/verblevel"] = 0
         if family in _GAP:
             options[_GAP[family]] = _RELATIVE_GAP
@@ -185,7 +185,7 @@ class PyomoSolver(Solver):
         waited = 0.0
         while thread.is_alive() and waited < _PATIENCE:
             thread.join(_POLL)
-            # Not every interface can be told to stop: the limit was passed on, and an interrupt is not waited for.
+            # Not every interface can be interrupted: the limit was passed on, and an interrupt does not wait.
             if monitor.should_stop():
                 waited = _PATIENCE if monitor.reason is Status.INTERRUPTED else waited + _POLL
         monitor.advance()
@@ -207,7 +207,7 @@ class PyomoSolver(Solver):
             )
         if len(results.solution) == 0:
             return None
-        with _silent():  # it warns of solutions that a limit has left
+        with _silent():  # it warns about solutions at a limit
             model.solutions.load_from(results)
         values = [model.v[i].value for i in range(problem.n)]
         if any(value is None for value in values):
@@ -232,7 +232,7 @@ class PyomoSolver(Solver):
             raise SolverError("solver 'pyomo' needs pyomo: pip install pyomo") from error
         name = self.parameters.solver
         try:
-            with _silent():  # it prints a traceback for a name that it does not know
+            with _silent():  # it prints a traceback for an unknown name
                 for interface in _INTERFACES.get(name, (name,)):
                     backend = pyo.SolverFactory(interface)
                     if backend.available(exception_flag=False):
@@ -243,7 +243,7 @@ class PyomoSolver(Solver):
         raise SolverError(f"solver 'pyomo' cannot find '{name}': {remedy}")
 
     def _complaint(self, error: Exception) -> str:
-        """One sentence for what a solver threw."""
+        """One sentence for an exception of a solver."""
         text = " ".join(str(error).split())
         name = self.parameters.solver
         if "icense" in text:
@@ -255,7 +255,7 @@ class PyomoSolver(Solver):
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep Pyomo's log off the terminal."""
+    """Suppress the log of Pyomo on the terminal."""
     pyomo_logger = logging.getLogger("pyomo")
     level = pyomo_logger.level
     pyomo_logger.setLevel(logging.CRITICAL)
@@ -266,7 +266,7 @@ def _silent() -> Iterator[None]:
 
 
 def _count(backend: Any, results: Any, extras: dict[str, Any]) -> None:
-    """Add the nodes and the seconds of the solver itself, where its interface tells them."""
+    """Add the nodes and the seconds that the solver reports, if its interface provides them."""
     inner: Any = getattr(backend, "_solver_model", None)
     told: dict[str, tuple[Callable[[], Any], ...]] = {
         "nodes": (lambda: inner.NodeCount, lambda: inner.getNNodes(), lambda: inner.getInfo().mip_node_count),

@@ -1,4 +1,4 @@
-"""The selection problem as models of other solvers: linear models, Pyomo models."""
+"""The selection problem as models for other solvers: linear models, Pyomo models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 LARGEST = 1000
-"""Most open weights of a dense model."""
+"""Largest number of open weights of a dense model."""
 
 UNITS = 1000.0
 """Objectives near 1 are multiplied by this: the absolute tolerances of the solvers are then small against them."""

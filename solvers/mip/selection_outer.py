@@ -15,7 +15,7 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 _LARGEST_SHIFT = 400  # weights of a component up to which its diagonal is shifted: Newton steps cost O(c³)
 _SPACING = 0.15  # of the first tangents, in units where the objective is near 1
 _FEWEST, _MOST = 5, 64  # first tangents of a direction
-_SMALL = 1e-6  # length of a direction that is left out: its square only adds to the objective
+_SMALL = 1e-6  # length of a direction that is omitted: its square only adds to the objective
 
 
 class Separated:
@@ -30,7 +30,7 @@ class Separated:
     ----------
     problem : SelectionProblem
     value : float
-        Objective of a known selection, in scaled units: nothing worse need be represented.
+        Objective of a known selection, in scaled units: worse selections need not be represented.
     multipliers : float64 (G,)
         Threshold of each group's gradient in the relaxation, for budgets that reach beyond a component.
     shift : bool
@@ -78,7 +78,7 @@ class Separated:
             a = np.sqrt(np.maximum(curvature, 0.0) / 2.0)[:, None] * (B @ V).T
             length = np.linalg.norm(a, axis=1)
             a, length = a[length > _SMALL], np.minimum(length[length > _SMALL], 1.0)
-            a = a / length[:, None]  # rows of tiny entries would drown in the tolerances of a solver
+            a = a / length[:, None]  # rows of tiny entries would be below the tolerances of a solver
             weight.append(length**2)
             full = np.zeros((a.shape[0], n))
             full[:, at] = a
@@ -158,7 +158,7 @@ def optimal_shift(
     Returns
     -------
     float64 (c,)
-        The diagonal; any that leaves the matrix positive definite is valid, and so is one cut short. O(c³) a step.
+        The diagonal; any that leaves the matrix positive definite is valid. O(c³) per step.
     """
     n = Q.shape[0]
     size = float(np.trace(Q)) / n

@@ -1,4 +1,4 @@
-"""What comes before a model: a first selection and bound for either objective, and the scaled problem from it."""
+"""Preparation of a model: a first incumbent and bound for either objective, and the scaled problem."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Outer(Protocol):
 
 
 def check_objective(instance: Instance, context: Context, formulation: str) -> None:
-    """Refuse formulations that an objective has not, and a singular Hessian where the joint one needs its inverse.
+    """Refuse formulations that an objective does not have, and a singular Hessian for the joint objective.
 
     Raises
     ------
@@ -98,7 +98,7 @@ class Start:
             self._heuristic.prepare(instance, context)
 
     def run(self, context: Context) -> Scaled | None:
-        """Report a first selection and bounds; the scaled problem, or None where nothing is left to solve."""
+        """Report a first selection and bounds; the scaled problem, or None if nothing is left to solve."""
         monitor = context.monitor
         if self.joint:
             assert not isinstance(self._heuristic, Search)

@@ -1,4 +1,4 @@
-"""Instances as text for other solvers: LP, MPS, QPLIB, UBQP and QUBO; `docs/format.md` says what each holds."""
+"""Instances as text for other solvers: LP, MPS, QPLIB, UBQP and QUBO; see `docs/format.md`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ LARGEST = 5000
 
 
 def export_instance(path: Path | str, instance: Instance) -> None:
-    """Write the selection problem of an instance in the format that the ending of `path` names.
+    """Write the selection problem of an instance in the format given by the extension of `path`.
 
     Raises
     ------
     UsageError
-        For another ending than .lp, .mps, .qplib, .ubqp or .qubo, or an instance that is too large.
+        For another extension than .lp, .mps, .qplib, .ubqp or .qubo, or an instance that is too large.
     OutputError
         When the file cannot be written.
     """
@@ -147,8 +147,8 @@ def _write_form(
 ) -> None:
     """Write Σ a_i y_i + Σ b_ij y_i y_j, which is the loss; variables count from `first` in the comments.
 
-    The formats have no constraints: a reader must take `cardinality`, `group` and `fixed` into account, for
-    instance by a penalty.
+    The formats have no constraints: a reader must enforce `cardinality`, `group` and `fixed`, for example by a
+    penalty.
     """
     problem = SelectionObjective(instance)
     lines = [*_description(instance), f"cardinality {instance.budget.total}"]
@@ -163,7 +163,7 @@ def _write_form(
 
 
 class _Products:
-    """The products of two weights with their coefficients; can be walked through again and again."""
+    """The products of two weights with their coefficients; can be iterated repeatedly."""
 
     def __init__(self, problem: SelectionObjective) -> None:
         self.problem = problem
@@ -203,4 +203,4 @@ WRITERS: dict[str, Callable[[Path | str, Instance], None]] = {
     ".ubqp": write_ubqp,
     ".qubo": write_qubo,
 }
-"""The writer of each ending."""
+"""The writer for each extension."""

@@ -40,7 +40,7 @@ class BatchEvaluator:
     ----------
     instance : Instance
     context : Context
-        Gives the device.
+        Determines the device.
     """
 
     def __init__(self, instance: Instance, context: Context) -> None:

@@ -1,4 +1,4 @@
-"""The paper's method: randomized magnitude pruning, then swap local search from the best draws."""
+"""The method of the paper: randomized magnitude pruning, then swap local search from the best draws."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class CbsParameters(Parameters):
         self.local_search()
 
     def rmp(self) -> RmpParameters:
-        """The share of RMP."""
+        """The parameters of RMP."""
         return RmpParameters(self.draws, self.buckets)
 
     def local_search(self) -> LocalSearchParameters:
-        """The share of the local search."""
+        """The parameters of the local search."""
         relative = self.epsilon_relative
         if relative is None and self.epsilon is None:
             relative = 1e-6
@@ -51,7 +51,7 @@ class CbsParameters(Parameters):
 class CombinatorialBrainSurgeon(Solver):
     """CBS-S of the paper: RMP, then local search from its best draws, and from a warm start where there is one.
 
-    CBS-U, the update of the kept weights, follows in `cbs_opt.solve` when it is asked for. An iteration is a
+    CBS-U, the update of the kept weights, follows in `cbs_opt.solve` if it is requested. An iteration is a
     draw or a step of the local search.
     """
 
@@ -61,11 +61,11 @@ class CombinatorialBrainSurgeon(Solver):
     parameters: CbsParameters
 
     def prepare(self, instance: Instance, context: Context) -> None:
-        """Bring the curvature to the device."""
+        """Transfer the curvature to the device."""
         self._evaluator = BatchEvaluator(instance, context)
 
     def run(self, instance: Instance, context: Context) -> Status:
-        """Draw, then walk."""
+        """Draw, then search from the best draws."""
         if context.warm_start is not None:  # known before any limit can end the run
             context.monitor.report(self._evaluator.problem.value(context.warm_start), context.warm_start)
         draws = Draws(instance, self.parameters.rmp())

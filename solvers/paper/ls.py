@@ -45,7 +45,7 @@ class LocalSearchParameters(Parameters):
     def threshold(self, doubled_objective: float) -> float:
         """ε on the doubled objective."""
         if self.epsilon_relative is not None:
-            # Never below rounding, or two weights of equal gain would swap for ever.
+            # Never below rounding, or two weights of equal gain would swap forever.
             return max(self.epsilon_relative, 1e-13) * max(abs(doubled_objective), 1e-300)
         return PUBLISHED_EPSILON if self.epsilon is None else max(self.epsilon, 1e-300)
 
@@ -54,7 +54,7 @@ class LocalSearchParameters(Parameters):
 class SwapLocalSearch(Solver):
     """Algorithm 1 of the CBS paper, from magnitude or a warm start; an iteration is a step.
 
-    With groups a step runs the published search in one group after the other, each with its own lists π and θ
+    With groups a step runs the published search in each group, one after another, each with its own lists π and θ
     and its own τ; with one group that is the published algorithm.
     """
 
@@ -64,7 +64,7 @@ class SwapLocalSearch(Solver):
     parameters: LocalSearchParameters
 
     def run(self, instance: Instance, context: Context) -> Status:
-        """Walk from the start to where no step gains, or to a limit."""
+        """Search from the start until no step improves, or until a limit."""
         start = context.warm_start
         if start is None:
             start = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
@@ -75,7 +75,7 @@ class SwapLocalSearch(Solver):
 
 
 class LocalSearch:
-    """Algorithm 1 on one instance; the columns of Q that it touches are kept from one walk to the next.
+    """Algorithm 1 on one instance; the columns of Q that it uses are kept between searches.
 
     Notation of the paper, with A = Q and c the first-order term: for i in P α_i = A_ii + 2c_i +
     Σ_{j∈P, j≠i} 2A_ij, for j not in P β_j = A_jj + 2c_j + Σ_{i∈P} 2A_ij, γ_ij = 2A_ij. Swapping i out of P and
@@ -104,8 +104,8 @@ class LocalSearch:
     def walk(self, start: BoolArray, context: Context) -> int:
         """Improve `start`, bool (n,), reporting to the monitor; returns the number of swaps.
 
-        BLAS works with one thread unless `context.threads` says otherwise: products this thin gain little from
-        a second one, and take several times as long where another process keeps a core busy.
+        BLAS uses one thread unless `context.threads` is set: products this thin gain little from a second thread,
+        and take several times as long if another process keeps a core busy.
         """
         from threadpoolctl import threadpool_limits
 
@@ -121,7 +121,7 @@ class LocalSearch:
         for _ in range(self.parameters.steps):
             if monitor.should_stop():
                 break
-            # A fresh gradient each step: the many small updates of s would gather rounding errors.
+            # The gradient is recomputed in each step: many small updates of s would accumulate rounding errors.
             s = 2.0 * problem.gradient(x.astype(np.float64))
             epsilon = self.parameters.threshold(doubled)
             taken = sum(self._step(x, s, members, epsilon) for members in self.groups)
@@ -142,13 +142,13 @@ class LocalSearch:
         P = inside[np.argsort(A_ii[inside] - s[inside], kind="stable")]  # π: by decreasing α
         beta_minus_gamma = s[outside] + A_ii[outside] - 2.0 * self.columns.entries(P[0], outside)
         C = outside[np.argsort(beta_minus_gamma, kind="stable")]  # θ
-        # Most of what the step will try or swap, in one product: columns one by one cost twice the time.
+        # Most columns that the step will need, in one product: single columns cost twice the time.
         self.columns.fetch(np.concatenate([P[: tau + rho + 1], C[: tau + rho + 1]]))
 
         available = np.ones(C.size, dtype=bool)
         taken = failures = 0
         for k, i in enumerate(P):
-            # The first pair is tried alone; where it does not gain, the search has converged.
+            # The first pair is tried alone; if it does not gain, the search has converged.
             window = np.arange(max(1, k - rho), min(k + rho, C.size)) if k else np.zeros(1, dtype=np.int64)
             window = window[available[window]]
             J = C[window]

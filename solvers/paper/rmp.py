@@ -35,7 +35,7 @@ class RmpParameters(Parameters):
 class RandomizedMagnitudePruning(Solver):
     """Algorithm 2 of the CBS paper, the best draw by the objective; an iteration is a draw.
 
-    The paper judges draws by the network's loss on training images; here the quadratic objective judges.
+    The paper evaluates draws by the loss on training images; here by the quadratic objective.
     """
 
     summary = "randomized magnitude pruning, Algorithm 2 of the paper"
@@ -44,7 +44,7 @@ class RandomizedMagnitudePruning(Solver):
     parameters: RmpParameters
 
     def prepare(self, instance: Instance, context: Context) -> None:
-        """Bring the curvature to the device."""
+        """Transfer the curvature to the device."""
         self._evaluator = BatchEvaluator(instance, context)
 
     def run(self, instance: Instance, context: Context) -> Status:
@@ -81,7 +81,7 @@ class Draws:
     """The random selections of Algorithm 2.
 
     Each splits the weights of every group at random into B buckets of equal size and prunes every bucket by
-    magnitude at the same rate; what rounding leaves over goes to random buckets, so that the budget is met.
+    magnitude at the same rate; the remainder from rounding goes to random buckets, so that the budget is met.
     """
 
     def __init__(self, instance: Instance, parameters: RmpParameters) -> None:

@@ -1,4 +1,4 @@
-"""The baselines that give every weight a score of its own and prune the lowest."""
+"""The baselines that score every weight separately and prune the lowest scores."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cbs_opt.typing import FloatArray
 
 
 class SaliencySolver(Solver):
-    """Prune the weights of lowest score, in every group as many as its budget says."""
+    """Prune the weights with the lowest scores, in every group according to its budget."""
 
     supports = Capabilities(objectives=frozenset(OBJECTIVES))
 
     @abc.abstractmethod
     def scores(self, instance: Instance, context: Context) -> FloatArray:
-        """What it costs to lose each weight alone, float64 (n,)."""
+        """The score of each weight, float64 (n,)."""
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Sort once: O(n log n) after the scores."""
@@ -68,7 +68,7 @@ class OptimalBrainDamage(SaliencySolver):
 
 @register("obs")
 class OptimalBrainSurgeon(SaliencySolver):
-    """w² / 2[H⁻¹]_ii, the loss of each weight alone after the best update (WoodFisher's choice).
+    """w² / 2[H⁻¹]_ii, the loss of each weight alone after the best update (the choice of WoodFisher).
 
     Hassibi, Stork: Second order derivatives for network pruning: Optimal Brain Surgeon, 1992; Singh, Alistarh:
     WoodFisher, 2020.

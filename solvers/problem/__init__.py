@@ -1,1 +1,1 @@
-"""The problems as solvers see them: presolved, scaled, in connected components, with the way back."""
+"""The presolved, scaled problems in connected components, and the conversion to and from instances."""

@@ -65,7 +65,7 @@ class DiagonalBlock:
         return np.diag(self.values[index])
 
     def cross(self, rows: IntArray, columns: IntArray) -> FloatArray:
-        """Zero but where row and column are the same weight."""
+        """Zero unless row and column are the same weight."""
         return np.where(rows[:, None] == columns[None, :], self.values[rows][:, None], 0.0)
 
 
@@ -125,7 +125,7 @@ class FactorBlock:
         return np.asarray(Q)
 
     def cross(self, rows: IntArray, columns: IntArray) -> FloatArray:
-        """O(m) an entry."""
+        """O(m) per entry."""
         Q = self.rows[rows].astype(np.float64) @ self.rows[columns].astype(np.float64).T
         return np.asarray(Q + np.where(rows[:, None] == columns[None, :], self.ridge[rows][:, None], 0.0))
 

@@ -1,4 +1,4 @@
-"""What `fixed` and the budgets of groups decide before any solver starts."""
+"""Weights that `fixed` and the budgets of groups decide before any solver starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cbs_opt.typing import BoolArray, Int8Array, IntArray
 
 
 class Decided(NamedTuple):
-    """Weights whose fate is known.
+    """The decided weights.
 
     Attributes
     ----------
@@ -20,7 +20,7 @@ class Decided(NamedTuple):
     base : bool (n,)
         The pruned ones.
     left : int64 (G,)
-        What is left to prune among the open weights of each group.
+        Number left to prune among the open weights of each group.
     """
 
     fixed: Int8Array
@@ -29,7 +29,7 @@ class Decided(NamedTuple):
 
 
 def decide(instance: Instance) -> Decided:
-    """Apply `fixed`, then keep what is left of a group whose budget is used up, and prune a group that must go.
+    """Apply `fixed`, then keep the open weights of groups without a budget left, and prune groups that must go.
 
     O(n).
     """

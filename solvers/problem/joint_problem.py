@@ -1,4 +1,4 @@
-"""The joint problem in dense blocks, after what is decided, with the way back to the instance."""
+"""The joint problem of the undecided weights in dense blocks, and the conversion to and from the instance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 @dataclass(frozen=True, eq=False)
 class JointBlock:
-    """The open weights of one block, given what is decided.
+    """The open weights of one block, given the decided ones.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class JointProblem:
     keep : int64 (G,)
         What is to be kept of the open weights.
     base : bool (n,)
-        The weights that are pruned whatever happens.
+        The weights that are pruned in every selection.
     scale, offset : float
 
     Raises
@@ -99,7 +99,7 @@ class JointProblem:
         return [block.index.size for block in self.blocks]
 
     def _reduce(self, k: int, fixed: Int8Array) -> None:
-        """Take the decided weights of block k out; what they cost goes into the offset."""
+        """Eliminate the decided weights of block k; their loss is added to the offset."""
         curvature, part = self.instance.curvature, self.instance.curvature.block_slice(k)
         A = curvature.inverse_block(k)
         w = self.instance.weights[part]
@@ -159,7 +159,7 @@ class JointProblem:
         return joint_loss(self.instance, pruned)
 
     def rounding(self, pruned: BoolArray) -> float:
-        """A bound on what the offset and its cancellation may lose."""
+        """A bound on the rounding error of the offset and its cancellation."""
         return 1e-14 * (abs(self.offset) + abs(self.loss(pruned) - self.offset)) if self.offset else 0.0
 
 
@@ -167,7 +167,7 @@ def condition(A: FloatArray, w: FloatArray, fixings: Int8Array) -> tuple[IntArra
     """The problem after fixings, int8 (n,): 0 pruned, 1 kept, −1 open.
 
     Returns the open weights, their inverse Hessian and minimiser given that the pruned ones are zero, and what the
-    pruned ones have cost. Kept weights need no place: A's rows of the others already hold their best reaction.
+    pruned ones have cost. Kept weights are not represented: the rows of A already include their best update.
     """
     open_, pruned = np.flatnonzero(fixings < 0), np.flatnonzero(fixings == 0)
     if not pruned.size:

@@ -1,4 +1,4 @@
-"""Presolve of the selection problem: what can be settled, split off or rescaled without changing the optimum."""
+"""Presolve of the selection problem: exact reductions, connected components and scaling."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class Component:
 
     @property
     def coupled(self) -> bool:
-        """Whether its weights have terms with each other."""
+        """Whether its weights are coupled."""
         return self.block >= 0
 
 
 @dataclass(frozen=True, eq=False)
 class Presolved:
-    """What is left of the selection problem: min ½ yᵀQy + cᵀy over the open weights, in units of `scale`.
+    """The presolved selection problem: min ½ yᵀQy + cᵀy over the open weights, in units of `scale`.
 
     Attributes
     ----------
     components : tuple of Component
-        The uncoupled weights first, where there are any, then the coupled ones by block.
+        The uncoupled weights first, if there are any, then the coupled ones by block.
     index : int64 (r,)
         The open weights, component by component.
     linear : float64 (r,)
-        c: (g∘w and the terms with what is decided) / scale, and ½ Q_ii / scale on the uncoupled weights.
+        c: (g∘w and the couplings to decided weights) / scale, and ½ Q_ii / scale on the uncoupled weights.
     group : int64 (r,)
     budget : int64 (G,)
         What is left to prune in each group.
@@ -53,7 +53,7 @@ class Presolved:
     offset : float
         Loss of the decided weights alone, in units of the instance.
     base : bool (n,)
-        The weights that are pruned whatever happens.
+        The weights that are pruned in every selection.
     """
 
     components: tuple[Component, ...]
@@ -67,11 +67,11 @@ class Presolved:
 
 
 def presolve(objective: SelectionObjective) -> Presolved:
-    """Reduce the selection problem; every step is exact, so that the optimum stays.
+    """Reduce the selection problem; every step is exact, so that the optimum does not change.
 
     - Weights that `fixed` or a used-up or forced group decides leave the problem; their terms go into the linear
       part and the offset.
-    - A block falls apart into the connected components of its open weights. A weight that is coupled with no
+    - A block is split into the connected components of its open weights. A weight that is coupled with no
       other one has the linear cost c_i + ½ Q_ii, since y_i² = y_i: it costs no storage and no time, and is exact
       in the relaxation. Such weights are not simply pruned first, which would be wrong: two weights that cancel
       each other can be better than one uncoupled weight and one of the two.

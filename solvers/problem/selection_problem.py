@@ -1,4 +1,4 @@
-"""The selection problem as every solver takes it: presolved, scaled, in components, with the way back."""
+"""The selection problem: presolved, scaled, in components; conversion to and from the instance."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ class SelectionProblem:
         c; it holds ½ Q_ii of the uncoupled weights, since y² = y.
     group : int64 (r,)
     budget : int64 (G,)
-        Ones that are wanted in each group.
+        Number of ones in each group.
     scale, offset : float
     base : bool (n,)
-        The weights that are pruned whatever happens.
+        The weights that are pruned in every selection.
     """
 
     def __init__(self, instance: Instance, threads: int | None = None, storage: Storage | None = None) -> None:
@@ -151,7 +151,7 @@ class SelectionProblem:
         return self.loss(self.expand(y))
 
     def rounding(self, pruned: BoolArray) -> float:
-        """A bound on what sums over the instance may lose in float64, in its units."""
+        """A bound on the float64 rounding error of sums over the instance, in its units."""
         x = pruned.astype(np.float64)
         gradient = self.original.gradient(x)
         terms = np.abs(x * (gradient - self.original.c)).sum() + np.abs(x * self.original.c).sum()
@@ -160,7 +160,7 @@ class SelectionProblem:
     # Points --------------------------------------------------------------------------------------------------
 
     def cheapest(self) -> FloatArray:
-        """The binary y of least cost if no weight were coupled with another, float64 (r,)."""
+        """The binary y of least cost without couplings, float64 (r,)."""
         return self.smallest(0.5 * self.columns.diagonal + self.linear)
 
     def first(self) -> BoolArray:
@@ -218,7 +218,7 @@ class SelectionProblem:
 
     @property
     def component_sizes(self) -> list[int]:
-        """Numbers of weights of the connected components; uncoupled weights are none."""
+        """Numbers of weights of the connected components, without uncoupled weights."""
         return [component.index.size for component in self.components if component.coupled]
 
     @cached_property
@@ -260,8 +260,8 @@ class SelectionProblem:
     def in_units_of(self, pruned: BoolArray) -> SelectionProblem:
         """The same problem in units in which the value of a selection is near 1.
 
-        Solvers with absolute tolerances need this. Values below 1e-6 of the largest entries are brought to 1e-6
-        only: below, the tolerances would be felt.
+        Solvers with absolute tolerances need this. Values below 1e-6 of the largest entries are scaled to 1e-6
+        only, because of those tolerances.
         """
         value = abs(self.value(self.restrict(pruned)))
         factor = max(value, 1e-6 * self.largest) or 1.0

@@ -14,7 +14,7 @@ from cbs_opt.typing import BoolArray, FloatArray
 
 
 class ThreadedFactor:
-    """What `SelectionObjective` computes for a gradient factor, in float64, without copies of the gradients.
+    """The functions of `SelectionObjective` for a gradient factor, in float64, without copies of the gradients.
 
     Parameters
     ----------

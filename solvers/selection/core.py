@@ -1,4 +1,4 @@
-"""A core: a few variables with a dense Q, on which steps cost little, while everything else stays frozen."""
+"""A core: a few variables with a dense Q, on which steps are cheap, while all other variables are fixed."""
 
 from __future__ import annotations
 

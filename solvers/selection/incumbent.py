@@ -63,7 +63,7 @@ class Incumbent:
 def candidate_swaps(point: Incumbent, should_stop: Callable[[], bool], width: int = 64, limit: int = 200) -> int:
     """Make the best swap among the `width` best drops and additions until none gains; returns the swaps made.
 
-    A local optimum is declared on a freshly computed gradient only. O(r + width² m) a swap.
+    A local optimum is declared on a freshly computed gradient only. O(r + width² m) per swap.
     """
     problem, columns = point.problem, point.problem.columns
     half = 0.5 * columns.diagonal
@@ -97,7 +97,7 @@ def candidate_swaps(point: Incumbent, should_stop: Callable[[], bool], width: in
 
 
 class CorePoint:
-    """The problem on a core, with everything else frozen at an incumbent.
+    """The problem on a core, with all other variables fixed at an incumbent.
 
     Attributes
     ----------
@@ -194,7 +194,7 @@ class CorePoint:
         release = np.zeros(core.n, dtype=np.int64)
         h = core.product(y) + self._linear
         clock = idle = 0
-        for _ in range(_TABU_CALLS):  # bounded: where the objective is all rounding, f could fall for ever
+        for _ in range(_TABU_CALLS):  # bounded: if the objective is only rounding error, f could decrease forever
             if idle >= stall or should_stop():
                 break
             f, f_best, clock, state, idle = kernels.tabu_swaps(
@@ -213,7 +213,7 @@ class CorePoint:
                 np.uint64(state),
                 idle,
             )
-            # Afresh: rounding gathers in many updates.
+            # Recomputed: rounding errors accumulate in many updates.
             h = core.product(z.astype(np.float64)) + self._linear
             f = self.value(z.astype(np.float64))
         y = best.astype(np.float64)

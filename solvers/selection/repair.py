@@ -1,4 +1,4 @@
-"""Repairs of a binary point over many blocks: meet the budgets, trade weights between blocks."""
+"""Repairs of a binary point over many blocks: meet the budgets, exchange weights between blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _cheapest_of_blocks(point: Incumbent, cost: FloatArray, allowed: IntArray) -
 
 
 def _costs(point: Incumbent) -> FloatArray:
-    """What flipping each variable alone adds to the objective."""
+    """The change of the objective when each variable alone is flipped."""
     problem = point.problem
     sign = 1.0 - 2.0 * point.y
     return 0.5 * problem.columns.diagonal + sign * (point.g + problem.linear)

@@ -48,13 +48,14 @@ _HARDENINGS = 3  # of a large problem by sweeps, with rounds of the relaxation b
 class Search(Solver):
     """Relaxation, concave continuation, tabu; an iteration is a cycle.
 
-    A cycle melts a binary point (a small weight on the concave term of `Relaxation`, with random weights per
-    variable), lets it harden again while that weight grows, rounds, and repairs by drop/add tabu search. It works
-    on a core: the variables nearest to their threshold in the relaxation. Cycles on one core make an epoch; what
-    an epoch finds is repaired by swaps over all variables with a fresh gradient. Between epochs the relaxation is
-    driven on, and gives a lower bound. A single component of up to 250 weights goes on to branch and bound after
-    two to eight epochs (100 weights where there is no time limit), whose nodes then count as iterations; so do
-    many such components under one budget, where their tables take at most half of the time.
+    A cycle *melts* a binary point (relaxes it with a small weight on the concave term of `Relaxation`, with random
+    weights per variable), *hardens* it (that weight grows until the point is binary), rounds, and repairs by
+    drop/add tabu search. It works on a core: the variables closest to their threshold in the relaxation. Cycles on
+    one core form an epoch; an improvement is repaired by swaps over all variables with a recomputed gradient.
+    Between epochs the relaxation is continued, and gives a lower bound. A single component of up to 250 weights
+    (100 without a time limit) is handed to branch and bound after two epochs, or eight from 160 weights on; its
+    nodes then count as iterations. So are many such components under one budget, if their tables take at most
+    half of the time.
     """
 
     summary = "relaxation, concave continuation on cores, tabu swaps; with a lower bound"
@@ -233,7 +234,7 @@ class _Run:
         return relaxed
 
     def _search_blocks(self) -> None:
-        """Sweeps, then cores of all blocks in turn, while the bound is driven on."""
+        """Sweeps, then cores of all blocks, while the bound is improved."""
         sweeps, monitor, parameters = self._sweeps(), self.monitor, self.parameters
         sweeps.path(PATH)
         idle = 0

@@ -1,4 +1,4 @@
-"""The search on large problems: sweeps over all variables, then cores of all blocks in turn, in threads."""
+"""The search on large problems: sweeps over all variables, then cores of all blocks, in threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HARDEN_SLOWLY = (0.003, 0.01, *_HARDEN)
 _HARDEN_FINELY = tuple(float(t) for t in np.geomspace(0.03, 1.2, 32))
 _HARDEN_SWEEPS = 12
 _TIGHT_SWEEPS = 18
-_TIGHT_PATIENCE = 3  # bounds in a row that are no better, before the relaxation is left alone
+_TIGHT_PATIENCE = 3  # consecutive bounds without improvement after which the relaxation ends
 _CORE = 300
 _CYCLES = 4  # on the core of a block before the next block
 _BLOCKS_AT_A_TIME = 32

@@ -1,4 +1,4 @@
-"""The relaxation of large problems: coordinate descent block by block, in threads, tied together by prices."""
+"""The relaxation of large problems: coordinate descent in each block, in threads, coordinated by prices."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _ignoring(what: Callable[[int], None], k: int, halted: Callable[[], bool]) -
 class Sweeps:
     """min ½ xᵀQx + cᵀx + t/2 Σ Q_ii x_i (1 − x_i) over the box, with given group sums in the limit.
 
-    One price for each group takes the place of its budget, so that the blocks fall apart; each keeps the residual
+    One price for each group replaces its budget, so that the blocks decouple; each keeps the residual
     Aᵀx of its factor (or Qx, where Q is dense), and a sweep sets every variable of it to its best value. Prices
     and blocks are coordinated by the sharing form of ADMM: a block is charged for moving its group sums during a
     sweep, and prices go up by `rate` times what is missing afterwards. Nothing depends on the order in which

@@ -1,1 +1,1 @@
-"""The engine that proves: branch and bound over dense components, tables of components under one budget."""
+"""The branch-and-bound engine: trees over dense components, and tables of components under one budget."""

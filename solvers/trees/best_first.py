@@ -63,7 +63,7 @@ class Worker(Protocol):
         """Start on a subproblem."""
 
     def run(self, nodes: int) -> bool:
-        """Work on so many nodes; returns whether something is left."""
+        """Process a number of nodes; returns whether something is left."""
 
     def take_nodes(self) -> int:
         """Nodes since the last call."""

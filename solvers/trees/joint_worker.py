@@ -130,7 +130,7 @@ class JointWorker(TreeWorker):
         self._push_root(subproblem.bound)
 
     def run(self, nodes: int) -> bool:
-        """Work on so many nodes; whether something is left."""
+        """Process a number of nodes; whether something is left."""
         self._crowded = False
         if self._root is None:
             return False

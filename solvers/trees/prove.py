@@ -268,7 +268,7 @@ def tree_of(
 
 
 def tables_of(problem: Provable) -> list[Table]:
-    """One table a component, in the order of the problem's variables; one for all uncoupled weights."""
+    """One table per component, in the order of the problem's variables; one for all uncoupled weights."""
     if isinstance(problem, JointProblem):
         return [JointTable(block.A, block.H, block.w) for block in problem.blocks]
     alone = problem.uncoupled

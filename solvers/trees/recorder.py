@@ -1,7 +1,7 @@
 """Runs a tree once more with a fixed threshold and notes what closes every node, for a certificate.
 
-The kernels work node by node here, and the snapshot of the worker is read after each: the normal run knows nothing
-of it. The notes only direct the check; whether they prove anything is recomputed there.
+The kernels work node by node here, and the snapshot of the worker is read after each: the normal run is not
+affected. The notes only direct the check; whether they prove anything is recomputed there.
 """
 
 from __future__ import annotations

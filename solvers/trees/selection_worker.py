@@ -103,7 +103,7 @@ class SelectionWorker(TreeWorker):
         self._push_root(subproblem.bound)
 
     def run(self, nodes: int) -> bool:
-        """Work on so many nodes; whether something is left."""
+        """Process a number of nodes; whether something is left."""
         Q, c = self.problem.Q, self.problem.c
         return bool(
             selection_tree.run(

@@ -59,7 +59,7 @@ class Table(abc.ABC):
 
     @abc.abstractmethod
     def work(self, k: int, tolerance: float, nodes: int, should_stop: Callable[[], bool]) -> bool:
-        """Work on k pruned for so many nodes: bounds only get better. Whether that is done."""
+        """Process nodes of the tree for k pruned, which improves its bounds; whether it is closed."""
 
 
 class SeparableTable(Table):

@@ -14,7 +14,7 @@ from cbs_opt.typing import FloatArray
 
 
 def selection_tree() -> None:
-    """One tree over one dense piece."""
+    """One tree over one dense component."""
     Q, _, w = _problem()
     tree = prepare_selection(Q * w[:, None] * w, np.zeros(w.size), _GROUP, _BUDGET, [])
     tree.queue.run(_never)

@@ -112,7 +112,7 @@ def test_another_damping_reaches_the_stored_gradients(problem):
         ([0, 0], None, "no block uses the stored block 1"),
         ([0.0, 1.0], None, "array of integers"),
         ([], None, "array of integers"),
-        ([0, 1], [1.0], "one number a block, 2"),
+        ([0, 1], [1.0], "must be float of length 2"),
         ([0, 1], [1, 2], "must be float"),
         ([0, 1], [1.0, 0.0], "above 0"),
         ([0, 1], [1.0, np.inf], "above 0"),
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused(shared, scale, sentence):
         ({"shared": np.array([0, 0])}, "`hessian` must have shape|must have shape"),
         ({"shared": np.array([0, 5])}, "`shared` must hold numbers below 2"),
         ({"shared": np.array([1, 1])}, "no block uses the stored block 0"),
-        ({"shared": np.array([0, 0]), "block_sizes": np.array([1, 3])}, "must have one size"),
+        ({"shared": np.array([0, 0]), "block_sizes": np.array([1, 3])}, "must have the same size"),
         ({"block_scale": np.array([1.0, -1.0])}, "above 0"),
         ({"version": np.array(1)}, "`block_scale` needs `version` 2"),
     ],
@@ -148,7 +148,7 @@ def test_scales_without_sharing_are_refused(problem, tmp_path):
     arrays = instance_arrays(problem(2, kind="hessian", shared=(0, 1), n=4).instance)
     del arrays["shared"]
     np.savez(tmp_path / "i.npz", **arrays)
-    with pytest.raises(InstanceError, match="`block_scale` comes with `shared`"):
+    with pytest.raises(InstanceError, match="`block_scale` is allowed only with `shared`"):
         read_instance(tmp_path / "i.npz")
 
 

@@ -136,7 +136,7 @@ def test_greedy_solver_is_greedy(extending, problem):
 def test_tests_of_the_extending_page_pass(extending, here, process_environment):
     path = os.pathsep.join([str(here), process_environment["PYTHONPATH"]])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_greedy.py"],
+        [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "test_greedy.py"],
         capture_output=True,
         text=True,
         cwd=here,

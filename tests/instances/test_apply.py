@@ -120,7 +120,7 @@ def test_other_tensors_are_named(model, instance):
         ([], "must be a list"),
     ):
         refused(model, with_table(table), solution, words)
-    refused(model, replace(instance, metadata={}), solution, "does not say which tensors")
+    refused(model, replace(instance, metadata={}), solution, "does not name its tensors")
     assert [mask.name for mask in layer_masks(with_table([second, first]), solution.pruned)] == NAMES
 
 

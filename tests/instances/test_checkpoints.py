@@ -186,9 +186,9 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path):
     write_npz(tmp_path / "no-tensors.npz", {"about": np.array("nothing")})
     for name, words in (
         ("cut.safetensors", "is damaged"),
-        ("damaged.pt", "no checkpoint that we know|is damaged|cannot be read"),
-        ("text.pt", "no checkpoint that we know"),
-        ("empty.pt", "no checkpoint that we know"),
+        ("damaged.pt", "no known checkpoint format|is damaged|cannot be read"),
+        ("text.pt", "no known checkpoint format"),
+        ("empty.pt", "no known checkpoint format"),
         ("list.pt", "holds no dictionary of tensors"),
         ("no-tensors.npz", "holds no tensors"),
         ("absent.pt", "No such file"),

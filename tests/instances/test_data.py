@@ -255,7 +255,7 @@ def test_drawing_is_repeatable_without_replacement(tmp_path, mlpnet, caplog):
     same(read_samples(path, mlpnet, "train", 5), mlpnet, GREY[:5], GREY_LABELS[:5])
     assert not caplog.records
     assert len(open_samples(path, mlpnet, "train", 99)) == 12
-    assert "holds 12 samples, 99 were asked for" in caplog.text
+    assert "holds 12 samples, 99 were requested" in caplog.text
     with pytest.raises(UsageError, match="at least 1, got 0"):
         read_samples(path, mlpnet, "train", 0)
 
@@ -306,7 +306,7 @@ def test_a_factorys_own_data():
     assert torch.equal(read_samples(None, loader, "train", 5).labels, y[:5])
     arrays = own_network((x.numpy(), y.numpy()))
     assert torch.equal(read_samples(None, arrays, "train").inputs, x)
-    with pytest.raises(UsageError, match="brings no data of its own"):
+    with pytest.raises(UsageError, match="provides no data"):
         read_samples(None, own_network(), "train")
     for data, words in (
         ((x, y[:3]), "9 inputs and 3 labels"),

@@ -147,7 +147,7 @@ def test_a_sum_is_noticed(caplog):
     [
         (None, LOGITS[:, :1], VALUES[:, :1], "makes no classes: declare the loss, `--loss mse`"),
         (None, LOGITS, VALUES, "no class numbers: declare the loss"),
-        (None, LOGITS, (VALUES > 0).long(), "several labels a sample: declare the loss"),
+        (None, LOGITS, (VALUES > 0).long(), "several labels per sample: declare the loss"),
         (None, LOGITS, {"a": CLASSES}, "no single tensor"),
         ("cross-entropy", LOGITS, CLASSES + 1, "count from 1; subtract 1"),
         ("cross-entropy", LOGITS, torch.where(CLASSES == 0, -1, CLASSES), r"ignore_index=-1"),
@@ -257,7 +257,7 @@ def test_the_part_of_an_output():
     assert output_tensor((torch.tensor(1.0), LOGITS, hidden)) is LOGITS
     assert output_tensor({"a": LOGITS}) is LOGITS
     assert output_tensor({"a": hidden, "b": LOGITS}, "b") is LOGITS
-    with pytest.raises(InstanceError, match=r"a \(12, 9\), b \(12, 4\), does not say which.*--output-key"):
+    with pytest.raises(InstanceError, match=r"a \(12, 9\), b \(12, 4\), does not determine.*--output-key"):
         output_tensor({"a": hidden, "b": LOGITS})
     with pytest.raises(InstanceError, match="no tensor 'c'; it has a"):
         output_tensor({"a": hidden}, "c")

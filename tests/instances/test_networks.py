@@ -46,7 +46,7 @@ def test_mobilenet_has_its_thirteen_blocks_at_every_width():
 
 
 def test_an_unknown_network_is_told_what_is_known():
-    with pytest.raises(UsageError, match="'lenet' is no network that we know: mlpnet, cifarnet"):
+    with pytest.raises(UsageError, match="'lenet' is not a known network: mlpnet, cifarnet"):
         load_network("lenet")
     with pytest.raises(UsageError, match="mobilenetv1-900"):
         load_network("mobilenetv1-900")

@@ -61,11 +61,11 @@ def test_entries_of_the_joined_table(kind, forging, two_pieces):
             other = honest.tree_count.copy()
             other[at] = count
             forging.refused(
-                instance, replace(honest, tree_count=other), "prove a bound|open no more|ends before|hang together"
+                instance, replace(honest, tree_count=other), "prove a bound|not open|ends before|not connected"
             )
         other = honest.tree_piece.copy()
         other[at] = 1 - other[at]
-        forging.refused(instance, replace(honest, tree_piece=other), "prove a bound|open no more")
+        forging.refused(instance, replace(honest, tree_piece=other), "prove a bound|not open")
     for count in (-1, 4, 100):
         other = honest.tree_count.copy()
         other[0] = count
@@ -120,7 +120,7 @@ def test_pieces_that_a_term_joins(kind, forging, two_pieces):
     every, _ = forging.ranked(instance, kind)
     for cut in ([0, 0, 1, 2, 2, 2], [0, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0]):
         forged = forging.forge(instance, kind, every[-1], [], pieces=np.array(cut, np.int32))
-        forging.refused(instance, forged, "cuts block")
+        forging.refused(instance, forged, "splits block")
     # Several blocks may be one piece.
     one = np.zeros(6, np.int32)
     tree = [(0, -1, forging.exhaustive(kind, range(6), [3]))]

@@ -111,9 +111,9 @@ def test_leaves_that_leave_selections_out(kind, forging, bad):
     # Every weight decided by branching, the child with the optimum left out.
     tree = forging.exhaustive(kind, range(4), [2])
     forging.refused(instance, forge(instance, kind, pruned, [(0, -1, [Node(NOTHING, SINGLE), *tree[1:]])]),
-            "hang together|open no more")  # fmt: skip
+            "not connected|not open")  # fmt: skip
     forging.refused(instance, forge(instance, kind, pruned, [(0, -1, tree[:-1])]), "ends before")
-    forging.refused(instance, forge(instance, kind, pruned, [(0, -1, [*tree, Node(NOTHING)])]), "hang together")
+    forging.refused(instance, forge(instance, kind, pruned, [(0, -1, [*tree, Node(NOTHING)])]), "not connected")
     best = forging.ranked(instance, kind)[0][0]
     forging.refused(
         instance, forge(instance, kind, pruned, [(0, -1, forging.exhaustive(kind, range(4), [2], without=best))])
@@ -129,17 +129,17 @@ def test_decisions_that_cannot_be_made(kind, forging, bad):
     leaf = Node(VALUE)
     for weight in (4, 10**6, -3):
         forging.refused(
-            instance, forge(instance, kind, pruned, [(0, -1, [Node(NOTHING, weight), leaf, leaf])]), "open no more"
+            instance, forge(instance, kind, pruned, [(0, -1, [Node(NOTHING, weight), leaf, leaf])]), "not open"
         )
     for fixings in ([(4, 0)], [(-1, 1)]):
         root = Node(POINT, SINGLE, fixings, [0.0] * 4, valid)
-        forging.refused(instance, forge(instance, kind, pruned, [(0, -1, [root, leaf])]), "open no more")
+        forging.refused(instance, forge(instance, kind, pruned, [(0, -1, [root, leaf])]), "not open")
     root = Node(POINT, SINGLE, [(0, 0), (0, 1)], [0.0] * 4, valid)
     forging.refused(instance, forge(instance, kind, pruned, [(0, -1, [root, leaf])]), "decides one weight twice")
     again = [Node(NOTHING, 0), Node(NOTHING, 0), leaf, leaf, leaf]
-    forging.refused(instance, forge(instance, kind, pruned, [(0, -1, again)]), "open no more")
+    forging.refused(instance, forge(instance, kind, pruned, [(0, -1, again)]), "not open")
     below = [Node(POINT, 0, [(0, 0)], [0.0] * 4, valid), leaf, leaf]
-    forging.refused(instance, forge(instance, kind, pruned, [(0, -1, below)]), "open no more")
+    forging.refused(instance, forge(instance, kind, pruned, [(0, -1, below)]), "not open")
     if kind == "joint":
         return  # where the budget settles weights by itself
     # A node that has no selection may not decide on the strength of that.
@@ -293,7 +293,7 @@ def test_what_fixed_and_budgets_leave_open(forging):
         forging.refused(instance, forged, "`pieces` skips a number")
         root = forging.Node(NOTHING, 0)
         forged = forging.forge(instance, kind, every[1], [(0, -1, [root, *tree, *tree])], pieces=pieces)
-        forging.refused(instance, forged, "open no more")
+        forging.refused(instance, forged, "not open")
 
 
 def test_budgets_of_groups_hold(forging):
@@ -312,7 +312,7 @@ def test_budgets_of_groups_hold(forging):
         forging.refused(instance, forging.forge(instance, kind, every[-1], [(0, -1, tree)]))
         pieces = np.array([0, 1, 0, 1], np.int32)
         forging.refused(
-            instance, forging.forge(instance, kind, every[-1], [], pieces=pieces), "groups tie them together"
+            instance, forging.forge(instance, kind, every[-1], [], pieces=pieces), "groups couple all weights"
         )
 
 

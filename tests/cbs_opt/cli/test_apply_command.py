@@ -143,9 +143,9 @@ def test_instances_that_say_less_are_taken_with_a_warning(trained, tmp_path, cap
     base = [str(path), str(path.with_suffix(".solution")), "--checkpoint", str(trained / "model.pt"), "-o", out]
     assert main(base) == 0
     errors = capsys.readouterr().err
-    assert "does not say which checkpoint" in errors and "does not say which instance" in errors
+    assert "does not name its checkpoint" in errors and "does not name its instance" in errors
     assert main([*base, "--data", "digits"]) == 2
-    assert "'my own kind' is no network that we know" in capsys.readouterr().err
+    assert "'my own kind' is not a known network" in capsys.readouterr().err
     assert main([*base, "--data", "digits", "--network", "digits-mlp"]) == 0
 
 
@@ -219,7 +219,7 @@ def test_what_does_not_belong_together_is_refused(trained, tmp_path, monkeypatch
             3,
             "does not fit the network: it lacks fc1.weight",
         ),
-        ({"more": ["--data", "digits", "--network", "lenet"]}, 2, "no network that we know"),
+        ({"more": ["--data", "digits", "--network", "lenet"]}, 2, "not a known network"),
         ({"more": ["--data", "digits", "--device", "cuda"]}, 2, "no CUDA device"),
         ({"more": ["--picture", "x.gif"]}, 2, "must end in .png"),
         ({"more": ["--picture", "out.pt"]}, 2, "named for two outputs"),

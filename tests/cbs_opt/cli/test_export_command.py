@@ -147,7 +147,7 @@ def test_a_network_of_the_package_in_a_process_of_its_own(tmp_path, run):
         ([*MINE, "--sparsity", "1.2"], 2, "must be a number between 0 and 1, got '1.2'"),
         ([*MINE, "--blocks", "-3"], 2, "must be full, layer, row or a size of at least 1"),
         ([*MINE, "--blocks=-3"], 2, "must be full, layer, row or a size of at least 1, got '-3'"),
-        ([*MINE, "--nm", "2of4"], 2, "must be N:M, 2:4 say, got '2of4'"),
+        ([*MINE, "--nm", "2of4"], 2, "must be N:M, such as 2:4, got '2of4'"),
         ([*MINE, "--nm", "2:4", "--sparsity", "0.5"], 2, "goes without `sparsity`"),
         ([*MINE, "--damping", "0.1", "--relative-damping", "0.1"], 2, "exclude each other"),
         ([*MINE, "--source", "reconstruction", "--blocks", "layer"], 2, "a block for each output row"),
@@ -160,10 +160,10 @@ def test_a_network_of_the_package_in_a_process_of_its_own(tmp_path, run):
         (["mynet_export:make", "-o", "no/folder/i.npz"], 3, "there is no directory no/folder"),
         (["mynet_export:make", "-o", "mine.pt", "--checkpoint", "mine.pt"], 2, "is an input"),
         (["mynet_export:make"], 2, "the following arguments are required: -o/--output"),
-        (["mynet_export:network", "-o", "instance.npz"], 2, "brings no data of its own"),
+        (["mynet_export:network", "-o", "instance.npz"], 2, "provides no data"),
         (["mlpnet", "-o", "instance.npz", "--data", "images.npz"], 2, "`--checkpoint` is needed for 'mlpnet'"),
         (["mlpnet", "-o", "instance.npz", "--checkpoint", "mine.pt"], 2, "`--data` is needed for 'mlpnet'"),
-        (["lenet", "-o", "i.npz", "--data", "images.npz", "--checkpoint", "mine.pt"], 2, "'lenet' is no network"),
+        (["lenet", "-o", "i.npz", "--data", "images.npz", "--checkpoint", "mine.pt"], 2, "'lenet' is not a known"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, code, message, folder, capsys):

@@ -97,7 +97,7 @@ def test_budgets_of_tensors_where_groups_settle_them(problem, with_instance, tmp
     assert write("2:4", 8) == [4, 2]
     assert write(None, 4) == [None, None]
     page = page_of(capsys, tmp_path / "i.npz")
-    assert "open: the budget is over several tensors" in page
+    assert "open: the budget covers several tensors" in page
 
 
 def test_unusual_metadata_are_shown_as_text(problem, with_instance, tmp_path, capsys):

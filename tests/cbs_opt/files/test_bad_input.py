@@ -75,8 +75,8 @@ BAD = {
     ),
     "no curvature": (DENSE, "exactly one of"),
     "two curvatures": ({"hessian": EYES}, "exactly one of"),
-    "damping missing": ({"damping": REMOVE}, "`damping` comes with `gradients`"),
-    "damping with dense": ({"gradients": REMOVE, "hessian": EYES}, "`damping` comes with `gradients`"),
+    "damping missing": ({"damping": REMOVE}, "`damping` is required with `gradients`"),
+    "damping with dense": ({"gradients": REMOVE, "hessian": EYES}, "`damping` is required with `gradients`"),
     "damping negative": ({"damping": np.array(-0.1)}, "`damping` must be a finite number"),
     "damping NaN": ({"damping": np.array(np.nan)}, "`damping` must be a finite number"),
     "damping vector": ({"damping": np.array([0.1])}, "`damping` must have shape ()"),
@@ -269,7 +269,7 @@ def test_lying_array_headers(arrays, tmp_path, capsys, data):
 def test_compressed_member_that_claims_a_terabyte(arrays, tmp_path, capsys):
     lying = header("'<f8'", f"({2**35}, 4)", data=bytes(1 << 20))
     path = rewritten(save(tmp_path / "bomb.npz", arrays, {}), "gradients.npy", lying, zipfile.ZIP_DEFLATED)
-    assert_refused(path, "`gradients` is damaged: its header tells of 1099511627776 bytes", capsys)
+    assert_refused(path, "`gradients` is damaged: its header announces 1099511627776 bytes", capsys)
 
 
 def test_directory_that_tells_the_same_lie_as_the_header(arrays, tmp_path, capsys):

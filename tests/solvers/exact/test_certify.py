@@ -177,11 +177,11 @@ TAMPERED = {
     ),
     "a child forgotten": (
         lambda c: with_entry(c, "branch", first(c, lambda c: c.branch >= 0), SINGLE),
-        "do not hang together|codes",
+        "are not connected|codes",
     ),
     "a branch on a decided weight": (
         lambda c: with_entry(c, "branch", np.flatnonzero(c.branch >= 0)[:2], c.branch[c.branch >= 0][0]),
-        "is open no more",
+        "not open",
     ),
     "numbers of another point": (
         lambda c: replace(c, numbers=np.zeros_like(c.numbers)),
@@ -204,11 +204,11 @@ TAMPERED = {
     ),
     "pieces": (
         lambda c: with_entry(c, "pieces", 0, 1),
-        "cuts block 0",
+        "splits block 0",
     ),
     "a weight out of range": (
         lambda c: with_entry(c, "branch", first(c, lambda c: c.branch >= 0), 10**6),
-        "is open no more",
+        "not open",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Compilation of kernels stays outside the clocks of the benchmarks."""
+"""Keeps the compilation of kernels outside the time measurements of the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ _LOADING = "cbs_opt.solvers.kernels.loading"
 
 
 def finish_compilation() -> None:
-    """Wait for the kernels that a solver's `prepare` has asked for; nothing where it has asked for none."""
+    """Wait for the kernels that the `prepare` of a solver has requested, if any."""
     if _LOADING in sys.modules:
         sys.modules[_LOADING].finish()
