@@ -53,7 +53,7 @@ class LayeredInstance:
         return [pruned[at] for at in self.index]
 
     def run(self, context: Context, bound_share: float) -> Status:
-        """Solve, reporting to the monitor of `context`; an iteration is a round of search over all rows.
+        """Solve, reporting to the monitor of `context`; an iteration is a better selection found.
 
         Parameters
         ----------
@@ -64,6 +64,7 @@ class LayeredInstance:
         monitor = context.monitor
 
         def report(objective: float, masks: list[BoolArray]) -> None:
+            monitor.advance()
             monitor.report(self.offset + objective, self.expand(masks))
 
         def report_bound(bound: float) -> None:
@@ -86,6 +87,7 @@ class LayeredInstance:
             max_rounds=limit,
             refit=False,
         )
+        monitor.should_stop()  # the rows keep the limit by themselves: let the monitor note which rule ended them
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
 
