@@ -18,7 +18,7 @@ from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.search import Search
-from cbs_opt.solvers.trees.prove import MAX_WEIGHTS, Proof, Report, check_size
+from cbs_opt.solvers.trees.prove import MAX_WEIGHTS, Prover, Report, check_size
 from cbs_opt.stop import Stop
 
 logger = logging.getLogger("cbs_opt")
@@ -42,7 +42,7 @@ class ExactParameters(Parameters):
 class Exact(Solver):
     """Branch and bound with proof, for both objectives, over one problem or many components under one budget.
 
-    For larger problems a short run of `search` or `joint` finds the first incumbent; then `trees.prove.Proof`
+    For larger problems a short run of `search` or `joint` finds the first incumbent; then `trees.prove.Prover`
     branches. An iteration is a node.
     """
 
@@ -63,9 +63,9 @@ class Exact(Solver):
             check_target(instance, self.parameters.certificate)
         check_size(instance, context.objective)
         problem = SelectionProblem(instance) if context.objective == "selection" else JointProblem(instance)
-        self._proof = Proof(problem)
+        self._prover = Prover(problem)
         heuristic = self.parameters.effort and problem.n >= self.parameters.heuristic
-        loading.request(*(context.objective,) * bool(heuristic), *self._proof.kernels)
+        loading.request(*(context.objective,) * bool(heuristic), *self._prover.kernels)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Find a first incumbent, prove, and write the certificate if one is requested."""
@@ -75,14 +75,14 @@ class Exact(Solver):
         return status
 
     def _prove(self, instance: Instance, context: Context) -> Status:
-        proof, monitor = self._proof, context.monitor
-        proof.start(context)
-        if proof.problem.n and monitor.should_stop():
+        prover, monitor = self._prover, context.monitor
+        prover.start(context)
+        if prover.problem.n and monitor.should_stop():
             return Status.CONVERGED
         context.extras |= {"nodes": 0, "open": 1}
-        if self.parameters.effort and proof.problem.n >= self.parameters.heuristic:
+        if self.parameters.effort and prover.problem.n >= self.parameters.heuristic:
             self._heuristic(instance, context)
-        return proof.run(context)
+        return prover.run(context)
 
     def _heuristic(self, instance: Instance, context: Context) -> None:
         """A first incumbent from a heuristic of the package, after a fixed number of its iterations."""
@@ -93,7 +93,7 @@ class Exact(Solver):
         solver: Solver = JointSearch({"bound_steps": 0, "proof": 0}) if joint else Search({"proof": 0})
         solver.prepare(instance, inner)
         solver.run(instance, inner)
-        report = Report(self._proof.problem, context.monitor)
+        report = Report(self._prover.problem, context.monitor)
         if inner.monitor.pruned is not None:
             report.selection(inner.monitor.pruned)
         if inner.monitor.bound is not None:
@@ -104,11 +104,11 @@ class Exact(Solver):
         from cbs_opt.solvers.exact.certify import certify
 
         try:
-            if self._proof.sorted and self._proof.problem.n > MAX_WEIGHTS:
+            if self._prover.sorted and self._prover.problem.n > MAX_WEIGHTS:
                 raise SolutionError(
-                    f"{self._proof.problem.n} uncoupled weights in groups are sorted, without a tree to record"
+                    f"{self._prover.problem.n} uncoupled weights in groups are sorted, without a tree to record"
                 )
-            found = certify(path, instance, self._proof.problem, context.monitor, self._proof.search)
+            found = certify(path, instance, self._prover.problem, context.monitor, self._prover.search)
         except (OutputError, SolutionError) as error:
             logger.warning(f"no certificate: {error}")
             found = {"error": str(error)}

@@ -85,7 +85,7 @@ class JointSearch(Solver):
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile; find out whether the rows of layers share Hessians."""
-        self._proof: prove.Proof | None = None
+        self._prover: prove.Prover | None = None
         self._layered: LayeredInstance | None = None
         sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
         provable = prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop)
@@ -97,8 +97,8 @@ class JointSearch(Solver):
         if provable:
             # The search itself reports what is wrong with an instance, and keeps its incumbent.
             with suppress(CbsError, np.linalg.LinAlgError):
-                self._proof = prove.Proof(JointProblem(instance))
-                loading.request(*self._proof.kernels)
+                self._prover = prove.Prover(JointProblem(instance))
+                loading.request(*self._prover.kernels)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Start, descend, and search until told to stop."""
@@ -132,10 +132,10 @@ class JointSearch(Solver):
                 value = 2 * joint_loss(instance, pruned)
                 self._note_drift(moves, value, context)
                 whole = sum(index.size for index in moves.weights_of) == instance.n
-                if self._proof is not None or whole or not moves.tableaux or value > before - _GAIN * abs(before):
+                if self._prover is not None or whole or not moves.tableaux or value > before - _GAIN * abs(before):
                     break
-        if self._proof is not None and not monitor.should_stop() and not monitor.closed:
-            return prove.prove_within(self._proof, context)
+        if self._prover is not None and not monitor.should_stop() and not monitor.closed:
+            return prove.prove_within(self._prover, context)
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
     def _note_drift(self, moves: JointMoves, value: float, context: Context) -> None:
@@ -164,9 +164,9 @@ class JointSearch(Solver):
         """Best-swap descent, then tabu search; returns the best selection."""
         monitor, rng = context.monitor, context.rng()
         patience = self.parameters.patience
-        if patience is None and (self._proof is not None or not monitor.stop.limits_work):
+        if patience is None and (self._prover is not None or not monitor.stop.limits_work):
             patience = 400
-        handover = monitor.stop.time_limit if self._proof is not None else None
+        handover = monitor.stop.time_limit if self._prover is not None else None
         best, best_doubled = moves.pruned(), moves.doubled
         tabu: deque[tuple[int, int, int]] = deque()  # (free again at move, block, weight), in order
         count = idle = since = 0

@@ -78,10 +78,10 @@ class Search(Solver):
             loading.wait("sweeps", should_stop=context.monitor.should_stop)
         elif is_large(self._problem, given.large):  # loading them takes most of a second
             loading.request("sweeps")
-        self._proof: prove.Proof | None = None
+        self._prover: prove.Prover | None = None
         if self._is_provable(context):
-            self._proof = prove.Proof(self._problem)
-            loading.request(*self._proof.kernels)
+            self._prover = prove.Prover(self._problem)
+            loading.request(*self._prover.kernels)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Search until told to stop, or until nothing improves any more."""
@@ -91,10 +91,10 @@ class Search(Solver):
         run = _Run(problem, self.parameters, context)
         # A tree of more weights is longer at work before it meets its best leaf; tables bring their selections.
         before_proof = 8 if len(problem.component_sizes) == 1 and problem.n >= 160 else 2
-        run.search(epochs=None if self._proof is None else before_proof)
-        if self._proof is None or monitor.should_stop() or monitor.closed:
+        run.search(epochs=None if self._prover is None else before_proof)
+        if self._prover is None or monitor.should_stop() or monitor.closed:
             return Status.OPTIMAL if monitor.closed else Status.CONVERGED
-        return prove.prove_within(self._proof, context)
+        return prove.prove_within(self._prover, context)
 
     def _layers(self, instance: Instance, context: Context) -> LayeredInstance | None:
         """The layers of an instance whose rows share Hessians, unless it is small enough to be proven."""

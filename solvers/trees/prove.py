@@ -88,7 +88,7 @@ def _too_large(size: int, what: str) -> SolverError:
     )
 
 
-class Proof:
+class Prover:
     """Branch and bound over a problem; an iteration is a node.
 
     Selection: the box and budget relaxation of every node by Newton steps on its free variables, a diagonal shift
@@ -276,10 +276,10 @@ def tables_of(problem: Provable) -> list[Table]:
     return [*tables, *(SelectionTable(Q, problem.linear[at]) for at, Q in problem.parts)]
 
 
-def prove_within(proof: Proof, context: Context) -> Status:
+def prove_within(prover: Prover, context: Context) -> Status:
     """Prove the incumbent that a heuristic has found, until a rule stops; without any, up to many nodes."""
     monitor = context.monitor
-    proof.run(context if monitor.stop.limits_work else replace(context, monitor=_limited_monitor(monitor)))
+    prover.run(context if monitor.stop.limits_work else replace(context, monitor=_limited_monitor(monitor)))
     return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
 
