@@ -8,8 +8,8 @@ import sys
 import threading
 from types import FrameType
 
-_PREFIX = "cbs-"
-"""Prefix of the names of the commands."""
+_COMMANDS = {"cbs-solve", "cbs-info", "cbs-export", "cbs-apply", "cbs-bench"}
+"""The commands, as in `project.scripts`."""
 
 
 def end_quietly_while_importing() -> None:
@@ -18,8 +18,18 @@ def end_quietly_while_importing() -> None:
     Imports take most of a second, and the handlers of a command come after them. In a process that merely imports
     the package nothing changes.
     """
-    if is_command(sys.argv, sys.orig_argv) and threading.current_thread() is threading.main_thread():
+    if (
+        is_command(sys.argv, sys.orig_argv)
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not where the signal is ignored
+    ):
         signal.signal(signal.SIGINT, _end)
+
+
+def imports_done() -> None:
+    """Give Ctrl-C back its usual meaning once a command has started."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def is_command(argv: list[str], original: list[str]) -> bool:
@@ -27,7 +37,8 @@ def is_command(argv: list[str], original: list[str]) -> bool:
 
     While a package is imported for ``-m`` the first argument is still ``-m`` itself.
     """
-    if argv and os.path.basename(argv[0]).startswith(_PREFIX):  # noqa: PTH119
+    name = os.path.basename(argv[0]) if argv else ""  # noqa: PTH119
+    if name.removesuffix(".exe").removesuffix("-script.py") in _COMMANDS:
         return True
     if not argv or argv[0] != "-m" or "-m" not in original:
         return False

@@ -39,8 +39,8 @@ class Run:
     status : Status
         Why it ended; `error` where it failed.
     pruned : bool array or None
-        The incumbent; the magnitude selection where the run was stopped before its first one, None where it failed
-        before that. Shape and budget are as the solver gave them.
+        The incumbent; before the first report the warm start, or else the magnitude selection where the run was
+        stopped and None where it failed. Shape and budget are as the solver gave them.
     losses : Losses or None
         Of `pruned`, recomputed outside the clock; None where that is None or has a wrong shape.
     error : Exception or None
@@ -105,8 +105,8 @@ def run_solver(
             prepared()
             build_seconds = monitor.elapsed
             status = Status.CONVERGED
+            monitor.start()
             if monitor.reason is None:  # else stopped during the preparation
-                monitor.start()
                 status = solver.run(instance, context)
         except Exception as failure:
             error, status = failure, Status.ERROR
@@ -118,7 +118,9 @@ def run_solver(
         if error is None and monitor.reason is not None and status is not Status.OPTIMAL:
             status = monitor.reason
         pruned = monitor.pruned
-        if pruned is None and error is None:  # stopped before the first selection: magnitude always has one
+        if pruned is None and context.warm_start is not None:  # stopped, or failed, before the first report
+            pruned = context.warm_start
+        elif pruned is None and error is None:  # magnitude always has a selection
             pruned = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
         losses = None if pruned is None or pruned.shape != (instance.n,) else evaluate(instance, pruned)
     return Run(monitor, status, pruned, losses, error, build_seconds, solve_seconds, processor)

@@ -141,7 +141,7 @@ def _check_belongs(instance: Instance, solution: Result | Solution) -> None:
 def _check_values(name: str, weights: NDArray[np.float64], tensor: Tensor, dtype: str) -> None:
     """Compare with the instance; a checkpoint may have higher precision than the network it was loaded into."""
     values = tensor.detach().cpu()
-    held: Any = getattr(torch, dtype, None)
+    held: Any = vars(torch).get(dtype)
     for form in (values, values.to(held) if isinstance(held, torch.dtype) else values):
         wide = form.double().numpy().ravel()
         expected = weights.ravel()

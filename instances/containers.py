@@ -385,12 +385,18 @@ def _found(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
         yield from sorted(folder.glob(pattern))
 
 
+def _is_shard(index: Path, file: Any) -> bool:
+    if not isinstance(file, str) or Path(file).name != file or file == ".." or file.endswith(".index.json"):
+        return False
+    return not (index.parent / file).is_dir()
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         found = content["weight_map"]
         # A shard is in the folder of the index: its name must not lead elsewhere.
-        if isinstance(found, dict) and all(isinstance(f, str) and Path(f).name == f for f in found.values()):
+        if isinstance(found, dict) and found and all(_is_shard(index, file) for file in found.values()):
             return {str(name): file for name, file in found.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InstanceError(f"{index}: is no index of shards: {type(error).__name__}: {error}") from None

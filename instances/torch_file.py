@@ -196,7 +196,10 @@ class TorchFile:
         with zipfile.ZipFile(self.path) as source_zip, zipfile.ZipFile(file, "w", allowZip64=True) as target:
             for info in source_zip.infolist():
                 storage = members.get(info.filename)
-                data = source_zip.read(info) if storage is None else self._changed(storage, by_key[storage])
+                try:
+                    data = source_zip.read(info) if storage is None else self._changed(storage, by_key[storage])
+                except zipfile.BadZipFile as error:
+                    raise InstanceError(f"{self.path}: is damaged: {error}") from None
                 fresh = zipfile.ZipInfo(info.filename, info.date_time)
                 fresh.compress_type = info.compress_type
                 # torch maps storages into memory: they start at multiples of 64 bytes, as it writes them itself.
@@ -212,7 +215,13 @@ class TorchFile:
             view = torch.frombuffer(data, dtype=stored.dtype).as_strided(
                 stored.shape, stored.stride, stored.offset
             )
-            view.copy_(tensor)
+            try:
+                view.copy_(tensor)
+            except RuntimeError:
+                raise InstanceError(
+                    f"{self.path}: '{name}' repeats its numbers in the file: save the checkpoint anew, with clones of "
+                    "its tensors"
+                ) from None
             views.append((name, view, tensor))
         for name, view, tensor in views:
             if not torch.equal(_raw(view), _raw(tensor.to(view.dtype))):
@@ -286,8 +295,9 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """A name that describes tensors, or a placeholder."""
         found = self._known.get((module, name))
-        if found is None and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            found = getattr(torch, name)
+        # Not by getattr: torch loads some of its modules, and calls functions, for names that are asked for so.
+        if found is None and module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            found = vars(torch)[name]
         if found is None:
             origin = f"{module}.{name}"
             self._unknown.append(origin)

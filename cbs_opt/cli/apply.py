@@ -163,7 +163,7 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
             options.solution, solutions, scores.after, scores.magnitude
         )
     ]
-    chosen = 0 if len(solutions) == 1 else _sparsest(options, solutions, scores)
+    chosen = 0 if options.max_drop is None else _sparsest(options, solutions, scores)
     if chosen is None:
         return common.EXIT_NONE
     solution, changed = solutions[chosen], candidates[chosen]
@@ -247,7 +247,7 @@ def _sparsest(options: argparse.Namespace, solutions: list[Solution], scores: Sc
 
     if scores.before is None:
         raise UsageError(
-            "several solutions are compared on data: give them with `--data`, and the network with `--network`"
+            "`--max-drop` compares scores on data: give them with `--data`, and the network with `--network`"
         )
     within = []
     lines = []
@@ -258,7 +258,8 @@ def _sparsest(options: argparse.Namespace, solutions: list[Solution], scores: Sc
     for _, line in sorted(lines):
         logger.info(line)
     if not within:
-        cheapest = min(cost(scores.before, after) for after in scores.after if after is not None)
+        prices = [cost(scores.before, after) for after in scores.after if after is not None]
+        cheapest = min(prices, default=math.inf)
         common.say(
             f"no solution costs at most {options.max_drop:g}: the cheapest costs {cheapest:.2f}; nothing is "
             "written\n"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from cbs_opt import early_signals
 from cbs_opt.errors import CbsError, OutputError, UsageError
 from cbs_opt.files.atomic import check_writable
 from cbs_opt.optional import missing
@@ -49,6 +50,7 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
     """Run the body of a command; errors become one sentence on stderr and an exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     _keep_printing(sys.stdout)
+    early_signals.imports_done()
     try:
         with warnings.catch_warnings():
             if "--debug" not in given:

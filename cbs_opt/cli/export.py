@@ -252,6 +252,11 @@ def _network(options: argparse.Namespace) -> Network:
     network = load_network(options.network, options.mean, options.std)
     if options.checkpoint is not None:
         load_checkpoint(network.model, options.checkpoint, options.checkpoint_key)
+    else:
+        logger.warning(
+            f"no `--checkpoint`: the weights are those that {network.name} comes with; cbs-apply will need a file "
+            "of them"
+        )
     return network
 
 

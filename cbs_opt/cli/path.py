@@ -11,7 +11,7 @@ from typing import Any
 
 from cbs_opt.cli import common
 from cbs_opt.cli.report import result_json, write_json
-from cbs_opt.errors import OutputError, UsageError
+from cbs_opt.errors import CbsError, OutputError, UsageError
 from cbs_opt.files import write_solution
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.instance import Instance
@@ -63,22 +63,30 @@ def run_path(
             except OutputError as error:
                 failures.append(error)
 
-    solve_path(
-        instance,
-        options.sparsity,
-        options.solver,
-        objective=options.objective,
-        warm_start=warm_start,
-        on_result=take,
-        should_stop=stop.should_stop or (lambda: False),
-        stop=stop,
-        seed=options.seed,
-        parameters=options.set,
-        update=options.update,
-        device=options.device,
-        threads=options.threads,
-        batch_size=options.batch_size,
-    )
+    for sparsity in options.sparsity:
+        instance.with_sparsity(sparsity)  # what does not fit is refused before any work
+    failed: CbsError | None = None
+    try:
+        solve_path(
+            instance,
+            options.sparsity,
+            options.solver,
+            objective=options.objective,
+            warm_start=warm_start,
+            on_result=take,
+            should_stop=stop.should_stop or (lambda: False),
+            stop=stop,
+            seed=options.seed,
+            parameters=options.set,
+            update=options.update,
+            device=options.device,
+            threads=options.threads,
+            batch_size=options.batch_size,
+        )
+    except CbsError as error:
+        if not results:
+            raise
+        failed = error  # what was found before is written first
     content = {
         "schema": SCHEMA,
         "path": [{"sparsity": sparsity, **result_json(result, read_seconds)} for sparsity, result in results],
@@ -94,6 +102,8 @@ def run_path(
                 write(target)
             except OutputError as error:
                 failures.append(error)
+    if failed is not None:
+        raise failed
     if failures:
         raise OutputError("; ".join(str(failure) for failure in failures))
     return common.EXIT_OK

@@ -263,6 +263,8 @@ def score_lines(content: dict[str, Any]) -> list[str]:
 
 def trial_line(trial: dict[str, Any]) -> str:
     """One of several solutions, as text."""
+    if "score" not in trial:
+        return f"{trial['sparsity']:>7.2%} pruned: not scored  ({trial['solution']})"
 
     def value(score: dict[str, Any]) -> float:
         return float(score["loss"] if score["value"] is None else score["value"])

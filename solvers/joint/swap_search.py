@@ -90,7 +90,7 @@ class JointSearch(Solver):
         sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
         provable = prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop)
         if not provable and (layered := layered_instance(instance, "joint")) is not None:
-            loading.wait("layers_joint", should_stop=context.monitor.should_stop)
+            loading.request("layers_joint")
             self._layered = layered
             return
         loading.request("joint")

@@ -50,7 +50,8 @@ def kernel_folder() -> Path | None:
     for part in (sys.version, numba.__version__, platform.machine(), *processor):
         digest.update(part.encode())
     for path in sources():
-        digest.update(path.name.encode() + path.read_bytes())
+        # numba, too, tells the files apart by place and time.
+        digest.update(f"{path}\0{path.stat().st_mtime_ns}\0".encode() + path.read_bytes())
     folder = root / f"kernels-{digest.hexdigest()[:16]}"
     if not folder.is_dir():
         _remove_unused(root)

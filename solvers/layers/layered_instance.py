@@ -10,8 +10,10 @@ from cbs_opt.budget import Budget
 from cbs_opt.curvature.base import SharedRows
 from cbs_opt.errors import InstanceError
 from cbs_opt.instance import Instance
+from cbs_opt.losses import selection_loss
 from cbs_opt.result import Status
 from cbs_opt.solver import Context
+from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget
 from cbs_opt.solvers.layers.solve import solve_layers
 from cbs_opt.solvers.problem.decided import decide
@@ -71,6 +73,14 @@ class LayeredInstance:
             monitor.report_bound(self.offset + bound - 1e-13 * abs(self.offset))
 
         report_bound(0.0)
+        unit = f"layers_{self.objective}"
+        if not loading.is_loaded(unit):  # a first selection, at an upper bound of its loss, while kernels compile
+            first = context.warm_start
+            if first is None:
+                first = self.instance.budget.cheapest(np.abs(self.instance.weights), self.instance.fixed)
+            monitor.report(selection_loss(self.instance, first), first)
+        if not loading.wait(unit, should_stop=monitor.should_stop):
+            return Status.CONVERGED
         limit = monitor.stop.max_iterations
         solve_layers(
             self.layers,

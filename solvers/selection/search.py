@@ -67,7 +67,7 @@ class Search(Solver):
         """Compile, presolve, build columns; or find out that the rows of layers share Hessians."""
         self._layered = self._layers(instance, context)
         if self._layered is not None:
-            loading.wait("layers_selection", should_stop=context.monitor.should_stop)
+            loading.request("layers_selection")
             return
         loading.request("selection")
         warm_up_products(instance.curvature.as_factor() is not None)
