@@ -219,8 +219,8 @@ class TorchFile:
                 view.copy_(tensor)
             except RuntimeError:
                 raise InstanceError(
-                    f"{self.path}: '{name}' repeats its numbers in the file: save the checkpoint anew, with clones of "
-                    "its tensors"
+                    f"{self.path}: '{name}' repeats its numbers in the file: save the checkpoint anew, with "
+                    "clones of its tensors"
                 ) from None
             views.append((name, view, tensor))
         for name, view, tensor in views:

@@ -35,6 +35,7 @@ _SWEEPS = 10  # of Frank-Wolfe between two steps of the blocks and prices
 _GROUPS = 16  # groups of rows with a block-diagonal matrix of their own
 _PATIENCE = 6  # such steps without a much better bound
 _SETTLED = 2e-4  # relative gain of a round that ends a run without limits
+_MOST_ROUNDS = 5  # of a run without limits, as every round makes twice the moves of the last one
 
 
 def solve_layers(
@@ -235,7 +236,8 @@ class _Run:
             gained = (before - self.incumbent.objective) / max(before, 1e-300)
             before = self.incumbent.objective
             unlimited = self.max_rounds is None and not np.isfinite(self.ends)
-            if self.clock() >= until or (unlimited and number > 3 and gained < _SETTLED):
+            settled = number >= _MOST_ROUNDS or (number > 3 and gained < _SETTLED)
+            if self.clock() >= until or (unlimited and settled):
                 return
 
     def _joint_large(self, pending: list[list[BoolArray]]) -> None:

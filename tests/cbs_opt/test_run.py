@@ -96,6 +96,18 @@ def test_an_error_of_the_preparation_keeps_what_it_had_reported(told, monkeypatc
     assert np.array_equal(result.pruned, selection(instance))
 
 
+def test_a_warm_start_survives_what_happens_before_the_first_report(problem, monkeypatch):
+    instance = problem(2).instance
+    start = selection(instance)
+    for phase, stop in (("during", None), ("before", None), ("before", Stop(should_stop=lambda: True))):
+        with monkeypatch.context() as patch:
+            what = fail if stop is None else lambda instance, monitor: monitor.should_stop() and None
+            patch.setattr(Told, phase, staticmethod(what))
+            run = run_solver(Told(), instance, Context(monitor=Monitor(stop), warm_start=start))
+        assert np.array_equal(run.pruned, start)
+        assert run.status is (Status.ERROR if stop is None else Status.INTERRUPTED)
+
+
 def test_an_error_without_an_incumbent_has_no_selection(told):
     _, run = told(during=fail)
     assert (run.status, run.pruned, run.losses) == (Status.ERROR, None, None)

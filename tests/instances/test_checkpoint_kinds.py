@@ -292,6 +292,9 @@ def test_one_file_in_a_folder_and_what_is_wrong_with_folders(tmp_path):
         ('{"weight_map": {"a": "../x"}}', "must name a file of its own folder"),
         ("{", "is no index of shards: JSONDecodeError"),
         ('{"weight_map": {"a": "absent.safetensors"}}', "No such file"),
+        ('{"weight_map": {"a": ".."}}', "must name a file of its own folder"),
+        ('{"weight_map": {"a": "model.safetensors.index.json"}}', "must name a file of its own folder"),
+        ('{"weight_map": {}}', "must name a file of its own folder"),
     ):
         index.write_text(text, encoding="utf-8")
         with pytest.raises(InstanceError, match=words):
@@ -323,6 +326,32 @@ def test_pickles_that_try_to_reach_out_stay_inert(tmp_path):
         torch.save({"w": torch.ones(2), "again": Reach(call), "deep": {"x": [Reach(call)]}}, path)
         assert read_checkpoint(path)["w"].tolist() == [1, 1]
     assert not sprung.exists()
+
+
+def test_names_of_a_pickle_do_not_make_torch_load_modules(tmp_path):
+    import subprocess
+    import sys
+
+    with zipfile.ZipFile(tmp_path / "reach.pt", "w") as file:
+        file.writestr("reach/data.pkl", b"\x80\x02ctorch\n_inductor\n.")
+        file.writestr("reach/version", b"3")
+    code = (
+        "import sys, contextlib\n"
+        "from cbs_opt.errors import CbsError\n"
+        "from cbs_opt.instances.checkpoints import read_checkpoint\n"
+        "before = {*sys.modules}\n"
+        "with contextlib.suppress(CbsError):\n"
+        f"    read_checkpoint({str(tmp_path / 'reach.pt')!r})\n"
+        "assert 'torch._inductor' in before or 'torch._inductor' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_tensor_that_repeats_its_numbers_cannot_be_changed(tmp_path):
+    torch.save({"w": torch.ones(1).expand(3, 4)}, tmp_path / "in.pt")
+    assert read_checkpoint(tmp_path / "in.pt")["w"].shape == (3, 4)
+    with pytest.raises(InstanceError, match="'w' repeats its numbers"):
+        write_checkpoint(tmp_path / "out.pt", {"w": torch.arange(12.0).reshape(3, 4)}, tmp_path / "in.pt")
 
 
 def test_checkpoints_of_woodfisher_are_read_and_written(tmp_path):

@@ -152,6 +152,8 @@ def test_the_sparsest_solution_within_a_drop(pruned, capsys):
     assert (
         solve_main(["i.npz", "--sparsity", ".3", ".6", ".9", "--solver", "obd", "--solution", "m.npz", "-q"]) == 0
     )
+    assert apply_main(["i.npz", "m-0.9.npz", *spec, "--max-drop", "-1000"]) == 1  # of a single solution, too
+    assert "nothing is written" in capsys.readouterr().out
     files = ["i.npz", "m-0.6.npz", "m-0.3.npz", "m-0.9.npz"]
     assert apply_main([*files, *spec]) == 2
     assert "`--max-drop`" in capsys.readouterr().err
