@@ -103,6 +103,7 @@ def test_a_warm_start_survives_what_happens_before_the_first_report(problem, mon
         with monkeypatch.context() as patch:
             what = fail if stop is None else lambda instance, monitor: monitor.should_stop() and None
             patch.setattr(Told, phase, staticmethod(what))
+            patch.setattr(Told, "supports", Capabilities(warm_start=True))
             run = run_solver(Told(), instance, Context(monitor=Monitor(stop), warm_start=start))
         assert np.array_equal(run.pruned, start)
         assert run.status is (Status.ERROR if stop is None else Status.INTERRUPTED)
