@@ -261,7 +261,7 @@ def _choose(name: str, count: int, limit: int | None, seed: int | None) -> Indic
     if count == 0:
         raise InstanceError(f"{name}: holds no samples")
     if limit is not None and limit > count:
-        logger.warning(f"{name}: holds {count} samples, {limit} were requested: all are used")
+        logger.warning(f"{name}: holds {count} samples, fewer than {limit}: all are used")
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
     return order[:limit].astype(np.int64)
 

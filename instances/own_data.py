@@ -101,7 +101,7 @@ def own_samples(data: Any, model: nn.Module, name: str, limit: int | None, seed:
     else:
         items = _items(batches, fitting, name, None)
         if limit is not None and limit > count:
-            logger.warning(f"{name}: holds {count} samples, {limit} were requested: all are used")
+            logger.warning(f"{name}: holds {count} samples, fewer than {limit}: all are used")
     return _put_together(items, indices, name)
 
 
@@ -441,7 +441,7 @@ def _joined(parts: list[Any]) -> Any:
 
 def _choose(name: str, count: int, limit: int | None, seed: int | None) -> Tensor | None:
     if limit is not None and limit > count:
-        logger.warning(f"{name}: holds {count} samples, {limit} were requested: all are used")
+        logger.warning(f"{name}: holds {count} samples, fewer than {limit}: all are used")
     if seed is None:
         return None if limit is None or limit >= count else torch.arange(limit)
     return torch.from_numpy(np.random.default_rng(seed).permutation(count)[:limit].astype(np.int64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -18,6 +19,8 @@ from cbs_opt.errors import OutputError, UsageError
 from cbs_opt.instances.budgets import budget_of_layers
 from cbs_opt.instances.curvature import Shape, block_sizes, cut, working_bytes
 from cbs_opt.typing import IntArray
+
+logger = logging.getLogger("cbs_opt")
 
 Source = Literal["fisher", "reconstruction", "kfac"]
 Fisher = Literal["empirical", "sampled", "exact"]
@@ -185,6 +188,7 @@ class Recipe:
             rules = {**(dict.fromkeys(names, default) if self.per_layer else {}), **self.layers}
             return budget_of_layers(names, [int(np.prod(shape)) for shape in shapes], rules, default)
         if self.nm is not None:
+            self._tell_shorter_groups(shapes, names)
             return nm_budget(shapes, *self.nm, along=self.nm_along)
         sparsity = SPARSITY if self.sparsity is None else self.sparsity
         numbers = [int(np.prod(shape)) for shape in shapes]
@@ -192,6 +196,20 @@ class Recipe:
             return Budget(_share(sparsity, sum(numbers)))
         per_layer = np.array([_share(sparsity, number) for number in numbers], dtype=np.int64)
         return Budget(int(per_layer.sum()), np.repeat(np.arange(len(numbers)), numbers), per_layer)
+
+    def _tell_shorter_groups(self, shapes: Sequence[Shape], names: Sequence[str]) -> None:
+        """Warn of tensors whose rows are no multiple of M long: hardware for the pattern does not take them."""
+        assert self.nm is not None
+        keep, of = self.nm
+        axis = 1 if self.nm_along == "inputs" else 0
+        lengths = [(shape if len(shape) > 1 else (1, *shape))[axis] for shape in shapes]
+        uneven = [f"'{name}' ({length})" for name, length in zip(names, lengths, strict=False) if length % of]
+        if uneven:
+            more = f" and {len(uneven) - 4} more" if len(uneven) > 4 else ""
+            logger.warning(
+                f"{keep}:{of}: the numbers of {self.nm_along} of {', '.join(uneven[:4])}{more} are no multiples "
+                f"of {of}: the last group of each row is shorter, and loses fewer weights"
+            )
 
     def memory_bytes(self) -> int:
         """What the export may use."""

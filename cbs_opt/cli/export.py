@@ -16,6 +16,7 @@ from cbs_opt.cli import common
 from cbs_opt.cli.arguments import add_loss_options, number_option, share_option, whole_option
 from cbs_opt.errors import UsageError
 from cbs_opt.version import __version__
+from cbs_opt.view.text import count
 
 if TYPE_CHECKING:
     from cbs_opt.instances.export import Export
@@ -185,7 +186,7 @@ def _main(arguments: list[str]) -> int:
         interrupts.job = job
         logger.info(
             f"cbs-export {__version__}: {network.name}: {job.weights.size} weights in {len(job.names)} tensors, "
-            f"{len(job.sizes)} blocks, {job.samples} samples, {device.type}"
+            f"{count(len(job.sizes), 'block')}, {job.samples} samples, {device.type}"
         )
         started = time.perf_counter()
         job.write(options.output)
@@ -200,12 +201,19 @@ def _main(arguments: list[str]) -> int:
         dense += "\n"
     stored = "" if job.stored == len(job.sizes) else f" ({job.stored} stored)"
     common.say(
-        f"{options.output}: {job.weights.size} weights, {recipe.form.replace('-', ' ')} in {len(job.sizes)} "
-        f"block{'s' if len(job.sizes) > 1 else ''}{stored}, {job.budget.total} to prune\n"
+        f"{options.output}: {job.weights.size} weights, {recipe.form.replace('-', ' ')} in "
+        f"{count(len(job.sizes), 'block')}{stored}, {job.budget.total} to prune ({_share(job, options)})\n"
         f"{dense}"
         f"{options.output.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s\n"
     )
     return common.EXIT_OK
+
+
+def _share(job: Export, options: argparse.Namespace) -> str:
+    """The share of the weights that are pruned, and whether it is the default."""
+    given = (options.sparsity, options.sparsity_per_layer, options.nm)
+    default = ", the default" if all(value is None for value in given) else ""
+    return f"{job.budget.total / job.weights.size:.1%}{default}"
 
 
 def _check_output(options: argparse.Namespace) -> None:

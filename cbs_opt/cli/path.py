@@ -47,6 +47,7 @@ def run_path(
     rows: list[dict[str, Any]] = []
     results: list[tuple[float, Result]] = []
     failures: list[OutputError] = []
+    written: list[Path] = []
     quiet_stdout = options.json == "-"
     if not quiet_stdout:
         common.say(_line(_COLUMNS) + "\n")
@@ -60,6 +61,7 @@ def run_path(
             (path,) = solution_paths(options.solution, [sparsity])
             try:
                 write_solution(path, replace(result.to_solution(), result=result_json(result, read_seconds)))
+                written.append(path)
             except OutputError as error:
                 failures.append(error)
 
@@ -100,8 +102,11 @@ def run_path(
         if target is not None:
             try:
                 write(target)
+                written += [target] if isinstance(target, Path) else []
             except OutputError as error:
                 failures.append(error)
+    if written and not quiet_stdout:
+        common.say(f"written  {', '.join(map(str, written))}\n")
     if failed is not None:
         raise failed
     if failures:

@@ -28,6 +28,8 @@ _SPECTRA = 12  # blocks whose spectra are drawn
 _MAP = 96  # weights in the heat map
 _PAIRS = 30  # pairs in the graph
 _DECADES = 3.0  # of couplings in the heat map
+_LETTERS = 50  # of a label that fit along the heat map
+_CURVES = 6  # names of tensors in the legend of the spectra, so that it hides none of them
 
 
 def draw_instance(instance: Instance, pruned: BoolArray | None = None) -> Figure:
@@ -130,8 +132,9 @@ def _draw_spectra(
     axes.set_title(f"spectrum{which}{largest}", loc="left")
     axes.grid(True, alpha=0.2, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(seen - {None}) > 1:
-        axes.legend(frameon=False, loc="best")
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) > 1:
+        axes.legend(handles[:_CURVES], names[:_CURVES], frameon=False, loc="lower left")
 
 
 # Heat map ------------------------------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ def _label_tensors(axes: Axes, tensors: Sequence[TensorEntry], shown: IntArray) 
     places = []
     for tensor in tensors:
         inside = np.flatnonzero((shown >= tensor.start) & (shown < tensor.stop))
-        if inside.size >= 0.05 * shown.size:
+        if inside.size * _LETTERS >= len(tensor.name) * shown.size:
             places.append((float(inside.mean()), _plain(tensor.name)))
         if inside.size and inside[-1] + 1 < shown.size:
             axes.axhline(float(inside[-1]) + 0.5, color=_INK, lw=0.9)

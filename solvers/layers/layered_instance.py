@@ -19,7 +19,6 @@ from cbs_opt.solvers.layers.solve import solve_layers
 from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
-
 _WITHOUT_LIMIT = 5.0  # seconds of a run that no limit on time ends
 
 

@@ -94,3 +94,10 @@ def test_scratch_space_moves_to_the_disk(tmp_path):
     assert large.sum() == 84 and not list(tmp_path.iterdir())
     with pytest.raises(UsageError, match="the gradients take"):
         scratch((10**9, 10**9), np.dtype(np.float32), 47, tmp_path)
+
+
+def test_shorter_groups_of_a_pattern_are_told(caplog):
+    recipe = Recipe(nm=(2, 4))
+    recipe.budget([(3, 8), (2, 6)], ["a", "b"])
+    assert "'b' (6)" in caplog.text
+    assert "'a'" not in caplog.text
