@@ -29,7 +29,7 @@ _MAP = 96  # weights in the heat map
 _PAIRS = 30  # pairs in the graph
 _DECADES = 3.0  # of couplings in the heat map
 _LETTERS = 50  # of a label that fit along the heat map
-_CURVES = 6  # names of tensors in the legend of the spectra, so that it hides none of them
+_CURVES = 6  # names of tensors in the legend of the spectra
 
 
 def draw_instance(instance: Instance, pruned: BoolArray | None = None) -> Figure:
@@ -134,7 +134,14 @@ def _draw_spectra(
     axes.spines[["top", "right"]].set_visible(False)
     handles, names = axes.get_legend_handles_labels()
     if len(names) > 1:
-        axes.legend(handles[:_CURVES], names[:_CURVES], frameon=False, loc="lower left")
+        axes.legend(
+            handles[:_CURVES],
+            names[:_CURVES],
+            frameon=False,
+            ncols=2,
+            loc="upper left",
+            bbox_to_anchor=(-0.02, -0.14),
+        )
 
 
 # Heat map ------------------------------------------------------------------------------------------------------
