@@ -23,7 +23,7 @@ from cbs_opt.errors import InstanceError, OutputError
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.files.npz import NpzReader, write_npz
 from cbs_opt.instances.checkpoint_names import matched, preference
-from cbs_opt.instances.torch_file import StoredTensor, TorchFile, dictionaries
+from cbs_opt.instances.torch_file import MOST_TENSORS, StoredTensor, TorchFile, dictionaries
 
 logger = logging.getLogger("cbs_opt")
 
@@ -165,7 +165,7 @@ class NpzArchive(Archive):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        with NpzReader(path, InstanceError) as npz:
+        with NpzReader(path, InstanceError, MOST_TENSORS) as npz:
             # Copies: what is read must not change when `path` is written anew.
             self._arrays: dict[str, NDArray[Any]] = {key: np.array(npz.read(key)) for key in npz.headers}
         for key, array in self._arrays.items():

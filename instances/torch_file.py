@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.errors import InstanceError
+from cbs_opt.files.zip_limits import check_archive
 
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -32,10 +33,21 @@ _STORAGES = {
     "ComplexDoubleStorage": torch.complex128, "ComplexFloatStorage": torch.complex64,
     "UntypedStorage": torch.uint8,
 }  # fmt: skip
+
+
+def _bytearray(content: Any = b"", *encoding: str) -> bytearray:
+    """As pickles call it; not of a number, for which it would make as many zeros."""
+    return bytearray(content.encode(*encoding) if isinstance(content, str) else memoryview(content))
+
+
 _PLAIN = {
-    "set": set, "frozenset": frozenset, "complex": complex, "bytearray": bytearray, "slice": slice, "list": list,
+    "bytearray": _bytearray,
+    "set": set, "frozenset": frozenset, "complex": complex, "slice": slice, "list": list,
     "dict": dict, "tuple": tuple, "int": int, "float": float, "str": str, "bool": bool,
 }  # fmt: skip
+MOST_TENSORS = 20_000
+"""Members of an archive of tensors; a file with more is refused."""
+
 _MAGIC = 0x1950A86A20F9469CFC6C
 _ALIGNMENT = 64
 
@@ -245,6 +257,7 @@ class TorchFile:
 
     def _read_archive(self) -> None:
         with zipfile.ZipFile(self.path) as archive:
+            check_archive(archive, self.path, InstanceError, MOST_TENSORS)
             names = archive.namelist()
             pickled = next((name for name in names if name == "data.pkl" or name.endswith("/data.pkl")), None)
             if pickled is None:

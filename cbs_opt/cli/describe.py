@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cbs_opt.curvature.outline import CurvatureOutline
 from cbs_opt.errors import InstanceError
 from cbs_opt.files import instance_file, solution_file
 from cbs_opt.files.certificate_file import FORMAT as CERTIFICATE
@@ -21,9 +22,11 @@ _KEPT = ("solver", "objective_kind", "status", "objective", "selection_loss", "j
 
 
 def describe_instance(instance: Instance) -> dict[str, Any]:
-    """All properties of an instance that need no solve; O(Σ b_k³) for inverse blocks."""
+    """All properties of an instance that need no solve; O(Σ b_k³) for inverse blocks.
+
+    Of an outline (see `read_outline`) only those that need no values of the curvature.
+    """
     curvature, sizes = instance.curvature, instance.curvature.block_sizes
-    diagonal = curvature.diagonal()
     content: dict[str, Any] = {
         "format": instance_file.FORMAT,
         "path": None if instance.path is None else str(instance.path),
@@ -51,6 +54,17 @@ def describe_instance(instance: Instance) -> dict[str, Any]:
     content |= {
         "linear": instance.linear is not None,
         "fixed": 0 if instance.fixed is None else int(np.count_nonzero(instance.fixed)),
+        "verified": not isinstance(curvature, CurvatureOutline),
+        **({} if isinstance(curvature, CurvatureOutline) else _values(instance)),
+        "metadata": dict(instance.metadata),
+    }
+    return content
+
+
+def _values(instance: Instance) -> dict[str, Any]:
+    """What follows from the values of the curvature and from the hash of the file."""
+    diagonal = instance.curvature.diagonal()
+    return {
         "hessian_diagonal": [float(diagonal.min()), float(diagonal.max())],
         "free_weights": int(np.count_nonzero(instance.weights**2 * diagonal == 0)),
         "best_known": {
@@ -58,9 +72,7 @@ def describe_instance(instance: Instance) -> dict[str, Any]:
             for objective in OBJECTIVES
             if (known := _best_known(instance, objective)) is not None
         },
-        "metadata": dict(instance.metadata),
     }
-    return content
 
 
 def describe_tensor(instance: Instance, tensor: TensorEntry) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import certificate_file, instance_file, read_instance, read_solution, solution_file
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.files.certificate_file import read_certificate
+from cbs_opt.files.instance_file import read_outline
 from cbs_opt.files.library_file import PREFIX, library_entries, resolve
 from cbs_opt.files.npz import NpzReader
 from cbs_opt.instance import Instance
@@ -24,6 +25,9 @@ from cbs_opt.typing import BoolArray
 
 PICTURES = (".png", ".svg", ".pdf")
 """Endings of the files that a picture can be written to."""
+
+LARGE_BYTES = 100_000_000
+"""Of an instance file that is larger only the outline is read, unless more is asked for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +55,11 @@ def _main(arguments: list[str]) -> int:
         metavar="OUT.{lp,mps,qplib,ubqp,qubo}",
         type=Path,
         help="write the selection problem as text for other solvers",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help=f"read and check all values also of a file of more than {LARGE_BYTES // 10**6} MB",
     )
     options = parser.parse_args(arguments)
     if str(options.file) == PREFIX:
@@ -85,7 +94,9 @@ def _format(path: Path) -> str:
 
 
 def _instance(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    instance = read_instance(options.file)
+    needs_values = options.verify or options.solution or options.picture or options.export
+    large = options.file.stat().st_size > LARGE_BYTES
+    instance = read_outline(options.file) if large and not needs_values else read_instance(options.file)
     content = describe_instance(instance)
     text, pruned = page(content, instance), None
     if options.solution is not None:

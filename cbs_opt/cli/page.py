@@ -45,7 +45,6 @@ def page(content: Mapping[str, Any], instance: Instance | None = None) -> str:
 
 def _instance_page(content: Mapping[str, Any], instance: Instance) -> str:
     metadata = content["metadata"]
-    low, high = content["hessian_diagonal"]
     damping = content.get("damping", metadata.get("damping"))
     rows: Facts = [
         ("instance", str(content["path"])),
@@ -62,18 +61,20 @@ def _instance_page(content: Mapping[str, Any], instance: Instance) -> str:
     if isinstance(damping, int | float):
         baked = "" if "damping" in content else ", included in the blocks"
         rows.append(("damping", f"λ = {damping:g} (loss per squared unit of weight){baked}"))
-    rows.append(("H_ii", f"{short(low)} to {short(high)} (loss per squared unit of weight)"))
+    if "hessian_diagonal" in content:
+        low, high = content["hessian_diagonal"]
+        rows.append(("H_ii", f"{short(low)} to {short(high)} (loss per squared unit of weight)"))
     if content["linear"]:
         rows.append(("linear", "with a first-order term gᵀδ: losses may be negative"))
     if instance.fixed is not None:
         must, stay = int((instance.fixed == 1).sum()), int((instance.fixed == -1).sum())
         rows.append(("fixed", f"{must:,} must be pruned, {stay:,} must stay"))
-    if content["free_weights"]:
+    if content.get("free_weights"):
         rows.append(("free", f"{count(content['free_weights'], 'weight')} whose removal alone costs nothing"))
     parts = [facts(rows)]
     if tensors := content.get("tensors"):
         parts.append(_tensor_table(tensors, instance))
-    if known := content["best_known"]:
+    if known := content.get("best_known"):
         parts.append(
             "best known\n" + facts([(f"{kind} loss", _known(best)) for kind, best in known.items()], "  ")
         )
@@ -81,6 +82,10 @@ def _instance_page(content: Mapping[str, Any], instance: Instance) -> str:
         parts.append("origin\n" + facts(origin, "  "))
     if content.get("sha256"):
         parts.append(facts([("sha256", content["sha256"])]))
+    if not content["verified"]:
+        parts.append(
+            "The values of the curvature were not read: `--verify` checks them and adds what follows from them."
+        )
     return "\n\n".join(parts) + "\n"
 
 

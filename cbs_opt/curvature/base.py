@@ -29,7 +29,8 @@ class Member(NamedTuple):
     type : str
         "float" (float32 or float64), "integer" or "int8".
     shape : tuple
-        A number for a fixed length, None for any, "n" for the number of weights that are stored.
+        A number for a fixed length, None for any, "n" for the number of weights that are stored, "n2" for the
+        entries of all stored blocks, Σ b_k².
     """
 
     type: str

@@ -37,7 +37,7 @@ class HessianBlocks(Curvature):
     Memory: `flat`, and a float64 copy of the current block if the entries are float32.
     """
 
-    members: ClassVar[Mapping[str, Member]] = {"hessian": Member("float", (None,))}
+    members: ClassVar[Mapping[str, Member]] = {"hessian": Member("float", ("n2",))}
 
     def __init__(self, flat: RealArray, block_sizes: ArrayLike) -> None:
         self._set_blocks(block_sizes)

@@ -39,7 +39,7 @@ class InverseHessianBlocks(Curvature):
         Wrong size, NaN or infinity, a block that is not symmetric or not positive definite.
     """
 
-    members: ClassVar[Mapping[str, Member]] = {"inverse_hessian": Member("float", (None,))}
+    members: ClassVar[Mapping[str, Member]] = {"inverse_hessian": Member("float", ("n2",))}
 
     def __init__(self, flat: RealArray, block_sizes: ArrayLike) -> None:
         self._set_blocks(block_sizes)

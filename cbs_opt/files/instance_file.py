@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cbs_opt.budget import Budget
 from cbs_opt.curvature import Curvature, SharedBlocks, curvature_kinds
+from cbs_opt.curvature.outline import CurvatureOutline
 from cbs_opt.curvature.shared_blocks import stored_sizes
 from cbs_opt.errors import InstanceError
 from cbs_opt.files.npz import NpzReader, json_text, write_npz
@@ -48,7 +49,34 @@ def read_instance(path: Path | str) -> Instance:
     The file is read twice, once for its SHA-256 and once for checksums and values; dense blocks are checked
     by Cholesky, O(Σ b_k³).
     """
-    path = as_path(path)
+    return _read(as_path(path), outline=False)
+
+
+def read_outline(path: Path | str) -> Instance:
+    """Read an instance file without the values of its curvature, which are neither checked nor hashed.
+
+    Parameters
+    ----------
+    path : Path or str
+
+    Returns
+    -------
+    Instance
+        With a `CurvatureOutline` in place of its curvature, and without `sha256`.
+
+    Raises
+    ------
+    InstanceError
+        As `read_instance`, for what is read.
+
+    Notes
+    -----
+    O(n) time and memory, whatever the size of the file.
+    """
+    return _read(as_path(path), outline=True)
+
+
+def _read(path: Path, outline: bool) -> Instance:
     with NpzReader(path, InstanceError) as npz:
         npz.check_format(FORMAT, VERSION)
         kinds = curvature_kinds()
@@ -64,13 +92,13 @@ def read_instance(path: Path | str) -> Instance:
             arrays = {key: npz.read(key) for key in npz.headers.keys() & (_OPTIONAL | {"weights"})}
             return Instance(
                 weights=arrays["weights"],
-                curvature=_curvature(npz, kind, block_sizes),
+                curvature=(_outline if outline else _curvature)(npz, kind, block_sizes),
                 budget=Budget(npz.integer("budget"), arrays.get("groups"), arrays.get("group_budgets")),
                 linear=arrays.get("linear"),
                 fixed=arrays.get("fixed"),
                 metadata=npz.json_object("metadata"),
                 path=path,
-                sha256=file_sha256(path),
+                sha256=None if outline else file_sha256(path),
             )
         except InstanceError as error:
             text = str(error)
@@ -107,6 +135,8 @@ def _kind(npz: NpzReader, kinds: dict[str, type[Curvature]]) -> type[Curvature]:
 def _check_shapes(npz: NpzReader, n: int) -> None:
     """Check the headers of all members but the curvature, before any data are read."""
     (blocks,) = npz.expect("block_sizes", "integer", (None,)).shape
+    if blocks > n:
+        raise InstanceError(f"{npz.path}: `block_sizes` must have at most {n} entries, one a weight, got {blocks}")
     npz.expect("budget", "integer", ())
     optional = {
         "linear": ("float", (n,)),
@@ -119,6 +149,11 @@ def _check_shapes(npz: NpzReader, n: int) -> None:
     for key, (type_, shape) in optional.items():
         if key in npz.headers:
             npz.expect(key, type_, shape)
+    groups = npz.headers["group_budgets"].shape[0] if "group_budgets" in npz.headers else 0
+    if groups > n:
+        raise InstanceError(
+            f"{npz.path}: `group_budgets` must have at most {n} entries, one a weight, got {groups}"
+        )
 
 
 def _block_sizes(npz: NpzReader, n: int) -> NDArray[np.int64]:
@@ -132,13 +167,35 @@ def _block_sizes(npz: NpzReader, n: int) -> NDArray[np.int64]:
     return sizes.astype(np.int64)
 
 
-def _curvature(npz: NpzReader, kind: type[Curvature], block_sizes: NDArray[np.int64]) -> Curvature:
-    """Read the curvature, after a check of the shapes of its arrays."""
+def _stored(
+    npz: NpzReader, kind: type[Curvature], block_sizes: NDArray[np.int64]
+) -> tuple[NDArray[Any] | None, NDArray[np.int64]]:
+    """`shared`, if it is there, and the sizes of the stored blocks; checks the shapes of the arrays."""
     shared = npz.read("shared") if "shared" in npz.headers else None
     sizes = block_sizes if shared is None else stored_sizes(block_sizes, shared)
+    known = {"n": int(sizes.sum()), "n2": sum(int(size) ** 2 for size in sizes)}
     for key, member in kind.members.items():
-        lengths = tuple(int(sizes.sum()) if length == "n" else length for length in member.shape)
+        lengths = tuple(known.get(str(length), length) for length in member.shape)
         npz.expect(key, member.type, tuple(None if isinstance(length, str) else length for length in lengths))
+    return shared, sizes
+
+
+def _outline(npz: NpzReader, kind: type[Curvature], block_sizes: NDArray[np.int64]) -> CurvatureOutline:
+    """The form of the curvature, from the headers of its arrays; single numbers are read."""
+    shared, sizes = _stored(npz, kind, block_sizes)
+    details = []
+    for key, member in kind.members.items():
+        shape = npz.headers[key].shape
+        if member.shape == ():
+            details.append((key, f"{npz.read(key)[()]:g}"))
+        elif member.shape and len(shape) == len(member.shape) > 1:
+            details.append((key, " × ".join(f"{length:,}" for length in shape)))
+    return CurvatureOutline(kind.kind, block_sizes, None if shared is None else sizes.size, details)
+
+
+def _curvature(npz: NpzReader, kind: type[Curvature], block_sizes: NDArray[np.int64]) -> Curvature:
+    """Read the curvature, after a check of the shapes of its arrays."""
+    shared, sizes = _stored(npz, kind, block_sizes)
     stored = kind.from_arrays({key: npz.read(key) for key in kind.members}, sizes)
     if shared is None:
         return stored

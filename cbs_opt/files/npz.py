@@ -22,12 +22,15 @@ from numpy.typing import NDArray
 
 from cbs_opt.errors import CbsError
 from cbs_opt.files.atomic import atomic_write
+from cbs_opt.files.zip_limits import check_archive
 
 MAP_BYTES = 1 << 26
 """Uncompressed members of at least this size are memory-mapped."""
 
 _ALIGNMENT = 64
 _CHUNK = 1 << 22
+_LONGEST_HEADER = 10_000  # bytes; those of numpy have about 100
+_LONGEST_TEXT = 1 << 27  # bytes, four a character
 _PADDING_ID = 0xD935  # the extra field that zipalign pads with
 
 
@@ -57,6 +60,8 @@ class NpzReader:
     path : Path
     error : type
         The error class to raise, with a message that names the file.
+    most_members : int
+        A file with more is refused before anything of it is read.
 
     Attributes
     ----------
@@ -64,7 +69,7 @@ class NpzReader:
         All members, by key.
     """
 
-    def __init__(self, path: Path, error: type[CbsError]) -> None:
+    def __init__(self, path: Path, error: type[CbsError], most_members: int = 200) -> None:
         self.path = path
         self._error = error
         try:
@@ -78,6 +83,7 @@ class NpzReader:
         if missing is not None:
             raise error(f"{path}: {missing}")
         self.headers: dict[str, Header] = {}
+        check_archive(self._archive, path, error, most_members)
         for info in self._archive.infolist():
             if not info.filename.isprintable():
                 raise error(f"{path}: is damaged: it holds a member with the name {info.filename[:60]!r}")
@@ -96,6 +102,10 @@ class NpzReader:
 
     def _read_header(self, info: zipfile.ZipInfo, key: str) -> Header:
         try:
+            with self._archive.open(info) as member:
+                start = member.read(12)  # magic string, version, and the length of the header
+                if len(start) == 12 and start[6] > 1 and int.from_bytes(start[8:12], "little") > _LONGEST_HEADER:
+                    raise ValueError(f"its header is longer than {_LONGEST_HEADER} bytes")
             with self._archive.open(info) as member:
                 version = npy_format.read_magic(member)
                 read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
@@ -151,6 +161,11 @@ class NpzReader:
         header = self.headers[key]
         if header.dtype.kind != "U" or header.shape != ():
             raise self._error(f"{self.path}: `{key}` must be one text, got {header.dtype} {header.shape}")
+        if header.nbytes > _LONGEST_TEXT:
+            raise self._error(
+                f"{self.path}: `{key}` must be a text of at most {_LONGEST_TEXT // 4} characters, got "
+                f"{header.nbytes // 4}"
+            )
         try:
             text = str(self.read(key)[()])
             text.encode()

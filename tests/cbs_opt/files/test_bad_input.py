@@ -280,7 +280,7 @@ def test_directory_that_tells_the_same_lie_as_the_header(arrays, tmp_path, capsy
     size = len(lying) - (1 << 20) + 2**31
     data[entry + 24 : entry + 28] = size.to_bytes(4, "little")
     path.write_bytes(data)
-    assert_refused(path, "`gradients` is damaged", capsys)
+    assert_refused(path, "its compressed members would expand to 2.1 GB", capsys)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
@@ -288,6 +288,9 @@ def test_damaged_compressed_member(arrays, tmp_path, capsys, method):
     path = rewritten(
         save(tmp_path / "bad.npz", arrays, {}), "budget.npy", header("'<i8'", "()", data=bytes(8)), method
     )
+    if method != zipfile.ZIP_DEFLATED:  # their decompressors expand without limits
+        assert_refused(path, f"is compressed by method {method}", capsys)
+        return
     data = bytearray(path.read_bytes())
     start = data.index(b"weights.npy") + len(b"weights.npy")
     data[start : start + 40] = b"\xff" * 40

@@ -17,23 +17,17 @@ from cbs_opt.files import npz
 
 @pytest.fixture(scope="module")
 def originals(problem, tmp_path_factory):
-    """Bytes of valid files: written by us, compressed by NumPy, by bzip2 and LZMA."""
+    """Bytes of valid files: written by us, and compressed as NumPy does."""
     folder = tmp_path_factory.mktemp("corruption")
     ours = folder / "ours.npz"
     write_instance(ours, problem(1, n=4, m=2, groups="layers", linear=True, fixed=True).instance)
     files = {"ours": ours.read_bytes()}
     with zipfile.ZipFile(ours) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
-    for name, method in (
-        ("deflate", zipfile.ZIP_DEFLATED),
-        ("bzip2", zipfile.ZIP_BZIP2),
-        ("lzma", zipfile.ZIP_LZMA),
-    ):
-        with zipfile.ZipFile(folder / name, "w", method) as archive:
-            for member, content in members.items():
-                archive.writestr(member, content)
-        files[name] = (folder / name).read_bytes()
-    return files
+    with zipfile.ZipFile(folder / "deflate", "w", zipfile.ZIP_DEFLATED) as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
+    return files | {"deflate": (folder / "deflate").read_bytes()}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +74,7 @@ def flips(data, seed, every=1):
         yield position, bytes(damaged)
 
 
-@pytest.mark.parametrize("name", ["ours", "deflate", "bzip2", "lzma"])
+@pytest.mark.parametrize("name", ["ours", "deflate"])
 def test_bytes_changed(name, originals, scratch):
     data = originals[name]
     expected = outcome(scratch, data)
