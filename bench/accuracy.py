@@ -1,10 +1,8 @@
 """Accuracy of a pruned network: `python -m cbs_opt.bench.accuracy INSTANCE.npz --checkpoint FILE --data PATH`.
 
-For every sparsity and every method of selection and update, the network of an exported instance is pruned
-one-shot, without any training, and scored on test images: the columns of the tables 1 to 5 of the CBS paper and
-of ours.
-
-No view of `cbs-bench`: a store holds losses of the quadratic model, not selections to apply to a network.
+For every sparsity and every method of selection and update, the network of one exported instance is pruned
+one-shot, without any training, and scored on test images. A view of `cbs_opt.bench.paper` for an instance that is
+there already: `cbs-bench paper` exports its own, for several seeds, and keeps its rows in a store.
 """
 
 from __future__ import annotations
@@ -13,170 +11,141 @@ import copy
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from cbs_opt import Instance, Stop, read_instance, solve
+from cbs_opt import Instance, Solution, read_instance
+from cbs_opt.bench.paper.pruning import select, update
+from cbs_opt.bench.paper.results import Results
+from cbs_opt.bench.paper.study import BEST, NONE, OURS, Method, Source, Study
+from cbs_opt.bench.paper.subject import score
+from cbs_opt.bench.runs.store import OK, Key, Row
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.errors import UsageError
 from cbs_opt.files.atomic import atomic_write, check_writable
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from torch.nn import Module
-
     from cbs_opt.instances.data import SampleSource
     from cbs_opt.instances.networks import Network
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
-
-class Way(NamedTuple):
-    """A pruning method: its name in the paper, solver, objective, whether kept weights change, its colour."""
-
-    paper: str
-    solver: str
-    objective: str
-    update: bool
-    colour: str
-
-
 WAYS = {
-    "magnitude": Way("MP", "magnitude", "selection", False, "#7a7a7a"),
-    "obs": Way("WF-S", "obs", "selection", False, "#e69f00"),
-    "cbs": Way("CBS-S", "cbs", "selection", False, "#d55e00"),
-    "search": Way("", "search", "selection", False, "#cc79a7"),
-    "magnitude + update": Way("", "magnitude", "selection", True, "#999999"),
-    "obs + update": Way("WF", "obs", "selection", True, "#f0c060"),
-    "cbs + update": Way("CBS", "cbs", "selection", True, "#56b4e9"),
-    "joint": Way("", "joint", "joint", True, "#0072b2"),
+    "magnitude": ("magnitude", "selection", NONE),
+    "obs": ("obs", "selection", NONE),
+    "cbs": ("cbs", "selection", NONE),
+    "search": ("search", "selection", NONE),
+    "magnitude + update": ("magnitude", "selection", BEST),
+    "obs + update": ("obs", "selection", BEST),
+    "cbs + update": ("cbs", "selection", BEST),
+    "joint": ("joint", "joint", BEST),
 }
+"""Solver, objective and update of each method."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One network pruned: way, sparsity, losses of the quadratic model, accuracy, mean cross entropy, seconds."""
-
-    way: str
-    sparsity: float
-    selection_loss: float
-    joint_loss: float | None
-    accuracy: float
-    loss: float
-    seconds: float
-
-
-def study(
-    instance: Instance,
-    network: Network,
-    samples: SampleSource,
-    *,
+def study_of(
+    name: str,
     ways: Sequence[str] = tuple(WAYS),
     sparsities: Sequence[float] = SPARSITIES,
     time_limit: float | None = None,
     seed: int = 0,
-) -> Iterator[Row]:
-    """Prune and score; yields a row for every sparsity and way.
+) -> Study:
+    """A study of one instance: methods that the quadratic model judges.
 
     Parameters
     ----------
+    name : str
+        Of the network.
+    ways : sequence of str
+        Names of `WAYS`.
+    sparsities : sequence of float
+    time_limit : float, optional
+        Processor seconds of each solve.
+    seed : int
+    """
+    source = Source("the instance", 0, "{}")
+    methods = []
+    for way in ways:
+        solver, objective, move = WAYS[way]
+        methods.append(
+            Method(
+                name=way,
+                family=OURS,
+                source=source,
+                select=solver,
+                objective=objective,
+                judge="model",
+                parameters="{}",
+                update=move,
+                time_limit=time_limit,
+                iterations=None,
+                sparsities=tuple(sparsities),
+                seeds=(seed,),
+                published=None,
+            )
+        )
+    return Study(name, f"{name}, pruned one-shot", name, None, None, None, 0, 1, tuple(methods), {}, None, ())
+
+
+def prune_and_score(
+    study: Study, instance: Instance, network: Network, samples: SampleSource, dense: float, seed: int = 0
+) -> Iterator[Row]:
+    """Prune and score; yields a row for every sparsity and method.
+
+    Parameters
+    ----------
+    study : Study
+        Of `study_of`.
     instance : Instance
         Exported from `network`.
     network : Network
         With the weights of its checkpoint.
     samples : SampleSource
         Test images.
-    ways : sequence of str
-        Names of `WAYS`.
-    sparsities : sequence of float
-    time_limit : float, optional
-        Seconds for each solve.
+    dense : float
+        The accuracy before.
     seed : int
     """
     from cbs_opt.instances.apply import apply
 
-    for sparsity in sparsities:
+    for sparsity in study.sparsities:
         problem = instance.with_sparsity(sparsity)
-        for name in ways:
-            way = WAYS[name]
-            result = solve(
-                problem,
-                way.solver,
-                objective=way.objective if way.solver == "joint" else None,
-                stop=Stop(time_limit=time_limit),
-                seed=seed,
-                update=way.update,
-            )
+        for method in study.methods:
+            chosen = select(method, problem, lambda weights: float("nan"), seed)
+            updated = update(method, problem, chosen.pruned, lambda weights: float("nan"))
             model = copy.deepcopy(network.model)
-            apply(model, problem, result)
-            accuracy, loss = score(model, samples)
-            seconds = result.build_seconds + result.solve_seconds
-            yield Row(name, sparsity, result.selection_loss, result.joint_loss, accuracy, loss, seconds)
+            apply(model, problem, Solution(chosen.pruned, weights=updated.weights))
+            found = score(model, samples)
+            kind = "selection" if method.update == NONE else "joint"
+            key = Key("", method.select, method.settings, kind, problem.budget.total, seed, method.time_limit)
+            yield Row(
+                *key,
+                label=method.name,
+                sparsity=sparsity,
+                kind=OK,
+                status=chosen.status,
+                objective=updated.predicted,
+                cpu_s=chosen.seconds + updated.seconds,
+                scores={"accuracy": found.accuracy, "test_loss": found.loss, "dense_accuracy": dense},
+            )
 
 
-def score(model: Module, samples: SampleSource) -> tuple[float, float]:
-    """Accuracy and mean cross entropy of a network.
-
-    Raises
-    ------
-    UsageError
-        For samples without labels of classes.
-    """
-    from cbs_opt.instances.scores import evaluate
-
-    found = evaluate(model, samples)
-    if found is None or found.accuracy is None:
-        raise UsageError("the test samples have no labels of classes: accuracy needs them")
-    return found.accuracy, found.loss
+def results_of(study: Study, rows: Sequence[Row]) -> Results:
+    """The rows by method and sparsity, for tables and pictures."""
+    found: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.label, row.sparsity), []).append(row)
+    return Results(study, Path(), found, [], [], [])
 
 
-def table(rows: Sequence[Row], dense: float) -> str:
-    """Accuracies in percent as a Markdown table, a column for each way."""
-    ways = list(dict.fromkeys(row.way for row in rows))
-    found = {(row.way, row.sparsity): row for row in rows}
-    heads = [f"{way} ({WAYS[way].paper})" if WAYS[way].paper else way for way in ways]
-    lines = [f"| sparsity | {' | '.join(heads)} |", "|---" * (len(ways) + 1) + "|"]
-    for sparsity in dict.fromkeys(row.sparsity for row in rows):
-        cells = [f"{100 * found[way, sparsity].accuracy:.2f}" for way in ways if (way, sparsity) in found]
-        lines.append(f"| {sparsity:g} | {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\nDense: {100 * dense:.2f} %."
+def table(results: Results, dense: float) -> str:
+    """Accuracies in percent as Markdown, a column for each method."""
+    from cbs_opt.bench.paper.report import accuracy_table
+    from cbs_opt.bench.reports.document import Document, Paragraph
 
-
-def draw(rows: Sequence[Row], dense: float, title: str) -> Figure:
-    """Accuracy over sparsity, a line for each way; the axis of sparsity is even in log(1 − sparsity)."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    sparsities = list(dict.fromkeys(row.sparsity for row in rows))
-    axes.axhline(100 * dense, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate(
-        "dense", (-np.log(1 - sparsities[0]), 100 * dense), (2, 3), textcoords="offset points", fontsize=8
-    )
-    for way in dict.fromkeys(row.way for row in rows):
-        mine = [row for row in rows if row.way == way]
-        axes.plot(
-            [-np.log(1 - row.sparsity) for row in mine],
-            [100 * row.accuracy for row in mine],
-            marker="o",
-            markersize=3.5,
-            linewidth=1.6,
-            linestyle="-" if WAYS[way].update else "--",
-            color=WAYS[way].colour,
-            label=way,
-        )
-    axes.set_xticks([-np.log(1 - s) for s in sparsities], [f"{s:g}" for s in sparsities])
-    axes.set_xlabel("sparsity")
-    axes.set_ylabel("accuracy on test images, %")
-    axes.set_title(title, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", linewidth=0.4)
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    return figure
+    document = Document(results.study.title)
+    document.add(accuracy_table(results, results.methods, OURS), Paragraph(f"Dense: {100 * dense:.2f} %."))
+    return document.markdown("")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,9 +168,9 @@ def _main(arguments: list[str]) -> int:
     add("--data", metavar="PATH", help="test images; default: a factory's own")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     add("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="F")
-    add("--time-limit", type=float, metavar="S", help="of each solve")
+    add("--time-limit", type=float, metavar="S", help="processor seconds of each solve")
     add("--seed", type=int, default=0)
-    add("--title", default="", help="of the picture")
+    add("--title", default="", help="of the table")
     add("-o", "--output", type=Path, metavar="FILE.png", help="the picture")
     options = parser.parse_args(arguments)
     instance = read_instance(options.instance)
@@ -218,24 +187,20 @@ def _main(arguments: list[str]) -> int:
     if options.checkpoint is not None:
         load_checkpoint(network.model, options.checkpoint)
     samples = open_samples(options.data, network, "test")
-    dense, _ = score(network.model, samples)
+    dense = score(network.model, samples).accuracy
+    study = study_of(options.title or spec, options.ways, options.sparsities, options.time_limit, options.seed)
     rows = []
-    for row in study(
-        instance,
-        network,
-        samples,
-        ways=options.ways,
-        sparsities=options.sparsities,
-        time_limit=options.time_limit,
-        seed=options.seed,
-    ):
+    for row in prune_and_score(study, instance, network, samples, dense, options.seed):
         rows.append(row)
-        sys.stderr.write(f"{json.dumps(row.__dict__)}\n")
-    sys.stdout.write(table(rows, dense) + "\n")
+        sys.stderr.write(json.dumps({"method": row.label, "sparsity": row.sparsity, **(row.scores or {})}) + "\n")
+    results = results_of(study, rows)
+    sys.stdout.write(table(results, dense))
     if options.output is not None:
-        figure = draw(rows, dense, options.title or f"{spec}, pruned one-shot, {len(samples)} test images")
+        from cbs_opt.bench.paper.pictures import looks_of, over_sparsity
+
+        figure = over_sparsity(results, looks_of(results))
         with atomic_write(options.output) as file:
-            figure.savefig(file, format=options.output.suffix[1:] or "png")
+            figure.savefig(file, format=options.output.suffix[1:] or "png", dpi=150)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,12 @@ from cbs_opt.errors import InstanceError
 from cbs_opt.scalars import is_whole
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 from cbs_opt.view import html, text
+
+
+def number_of(sparsity: float, n: int) -> int:
+    """How many of n weights a sparsity between 0 and 1 prunes: ⌈sparsity · n⌉."""
+    # The product of a decimal fraction and n may exceed a whole number by a rounding error.
+    return min(n, math.ceil(sparsity * n - 1e-9 * n))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cbs_opt.budget import Budget
+from cbs_opt.budget import Budget, number_of
 from cbs_opt.curvature.base import Curvature
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.scalars import is_finite
@@ -115,8 +114,7 @@ class Instance:
         """The same problem with p = ⌈sparsity · n⌉ weights to prune."""
         if not is_finite(sparsity) or not 0 <= sparsity <= 1:
             raise UsageError(f"`sparsity` must be a number between 0 and 1, got {sparsity!r}")
-        # The product of a decimal fraction and n may exceed a whole number by a rounding error.
-        return self.with_budget(min(self.n, math.ceil(sparsity * self.n - 1e-9 * self.n)))
+        return self.with_budget(number_of(sparsity, self.n))
 
     def with_damping(self, damping: float) -> Instance:
         """The same problem with another λ; raises `UsageError` unless the curvature is a gradient factor."""

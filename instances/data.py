@@ -41,7 +41,7 @@ from cbs_opt.instances.image_files import (
     read_npz_images,
 )
 from cbs_opt.instances.networks import Network
-from cbs_opt.instances.own_data import Owned, own_samples
+from cbs_opt.instances.own_data import own_samples
 
 logger = logging.getLogger("cbs_opt")
 
@@ -118,26 +118,35 @@ class SampleSource:
         return Samples(inputs, self.labels)
 
 
-class _OwnSource(SampleSource):
-    """Samples of a user's factory: inputs are taken as they are."""
+class HeldSource(SampleSource):
+    """Samples in memory, such as those of a user's factory; inputs are taken as they are.
 
-    def __init__(self, name: str, samples: Owned) -> None:
-        self.name, self.labels = name, samples.targets
-        self._inputs = samples.inputs
+    Parameters
+    ----------
+    name : str
+        What error messages call it.
+    inputs : Tensor, Bundle or Pieces (m, …)
+    labels : the same, or None where there are none
+    """
+
+    def __init__(self, name: str, inputs: Any, labels: Any) -> None:
+        self.name, self.inputs, self.labels = name, inputs, labels
 
     def __len__(self) -> int:
-        return len(self._inputs)
+        return len(self.inputs)
 
     @property
     def borders(self) -> Sequence[int]:
         """Where samples of another shape begin."""
-        return getattr(self._inputs, "borders", ())
+        return getattr(self.inputs, "borders", ())
 
     def batch(self, start: int, stop: int) -> Any:
-        return self._inputs[start:stop]
+        """The inputs of some samples."""
+        return self.inputs[start:stop]
 
     def read(self) -> Samples:
-        return Samples(self._inputs, self.labels)
+        """Itself."""
+        return Samples(self.inputs, self.labels)
 
 
 def read_samples(
@@ -254,7 +263,7 @@ def _own_samples(network: Network, split: Split, limit: int | None, seed: int | 
     samples = own_samples(data, network.model, name, limit, seed)
     if isinstance(samples.targets, Tensor) and network.classes is not None:
         _check_range(name, samples.targets.numpy(), network.classes)
-    return _OwnSource(name, samples)
+    return HeldSource(name, samples.inputs, samples.targets)
 
 
 def _choose(name: str, count: int, limit: int | None, seed: int | None) -> Indices:

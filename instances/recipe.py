@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cbs_opt.budget import Budget
+from cbs_opt.budget import Budget, number_of
 from cbs_opt.errors import OutputError, UsageError
 from cbs_opt.instances.budgets import budget_of_layers
 from cbs_opt.instances.curvature import Shape, block_sizes, cut, working_bytes
@@ -193,8 +193,8 @@ class Recipe:
         sparsity = SPARSITY if self.sparsity is None else self.sparsity
         numbers = [int(np.prod(shape)) for shape in shapes]
         if not self.per_layer:
-            return Budget(_share(sparsity, sum(numbers)))
-        per_layer = np.array([_share(sparsity, number) for number in numbers], dtype=np.int64)
+            return Budget(number_of(sparsity, sum(numbers)))
+        per_layer = np.array([number_of(sparsity, number) for number in numbers], dtype=np.int64)
         return Budget(int(per_layer.sum()), np.repeat(np.arange(len(numbers)), numbers), per_layer)
 
     def _tell_shorter_groups(self, shapes: Sequence[Shape], names: Sequence[str]) -> None:
@@ -373,11 +373,6 @@ def scratch(shape: tuple[int, int], dtype: np.dtype[Any], memory: int, folder: P
             except OSError as error:
                 raise OutputError(f"{folder}: no room for {_gb(needed)} of gradients: {error.strerror}") from error
         return np.memmap(file, dtype, "w+", shape=shape)
-
-
-def _share(sparsity: float, n: int) -> int:
-    # The product of a decimal fraction and n may lie a rounding error above a whole number.
-    return min(n, math.ceil(sparsity * n - 1e-9 * n))
 
 
 def one_of(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -76,11 +76,29 @@ def write_report(store: Path | str, output: Path | str | None = None, *, title: 
     -----
     O(rows) time and memory, the traces apart, of which only those of a few problems are kept.
     """
-    base = _base(Path(store), output)
-    for ending in (".md", ".html"):
-        check_writable(base.with_name(base.name + ending))
-    analysis = _analysed(store)
-    document = make_document(analysis, title)
+    base = report_base(Path(store), output)
+    return write_document(make_document(_analysed(store), title), base)
+
+
+def write_document(document: Document, base: Path) -> list[Path]:
+    """Write a document as Markdown with its pictures beside it, and as one HTML page.
+
+    Parameters
+    ----------
+    document : Document
+    base : Path
+        Of `report_base`: its name without an ending.
+
+    Returns
+    -------
+    list of Path
+        NAME.md, NAME.html, then NAME-pictures/*.svg.
+
+    Raises
+    ------
+    OutputError
+        When a file cannot be written.
+    """
     folder = base.with_name(f"{base.name}-pictures")
     written = []
     if document.pictures:
@@ -268,14 +286,16 @@ def _analysed(store: Path | str) -> Analysis:
     return analysis
 
 
-def _base(store: Path, output: Path | str | None) -> Path:
-    """The report's path without an ending."""
-    if output is None:
-        return store.with_suffix("")
-    path = Path(output)
-    if path.is_dir():
-        return path / store.stem
-    return path.with_suffix("") if path.suffix in (".md", ".html") else path
+def report_base(store: Path, output: Path | str | None) -> Path:
+    """The report's path without an ending, next to the store where none is given; checked to be writable."""
+    path = store.with_suffix("") if output is None else Path(output)
+    if output is not None and path.is_dir():
+        path = path / store.stem
+    elif path.suffix in (".md", ".html"):
+        path = path.with_suffix("")
+    for ending in (".md", ".html"):
+        check_writable(path.with_name(path.name + ending))
+    return path
 
 
 def _on_paper(svg: str) -> str:

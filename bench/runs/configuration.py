@@ -22,15 +22,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from cbs_opt.bench.peers import PEERS
+from cbs_opt.bench.runs.toml_file import SEEDS, WHOLE, Check, TomlFile, is_list, is_number, is_whole, open_toml
 from cbs_opt.errors import CbsError, SolverError, UsageError
 from cbs_opt.registry import get_solver, solver_names
 from cbs_opt.solver import OBJECTIVES, parse_parameters
@@ -99,61 +98,28 @@ def read_configuration(source: Path | str, time_limit: float | None = None) -> C
     UsageError
         For errors in it, with file and line.
     """
-    path = Path(source)
-    if path.suffix != ".toml" and not path.is_file():
-        if str(source) not in shipped():
-            raise UsageError(f"{source}: is neither a file nor one of the configurations {', '.join(shipped())}")
-        path = shipped()[str(source)]
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = tomllib.loads(text)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # not UTF-8, or not TOML: the sentence has the line
-        raise UsageError(f"{path}: is no TOML file: {error}") from None
-    return _Reader(path, text).read(content, time_limit)
+    return _Reader(open_toml(source, shipped(), "solvers")).read(time_limit)
 
 
-_WHOLE = "a whole number"
-_MOST_SEED = 2**63  # what a store holds
-
-_Check = tuple[Callable[[Any], bool], str]
-
-
-def _is_whole(value: Any, lowest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
-
-
-def _is_number(value: Any, lowest: float, highest: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value <= highest
-
-
-def _is_list(value: Any, item: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and bool(value) and all(item(entry) for entry in value)
-
-
-_SETTINGS: dict[str, _Check] = {
+_SETTINGS: dict[str, Check] = {
     "sparsities": (
-        lambda v: _is_list(v, lambda s: s == "file" or _is_number(s, 0, 1)),
+        lambda v: is_list(v, lambda s: s == "file" or is_number(s, 0, 1)),
         'a list of numbers between 0 and 1, or of "file" for the budget of the file',
     ),
-    "seeds": (
-        lambda v: _is_list(v, lambda s: _is_whole(s, 0) and s < _MOST_SEED) and len(set(v)) == len(v),
-        "a list of different whole numbers ≥ 0 and below 2^63",
-    ),
-    "time_limit": (lambda v: _is_number(v, 1e-3, 1e9), "seconds, at least 0.001"),
+    "seeds": SEEDS,
+    "time_limit": (lambda v: is_number(v, 1e-3, 1e9), "seconds, at least 0.001"),
     "objective": (lambda v: v in OBJECTIVES, "'selection' or 'joint'"),
-    "most_weights": (lambda v: _is_whole(v, 1), f"{_WHOLE} ≥ 1"),
+    "most_weights": (lambda v: is_whole(v, 1), f"{WHOLE} ≥ 1"),
 }
-_TOP: dict[str, _Check] = {
+_TOP: dict[str, Check] = {
     "name": (lambda v: isinstance(v, str) and bool(v), "a text"),
     "description": (lambda v: isinstance(v, str), "a text"),
-    "instances": (lambda v: _is_list(v, lambda s: isinstance(s, str) and bool(s)), "a list of paths"),
-    "threads": (lambda v: _is_whole(v, 1), f"{_WHOLE} ≥ 1"),
-    "solvers": (lambda v: _is_list(v, lambda s: isinstance(s, dict)), "tables: [[solvers]]"),
+    "instances": (lambda v: is_list(v, lambda s: isinstance(s, str) and bool(s)), "a list of paths"),
+    "threads": (lambda v: is_whole(v, 1), f"{WHOLE} ≥ 1"),
+    "solvers": (lambda v: is_list(v, lambda s: isinstance(s, dict)), "tables: [[solvers]]"),
     **_SETTINGS,
 }
-_OF_SOLVER: dict[str, _Check] = {
+_OF_SOLVER: dict[str, Check] = {
     "name": (lambda v: isinstance(v, str) and bool(v), "the name of a solver"),
     "label": (lambda v: isinstance(v, str) and bool(v), "a text"),
     "parameters": (lambda v: isinstance(v, dict), "a table of parameters"),
@@ -169,18 +135,15 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class _Reader:
-    """Checks the content of one file; its complaints name the line."""
+    """Reads the content of one file; its complaints name the line."""
 
-    def __init__(self, path: Path, text: str) -> None:
-        self.path = path
-        self.lines = text.splitlines()
-        self.heads = [i for i, line in enumerate(self.lines) if re.match(r"\s*\[\[\s*solvers\s*\]\]", line)]
+    def __init__(self, file: TomlFile) -> None:
+        self.file, self.path = file, file.path
 
-    def read(self, content: dict[str, Any], time_limit: float | None) -> Configuration:
-        self._check(content, _TOP, None)
-        for key in ("instances", "solvers"):
-            if key not in content:
-                raise UsageError(f"{self.path}: `{key}` is missing: {_TOP[key][1]}")
+    def read(self, time_limit: float | None) -> Configuration:
+        content = self.file.content
+        self.file.check(content, _TOP, None)
+        self.file.require(content, _TOP, ("instances", "solvers"))
         entries = [self._solver(number, table, content) for number, table in enumerate(content["solvers"])]
         seen: dict[tuple[Any, ...], int] = {}
         for number, entry in enumerate(entries):
@@ -202,7 +165,7 @@ class _Reader:
         )
 
     def _solver(self, number: int, table: dict[str, Any], top: dict[str, Any]) -> SolverEntry:
-        self._check(table, _OF_SOLVER, number)
+        self.file.check(table, _OF_SOLVER, number, "of a solver")
         if "name" not in table:
             raise self._error(number, None, "a solver without `name`")
         settings = _DEFAULTS | {key: value for key, value in {**top, **table}.items() if key in _DEFAULTS}
@@ -252,35 +215,8 @@ class _Reader:
             raise self._error(number, "parameters", str(error)) from None
         return {key.replace("-", "_"): parsed[key.replace("-", "_")] for key in given}
 
-    def _check(self, table: dict[str, Any], known: dict[str, _Check], number: int | None) -> None:
-        for key, value in table.items():
-            if key not in known:
-                what = "here" if number is None else "of a solver"
-                raise self._error(number, key, f"there is no key `{key}` {what}; known: {', '.join(known)}")
-            holds, expected = known[key]
-            if not holds(value):
-                raise self._error(number, key, f"`{key}` must be {expected}, got {str(value)[:60]!r}")
-
     def _error(self, number: int | None, key: str | None, sentence: str) -> CbsError:
-        return UsageError(f"{self.path}, line {self._line(number, key)}: {sentence}")
-
-    def _line(self, number: int | None, key: str | None) -> int:
-        """The line of a key at the top, or of the solver with this number, from 1; TOML readers do not tell."""
-        whole = (0, len(self.lines))
-        if len(self.heads) <= (number or 0):
-            start, stop = whole  # solvers written as one inline array
-        elif number is None:
-            start, stop = 0, self.heads[0]
-        else:
-            ends = [*self.heads[1:], len(self.lines)]
-            start, stop = self.heads[number], ends[number]
-        if key is not None:
-            for first, last in ((start, stop), whole):
-                for i in range(first, last):
-                    code = self.lines[i].partition("#")[0]
-                    if re.search(rf"(^|[\s{{,.\[])[\"']?{re.escape(key)}[\"']?\s*(=|\.|\]|$)", code):
-                        return i + 1
-        return start + 1
+        return self.file.error(number, key, sentence)
 
 
 def unavailable(entry: SolverEntry) -> str | None:

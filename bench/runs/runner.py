@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cbs_opt.bench.reports.metrics import slack
 from cbs_opt.bench.runs import store as kinds
@@ -28,6 +28,25 @@ from cbs_opt.result import Status
 logger = logging.getLogger("cbs_opt")
 
 
+class Job(Protocol):
+    """A row to be made, as a plan lists it: a solver on an instance, a network to prune."""
+
+    @property
+    def key(self) -> Key:
+        """What no two rows of a store share."""
+
+    @property
+    def label(self) -> str:
+        """Of the method, for summaries."""
+
+    @property
+    def time_limit(self) -> float | None:
+        """Seconds of solving."""
+
+    def row(self, kind: str, message: str | None = None) -> Row:
+        """The row without results."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """The rows that a benchmark asks for.
@@ -36,7 +55,7 @@ class Plan:
     ----------
     name : str
     threads : int
-    tasks : tuple of Task
+    tasks : tuple of Job
     instances : tuple of StoredInstance
     skipped : tuple of str
         Labels of solvers that cannot run here; the log says why.
@@ -44,7 +63,7 @@ class Plan:
 
     name: str
     threads: int
-    tasks: tuple[Task, ...]
+    tasks: tuple[Any, ...]
     instances: tuple[StoredInstance, ...]
     skipped: tuple[str, ...]
 
@@ -193,7 +212,7 @@ def _matches(pattern: str, folder: Path) -> list[tuple[str, Path]]:
     return [(path.stem, path) for path in paths]
 
 
-def due(plan: Plan, there: dict[Key, tuple[str, str | None]], timeouts: bool, errors: bool) -> list[Task]:
+def due(plan: Plan, there: dict[Key, tuple[str, str | None]], timeouts: bool, errors: bool) -> list[Any]:
     """The tasks whose rows are not there, or are to be made again.
 
     Parameters
@@ -207,7 +226,7 @@ def due(plan: Plan, there: dict[Key, tuple[str, str | None]], timeouts: bool, er
         Make rows again of any kind but `ok`.
     """
 
-    def wanted(task: Task) -> bool:
+    def wanted(task: Job) -> bool:
         if task.key not in there:
             return True
         kind, status = there[task.key]
@@ -225,6 +244,7 @@ def run_plan(
     rerun_errors: bool = False,
     should_stop: Callable[[], bool] = never,
     progress: Progress | None = None,
+    work: Callable[[Any], Made] | None = None,
 ) -> Outcome:
     """Make the rows that are not in the store yet, and write each as it comes.
 
@@ -240,6 +260,8 @@ def run_plan(
     should_stop : callable
         True ends the run; what is unfinished is left for the next.
     progress : Progress, optional
+    work : callable, optional
+        Makes the row of a job, in a worker; `run_task` where it is not given.
     """
     engine = engine or Serial()
     tasks = due(plan, store.keys(), rerun_timeouts, rerun_errors)
@@ -249,8 +271,8 @@ def run_plan(
     if progress is not None:
         progress.start(len(tasks))
     started = time.perf_counter()
-    in_process = isinstance(engine, Serial)
-    work: Callable[[Task], Made] = partial(run_task, should_stop=should_stop) if in_process else run_task
+    if work is None:
+        work = partial(run_task, should_stop=should_stop) if isinstance(engine, Serial) else run_task
     for task, made in engine.run(tasks, work, should_stop):
         if made is None:
             row = task.row(kinds.LOST, "killed its worker at every try: out of memory, perhaps")
@@ -299,7 +321,7 @@ def _loss(row: Row) -> float:
     return row.objective
 
 
-def summary(plan: Plan, tasks: Sequence[Task], workers: int = 1) -> list[str]:
+def summary(plan: Plan, tasks: Sequence[Job], workers: int = 1) -> list[str]:
     """What a run would do: rows by solver, and the longest that it can take."""
     counts: dict[str, tuple[int, float]] = {}
     unlimited = False

@@ -34,7 +34,7 @@ recomputation refutes; `infeasible` misses the budget; `error` gave nothing; `lo
 Trace = list[tuple[float, float | None, float | None]]
 """Seconds, objective, bound of each event of a run."""
 
-_ADDED = {"own_s": "REAL"}
+_ADDED = {"own_s": "REAL", "scores": "TEXT"}
 """Columns that the first stores of this version lack: readers see None, writers add them."""
 
 _NO_LIMIT = -1.0  # a NULL would make no key unique
@@ -57,6 +57,7 @@ CREATE TABLE rows (
   started TEXT, environment INTEGER REFERENCES environments(id),
   trace TEXT,
   own_s REAL,
+  scores TEXT,
   UNIQUE (instance_sha256, solver, parameters, objective_kind, budget, seed, time_limit)
 );
 """
@@ -109,6 +110,8 @@ class Row:
         Seconds of the whole row: reading, recomputation and transport included.
     own_s : float or None
         Seconds that an outside solver reports for itself.
+    scores : mapping or None
+        JSON object: how the pruned network does, where one was run; see `cbs_opt.bench.paper.scores`.
     started : str or None
         ISO 8601, UTC.
     environment : int or None
@@ -145,6 +148,7 @@ class Row:
     started: str | None = None
     environment: int | None = None
     own_s: float | None = None
+    scores: Mapping[str, Any] | None = None
     trace: Trace | None = None
     id: int | None = None
 
@@ -254,7 +258,9 @@ class Store:
         """
         content = {name: getattr(row, name) for name in _COLUMNS}
         content["time_limit"] = _NO_LIMIT if row.time_limit is None else row.time_limit
-        content["trace"] = None if row.trace is None else json.dumps(row.trace, separators=(",", ":"))
+        for name in ("trace", "scores"):
+            value = getattr(row, name)
+            content[name] = None if value is None else json.dumps(value, separators=(",", ":"))
         names, marks = ", ".join(content), ", ".join("?" * len(content))
         verb = "INSERT OR REPLACE" if replace else "INSERT"
         try:
@@ -424,4 +430,5 @@ def _trace(text: str | None) -> Trace | None:
 def _row(values: tuple[Any, ...]) -> Row:
     row = Row(*values)
     row.time_limit, row.trace = _limit(values[6]), _trace(values[-2])
+    row.scores = None if row.scores is None else json.loads(str(row.scores))
     return row

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -135,17 +135,41 @@ def run_on(instance: Instance, task: Task) -> Row:
 
 
 def _make(task: Task, read: Callable[[], Instance], should_stop: Callable[[], bool] | None = None) -> Made:
-    started = datetime.now(UTC).isoformat(timespec="milliseconds")
-    device = "cpu"
-    try:
+    def make() -> tuple[Row, str]:
         _warm_up(task.solver, task.parameters, task.objective, read().curvature.kind, task.threads)
         clock = time.perf_counter()
         instance = read()
         if task.solver in PEERS:
-            row = _peer_row(task, instance)
+            row, device = _peer_row(task, instance), "cpu"
         else:
             row, device = _solver_row(task, instance, should_stop)
         row.row_s = time.perf_counter() - clock
+        return row, device
+
+    made = guarded(task, make)
+    return Made(made.row, made.environment | {"threads": task.threads})
+
+
+class Unmade(Protocol):
+    """A row that is still to be made."""
+
+    def row(self, kind: str, message: str | None = None) -> Row:
+        """The row without results."""
+
+
+def guarded(task: Unmade, make: Callable[[], tuple[Row, str]]) -> Made:
+    """Make a row; whatever goes wrong becomes a row that says so.
+
+    Parameters
+    ----------
+    task : Unmade
+    make : callable
+        Gives the row, and the device that it was made on.
+    """
+    started, clock = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()
+    device = "cpu"
+    try:
+        row, device = make()
     except _UnsupportedError as error:
         row = task.row(store.UNSUPPORTED, str(error))
     except CbsError as error:
@@ -158,7 +182,9 @@ def _make(task: Task, read: Callable[[], Instance], should_stop: Callable[[], bo
         row = task.row(store.ERROR, f"{type(error).__name__}: {error}")
         row.status = str(Status.ERROR)
     row.started = started
-    return Made(row, surroundings() | {"threads": task.threads, "device": device})
+    if row.kind == store.OK and row.row_s is None:
+        row.row_s = time.perf_counter() - clock
+    return Made(row, surroundings() | {"device": device})
 
 
 class _UnsupportedError(CbsError):

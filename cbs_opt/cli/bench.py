@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cbs_opt.cli import common
+from cbs_opt.errors import UsageError
 
 logger = logging.getLogger("cbs_opt")
 
@@ -31,7 +32,7 @@ def _main(arguments: list[str]) -> int:
 
 def _parser() -> common.Parser:
     parser = common.Parser("cbs-bench", "Compare solvers: run them, make a report, compare two runs.")
-    commands = parser.add_subparsers(metavar="run | report | compare", required=True)
+    commands = parser.add_subparsers(metavar="run | paper | report | compare", required=True)
     run = commands.add_parser("run", help="make rows", description="Make the rows that the store lacks.")
     add = run.add_argument
     add("configuration", metavar="CONFIG.toml|NAME", help="a file, or a name from `cbs-bench list`")
@@ -55,6 +56,8 @@ def _parser() -> common.Parser:
     _talk(report)
     report.set_defaults(command=_report)
 
+    _add_paper(commands)
+
     compare = commands.add_parser(
         "compare", help="old against new", description="Compare two stores run by run, such as two versions."
     )
@@ -73,6 +76,31 @@ def _parser() -> common.Parser:
     listing = commands.add_parser("list", help="shipped configurations", description="List what ships.")
     listing.set_defaults(command=_list)
     return parser
+
+
+def _add_paper(commands: Any) -> None:
+    paper = commands.add_parser(
+        "paper",
+        help="accuracy tables of pruned networks",
+        description="Prune a network by the methods of the CBS paper and of this package, at several sparsities "
+        "and for several seeds, score it on test images, and write the table beside the published figures.",
+    )
+    add = paper.add_argument
+    add("study", metavar="NETWORK|STUDY.toml", help="mlpnet, cifarnet, resnet20, mobilenetv1, or a file")
+    add("--checkpoint", type=Path, metavar="FILE", help="the trained weights, see cbs-export")
+    add("--data", metavar="PATH", help="training images, see cbs-export")
+    add("--test-data", metavar="PATH", help="test images; default: the test split of --data")
+    add("-o", "--output", type=Path, metavar="STORE", help="default: here, paper-STUDY.sqlite")
+    add("--report", type=Path, metavar="NAME", help="also write the report; as by `cbs-bench report STORE`")
+    add("--seeds", type=_from_zero, nargs="+", metavar="N", help="instead of those of the study")
+    add("--sparsities", type=_share, nargs="+", metavar="F", help="only these")
+    add("--methods", nargs="+", metavar="NAME", help="only these")
+    add("--engine", choices=("serial", "processes", "ray"), help="default: serial; processes with --workers")
+    add("--workers", type=_whole, metavar="N", help="rows at a time")
+    add("--rerun-errors", action="store_true", help="repeat rows that are not ok")
+    add("--dry-run", action="store_true", help="show what would be done")
+    _talk(paper)
+    paper.set_defaults(command=_paper)
 
 
 def _talk(parser: argparse.ArgumentParser) -> None:
@@ -128,11 +156,79 @@ def _run(options: argparse.Namespace) -> int:
     return common.EXIT_OK
 
 
+def _paper(options: argparse.Namespace) -> int:
+    common.start_logging(options.quiet, options.verbose)
+    from cbs_opt.bench.paper import rows
+    from cbs_opt.bench.paper.study import read_study
+    from cbs_opt.bench.paper.subject import Files
+    from cbs_opt.bench.runs.engines import make_engine
+    from cbs_opt.bench.runs.runner import due, run_plan, summary
+    from cbs_opt.bench.runs.show import duration, progress
+    from cbs_opt.bench.runs.store import OK, Store
+
+    whole = read_study(options.study)
+    study = rows.restricted(whole, options.seeds, options.sparsities, options.methods)
+    name = options.engine or ("serial" if options.workers in (None, 1) else "processes")
+    engine = make_engine(name, options.workers, study.threads)
+    path = options.output or Path(f"paper-{study.name}.sqlite")
+    common.check_outputs((options.checkpoint, options.data, options.test_data), (path,))
+    plan = rows.plan_study(study, Files(options.checkpoint, options.data, options.test_data))
+    if options.dry_run:
+        there: dict[Any, Any] = {}
+        if path.is_file():
+            with Store(path) as store:
+                there = store.keys()
+        tasks = due(plan, there, False, options.rerun_errors)
+        common.say("\n".join(summary(plan, tasks, getattr(engine, "workers", 1))) + "\n")
+        return common.EXIT_OK
+    names = {instance.sha256: instance.name for instance in plan.instances}
+    with _AtOnce(), Store(path, "w") as store, progress(names, options.quiet) as shown:
+        store.set_meta("study", whole.to_json())
+        before = len(due(plan, store.keys(), False, options.rerun_errors))
+        try:
+            outcome = run_plan(
+                plan,
+                store,
+                engine,
+                rerun_errors=options.rerun_errors,
+                progress=shown,
+                work=rows.run_pruning,
+            )
+        except KeyboardInterrupt:
+            left = len(due(plan, store.keys(), False, options.rerun_errors))
+            common.say(
+                f"{path}: {before - left} rows made\ninterrupted: {left} rows are left; the same command resumes\n"
+            )
+            return common.EXIT_OK
+    bad = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.kinds.items()) if kind != OK)
+    common.say(
+        f"{path}: {outcome.made} rows made in {duration(outcome.seconds)}"
+        + (f" ({bad})" if bad else "")
+        + (f", {outcome.there} were there" if outcome.there else "")
+        + "\n"
+    )
+    if options.report is not None:
+        from cbs_opt.bench.paper.report import write_study_report
+
+        common.say("".join(f"{path}\n" for path in write_study_report(path, options.report)[:2]))
+    return common.EXIT_OK
+
+
 def _report(options: argparse.Namespace) -> int:
     common.start_logging(options.quiet, options.verbose)
     from cbs_opt.bench.reports.report import profile_picture, write_proofs, write_report
+    from cbs_opt.bench.runs.store import Store
 
-    written = write_report(options.store, options.output, title=options.title)[:2]
+    with Store(options.store) as store:
+        study = "study" in store.meta
+    if study:
+        from cbs_opt.bench.paper.report import write_study_report
+
+        if options.profile is not None or options.proofs is not None:
+            raise UsageError(f"{options.store}: holds pruned networks: `--profile` and `--proofs` are of solvers")
+        written = write_study_report(options.store, options.output, title=options.title)[:2]
+    else:
+        written = write_report(options.store, options.output, title=options.title)[:2]
     if options.profile is not None:
         written.append(profile_picture(options.store, options.profile))
     if options.proofs is not None:
@@ -182,10 +278,36 @@ class _Interrupts(common.Interrupts):
         os.write(2, b"interrupted: every finished row is kept; once more to quit at once\n")
 
 
+class _AtOnce(common.Interrupts):
+    """Ends the row at once: rows are short, and finished ones are kept."""
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.asked:
+            os._exit(common.EXIT_KILLED)
+        self.asked = True
+        raise KeyboardInterrupt
+
+
 def _whole(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got '{text[:40]}'")
     return int(text)
+
+
+def _from_zero(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got '{text[:40]}'")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got '{text[:40]}'")
+    return value
 
 
 def _seconds(text: str) -> float:

@@ -62,6 +62,7 @@ class GradientFactor(Curvature):
         self.gradients = gradients
         self._damping = _check_damping(damping)
         self._float64: FloatArray | None = None
+        self._inverse_diagonal: FloatArray | None = None
         if gradients.dtype == np.float64:
             self._float64 = np.asarray(gradients, dtype=np.float64)
         elif gradients.size * 8 <= _COPY_BYTES:
@@ -128,11 +129,14 @@ class GradientFactor(Curvature):
         return out + self.damping
 
     def inverse_diagonal(self) -> FloatArray:
-        """[H⁻¹]_ii, float64 (n,), by Woodbury where m < b_k: O(m³ + m² n)."""
-        out = np.empty(self.n)
-        for k in range(self.number_of_blocks):
-            out[self.block_slice(k)] = self.conditional_inverse_diagonal(k, np.arange(self.block_sizes[k]))
-        return out
+        """[H⁻¹]_ii, float64 (n,), by Woodbury where m < b_k: O(m³ + m² n) once; budgets share it."""
+        if self._inverse_diagonal is None:
+            out = np.empty(self.n)
+            for k in range(self.number_of_blocks):
+                out[self.block_slice(k)] = self.conditional_inverse_diagonal(k, np.arange(self.block_sizes[k]))
+            out.flags.writeable = False
+            self._inverse_diagonal = out
+        return self._inverse_diagonal
 
     def conditional_inverse_diagonal(self, k: int, kept: IntArray) -> FloatArray:
         """[H_KK⁻¹]_ii on the kept weights, by Woodbury where they are more than m: O(m² q)."""
@@ -258,6 +262,7 @@ class GradientFactor(Curvature):
         other = object.__new__(GradientFactor)
         other.gradients, other._damping, other._float64 = self.gradients, damping, self._float64
         other.block_sizes, other.offsets = self.block_sizes, self.offsets
+        other._inverse_diagonal = None
         return other
 
     def describe(self) -> str:

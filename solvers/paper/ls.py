@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,29 +110,49 @@ class LocalSearch:
         """
         from threadpoolctl import threadpool_limits
 
+        monitor, swaps = context.monitor, 0
         with threadpool_limits(1 if context.threads is None else context.threads, user_api="blas"):
-            return self._walk(start, context)
-
-    def _walk(self, start: BoolArray, context: Context) -> int:
-        problem, monitor = self.problem, context.monitor
-        x = start.copy()
-        doubled = 2.0 * problem.value(x)
-        monitor.report(doubled / 2.0, x)
-        swaps = 0
-        for _ in range(self.parameters.steps):
+            doubled = 2.0 * self.problem.value(start)
+            monitor.report(doubled / 2.0, start)
             if monitor.should_stop():
-                break
+                return 0
+            for x, value, taken in self.steps(start, doubled):
+                monitor.advance()
+                if taken:
+                    swaps += taken
+                    monitor.report(value / 2.0, x)
+                    if monitor.should_stop():
+                        break
+        return swaps
+
+    def steps(self, start: BoolArray, doubled: float | None = None) -> Iterator[tuple[BoolArray, float, int]]:
+        """The steps of the search, each made when it is asked for.
+
+        Parameters
+        ----------
+        start : bool (n,)
+        doubled : float, optional
+            Its doubled objective, where that is known.
+
+        Yields
+        ------
+        x, doubled, swaps
+            The selection after the step, bool (n,), which the next step changes; its doubled objective; how many
+            swaps the step took. A step without a swap is the last one.
+        """
+        problem = self.problem
+        x = start.copy()
+        doubled = 2.0 * problem.value(x) if doubled is None else doubled
+        for _ in range(self.parameters.steps):
             # The gradient is recomputed in each step: many small updates of s would accumulate rounding errors.
             s = 2.0 * problem.gradient(x.astype(np.float64))
             epsilon = self.parameters.threshold(doubled)
             taken = sum(self._step(x, s, members, epsilon) for members in self.groups)
-            monitor.advance()
+            if taken:
+                doubled = 2.0 * problem.value(x)
+            yield x, doubled, taken
             if taken == 0:
-                break
-            swaps += taken
-            doubled = 2.0 * problem.value(x)
-            monitor.report(doubled / 2.0, x)
-        return swaps
+                return
 
     def _step(self, x: BoolArray, s: FloatArray, members: IntArray, epsilon: float) -> int:
         """One step within one group, applied to x and s; returns the number of swaps."""

@@ -6,6 +6,7 @@ import pytest
 
 from cbs_opt import CbsError, UsageError
 from cbs_opt.bench import accuracy, scale, startup
+from cbs_opt.cli import export
 
 
 def test_a_fresh_process_is_timed_and_its_output_kept():
@@ -42,11 +43,34 @@ def test_scale_measures_both_losses_and_rmp(capsys):
 
 
 def test_accuracies_stand_in_percent_by_way_and_sparsity():
-    rows = [accuracy.Row(way, s, 1.0, 1.0, a, 0.1, 0.2) for way, s, a in (("obs", 0.5, 0.9), ("joint", 0.5, 0.95))]
-    lines = accuracy.table(rows, 0.96).splitlines()
-    assert lines[0] == "| sparsity | obs (WF-S) | joint |"
-    assert lines[2] == "| 0.5 | 90.00 | 95.00 |"
+    study = accuracy.study_of("net", ["obs", "joint"], [0.5])
+    rows = [
+        accuracy.Row("", "", "", "", 1, 0, None, way, 0.5, "ok", scores={"accuracy": value})
+        for way, value in (("obs", 0.9), ("joint", 0.95))
+    ]
+    lines = accuracy.table(accuracy.results_of(study, rows), 0.96).splitlines()
+    assert lines[2] == "| sparsity | obs | joint |"
+    assert lines[4] == "| 0.5 | 90.00 | 95.00 |"
     assert lines[-1] == "Dense: 96.00 %."
+
+
+def test_an_instance_at_hand_is_pruned_and_scored(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blobs.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    x, y = torch.randn(40, 5), torch.arange(40) % 3\n"
+        "    return torch.nn.Linear(5, 3), (x, y), (x, y)\n"
+    )
+    assert export.main(["./blobs.py:make", "-o", "blobs.npz", "--samples", "40", "-q"]) == 0
+    capsys.readouterr()
+    options = ["--network", "./blobs.py:make", "--ways", "magnitude", "obs + update", "--sparsities", ".4"]
+    assert accuracy.main(["blobs.npz", *options, "-o", "blobs.png"]) == 0
+    out = capsys.readouterr().out
+    assert "| sparsity | magnitude | obs + update |" in out
+    assert (tmp_path / "blobs.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_samples_without_classes_are_refused_in_a_sentence(monkeypatch):

@@ -36,6 +36,7 @@ FULL = Row(
     cpu_s=0.3,
     row_s=0.4,
     own_s=0.15,
+    scores={"accuracy": 0.9, "images": 1000},
     started="2026-01-01T00:00:00.000+00:00",
     trace=[(0.01, 2.0, None), (0.2, 1.5, 1.0)],
 )

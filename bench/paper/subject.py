@@ -1,0 +1,215 @@
+"""A network with the images of one seed in memory: exports instances, and scores weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from cbs_opt.bench.paper.study import Source, Study
+from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.instance import Instance
+from cbs_opt.typing import FloatArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+    from cbs_opt.instances.data import HeldSource, SampleSource
+    from cbs_opt.instances.networks import Network
+    from cbs_opt.instances.tensors import Place
+
+
+@dataclass(frozen=True)
+class Files:
+    """The user's files.
+
+    Attributes
+    ----------
+    checkpoint : Path or None
+        None for a factory that brings its weights.
+    data, test_data : str or None
+        Training and test images, see `cbs_opt.instances.data`; None for those of a factory. Test images default to
+        the test split of `data`.
+    """
+
+    checkpoint: Path | None
+    data: str | None
+    test_data: str | None = None
+
+
+class Figures(NamedTuple):
+    """Accuracy, between 0 and 1, and mean cross entropy."""
+
+    accuracy: float
+    loss: float
+
+
+class _Images(NamedTuple):
+    """Samples for the curvature, for choices among pruned networks, and for their scores."""
+
+    training: HeldSource
+    choice: HeldSource
+    test: HeldSource
+
+
+class Subject:
+    """A network, its training images of one seed, and its test images.
+
+    Parameters
+    ----------
+    study : Study
+    files : Files
+    seed : int
+
+    Attributes
+    ----------
+    network : Network
+        With its trained weights.
+
+    Raises
+    ------
+    UsageError, InstanceError
+        For files that are missing or do not fit the network or the study.
+    """
+
+    def __init__(self, study: Study, files: Files, seed: int) -> None:
+        import copy
+
+        self.study, self.seed = study, seed
+        self.network = open_network(study, files)
+        self._scratch: Module = copy.deepcopy(self.network.model)
+        self._images = _images(study, files, self.network, seed)
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """The tensors that are pruned."""
+        from cbs_opt.instances.plan import make_plan
+
+        network = self.network
+        names = network.prunable
+        return make_plan(network.model, names, None, source="fisher", run=lambda model: None).places
+
+    @cached_property
+    def dense_test(self) -> Figures:
+        """The dense network on the test images."""
+        return score(self.network.model, self._images.test)
+
+    @cached_property
+    def dense_choice(self) -> Figures:
+        """The dense network on the training images of the choice."""
+        return score(self.network.model, self._images.choice)
+
+    @property
+    def test_images(self) -> int:
+        """How many there are."""
+        return len(self._images.test)
+
+    def export(self, source: Source) -> Instance:
+        """The instance of a source, from the first of the training images.
+
+        Raises
+        ------
+        InstanceError
+            Where a tensor has no place in it: methods of a study prune the same weights.
+        """
+        from cbs_opt.instances.export import export
+
+        samples, network = self._images.training, self.network
+        options = json.loads(source.options)
+        instance = export(
+            network.model,
+            samples.inputs[: source.images],
+            samples.labels[: source.images],
+            network.prunable,
+            loss=network.loss,
+            metric=network.metric,
+            output_key=network.output_key,
+            seed=self.seed,
+            **options,
+        )
+        if instance.n != (n := sum(place.layout.size for place in self.places)):
+            raise InstanceError(f"source '{source.name}' takes {instance.n} of the {n} weights: all are needed")
+        return instance
+
+    def on_test(self, weights: FloatArray) -> Figures:
+        """Score weights, float64 (n,), on the test images."""
+        return self._score(weights, self._images.test)
+
+    def on_choice(self, weights: FloatArray) -> Figures:
+        """Score weights, float64 (n,), on the training images of the choice."""
+        return self._score(weights, self._images.choice)
+
+    def _score(self, weights: FloatArray, samples: SampleSource) -> Figures:
+        import torch
+
+        parameters: dict[str, Tensor] = dict(self._scratch.named_parameters())
+        with torch.no_grad():
+            for place in self.places:
+                values = torch.from_numpy(place.tensor(np.asarray(weights, dtype=np.float32)))
+                parameters[place.name].copy_(values)
+        return score(self._scratch, samples)
+
+
+def open_network(study: Study, files: Files) -> Network:
+    """The study's network with the weights of the checkpoint."""
+    from cbs_opt.instances.checkpoints import load_checkpoint
+    from cbs_opt.instances.networks import is_factory, load_network
+
+    for name, value in (("checkpoint", files.checkpoint), ("data", files.data)):
+        if value is None and not is_factory(study.network):
+            raise UsageError(f"`--{name}` is needed for '{study.network}'")
+    network = load_network(study.network, study.mean, study.std)
+    if files.checkpoint is not None:
+        load_checkpoint(network.model, files.checkpoint)
+    return network
+
+
+def score(model: Module, samples: SampleSource) -> Figures:
+    """Accuracy and mean cross entropy of a network.
+
+    Raises
+    ------
+    UsageError
+        For samples without labels of classes.
+    """
+    from cbs_opt.instances.scores import evaluate
+
+    found = evaluate(model, samples)
+    if found is None or found.accuracy is None:
+        raise UsageError("the samples have no labels of classes: accuracy needs them")
+    return Figures(found.accuracy, found.loss)
+
+
+def _images(study: Study, files: Files, network: Network, seed: int) -> _Images:
+    """Draw the training images by the seed, and read all that the study needs."""
+    from cbs_opt.instances.data import HeldSource, open_samples
+
+    drawn = open_samples(files.data, network, "train", None, seed)
+    count, shared = len(drawn), study.training_images
+    if shared is not None and count <= shared:
+        raise UsageError(
+            f"{files.data}: holds {count} images, of which the study takes {shared} for training: none is left to "
+            "score with"
+        )
+    last = count if shared is None else shared
+    if last < study.images:
+        raise UsageError(
+            f"{files.data}: holds {last} training images, the study takes {study.images}: lower `images` of its "
+            "sources or `choice_images`"
+        )
+
+    def held(name: str, start: int, stop: int) -> HeldSource:
+        return HeldSource(name, drawn.batch(start, stop), drawn.labels[start:stop])
+
+    if shared is None:
+        read = open_samples(files.test_data or files.data, network, "test").read()
+        test = HeldSource("the test images", read.inputs, read.labels)
+    else:
+        test = held("the test images", shared, count)
+    training = held("the training images", 0, study.source_images)
+    return _Images(training, held("the training images", last - study.choice_images, last), test)
