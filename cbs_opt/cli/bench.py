@@ -260,11 +260,13 @@ def _compare(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     import tomllib
 
+    from cbs_opt.bench.paper.study import shipped_studies
     from cbs_opt.bench.runs.configuration import shipped
 
-    for name, path in shipped().items():
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        common.say(f"{name:<12} {content.get('description', '')}\n")
+    for command, files in (("run", shipped()), ("paper", shipped_studies())):
+        for name, path in files.items():
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            common.say(f"{command:<5} {name:<12} {content.get('description', '')}\n")
     return common.EXIT_OK
 
 

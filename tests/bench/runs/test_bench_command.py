@@ -167,7 +167,7 @@ def test_a_busy_store_is_refused(config, here, run, tmp_path):
         (["run", "bench.toml", "-o", "bench.toml"], 3, "bench.toml: cannot be read as a store"),
         (["compare", "bench.toml", "none"], 3, "bench.toml: cannot be read as a store"),
         (["compare", "none", "none"], 3, "none: there is no such store"),
-        ([], 2, "run | report | compare"),
+        ([], 2, "run | paper | report | compare"),
     ],
 )
 def test_bad_commands_are_one_sentence(config, here, capsys, arguments, code, sentence):
