@@ -31,16 +31,21 @@ logger = logging.getLogger("cbs_opt")
 
 
 class Unit(NamedTuple):
-    """Where the function of a unit is, and processor seconds that its compilation takes, roughly."""
+    """Where the function of a unit is, and processor seconds that its compilation takes, roughly.
+
+    `needs` are units whose kernels it calls: another process may compile them meanwhile.
+    """
 
     function: str
     seconds: float
+    needs: tuple[str, ...] = ()
 
 
 UNITS = {
     "selection": Unit("cbs_opt.solvers.kernels.warm_up:warm_up_selection", 4.0),
     "sweeps": Unit("cbs_opt.solvers.kernels.warm_up_sweeps:warm_up_sweeps", 4.0),
-    "selection_tree": Unit("cbs_opt.solvers.trees.warm_up:selection_tree", 9.0),
+    "selection_relaxation": Unit("cbs_opt.solvers.trees.warm_up:selection_relaxation", 3.5),
+    "selection_tree": Unit("cbs_opt.solvers.trees.warm_up:selection_tree", 5.5, ("selection_relaxation",)),
     "selection_tables": Unit("cbs_opt.solvers.trees.warm_up:selection_tables", 3.0),
     "joint": Unit("cbs_opt.solvers.joint.warm_up:warm_up_joint", 3.0),
     "joint_tree": Unit("cbs_opt.solvers.trees.warm_up:joint_tree", 10.0),
@@ -67,6 +72,10 @@ def request(*units: str) -> None:
             wanted.remove(unit)
         if not wanted:
             return
+        needs = dict.fromkeys(need for unit in wanted for need in UNITS[unit].needs)
+        wanted = [
+            unit for unit in needs if unit not in wanted and unit not in _jobs and not is_ready([unit])
+        ] + wanted
         if not _started:
             logger.info("compiling kernels beside the solver, once for this machine")
         for part in _shares(wanted, min(usable_threads(), len(wanted))):
@@ -125,11 +134,16 @@ def _function(unit: str) -> Callable[[], None]:
 
 
 def _shares(units: Sequence[str], workers: int) -> list[list[str]]:
-    """Units for each of the workers, the work shared out evenly, in the order in which they are wanted."""
+    """Units for each of the workers, the work shared out evenly, in the order in which they are wanted.
+
+    Those that need others come last, so that these are compiled by then.
+    """
     shares: list[list[str]] = [[] for _ in range(workers)]
     for unit in sorted(units, key=lambda unit: -UNITS[unit].seconds):
         min(shares, key=lambda share: sum(UNITS[other].seconds for other in share)).append(unit)
-    return [sorted(share, key=units.index) for share in shares if share]
+    return [
+        sorted(share, key=lambda unit: (bool(UNITS[unit].needs), units.index(unit))) for share in shares if share
+    ]
 
 
 # Jobs --------------------------------------------------------------------------------------------------------
@@ -239,7 +253,7 @@ def _compile(parent: int, units: Sequence[str]) -> None:
     """Compile units into the cache; end with the process that requested them."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     gc.set_threshold(100_000, 50, 50)  # a compiler makes many objects that live on
-    for unit in units:
+    for unit in [part for wanted in units for part in (*UNITS[wanted].needs, wanted)]:
         with _alone(unit):
             if not is_ready([unit]):
                 _function(unit)()

@@ -128,3 +128,21 @@ def test_the_first_interrupt_during_compilation_ends_with_a_selection(
     assert "Traceback" not in rest
     assert json.loads(out.read_text())["status"] == "interrupted"
     assert list((tmp_path / "cache").glob("*/*.ready")) == []
+
+
+def test_what_others_need_is_compiled_before_them_in_another_process(monkeypatch):
+    units = {"a": loading.Unit("", 5.0, ("d",)), "b": loading.Unit("", 3.0), "d": loading.Unit("", 4.0)}
+    monkeypatch.setattr(loading, "UNITS", units)
+    assert loading._shares(["d", "a", "b"], 2) == [["a"], ["d", "b"]]
+    assert loading._shares(["a", "d", "b"], 1) == [["d", "b", "a"]]
+
+
+def test_the_relaxation_of_the_trees_is_compiled_for_the_types_they_use():
+    """Otherwise the trees compile it again, and a new machine waits twice."""
+    from cbs_opt.solvers.trees import warm_up
+
+    warm_up.selection_relaxation()
+    before = {kernel: list(kernel.signatures) for kernel in warm_up.RELAXATION}
+    warm_up.selection_tree()
+    for kernel, signatures in before.items():
+        assert kernel.signatures == signatures == [warm_up.RELAXATION[kernel]]
