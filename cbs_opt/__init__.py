@@ -5,9 +5,9 @@
 >>> result = cbs_opt.solve(instance, "cbs", seed=0)            # doctest: +SKIP
 >>> result.objective, result.gap                               # doctest: +SKIP
 
-The package has four parts. This one, `cbs_opt`, holds the problem, the file formats and the command lines. It
+The package has five parts. This one, `cbs_opt`, holds the problem, the file formats and the command lines. It
 imports none of the others; `cbs_opt.solvers` and `cbs_opt.instances` import this one but not each other;
-`cbs_opt.bench` imports all.
+`cbs_opt.pruning` imports `cbs_opt.instances`, and `cbs_opt.bench` all.
 """
 
 from cbs_opt.early_signals import end_quietly_while_importing
@@ -19,7 +19,7 @@ from pathlib import Path  # noqa: E402
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "solvers" / "__init__.py").is_file():
-    __path__.append(str(_root))  # a checkout: the other three packages are sibling folders
+    __path__.append(str(_root))  # a checkout: the other four packages are sibling folders
 
 from cbs_opt.budget import Budget  # noqa: E402
 from cbs_opt.certificate import verify as verify_certificate  # noqa: E402
@@ -56,7 +56,7 @@ from cbs_opt.files.certificate_file import read_certificate  # noqa: E402
 from cbs_opt.instance import Instance  # noqa: E402
 from cbs_opt.losses import Losses, evaluate, joint_loss, selection_loss  # noqa: E402
 from cbs_opt.monitor import Monitor  # noqa: E402
-from cbs_opt.networks import apply, export, masks  # noqa: E402
+from cbs_opt.networks import apply, export, masks, prune  # noqa: E402
 from cbs_opt.path import solve_path  # noqa: E402
 from cbs_opt.registry import get_solver, register, solver_names  # noqa: E402
 from cbs_opt.result import Result, Status  # noqa: E402
@@ -117,6 +117,7 @@ __all__ = [
     "library_path",
     "masks",
     "option",
+    "prune",
     "read_certificate",
     "read_instance",
     "read_solution",

@@ -1,6 +1,6 @@
-"""Functions for users with a network: `export`, `apply` and `masks`.
+"""Functions for users with a network: `export`, `prune`, `apply` and `masks`.
 
-torch and `cbs_opt.instances` are loaded when a function is called.
+torch, `cbs_opt.instances` and `cbs_opt.pruning` are loaded when a function is called.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cbs_opt.instances.masks import LayerMask
+    from cbs_opt.pruning.outcome import Pruned
 
 
 def export(
@@ -89,6 +90,106 @@ def export(
         seed=0 if seed is None else seed,
         **options,
     )
+
+
+def prune(
+    model: nn.Module,
+    data: Any,
+    sparsity: float | str | None = None,
+    *,
+    held_out: Any = None,
+    names: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    nm: str | tuple[int, int] | None = None,
+    loss: Any = None,
+    metric: Any = None,
+    output_key: str | None = None,
+    device: str = "auto",
+    state: Any = None,
+    on_stage: Any = None,
+    should_stop: Any = None,
+    **options: Any,
+) -> Pruned:
+    """Prune a network in one shot, or in stages.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Not changed.
+    data : object
+        Training samples, (inputs, labels) or any other form that `export` takes.
+    sparsity : float or str, optional
+        0.9 or "90%"; the fraction of the prunable weights to prune.
+    held_out : int or object, optional
+        Samples for choices such as the damping: a number of training samples that are held out, a tenth of them by
+        default, or other data.
+    names, exclude : sequence of str, optional
+        Tensors to prune or not, by names or patterns.
+    nm : str or (int, int), optional
+        "2:4" in place of a sparsity.
+    loss, metric, output_key, device : optional
+        As for `export`.
+    state : Path or str, optional
+        A file that is written after every stage, from which the same call continues.
+    on_stage : callable, optional
+        Called with the record of every stage.
+    should_stop : callable, optional
+        True ends the run with the network of the last stage.
+    **options
+        `stages`, `schedule`, `source`, `samples`, `batch`, `damping`, `update_scale`, `recalibrate_bn`, `split`
+        and all others of `cbs_opt.pruning.method.Method`.
+
+    Returns
+    -------
+    Pruned
+        With `model`, `masks`, `stages`, `before` and `after`, `summary()`.
+
+    Raises
+    ------
+    UsageError, InstanceError
+        One sentence that names what does not fit.
+
+    Examples
+    --------
+    >>> import cbs_opt, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    >>> x, y = torch.randn(200, 8), torch.randint(3, (200,))
+    >>> pruned = cbs_opt.prune(model, (x, y), 0.5, time_limit=1)
+    >>> round(pruned.sparsity, 2)
+    0.5
+    """
+    from cbs_opt.instances.budgets import share_of
+    from cbs_opt.instances.data import own_source
+    from cbs_opt.instances.modes import unwrapped
+    from cbs_opt.pruning.method import Method
+    from cbs_opt.pruning.run import Run
+
+    other = None
+    number = held_out if held_out is None or isinstance(held_out, int) else None
+    inner = unwrapped(model)
+    if held_out is not None and number is None:
+        other = own_source(held_out, inner, "the held-out data")
+    method = Method(
+        sparsity=None if sparsity is None else share_of(sparsity, "`sparsity`"),
+        nm=None if nm is None else _pattern(nm),
+        held_out=number,
+        **options,
+    )
+    return Run(
+        model,
+        own_source(data, inner, "the data"),
+        method,
+        names=names,
+        exclude=exclude,
+        loss=loss,
+        metric=metric,
+        output_key=output_key,
+        held_out=other,
+        device=device,
+        state=state,
+        on_stage=on_stage,
+        should_stop=should_stop or (lambda: False),
+    )()
 
 
 def apply(model: nn.Module, instance: Instance, solution: Result | Solution) -> list[LayerMask]:

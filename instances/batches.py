@@ -135,7 +135,14 @@ class Pieces:
     def __len__(self) -> int:
         return self.borders[-1]
 
-    def __getitem__(self, part: slice) -> Any:
+    def __getitem__(self, part: slice | Tensor) -> Any:
+        """The samples of a slice within a piece, or of an int64 tensor of indices, piece by piece."""
+        if isinstance(part, Tensor):
+            within = [
+                (p, part[(part >= first) & (part < end)] - first)
+                for p, first, end in zip(self.parts, self.borders, self.borders[1:], strict=False)
+            ]
+            return Pieces([p[rows] for p, rows in within if len(rows)])
         start, stop, _ = part.indices(len(self))
         number = next(k for k, end in enumerate(self.borders[1:]) if start < end or end == len(self))
         first, end = self.borders[number], self.borders[number + 1]

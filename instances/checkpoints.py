@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError
+from cbs_opt.files.atomic import atomic_write
 from cbs_opt.files.instance_file import file_sha256
 from cbs_opt.instances.checkpoint_names import ignorable, in_words, matched, prefix_of, without_wrappers
 from cbs_opt.instances.containers import Archive, FolderArchive, container_of, open_file
@@ -24,7 +25,14 @@ from cbs_opt.instances.modes import unwrapped
 from cbs_opt.instances.plain import computed_weights, make_plain
 from cbs_opt.instances.stored_forms import effective, encoded, stored_forms
 
-__all__ = ["checkpoint_sha256", "container_of", "load_checkpoint", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "checkpoint_sha256",
+    "container_of",
+    "load_checkpoint",
+    "read_checkpoint",
+    "write_checkpoint",
+    "write_state_dict",
+]
 
 logger = logging.getLogger("cbs_opt")
 
@@ -162,6 +170,28 @@ def write_checkpoint(
         else:
             raise InstanceError(f"{like}: holds no tensor {name}")
     archive.write(path, changes, replaced)
+
+
+def write_state_dict(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as a new checkpoint: .safetensors, or a file of torch.save for .pt and .pth.
+
+    Raises
+    ------
+    OutputError
+        When the file cannot be written; `path` is then as it was before.
+    """
+    import io
+
+    from safetensors.torch import save
+
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    content = io.BytesIO()
+    if Path(path).suffix == ".safetensors":
+        content.write(save(own))
+    else:
+        torch.save(own, content)
+    with atomic_write(path) as file:
+        file.write(content.getvalue())
 
 
 def checkpoint_sha256(path: Path | str) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.instances.batches import slices
@@ -104,6 +104,20 @@ class SampleSource:
         """Where samples of another shape begin."""
         return getattr(self.labels, "borders", ())
 
+    @property
+    def inputs(self) -> Any:
+        """The inputs as a sequence that can be sliced."""
+        return _Inputs(self)
+
+    def subset(self, indices: Indices) -> SampleSource:
+        """Some of the samples, int64 (k,), in this order; of samples with several shapes, shape by shape."""
+        return SampleSource(self.name, self._images, self._network, self._chosen[indices])
+
+    def loaded(self) -> SampleSource:
+        """The same samples, read into memory."""
+        samples = self.read()
+        return HeldSource(self.name, samples.inputs, samples.labels)
+
     def batches(self, size: int) -> Iterator[tuple[Any, Any]]:
         """Inputs and labels, `size` at a time."""
         for part in slices(self, size):  # type: ignore[arg-type]
@@ -118,6 +132,25 @@ class SampleSource:
         return Samples(inputs, self.labels)
 
 
+class _Inputs:
+    """The inputs of a source as a sequence that can be sliced."""
+
+    def __init__(self, source: SampleSource) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @property
+    def borders(self) -> Sequence[int]:
+        """Where samples of another shape begin."""
+        return self._source.borders
+
+    def __getitem__(self, part: slice) -> Any:
+        start, stop, _ = part.indices(len(self))
+        return self._source.batch(start, stop)
+
+
 class HeldSource(SampleSource):
     """Samples in memory, such as those of a user's factory; inputs are taken as they are.
 
@@ -130,7 +163,7 @@ class HeldSource(SampleSource):
     """
 
     def __init__(self, name: str, inputs: Any, labels: Any) -> None:
-        self.name, self.inputs, self.labels = name, inputs, labels
+        self.name, self._inputs, self.labels = name, inputs, labels
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -142,11 +175,25 @@ class HeldSource(SampleSource):
 
     def batch(self, start: int, stop: int) -> Any:
         """The inputs of some samples."""
-        return self.inputs[start:stop]
+        return self._inputs[start:stop]
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs themselves."""
+        return self._inputs
+
+    def subset(self, indices: Indices) -> SampleSource:
+        """Some of the samples, see `SampleSource.subset`."""
+        chosen = torch.from_numpy(indices)
+        return HeldSource(self.name, self._inputs[chosen], None if self.labels is None else self.labels[chosen])
+
+    def loaded(self) -> SampleSource:
+        """Itself."""
+        return self
 
     def read(self) -> Samples:
-        """Itself."""
-        return Samples(self.inputs, self.labels)
+        """All of them."""
+        return Samples(self._inputs, self.labels)
 
 
 def read_samples(
@@ -199,6 +246,12 @@ def open_samples(
     source = SampleSource(name, images, network, chosen)
     source.batch(0, 1)  # finds wrong shapes before any work is done
     return source
+
+
+def own_source(data: Any, model: nn.Module, name: str, limit: int | None = None) -> SampleSource:
+    """Samples of a Python caller in any of the forms of `own_data`, in memory; errors as of `own_samples`."""
+    samples = own_samples(data, model, name, limit, None)
+    return HeldSource(name, samples.inputs, samples.targets)
 
 
 def _find(path: Path | str, network: Network, split: Split) -> Images:

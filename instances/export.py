@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,6 +184,9 @@ class Export:
     recipe : Recipe
     should_stop : callable, optional
         Called between chunks of the gradients; True ends with those collected so far, at least one.
+    judge : Judge, optional
+        One that has scored such samples in an earlier export of the network: it is not scored again, and what is
+        pruned is not logged again. `loss` and `metric` are those of the judge.
 
     Attributes
     ----------
@@ -217,11 +221,13 @@ class Export:
         metadata: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        judge: Judge | None = None,
     ) -> None:
         one_of("device", device, ("auto", "cpu", "cuda"))
         self.device = torch_device(device)
         if labels is None and recipe.needs_labels:
             others = "`--fisher sampled` or `exact`" if recipe.source == "kfac" else "`--source reconstruction`"
+            others += " without `--first-order`" if recipe.first_order and recipe.source == "kfac" else ""
             raise InstanceError(
                 "the data have no labels, which the gradients of the loss need: give (inputs, labels), or take "
                 f"{others}, which needs none"
@@ -243,9 +249,10 @@ class Export:
                 "so that single samples have no gradient: use batch means, such as `--batch 50` (from Python "
                 "`batch=50`)"
             )
-        plan = make_plan(model, names, exclude, source=recipe.source, run=self._run_one)
+        self._known = judge is not None
+        plan = make_plan(model, names, exclude, source=recipe.source, run=self._run_one, log=not self._known)
         self.model, self.recipe = plan.model, recipe
-        self.judge = Judge(loss, metric, output_key)
+        self.judge = Judge(loss, metric, output_key) if judge is None else judge
         self._loss_declared = loss is not None
         if labels is None and self.judge.loss is None:
             self.judge.loss = declared("cross-entropy", output_key)  # the network's own classes need no labels
@@ -259,7 +266,8 @@ class Export:
         if recipe.keep_at_least is not None:
             sizes = [place.layout.size for place in plan.places]
             self.budget, self.fixed = keeping(self.budget, self.weights, sizes, recipe.keep_at_least, self.fixed)
-        self._tell_zeros()
+        if not self._known:
+            self._tell_zeros()
         self._extra = dict(metadata or {})
         self._progress: Progress = progress or (lambda what, done, total: None)
         self._should_stop = should_stop
@@ -340,8 +348,13 @@ class Export:
     # Gradients ----------------------------------------------------------------------------------------------
 
     def _pieces(self) -> Iterator[NDArray[Any]]:
-        """Rows of G in order, in the model's precision, with the sums that the rest needs."""
+        """Rows of G in order, in the model's precision, with the sums that the rest needs.
+
+        The covariance of mean gradients of B samples is 1/B of that of single ones: rows of mini-batches are
+        multiplied by √B, so that H, `linear` and damping have the scale of single samples whatever B is.
+        """
         done, nothing = 0, True
+        root = math.sqrt(self.recipe.batch)
         assert self.labels is not None
         for rows in gradient_rows(
             self.model,
@@ -354,7 +367,9 @@ class Export:
         ):
             piece = to_rows(self.places, rows.numpy())
             if self.recipe.first_order:
-                self._sum += piece.sum(axis=0, dtype=np.float64)
+                self._sum += piece.sum(axis=0, dtype=np.float64)  # of the gradients themselves
+            if root > 1:
+                piece = piece * piece.dtype.type(root)
             if self.recipe.relative_damping is not None:
                 self._squares += float(np.square(piece, dtype=np.float64).sum())
             done += len(piece)
@@ -427,7 +442,23 @@ class Export:
         )
         self.recipe.check_fits(self.shapes, self.samples, folder, rows.sizes)
         self.stored = len(rows.stored)
+        if self.recipe.first_order:
+            self._add_mean_gradient()
         return rows
+
+    def _add_mean_gradient(self) -> None:
+        """The mean gradient of the samples, for H that is not made of gradients."""
+        assert self.labels is not None
+        (mean,) = gradient_rows(
+            self.model,
+            self.inputs,
+            self.labels,
+            self.names,
+            loss=self._loss(),
+            batch=len(self.inputs),
+            chunk_bytes=self._chunk_bytes,
+        )
+        self._sum = self.rows * to_rows(self.places, mean.double().numpy())[0]
 
     def _fisher_damping(self) -> float:
         if self.recipe.relative_damping is None:
@@ -441,7 +472,7 @@ class Export:
 
     def _judge(self) -> None:
         """Score the dense network, which finds data that do not fit before the long work."""
-        if self.labels is None:
+        if self.labels is None or self._known:
             return
         needed = self.recipe.source != "reconstruction"
         try:
@@ -473,8 +504,9 @@ class Export:
         loss = "" if self.judge.loss is None else self.judge.loss.name
         fisher = recipe.fisher or "empirical"
         of = "single samples" if recipe.batch == 1 else f"mini-batches of {recipe.batch}"
+        scaled = "" if recipe.batch == 1 else ", in the scale of single samples"
         hessian = {
-            "fisher": f"empirical Fisher of the gradients of {of}, {loss}",
+            "fisher": f"empirical Fisher of the gradients of {of}{scaled}, {loss}",
             "reconstruction": "XXᵀ/m of each layer's inputs: half the squared error of its output",
             "kfac": f"E[g²] XXᵀ/m of each row's inputs and output gradients, {fisher} Fisher, {loss}",
         }[recipe.source]

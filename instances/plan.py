@@ -66,6 +66,7 @@ def make_plan(
     *,
     source: str,
     run: Callable[[nn.Module], object],
+    log: bool = True,
 ) -> Plan:
     """Choose the tensors to prune, and lay them out.
 
@@ -78,6 +79,8 @@ def make_plan(
         For the latter two, tensors whose reconstruction error cannot be computed are omitted.
     run : callable
         Runs a network on one sample.
+    log : bool
+        Whether what is pruned is logged.
 
     Raises
     ------
@@ -94,7 +97,8 @@ def make_plan(
     by_rows = source != "fisher"
     if by_rows or not set(chosen.tensors) <= set(default.tensors):
         chosen = _followed(plain.model, chosen, run, required=by_rows)
-    chosen.log()
+    if log:
+        chosen.log()
     parameters = dict(plain.model.named_parameters())
     for tensor in chosen.tensors:
         if not bool(torch.isfinite(parameters[tensor.name].detach().float()).all()):

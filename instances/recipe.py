@@ -51,7 +51,8 @@ class Recipe:
         See `curvature.block_sizes`. By default one full block for gradients, one per layer for dense blocks,
         one per row for the reconstruction error and kfac.
     batch : int
-        Samples whose mean gradient is a row of G.
+        Samples whose mean gradient, times √batch, is a row of G: H, `linear` and damping then have the scale of
+        single samples, whatever the batch is.
     damping : float, optional
         λ; 1e-5 when `relative_damping` is not given either, but for kfac.
     relative_damping : float, optional
@@ -66,7 +67,7 @@ class Recipe:
     nm : (int, int), optional
         (N, M): of M weights in a row N stay and the others are pruned, as groups; see `nm_budget`.
     first_order : bool
-        Also store the mean gradient, `linear`.
+        Also store the mean gradient, `linear`, of the same samples.
     memory : int, optional
         Bytes that the export may use; half of what is free by default.
     keep_mask : bool
@@ -150,7 +151,7 @@ class Recipe:
                 raise UsageError(f"{what} has no gradients: `curvature` hessian or inverse-hessian")
             if rule in ("layer", "full"):
                 raise UsageError(f"{what} has a block for each output row: `blocks` row or a size, got {rule}")
-            if self.first_order:
+            if self.first_order and self.source == "reconstruction":
                 raise UsageError(f"{what} has no first-order term: the trained weights are its minimum")
             if self.batch > 1:
                 raise UsageError(f"`batch` is for gradients, which {what} has not")
@@ -173,7 +174,8 @@ class Recipe:
     @property
     def needs_labels(self) -> bool:
         """Whether the labels of the data enter H."""
-        return self.source == "fisher" or (self.source == "kfac" and self.fisher in (None, "empirical"))
+        empirical = self.source == "kfac" and self.fisher in (None, "empirical")
+        return self.source == "fisher" or self.first_order or empirical
 
     def sizes(self, shapes: Sequence[Shape]) -> list[int]:
         """The block sizes for tensors of these shapes."""

@@ -9,11 +9,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cbs_opt.cli import common
-from cbs_opt.cli.arguments import add_loss_options, number_option, share_option, whole_option
+from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
+from cbs_opt.cli.network_options import (
+    add_budget_options,
+    add_log_options,
+    add_network_options,
+    blocks_option,
+    read_network,
+)
+from cbs_opt.cli.work_progress import WorkProgress
 from cbs_opt.errors import UsageError
 from cbs_opt.version import __version__
 from cbs_opt.view.text import count
@@ -24,8 +31,6 @@ if TYPE_CHECKING:
     from cbs_opt.instances.recipe import Recipe
 
 logger = logging.getLogger("cbs_opt")
-
-_LOG_INTERVAL = 10.0  # seconds between lines of progress where there is no terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,20 +45,8 @@ def export_parser() -> common.Parser:
         "Convert a trained network to an instance: its weights, the curvature of its loss on samples, a budget.",
     )
     add = parser.add_argument
-    add(
-        "network",
-        metavar="NETWORK|module:factory",
-        help="a network of the package, or a function that returns yours",
-    )
+    add_network_options(parser)
     add("-o", "--output", type=Path, required=True, metavar="INSTANCE.npz", help="the file to write")
-    add(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help=".safetensors, .npz, a file of torch.save, or a Hugging Face folder",
-    )
-    add("--checkpoint-key", metavar="KEY", help="which of its dictionaries of tensors, such as state_dict_ema")
-    add("--data", metavar="PATH", help="IDX, CIFAR-10 batches, .npz, an image folder, or `digits`")
     add("--split", choices=("train", "test"), default="train", help="default: train")
     add("--samples", type=whole_option(1), default=1000, metavar="M", help="drawn at random; default: 1000")
     add(
@@ -84,7 +77,7 @@ def export_parser() -> common.Parser:
     )
     add(
         "--blocks",
-        type=_blocks,
+        type=blocks_option,
         metavar="full|layer|row|SIZE",
         help="blocks of H; default: full for gradients, layer for dense blocks, row for reconstruction and kfac",
     )
@@ -107,32 +100,7 @@ def export_parser() -> common.Parser:
         help="of the stored curvature; default: float32 for gradients, float64 for blocks",
     )
     add("--first-order", action="store_true", help="also store the mean gradient")
-    add("--sparsity", type=share_option, metavar="F", help="prune this fraction; default: 0.9")
-    add(
-        "--sparsity-per-layer",
-        nargs="+",
-        metavar="PATTERN=F|FILE.toml",
-        help="sparsity of single layers, such as 'fc.*=0.9'; `--sparsity` applies to all others together",
-    )
-    add(
-        "--keep-at-least",
-        type=number_option(0),
-        metavar="N",
-        help="weights that every layer keeps at least, or below 1 a share of each layer",
-    )
-    add("--per-layer", action="store_true", help="prune the same fraction of every tensor")
-    add("--nm", type=_pattern, metavar="N:M", help="keep N of every M consecutive inputs, instead of a sparsity")
-    add("--nm-along", choices=("inputs", "outputs"), default="inputs", help="default: inputs, as for hardware")
-    add(
-        "--tensors",
-        nargs="+",
-        metavar="NAME",
-        help="what to prune: names, patterns with *, or re:EXPRESSION; default: weights of layers that multiply",
-    )
-    add("--exclude", nargs="+", metavar="NAME", help="what not to prune: names, patterns, or 're:.*lm_head'")
-    add("--keep-mask", action="store_true", help="weights that are already zero stay zero and count as pruned")
-    add("--mean", type=number_option(), nargs="+", metavar="X", help="of the images, one or one per channel")
-    add("--std", type=number_option(), nargs="+", metavar="X", help="of the images, one or one per channel")
+    add_budget_options(parser)
     add("--memory", type=number_option(0), metavar="GB", help="memory to use; default: half of the free memory")
     add(
         "--seed",
@@ -141,9 +109,7 @@ def export_parser() -> common.Parser:
         metavar="N",
         help="of the draw of samples, and of labels; default: 0",
     )
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("-q", "--quiet", action="store_true", help="log warnings only")
-    add("-v", "--verbose", action="store_true", help="log more")
+    add_log_options(parser)
     return parser
 
 
@@ -161,16 +127,16 @@ def _main(arguments: list[str]) -> int:
 
     device = torch_device(options.device)
     recipe = _recipe(options)
-    network = _network(options)
+    network = read_network(options)
     names = options.tensors or (None if is_factory(options.network) else network.prunable)
     limit = options.samples - options.samples % options.batch
     if limit == 0:
         raise UsageError(f"`--samples` {options.samples} is less than one `--batch` of {options.batch}")
     source = open_samples(options.data, network, options.split, limit, options.seed)
-    with Interrupts() as interrupts, Progress(quiet=options.quiet) as progress:
+    with Interrupts() as interrupts, WorkProgress(quiet=options.quiet) as progress:
         job = Export(
             network.model,
-            _Batches(source),
+            source.inputs,
             source.labels,
             names,
             recipe,
@@ -248,26 +214,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     )
 
 
-def _network(options: argparse.Namespace) -> Network:
-    """The network with its checkpoint, in evaluation mode."""
-    from cbs_opt.instances.checkpoints import load_checkpoint
-    from cbs_opt.instances.networks import is_factory, load_network
-
-    if not is_factory(options.network):
-        for name in ("checkpoint", "data"):
-            if getattr(options, name) is None:
-                raise UsageError(f"`--{name}` is needed for '{options.network}'")
-    network = load_network(options.network, options.mean, options.std)
-    if options.checkpoint is not None:
-        load_checkpoint(network.model, options.checkpoint, options.checkpoint_key)
-    else:
-        logger.warning(
-            f"no `--checkpoint`: the weights are those that {network.name} comes with; cbs-apply will need a file "
-            "of them"
-        )
-    return network
-
-
 def _origin(options: argparse.Namespace, network: Network) -> dict[str, Any]:
     """The part of the metadata that describes the origin of weights and samples, without folders."""
     origin: dict[str, Any] = {
@@ -295,25 +241,6 @@ def _origin(options: argparse.Namespace, network: Network) -> dict[str, Any]:
     return origin
 
 
-class _Batches:
-    """The inputs of a source as a sequence that can be sliced."""
-
-    def __init__(self, source: Any) -> None:
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    @property
-    def borders(self) -> Any:
-        """Where samples of another shape begin."""
-        return self._source.borders
-
-    def __getitem__(self, part: slice) -> Any:
-        start, stop, _ = part.indices(len(self))
-        return self._source.batch(start, stop)
-
-
 class Interrupts(common.Interrupts):
     """A first signal while gradients are collected keeps those collected; any other signal ends the command.
 
@@ -334,61 +261,6 @@ class Interrupts(common.Interrupts):
             raise KeyboardInterrupt
         self.asked = True
         os.write(2, b"interrupted: continuing with the gradients so far; once more to quit and write nothing\n")
-
-
-class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere; for `Export`."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._bar: Any = None
-        self._task: Any = None
-        self._what = ""
-        self._logged = time.perf_counter()
-        if not quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(console=Console(stderr=True), transient=True)
-
-    def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` are done."""
-        if self._bar is not None:
-            if what != self._what:
-                self._what, self._task = what, self._bar.add_task(what, total=total)
-            self._bar.update(self._task, completed=done)
-        elif (now := time.perf_counter()) - self._logged >= _LOG_INTERVAL:
-            self._logged = now
-            logger.info(f"{what}: {done} of {total}")
-
-
-def _blocks(text: str) -> str | int:
-    if text in ("full", "layer", "row"):
-        return text
-    try:
-        size = int(text)
-    except ValueError:
-        size = 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"must be full, layer, row or a size of at least 1, got '{text[:40]}'")
-    return size
-
-
-def _pattern(text: str) -> tuple[int, int]:
-    keep, _, of = text.partition(":")
-    if not (keep.isdecimal() and of.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be N:M, such as 2:4, got '{text[:40]}'")
-    return int(keep), int(of)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import tomllib
 
 import pytest
 
-ROOMS = ("cbs_opt", "solvers", "instances", "bench")
+ROOMS = ("cbs_opt", "solvers", "instances", "pruning", "bench")
 FORBIDDEN = {
-    "cbs_opt": {"solvers", "instances", "bench"},
-    "solvers": {"instances", "bench"},
-    "instances": {"solvers", "bench"},
+    "cbs_opt": {"solvers", "instances", "pruning", "bench"},
+    "solvers": {"instances", "pruning", "bench"},
+    "instances": {"solvers", "pruning", "bench"},
+    "pruning": {"solvers", "bench"},
     "bench": set(),
 }
 REACH_ACROSS = ("cbs_opt/cli/", "cbs_opt/networks.py", "cbs_opt/registry.py")

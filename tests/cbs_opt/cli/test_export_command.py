@@ -191,7 +191,7 @@ def interrupted_at(monkeypatch):
                 for _ in range(times):
                     os.kill(os.getpid(), signal.SIGINT)
 
-        monkeypatch.setattr(export_cli.Progress, "__call__", call)
+        monkeypatch.setattr(export_cli.WorkProgress, "__call__", call)
 
     return arrange
 

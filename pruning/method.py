@@ -1,0 +1,278 @@
+"""How a network is pruned: the options of `prune`, checked, with their defaults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from cbs_opt.errors import UsageError
+from cbs_opt.instances.recipe import Along, Fisher, Form, Recipe, Source, one_of
+from cbs_opt.pruning.schedule import SCHEDULES
+
+Schedule = Literal["cubic", "exponential", "linear"]
+Masks = Literal["grow", "return"]
+Recalibrate = Literal["auto", "yes", "no"]
+Split = Literal["global", "layer", "normalised", "auto"]
+Targets = Literal["loss", "dense", "none"]
+
+BATCH = 16
+BATCHES = 500
+SAMPLES = 2000
+ROW_DAMPINGS = (0.001, 0.01)
+FISHER_DAMPINGS = (0.1, 1.0, 10.0)
+TIME_LIMIT = 30.0
+STAGE_TIME_LIMIT = 10.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a network is pruned; what is not given gets a default that depends on the rest.
+
+    Parameters
+    ----------
+    sparsity : float, optional
+        Fraction of the weights to prune in the end; 0.9 by default, without `nm` and `layers`.
+    stages : int
+        1: one shot. More: each stage makes a new quadratic model of the network that the last one left.
+    schedule : {"cubic", "exponential", "linear"}
+        See `schedule.share`.
+    final_stages : int
+        How many of the stages have the final sparsity; at least the last one does.
+    source : {"kfac", "fisher", "reconstruction"}
+        Of H, see `cbs_opt.instances.recipe.Recipe`.
+    fisher : {"exact", "sampled", "empirical"}, optional
+        Labels of kfac; by default exact for classifiers with one class a sample, else sampled.
+    samples : int, optional
+        Training samples of each stage; drawn anew for each. 2000 by default; for the Fisher matrix 1000 single
+        samples or 500 mini-batches.
+    batch : int, optional
+        Samples whose mean gradient is a row of the Fisher matrix. H, first-order term and damping have the scale
+        of single samples whatever it is. 1 in one shot, 16 in stages by default.
+    targets : {"loss", "dense", "none"}, optional
+        Where the first-order term comes from: the gradient of the loss on the samples of H; for reconstruction and
+        kfac also the outputs that each layer has in the dense network ("dense"), so that errors of earlier stages
+        are made up for. By default "none" in one shot and "loss" in stages, "dense" for reconstruction.
+    sequential : bool
+        For reconstruction and kfac: layers are solved one after the other, each with the inputs that the layers
+        pruned before give it, and the outputs of the dense network as targets.
+    damping, relative_damping : float or sequence of float, optional
+        Of H, see `Recipe`; of several the best one on the held-out samples is taken in every stage. By default
+        relative: 0.001 and 0.01 of the mean diagonal of XXᵀ/m for reconstruction and kfac.
+    update_scale : float or sequence of float
+        The update of the kept weights is multiplied by this; 0 for none. Of several the best is taken likewise.
+    curvature, blocks : optional
+        Form and blocks of H, see `Recipe`.
+    solver, objective : str, optional
+        Of `cbs_opt.solve`; `joint` for the joint objective by default, but for stages with the Fisher matrix
+        `magnitude`, with an update.
+    time_limit, max_iterations : optional
+        Of each solve: 30 seconds in one shot and 10 in a stage, unless one of them is given.
+    masks : {"grow", "return"}
+        Whether weights that an earlier stage pruned stay pruned.
+    recalibrate_bn : {"auto", "yes", "no"}
+        Whether the statistics of batch norms are re-estimated on the training samples of the stage; "auto" decides
+        by the loss on the held-out samples.
+    split : {"global", "layer", "normalised", "auto"}
+        One budget over all weights; the same fraction of each layer; one budget, with the errors of each layer
+        divided by the size of its output; or the best of the three on the held-out samples.
+    held_out : int, optional
+        Training samples on which the choices are made, never used otherwise; a tenth, at most 5000, by default.
+    per_layer, layers, nm, nm_along, keep_at_least, keep_mask : optional
+        Budgets, see `Recipe`.
+    seed : int
+    threads : int, optional
+        Of the solver.
+    memory : int, optional
+        Bytes that the export may use.
+
+    Raises
+    ------
+    UsageError
+        For options that make no sense, alone or together.
+    """
+
+    sparsity: float | None = None
+    stages: int = 1
+    schedule: Schedule = "cubic"
+    final_stages: int = 1
+    source: Source = "kfac"
+    fisher: Fisher | None = None
+    samples: int | None = None
+    batch: int | None = None
+    targets: Targets | None = None
+    sequential: bool = False
+    damping: float | Sequence[float] | None = None
+    relative_damping: float | Sequence[float] | None = None
+    update_scale: float | Sequence[float] = 1.0
+    curvature: Form | None = None
+    blocks: str | int | None = None
+    solver: str | None = None
+    objective: str | None = None
+    time_limit: float | None = None
+    max_iterations: int | None = None
+    masks: Masks = "grow"
+    recalibrate_bn: Recalibrate = "auto"
+    split: Split = "global"
+    held_out: int | None = None
+    per_layer: bool = False
+    layers: Mapping[str, float] | None = None
+    nm: tuple[int, int] | None = None
+    nm_along: Along = "inputs"
+    keep_at_least: float | None = None
+    keep_mask: bool = False
+    seed: int = 0
+    threads: int | None = None
+    memory: int | None = None
+    dampings: tuple[float, ...] = field(init=False)
+    scales: tuple[float, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("masks", self.masks, ("grow", "return"))
+        one_of("recalibrate_bn", self.recalibrate_bn, ("auto", "yes", "no"))
+        one_of("split", self.split, ("global", "layer", "normalised", "auto"))
+        for name, least in (("stages", 1), ("final_stages", 1), ("samples", 1), ("batch", 1), ("held_out", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise UsageError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
+        if self.final_stages > self.stages:
+            raise UsageError(
+                f"`final_stages` are some of the stages, at most {self.stages}, got {self.final_stages}"
+            )
+        if self.split != "global" and (self.nm or self.layers or self.per_layer):
+            raise UsageError("`split` divides one budget over the layers: it goes without `nm`, `layers` and "
+                             "`per_layer`")  # fmt: skip
+        self._set_source()
+        self._set_solver()
+        self._set_grids()
+        self.recipe()
+
+    def _set_source(self) -> None:
+        by_rows = self.source != "fisher"
+        staged = self.stages > 1
+        if self.sequential and not by_rows:
+            raise UsageError("`sequential` goes layer by layer: `source` reconstruction or kfac, got fisher")
+        targets = self.targets
+        if targets is None:
+            own = "dense" if self.source == "reconstruction" else "loss"
+            targets = "dense" if self.sequential else own if staged else "none"
+        one_of("targets", targets, ("loss", "dense", "none"))
+        if targets == "dense" and not by_rows:
+            raise UsageError("`targets` dense are the outputs of layers: `source` reconstruction or kfac")
+        if targets == "loss" and self.source == "reconstruction":
+            raise UsageError(
+                "`targets` loss has the scale of the loss, which reconstruction has not: `source` kfac or fisher"
+            )
+        batch = self.batch
+        if batch is None:
+            batch = BATCH if staged and not by_rows else 1
+        samples = self.samples
+        if samples is None:
+            samples = SAMPLES if by_rows else BATCHES * batch if batch > 1 else SAMPLES // 2
+        if samples < batch:
+            raise UsageError(f"`samples` {samples} is less than one `batch` of {batch}")
+        form = self.curvature
+        if form is None:
+            form = "hessian" if by_rows else "gradients"
+        self._set(targets=targets, batch=batch, samples=samples - samples % batch, curvature=form)
+
+    def _set_solver(self) -> None:
+        solver, objective = self.solver, self.objective
+        if objective is not None:
+            one_of("objective", objective, ("selection", "joint"))
+        if solver is None and objective is None:
+            cheap = self.source == "fisher" and self.stages > 1
+            solver, objective = ("magnitude", "selection") if cheap else ("joint", "joint")
+        elif solver is None:
+            solver = "joint" if objective == "joint" else "search"
+        limit = self.time_limit
+        if limit is None and self.max_iterations is None:
+            limit = TIME_LIMIT if self.stages == 1 else STAGE_TIME_LIMIT
+        self._set(solver=solver, objective=objective, time_limit=limit)
+
+    def _set_grids(self) -> None:
+        if self.damping is not None and self.relative_damping is not None:
+            raise UsageError("`damping` and `relative_damping` exclude each other")
+        dampings = _grid("damping", self.damping) or _grid("relative_damping", self.relative_damping)
+        if not dampings:
+            dampings = FISHER_DAMPINGS if self.source == "fisher" else ROW_DAMPINGS
+            self._set(relative_damping=dampings)
+        scales = _grid("update_scale", self.update_scale)
+        if not scales:
+            raise UsageError("`update_scale` must have at least one number")
+        if len(dampings) > 1 and self.curvature == "inverse-hessian":
+            raise UsageError("several dampings need `curvature` hessian or gradients, got inverse-hessian")
+        self._set(dampings=dampings, scales=scales)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def relative(self) -> bool:
+        """Whether the dampings are multiples of the mean diagonal."""
+        return self.damping is None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is something that held-out samples choose."""
+        several = len(self.dampings) > 1 or len(self.scales) > 1
+        return several or self.recalibrate_bn == "auto" or self.split == "auto"
+
+    @property
+    def updates(self) -> bool:
+        """Whether the kept weights change."""
+        return self.scales != (0.0,)
+
+    def recipe(self, fisher: Fisher | None = None, stage: int = 1) -> Recipe:
+        """The export of a stage, with the final budget and the first damping.
+
+        Parameters
+        ----------
+        fisher : {"exact", "sampled", "empirical"}, optional
+            In place of its own.
+        stage : int
+            Sets the seed of labels that are drawn.
+        """
+        damping = self.dampings[0]
+        return Recipe(
+            source=self.source,
+            curvature=self.curvature,
+            blocks=self.blocks,
+            batch=self.batch or 1,
+            damping=None if self.relative else damping,
+            relative_damping=damping if self.relative else None,
+            sparsity=self.sparsity,
+            per_layer=self.per_layer,
+            nm=self.nm,
+            nm_along=self.nm_along,
+            layers=self.layers,
+            keep_at_least=self.keep_at_least,
+            keep_mask=self.keep_mask,
+            first_order=self.targets == "loss",
+            fisher=(fisher or self.fisher) if self.source == "kfac" else None,
+            seed=self.seed + stage - 1,
+            memory=self.memory,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as JSON types, defaults included."""
+        content = asdict(self)
+        for name in ("dampings", "scales", "memory", "threads"):
+            del content[name]
+        return {
+            name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+            for name, value in content.items()
+        }
+
+
+def _grid(name: str, value: float | Sequence[float] | None) -> tuple[float, ...]:
+    if value is None:
+        return ()
+    numbers = tuple(value) if isinstance(value, Sequence) else (value,)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+            raise UsageError(f"`{name}` must be finite numbers ≥ 0, got {number!r}")
+    return tuple(float(number) for number in numbers)

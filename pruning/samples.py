@@ -1,0 +1,97 @@
+"""Training samples: those of each stage, and those held out, by which alone something is chosen."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbs_opt.errors import UsageError
+from cbs_opt.instances.data import SampleSource
+from cbs_opt.typing import IntArray
+
+logger = logging.getLogger("cbs_opt")
+
+HELD_OUT = 5000
+"""Samples held out at most, if no number is given; a tenth of the data where they are fewer."""
+
+_READ_BYTES = 1 << 30  # samples of a stage that are read into memory at once
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Training samples without those held out, drawn without replacement until all have been used.
+
+    Attributes
+    ----------
+    source : SampleSource
+    indices : int64 (k,)
+        Which of its samples.
+    seed : int
+    """
+
+    source: SampleSource
+    indices: IntArray
+    seed: int
+
+    def __len__(self) -> int:
+        return self.indices.size
+
+    def drawn(self, stage: int, count: int) -> SampleSource:
+        """The samples of a stage, 1, 2, …: they depend on the stage and the seed only.
+
+        Stages take consecutive parts of a random order of the pool; a new order follows where one ends. A stage
+        that wants more than there are gets all.
+        """
+        size = self.indices.size
+        count = min(count, size)
+        first, end = (stage - 1) * count, stage * count
+        orders = {
+            turn: np.random.default_rng([self.seed, 1, turn]).permutation(size)
+            for turn in range(first // size, (end - 1) // size + 1)
+        }
+        chosen = np.concatenate(
+            [
+                order[max(first - turn * size, 0) : min(end - turn * size, size)]
+                for turn, order in sorted(orders.items())
+            ]
+        )
+        return self.source.subset(self.indices[chosen])
+
+
+def divided(source: SampleSource, held_out: int | None, seed: int) -> tuple[Pool, SampleSource | None]:
+    """Hold some samples out, drawn at random, and keep the others for the stages.
+
+    Parameters
+    ----------
+    source : SampleSource
+    held_out : int, optional
+        How many: a tenth of all, at most `HELD_OUT`, by default; none where there are no labels.
+    seed : int
+
+    Raises
+    ------
+    UsageError
+        When none would be left.
+    """
+    count = len(source)
+    number = min(HELD_OUT, count // 10) if held_out is None else held_out
+    if source.labels is None:
+        number = 0
+    if number >= count:
+        raise UsageError(
+            f"{source.name}: {number} of {count} samples are to be held out, which leaves none to prune with: "
+            "lower `--held-out`"
+        )
+    order = np.random.default_rng([seed, 0]).permutation(count).astype(np.int64)
+    held, rest = np.sort(order[:number]), np.sort(order[number:])
+    return Pool(source, rest, seed), source.subset(held) if number else None
+
+
+def in_memory(source: SampleSource) -> SampleSource:
+    """The samples read, where they are not too large for it, else as they are."""
+    first = source.batch(0, 1)
+    if getattr(first, "nbytes", _READ_BYTES) * len(source) > _READ_BYTES or source.borders:
+        return source
+    return source.loaded()

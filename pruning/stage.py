@@ -1,0 +1,239 @@
+"""One stage: solve every variant of its quadratic model, apply, and choose by the loss on held-out samples."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cbs_opt.budget import Budget
+from cbs_opt.instance import Instance
+from cbs_opt.instances.data import SampleSource
+from cbs_opt.instances.scores import Score, evaluate
+from cbs_opt.losses import predicted_loss
+from cbs_opt.pruning.method import Method
+from cbs_opt.pruning.network import State, WorkingCopy
+from cbs_opt.pruning.problem import Problem, of_layers, scaled_update
+from cbs_opt.pruning.statistics import reestimate
+from cbs_opt.result import Result
+from cbs_opt.solve import solve
+from cbs_opt.stop import Stop
+from cbs_opt.typing import BoolArray, FloatArray
+
+logger = logging.getLogger("cbs_opt")
+
+
+class Stopped(Exception):  # noqa: N818  # no error: someone asked for it
+    """A stop was asked for while something was computed that is of no use unfinished."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Loss and metric of a network on held-out training samples.
+
+    Attributes
+    ----------
+    source : SampleSource or None
+        None where nothing is held out: then there is no score.
+    loss, metric, output_key : object
+        See `scores.evaluate`.
+    device : torch.device
+    should_stop : callable
+        True ends the score with `Stopped`.
+    """
+
+    source: SampleSource | None
+    loss: object
+    metric: object
+    output_key: str | None
+    device: torch.device
+    should_stop: Callable[[], bool] = lambda: False
+
+    def __call__(self, copy: WorkingCopy) -> Score | None:
+        """Score the network as it is."""
+        if self.source is None:
+            return None
+        return evaluate(
+            copy.model,
+            self.source,
+            loss=self.loss,  # type: ignore[arg-type]
+            metric=self.metric,  # type: ignore[arg-type]
+            output_key=self.output_key,
+            device=self.device,
+            progress=self._check,
+        )
+
+    def _check(self, samples: int) -> None:
+        if self.should_stop():
+            raise Stopped
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A pruned network, and what it came from.
+
+    Attributes
+    ----------
+    state : dict of str to Tensor
+        The tensors of the network that changed.
+    pruned : bool (n,)
+    score : Score or None
+        On the held-out samples.
+    predicted : float
+        Change of the quadratic model by the change of the weights.
+    damping, update_scale, split, recalibrated : float, float, str and bool
+        What was chosen.
+    result : Result
+        Of the solver.
+    """
+
+    state: State
+    pruned: BoolArray
+    score: Score | None
+    predicted: float
+    damping: float
+    update_scale: float
+    split: str
+    recalibrated: bool
+    result: Result
+
+    @property
+    def loss(self) -> float:
+        """On the held-out samples; infinite where it is not finite, 0 where nothing is held out."""
+        if self.score is None:
+            return 0.0
+        return self.score.loss if math.isfinite(self.score.loss) else math.inf
+
+
+def budgeted(problem: Problem, budget: Budget, fixed: NDArray[np.int8] | None) -> Instance:
+    """The instance of a variant with the budget of the stage."""
+    if problem.split == "layer":
+        budget = of_layers(problem.instance, budget.total, fixed)
+    return replace(problem.instance, budget=budget, fixed=fixed)
+
+
+def solved(
+    instance: Instance, method: Method, seed: int, should_stop: Callable[[], bool], device: str = "auto"
+) -> Result:
+    """Solve one variant, with the update where there is one."""
+    stop = Stop(time_limit=method.time_limit, max_iterations=method.max_iterations, should_stop=should_stop)
+    return solve(
+        instance,
+        method.solver,
+        objective=method.objective,
+        stop=stop,
+        seed=seed,
+        update=method.updates,
+        device="auto" if device == "auto" else device,
+        threads=method.threads,
+    )
+
+
+def best(
+    copy: WorkingCopy,
+    variants: Iterable[Problem],
+    budget: Budget,
+    fixed: NDArray[np.int8] | None,
+    method: Method,
+    scorer: Scorer,
+    samples: SampleSource,
+    *,
+    seed: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Choice | None:
+    """Solve the variants and return the network with the least loss on the held-out samples.
+
+    Parameters
+    ----------
+    copy : WorkingCopy
+        With the weights of the instances; it is the same afterwards.
+    variants : iterable of Problem
+    budget : Budget
+        Of the stage.
+    fixed : int8 (n,) or None
+    method : Method
+    scorer : Scorer
+    samples : SampleSource
+        Of the stage: batch norms are re-estimated on them.
+    seed : int
+    should_stop : callable, optional
+        True ends the search; what was found before counts.
+
+    Returns
+    -------
+    Choice or None
+        None when it was stopped before anything was found.
+    """
+    before = copy.state()
+    found: Choice | None = None
+    try:
+        for problem in variants:
+            if should_stop():
+                break
+            instance = budgeted(problem, budget, fixed)
+            result = solved(instance, method, seed, should_stop)
+            try:
+                for choice in _applied(copy, before, problem, instance, result, method, scorer, samples):
+                    if found is None or choice.loss < found.loss:
+                        found = choice
+            except Stopped:
+                if found is None:
+                    unscored = replace(scorer, source=None)
+                    (found,) = _applied(copy, before, problem, instance, result, method, unscored, samples)
+            if scorer.source is None:
+                break  # nothing could tell one variant from another: the first is taken
+    finally:
+        copy.restore(before)
+    return found
+
+
+def _applied(
+    copy: WorkingCopy,
+    before: State,
+    problem: Problem,
+    instance: Instance,
+    result: Result,
+    method: Method,
+    scorer: Scorer,
+    samples: SampleSource,
+) -> Iterable[Choice]:
+    """The network with every scale of the update, with and without re-estimated statistics."""
+    scales = method.scales if result.weights is not None else (0.0,)
+    if scorer.source is None:
+        scales = scales[:1]
+    for scale in scales:
+        weights = instance.weights if result.weights is None else result.weights
+        new = scaled_update(instance, result.pruned, weights, scale)
+        for recalibrated in _statistics(copy, method, scorer):
+            copy.restore(before)
+            copy.take(new)
+            if recalibrated:
+                reestimate(copy.model, samples)
+            yield Choice(
+                copy.state(),
+                result.pruned,
+                scorer(copy),
+                _predicted(problem, instance, new),
+                problem.damping,
+                scale,
+                problem.split,
+                recalibrated,
+                result,
+            )
+
+
+def _statistics(copy: WorkingCopy, method: Method, scorer: Scorer) -> tuple[bool, ...]:
+    if not copy.statistics or method.recalibrate_bn == "no":
+        return (False,)
+    if method.recalibrate_bn == "yes":
+        return (True,)
+    return (False,) if scorer.source is None else (False, True)
+
+
+def _predicted(problem: Problem, instance: Instance, new: FloatArray) -> float:
+    return predicted_loss(instance, new - instance.weights)

@@ -1,0 +1,55 @@
+"""Running statistics of batch norms, re-estimated on training samples of the pruned network."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from cbs_opt.instances.batches import checked_call, placed
+from cbs_opt.instances.data import SampleSource
+from cbs_opt.instances.modes import evaluation_mode, single_precision
+from cbs_opt.pruning.network import norms_of
+
+BATCH = 500
+"""Samples that go through the network at a time: means and variances of larger batches are averaged."""
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, source: SampleSource) -> None:
+    """Replace running means and variances of all batch norms by those of the samples.
+
+    Only batch norms are in training mode; all other layers, such as dropout, stay in evaluation mode.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Changed in place.
+    source : SampleSource
+        Training samples; two or more. Labels are not used.
+
+    Notes
+    -----
+    Statistics of batches of `BATCH` samples are averaged, weighted by their numbers of samples.
+    """
+    norms = [norm for _, norm in norms_of(model)]
+    momenta = [norm.momentum for norm in norms]
+    done = 0
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(single_precision(model))
+        for norm in norms:
+            norm.train()
+        try:
+            # Equal batches: a small last one would have a noisy variance.
+            pieces = -(-len(source) // BATCH)
+            for inputs, _ in source.batches(-(-len(source) // pieces)):
+                x = placed(inputs, model)
+                done += len(inputs)
+                for norm in norms:
+                    norm.momentum = len(inputs) / done  # 1 for the first batch: the old ones are gone
+                checked_call(model, x, source.name)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum

@@ -1,0 +1,211 @@
+"""`cbs_opt.prune`: one shot and stages, choices on held-out samples, restarts, stops."""
+
+import copy
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+import cbs_opt  # noqa: E402
+from cbs_opt import InstanceError, UsageError  # noqa: E402
+from cbs_opt.pruning.method import Method  # noqa: E402
+
+
+def blobs(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(4, (count,), generator=generator)
+    centres = 2 * torch.randn(4, 12, generator=torch.Generator().manual_seed(7))
+    return centres[y] + 3 * torch.randn(count, 12, generator=generator), y
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 4))
+    x, y = blobs(600)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval()
+
+
+FAST = {"solver": "magnitude", "threads": 1}
+
+
+def loss_of(model, data):
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(model(data[0]), data[1]))
+
+
+def zeros_of(model):
+    return {name: p.detach() == 0 for name, p in model.named_parameters() if p.dim() > 1}
+
+
+METHODS = {
+    "one shot, kfac": {},
+    "one shot, joint": {"solver": "joint", "time_limit": 0.5, "relative_damping": 0.01},
+    "one shot, fisher": {"source": "fisher", "damping": (0.01, 1.0), "update_scale": (0.5, 1.0)},
+    "one shot, reconstruction": {"source": "reconstruction", "split": "auto"},
+    "stages, kfac": {"stages": 3},
+    "stages, fisher": {"source": "fisher", "stages": 3, "samples": 160, "batch": 4, "damping": 0.1},
+    "stages, masks return": {"source": "fisher", "stages": 3, "samples": 160, "masks": "return", "damping": 0.1},
+    "no update": {"update_scale": 0.0, "objective": "selection", "solver": "magnitude"},
+    "2:4": {"nm": "2:4", "stages": 2},
+    "per layer": {"per_layer": True, "sparsity": 0.5, "stages": 2, "schedule": "linear"},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(name, trained):
+    options = {"sparsity": None if "nm" in METHODS[name] else 0.6, **METHODS[name]}
+    before = {key: tensor.clone() for key, tensor in trained.state_dict().items()}
+    told = []
+    pruned = cbs_opt.prune(trained, blobs(600), on_stage=told.append, **(FAST | options))
+    assert all(torch.equal(before[key], tensor) for key, tensor in trained.state_dict().items())
+    assert tuple(told) == pruned.stages and len(told) == options.get("stages", 1)
+    masks, zeros = pruned.masks, zeros_of(pruned.model)
+    for key in zeros:
+        assert bool((zeros[key] | masks[key]).all()), "a pruned weight is not zero"
+    total = sum(int((~mask).sum()) for mask in masks.values())
+    assert total == pruned.stages[-1].pruned_count
+    wanted = 0.5 if "nm" in options else options["sparsity"]
+    assert total == np.ceil(wanted * 384)
+    if name == "per layer":
+        assert [layer.count for layer in pruned.layers] == [144, 48]
+    if name == "2:4":
+        assert all((mask.reshape(-1, 4).sum(1) == 2).all() for mask in masks.values())
+    if options.get("update_scale") == 0.0:
+        for key, tensor in pruned.model.state_dict().items():
+            if key in masks:
+                assert torch.equal(tensor, before[key] * masks[key])
+    assert pruned.after.loss == pytest.approx(pruned.stages[-1].loss)
+    assert np.isfinite(pruned.after.loss)
+    assert str(pruned.held_out) in pruned.summary()
+
+
+def test_a_model_of_the_loss_predicts_it(trained):
+    """At little sparsity predicted and measured loss agree, and the choice is the least of what was tried."""
+    pruned = cbs_opt.prune(trained, blobs(2000), 0.1, relative_damping=0.001, recalibrate_bn="no", **FAST)
+    (stage,) = pruned.stages
+    assert stage.predicted_loss == pytest.approx(stage.loss, abs=0.02)
+    several = cbs_opt.prune(trained, blobs(600), 0.8, update_scale=(0.0, 0.5, 1.0), **FAST)
+    single = [cbs_opt.prune(trained, blobs(600), 0.8, update_scale=s, **FAST).after.loss for s in (0.0, 0.5, 1.0)]
+    assert several.after.loss == pytest.approx(min(single), rel=1e-6)
+
+
+def test_the_first_order_term_is_followed(trained):
+    """From a network that is no minimum a stage without pruning is a step towards it."""
+
+    moved = copy.deepcopy(trained)
+    with torch.no_grad():
+        moved[0].weight += 0.2 * torch.randn(24, 12, generator=torch.Generator().manual_seed(1))
+    data = blobs(1000)
+    start = loss_of(moved, data)
+    for source, options in {"fisher": {"batch": 4, "damping": 0.1}, "kfac": {"relative_damping": 10.0}}.items():
+        kept = {"sparsity": 0.0, "source": source, "update_scale": 0.2, "recalibrate_bn": "no"} | options
+        pruned = cbs_opt.prune(moved, data, targets="loss", **kept, **FAST)
+        assert loss_of(pruned.model, data) < start
+        without = cbs_opt.prune(moved, data, targets="none", **kept, **FAST)
+        assert loss_of(without.model, data) == pytest.approx(start, abs=1e-5)
+
+
+def test_statistics_are_those_of_the_stage(trained):
+    pruned = cbs_opt.prune(trained, blobs(600), 0.5, recalibrate_bn="yes", samples=500, held_out=100, **FAST)
+    norm = pruned.model[1]
+    x, _ = blobs(600)
+    held = np.sort(np.random.default_rng([0, 0]).permutation(600)[:100])
+    used = torch.from_numpy(np.setdiff1d(np.arange(600), held))
+    with torch.no_grad():
+        hidden = pruned.model[0](x[used])
+    torch.testing.assert_close(norm.running_mean, hidden.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(norm.running_var, hidden.var(0), atol=1e-3, rtol=1e-3)
+    assert norm.momentum == trained[1].momentum and not norm.training
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_run_that_ended_early_continues_to_the_same_network(trained, tmp_path, stop_after):
+    options = {"source": "fisher", "stages": 4, "samples": 160, "batch": 4, "damping": (0.1, 1.0)} | FAST
+    whole = cbs_opt.prune(trained, blobs(600), 0.8, **options)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(stage):
+        if stage.stage == stop_after:
+            raise Killed
+
+    state = tmp_path / "state"
+    with pytest.raises(Killed):
+        cbs_opt.prune(trained, blobs(600), 0.8, state=state, on_stage=kill, **options)
+    again = cbs_opt.prune(trained, blobs(600), 0.8, state=state, **options)
+    for key, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[key]), key
+    assert [(s.loss, s.damping) for s in again.stages] == [(s.loss, s.damping) for s in whole.stages]
+    with pytest.raises(InstanceError, match="state of another run"):
+        cbs_opt.prune(trained, blobs(600), 0.7, state=state, **options)
+    state.write_bytes(state.read_bytes()[:-3])
+    with pytest.raises(InstanceError, match="no state of a run that can be read"):
+        cbs_opt.prune(trained, blobs(600), 0.8, state=state, **options)
+
+
+def test_a_stop_leaves_the_network_of_the_last_stage(trained):
+    options = {"source": "fisher", "stages": 4, "samples": 160, "batch": 4, "damping": 0.1} | FAST
+    states = []
+    pruned = cbs_opt.prune(
+        trained, blobs(600), 0.8, on_stage=states.append, should_stop=lambda: len(states) == 2, **options
+    )
+    assert pruned.interrupted and len(pruned.stages) == 2
+    assert pruned.sparsity == pruned.stages[-1].sparsity < 0.8
+    assert "interrupted after stage 2 of 4" in pruned.summary()
+
+
+def test_stages_take_fresh_samples():
+    from cbs_opt.instances.data import own_source
+    from cbs_opt.pruning.samples import divided
+
+    x = torch.arange(100.0)[:, None]
+    pool, held = divided(own_source((x, torch.zeros(100, dtype=torch.int64)), nn.Linear(1, 1), "data"), 10, 3)
+    drawn = [pool.drawn(stage, 30).batch(0, 30)[:, 0].tolist() for stage in range(1, 7)]
+    assert len(held) == 10
+    aside = set(held.batch(0, 10)[:, 0].tolist())
+    for first in (0, 3):
+        three = [number for part in drawn[first : first + 3] for number in part]
+        assert len(set(three)) == 90 and not set(three) & aside
+    assert drawn[:3] != drawn[3:]
+    assert pool.drawn(2, 30).batch(0, 30)[:, 0].tolist() == drawn[1]
+    assert len(pool.drawn(1, 500)) == 90
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"stages": 0}, "`stages` must be a whole number of at least 1, got 0"),
+        ({"final_stages": 2}, "at most 1, got 2"),
+        ({"schedule": "steep"}, "`schedule` must be one of"),
+        ({"source": "fisher", "sequential": True}, "`sequential` goes layer by layer"),
+        ({"source": "fisher", "targets": "dense"}, "outputs of layers"),
+        ({"source": "reconstruction", "targets": "loss"}, "which reconstruction has not"),
+        ({"source": "fisher", "batch": 8, "samples": 4}, "less than one `batch`"),
+        ({"damping": 1, "relative_damping": 1}, "exclude each other"),
+        ({"damping": (0.1, -1)}, "must be finite numbers ≥ 0, got -1"),
+        ({"update_scale": ()}, "at least one number"),
+        ({"split": "auto", "per_layer": True}, "goes without"),
+        ({"curvature": "inverse-hessian", "damping": (1, 2)}, "several dampings need"),
+    ],
+)
+def test_options_that_make_no_sense(options, words):
+    with pytest.raises(UsageError, match=words):
+        Method(**options)
+
+
+def test_data_without_labels(trained):
+    x, _ = blobs(300)
+    pruned = cbs_opt.prune(trained, x, 0.5, source="reconstruction", **FAST)
+    assert pruned.before is None and pruned.after is None and pruned.sparsity == 0.5
+    with pytest.raises(InstanceError, match="no labels"):
+        cbs_opt.prune(trained, x, 0.5, stages=2, **FAST)
