@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.typing import FloatArray
 
 SYMMETRY_TOLERANCE = 1e-5
 """Largest |A - Aᵀ| accepted, relative to the largest entry: the accuracy of float32 products."""
 
 _SMALLEST_PIVOT = 1e-7  # of a unit-diagonal matrix: its square is what rounding leaves of a zero pivot
+_PANEL = 768  # columns of a large factorisation between two checkpoints
 _CHOLESKY_LIMIT = 4096  # above this size definiteness is probed by Lanczos instead of proven by Cholesky
 
 
@@ -34,7 +39,7 @@ def solve_psd(A: FloatArray, rhs: FloatArray) -> tuple[FloatArray, bool]:
     -----
     O(b³/3) time, O(b²) memory; the pseudo-inverse costs about ten times more.
     """
-    from scipy.linalg import cho_factor, cho_solve, eigh
+    from scipy.linalg import cho_solve, eigh
 
     if A.shape[0] == 0:
         return np.zeros_like(rhs), True
@@ -43,14 +48,9 @@ def solve_psd(A: FloatArray, rhs: FloatArray) -> tuple[FloatArray, bool]:
     column_scale = scale if rhs.ndim == 1 else scale[:, None]
     unit = A * scale[:, None] * scale[None, :]
     b = column_scale * rhs
-    try:
-        factor = cho_factor(unit, lower=True, check_finite=False)
-    except np.linalg.LinAlgError:
-        pass
-    else:
-        pivots = np.abs(factor[0].diagonal())
-        if pivots.min() > _SMALLEST_PIVOT:
-            return column_scale * cho_solve(factor, b, check_finite=False), True
+    factor = cholesky_lower(unit)
+    if factor is not None and factor.diagonal().min() > _SMALLEST_PIVOT:
+        return column_scale * cho_solve((factor, True), b, check_finite=False), True
     values, vectors = eigh(unit, check_finite=False)
     keep = values > values[-1] * A.shape[0] * np.finfo(np.float64).eps * 10
     V = vectors[:, keep]
@@ -72,9 +72,12 @@ def inverse_pd(A: FloatArray) -> FloatArray | None:
     if not (diagonal > 0).all():
         return None
     scale = 1.0 / np.sqrt(diagonal)
-    factor, info = lapack.dpotrf(A * scale[:, None] * scale[None, :], lower=1)
-    if info != 0 or factor.diagonal().min() < _SMALLEST_PIVOT:
+    factor = cholesky_lower(A * scale[:, None] * scale[None, :])
+    if factor is None or factor.diagonal().min() < _SMALLEST_PIVOT:
         return None
+    if A.shape[0] > 2 * _PANEL:
+        full = inverse_of_cholesky(factor)
+        return np.asarray(full * scale[:, None] * scale[None, :], dtype=np.float64)
     inverse, info = lapack.dpotri(factor, lower=1, overwrite_c=1)
     if info != 0:
         return None
@@ -82,6 +85,61 @@ def inverse_pd(A: FloatArray) -> FloatArray | None:
     full = lower + lower.T
     full[np.diag_indices_from(full)] *= 0.5
     return np.asarray(full * scale[:, None] * scale[None, :], dtype=np.float64)
+
+
+def cholesky_lower(A: NDArray[Any]) -> NDArray[Any] | None:
+    """L with A = LLᵀ and zeros above its diagonal, in the dtype of A (float32 or float64), or None.
+
+    Large matrices are factored in panels with a `checkpoint` after each; O(b³/3) time, one copy of A.
+    """
+    from scipy.linalg import blas, lapack
+
+    single = A.dtype == np.float32
+    potrf = lapack.spotrf if single else lapack.dpotrf
+    b = A.shape[0]
+    if b <= 2 * _PANEL:
+        L, info = potrf(A, lower=1, clean=1)
+        return L if info == 0 else None
+    trsm = blas.strsm if single else blas.dtrsm
+    L = np.array(A, order="F")
+    for start in range(0, b, _PANEL):
+        checkpoint()
+        stop = min(start + _PANEL, b)
+        pivot, info = potrf(L[start:stop, start:stop], lower=1, clean=1)
+        if info != 0:
+            return None
+        L[start:stop, start:stop] = pivot
+        if stop < b:
+            below = trsm(1.0, pivot, L[stop:, start:stop], side=1, lower=1, trans_a=1)
+            L[stop:, start:stop] = below
+            for first in range(stop, b, _PANEL):
+                last = min(first + _PANEL, b)
+                L[first:, first:last] -= below[first - stop :] @ below[first - stop : last - stop].T
+                checkpoint()
+        L[:start, start:stop] = 0.0
+    return L
+
+
+def inverse_of_cholesky(L: NDArray[Any]) -> NDArray[Any]:
+    """(LLᵀ)⁻¹ in panels with a `checkpoint` after each; O(b³) time, two further matrices, dtype of L."""
+    from scipy.linalg import blas
+
+    trsm = blas.strsm if L.dtype == np.float32 else blas.dtrsm
+    b = L.shape[0]
+    half = np.zeros_like(L, order="F")  # L⁻¹
+    for start in range(0, b, _PANEL):
+        checkpoint()
+        stop = min(start + _PANEL, b)
+        unit = np.zeros((b - start, stop - start), dtype=L.dtype, order="F")
+        unit[np.arange(stop - start), np.arange(stop - start)] = 1.0
+        half[start:, start:stop] = trsm(1.0, L[start:, start:], unit, side=0, lower=1, overwrite_b=1)
+    out = np.empty((b, b), dtype=L.dtype)
+    for start in range(0, b, _PANEL):
+        checkpoint()
+        stop = min(start + _PANEL, b)
+        out[start:, start:stop] = half[start:, start:].T @ half[start:, start:stop]
+        out[start:stop, start:] = out[start:, start:stop].T
+    return out
 
 
 def is_positive(A: FloatArray, *, definite: bool, precision: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -50,12 +51,15 @@ class Monitor:
         self._pruned: BoolArray | None = None
         self._history: list[HistoryRow] = []
         self._last_improvement = 0
+        self._reported: set[bytes] = set()
         self._clock = clock
         self._started = clock()
 
     def start(self) -> None:
-        """Start the clock; preparation ends here."""
+        """Start the clock; preparation ends here, and what it took does not count against the time limit."""
         self._started = self._clock()
+        if self.reason is Status.TIME_LIMIT:
+            self.reason = None
 
     @property
     def elapsed(self) -> float:
@@ -91,15 +95,25 @@ class Monitor:
         """Count finished iterations."""
         self.iterations += iterations
 
-    def report(self, objective: float, pruned: BoolArray) -> bool:
-        """Offer a selection; it becomes the incumbent if it is better. Returns whether it did."""
+    def report(self, objective: float, pruned: BoolArray, exact: bool = True) -> bool:
+        """Offer a selection; it becomes the incumbent if it is better. Returns whether it did.
+
+        `exact` is False where `objective` is only an upper bound of its loss: the run then compares it again in
+        the end.
+        """
         objective = float(objective)
+        if exact and np.isfinite(objective):
+            self._reported.add(_key(pruned))
         if not np.isfinite(objective) or (self.objective is not None and objective >= self.objective):
             return False
         self.objective, self._pruned = objective, np.array(pruned, dtype=bool)
         self._last_improvement = self.iterations
         self._record()
         return True
+
+    def has_seen(self, pruned: BoolArray) -> bool:
+        """Whether this selection was reported with its loss, so that the incumbent is not worse."""
+        return _key(pruned) in self._reported
 
     def report_bound(self, bound: float) -> bool:
         """Offer a proven lower bound; returns whether it improves on the current one."""
@@ -140,3 +154,7 @@ class Monitor:
         self._history.append(HistoryRow(self.elapsed, self.iterations, self.objective, self.bound))
         if self.callback is not None:
             self.callback(self)
+
+
+def _key(pruned: BoolArray) -> bytes:
+    return hashlib.blake2b(np.packbits(pruned).tobytes(), digest_size=16).digest()

@@ -1,7 +1,9 @@
 """One run of a solver on an instance, for `solve` and for the benchmarks.
 
 Preparation is not part of the solving time, thread limits apply throughout, an error does not lose the incumbent,
-and the losses are recomputed by the package's evaluator.
+and the losses are recomputed by the package's evaluator. The answer is never worse than the warm start, nor, for
+solvers that promise it, than magnitude: where a limit ended the run before it had compared with these, they are
+compared here.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cbs_opt.instance import Instance
-from cbs_opt.losses import Losses, evaluate
+from cbs_opt.interrupt import Interrupted, interruptible
+from cbs_opt.losses import Losses, evaluate, selection_loss
 from cbs_opt.monitor import Monitor
 from cbs_opt.result import Status
 from cbs_opt.solver import Context, Solver
@@ -107,7 +110,10 @@ def run_solver(
             status = Status.CONVERGED
             monitor.start()
             if monitor.reason is None:  # else stopped during the preparation
-                status = solver.run(instance, context)
+                with interruptible(monitor.should_stop):
+                    status = solver.run(instance, context)
+        except Interrupted:
+            pass
         except Exception as failure:
             error, status = failure, Status.ERROR
         if build_seconds is None:
@@ -122,8 +128,34 @@ def run_solver(
             pruned = context.warm_start
         elif pruned is None and error is None:  # magnitude always has a selection
             pruned = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
-        losses = None if pruned is None or pruned.shape != (instance.n,) else evaluate(instance, pruned)
+        losses = None
+        if pruned is not None and pruned.shape == (instance.n,):
+            losses = evaluate(instance, pruned)
+            if status is not Status.OPTIMAL:
+                pruned, losses = _not_worse_than_known(solver, instance, context, pruned, losses)
     return Run(monitor, status, pruned, losses, error, build_seconds, solve_seconds, processor)
+
+
+def _not_worse_than_known(
+    solver: Solver, instance: Instance, context: Context, pruned: BoolArray, losses: Losses
+) -> tuple[BoolArray, Losses]:
+    """The incumbent, or the warm start or magnitude where that is better and the solver never got to it."""
+    known = [] if context.warm_start is None else [context.warm_start]
+    if solver.supports.not_worse_than_magnitude:
+        known.append(instance.budget.cheapest(np.abs(instance.weights), instance.fixed))
+    for other in known:
+        if context.monitor.has_seen(other) or np.array_equal(other, pruned):
+            continue
+        before = losses.selection_loss if context.objective == "selection" else losses.joint_loss
+        if context.objective == "selection" and selection_loss(instance, other) >= losses.selection_loss:
+            continue
+        there = evaluate(instance, other)
+        value = there.selection_loss if context.objective == "selection" else there.joint_loss
+        if value is not None and (before is None or value < before):
+            logger.info(f"solver '{solver.name}' was stopped early: a known selection is better than its own")
+            context.monitor.report(value, other)
+            pruned, losses = other, there
+    return pruned, losses
 
 
 @contextmanager

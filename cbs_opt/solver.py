@@ -38,6 +38,9 @@ class Capabilities:
         Whether it works on batches, so that `batch_size` and `device` have an effect.
     warm_start : bool
         Whether it can start from a selection.
+    not_worse_than_magnitude : bool
+        Whether a run answers with the magnitude selection where that has the smaller loss: for methods that
+        search. Rules that score weights, such as `obd`, are measured as they are. A warm start is always kept.
     """
 
     objectives: frozenset[str] = frozenset({"selection"})
@@ -48,6 +51,7 @@ class Capabilities:
     bound: bool = False
     batched: bool = False
     warm_start: bool = False
+    not_worse_than_magnitude: bool = False
 
 
 @dataclass(frozen=True)

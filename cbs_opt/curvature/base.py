@@ -11,12 +11,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cbs_opt.errors import InstanceError, UnboundedError, UsageError
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.linalg import inverse_pd, solve_psd
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 from cbs_opt.view import html, text
 
 if TYPE_CHECKING:
     from cbs_opt.curvature.gradient_factor import GradientFactor
+
+LARGE_BLOCK = 500
+"""Weights of a block from which on the work on it is worth a `checkpoint`."""
 
 _EIGEN_LIMIT = 2000  # blocks up to this size get a diagonal part from an eigenvalue of the scaled Hessian
 
@@ -276,6 +280,8 @@ class Curvature(abc.ABC):
         """The weights after the best update of all blocks (CBS-U), float64 (n,); see `best_update`."""
         updated = np.empty(self.n)
         for k in range(self.number_of_blocks):
+            if k and self.block_sizes[k] > LARGE_BLOCK:
+                checkpoint()
             part = self.block_slice(k)
             g = None if linear is None else linear[part]
             updated[part] = w[part] + self.best_update(k, w[part], pruned[part], g)

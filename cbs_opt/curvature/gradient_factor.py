@@ -12,6 +12,7 @@ from cbs_opt.curvature.base import Curvature, Member, unbounded_sentence
 from cbs_opt.curvature.flat import real_array
 from cbs_opt.curvature.registry import register_curvature
 from cbs_opt.errors import InstanceError, UnboundedError, UsageError
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.linalg import solve_psd
 from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
 from cbs_opt.view import text
@@ -97,6 +98,8 @@ class GradientFactor(Curvature):
         source = self.gradients if self._float64 is None else self._float64
         width = max(1, size // (8 * self.m))
         for first in range(start, stop, width):
+            if first > start:  # a checkpoint for every chunk but the first, so that small problems have none
+                checkpoint()
             columns = slice(first, min(first + width, stop))
             yield columns, source[:, columns].astype(np.float64, copy=False)
 
@@ -147,12 +150,19 @@ class GradientFactor(Curvature):
         gram = np.zeros((self.m, self.m))
         width = max(1, _CHUNK_BYTES // (8 * self.m))
         chunks = [kept[first : first + width] for first in range(0, kept.size, width)]
-        for chunk in chunks:
+        for number, chunk in enumerate(chunks):
+            if number:
+                checkpoint()
             G = self.factor(k, chunk)
             gram += G @ G.T
         L = cholesky(gram + self.m * self.damping * np.eye(self.m), lower=True)
-        halves = (solve_triangular(L, self.factor(k, chunk), lower=True) for chunk in chunks)
-        return np.concatenate([(1.0 - np.einsum("si,si->i", half, half)) / self.damping for half in halves])
+        out = []
+        for number, chunk in enumerate(chunks):
+            if number:
+                checkpoint()
+            half = solve_triangular(L, self.factor(k, chunk), lower=True)
+            out.append((1.0 - np.einsum("si,si->i", half, half)) / self.damping)
+        return np.concatenate(out)
 
     def _gram(self, k: int) -> FloatArray:
         """G Gᵀ of block k, float64 (m, m)."""
@@ -194,7 +204,16 @@ class GradientFactor(Curvature):
 
     def submatrix(self, k: int, rows: IntArray, columns: IntArray) -> FloatArray:
         """H[rows, columns] of block k: O(m) per entry."""
-        out = self.factor(k, rows).T @ self.factor(k, columns) / self.m
+        left, right = self.factor(k, rows), self.factor(k, columns)
+        width = max(1, _CHUNK_BYTES // (8 * max(rows.size, self.m)))
+        if columns.size <= width:
+            out = left.T @ right / self.m
+        else:  # the same product in pieces
+            out = np.empty((rows.size, columns.size))
+            for first in range(0, columns.size, width):
+                checkpoint()
+                np.matmul(left.T, right[:, first : first + width], out=out[:, first : first + width])
+            out /= self.m
         if self.damping:
             out[rows[:, None] == columns[None, :]] += self.damping
         return np.asarray(out)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cbs_opt.curvature.base import Curvature, Member, components_of
+from cbs_opt.curvature.base import LARGE_BLOCK, Curvature, Member, components_of
 from cbs_opt.curvature.flat import check_flat, flatten
 from cbs_opt.curvature.registry import register_curvature
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.linalg import inverse_pd, solve_psd
 from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
 
@@ -121,6 +122,8 @@ class InverseHessianBlocks(Curvature):
                 g = None if linear is None else linear[index]
                 updated[index] = weight_update(inverse, w[index], pruned[index], g)
         for k in np.flatnonzero(~np.isin(self.block_sizes, in_batches)).tolist():
+            if k and self.block_sizes[k] > LARGE_BLOCK:
+                checkpoint()
             part = self.block_slice(k)
             g = None if linear is None else linear[part]
             updated[part] = w[part] + self.best_update(k, w[part], pruned[part], g)

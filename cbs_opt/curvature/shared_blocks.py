@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cbs_opt.curvature.base import Curvature, SharedRows
+from cbs_opt.curvature.base import LARGE_BLOCK, Curvature, SharedRows
 from cbs_opt.errors import InstanceError
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 from cbs_opt.view import text
 
@@ -195,7 +196,11 @@ class SharedBlocks(Curvature):
             G = None if linear is None else linear[index].reshape(rows, b) / scales[:, None]
             done = _in_batches(self.stored.block(s), W, P) if G is None and b <= _BATCH_LARGEST < rows else None
             if done is None:
-                moves = [self.stored.best_update(s, W[r], P[r], None if G is None else G[r]) for r in range(rows)]
+                moves = []
+                for r in range(rows):
+                    if r and b > LARGE_BLOCK:
+                        checkpoint()
+                    moves.append(self.stored.best_update(s, W[r], P[r], None if G is None else G[r]))
                 done = W + np.stack(moves)
             updated[index] = done.ravel()
         updated[pruned] = 0.0

@@ -25,7 +25,7 @@ class BruteForce(Solver):
     """Evaluate every selection that the budget, the groups and `fixed` allow; each is an iteration."""
 
     summary = f"enumeration of every selection, up to {MAX_WEIGHTS} weights"
-    supports = Capabilities(objectives=frozenset(OBJECTIVES), bound=True)
+    supports = Capabilities(objectives=frozenset(OBJECTIVES), bound=True, not_worse_than_magnitude=True)
 
     def check_supports(self, instance: Instance, context: Context) -> None:
         """Refuse instances that are too large for enumeration."""

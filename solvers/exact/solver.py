@@ -47,7 +47,9 @@ class Exact(Solver):
     """
 
     summary = "branch and bound: proven optima, valid bounds when stopped, blocks joined exactly"
-    supports = Capabilities(objectives=frozenset(OBJECTIVES), bound=True, warm_start=True)
+    supports = Capabilities(
+        objectives=frozenset(OBJECTIVES), bound=True, warm_start=True, not_worse_than_magnitude=True
+    )
     parameters_type = ExactParameters
     parameters: ExactParameters
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
+from cbs_opt.interrupt import Interrupted
 from cbs_opt.losses import joint_loss
 from cbs_opt.registry import register
 from cbs_opt.result import Status
@@ -24,9 +25,9 @@ from cbs_opt.solvers.joint.elimination import (
     Removal,
     UncoupledElimination,
 )
-from cbs_opt.solvers.joint.thinning import thinning_of
+from cbs_opt.solvers.joint.stages import Stages, complete
 from cbs_opt.solvers.kernels import loading
-from cbs_opt.typing import BoolArray, FloatArray, IntArray
+from cbs_opt.typing import BoolArray, IntArray
 
 logger = logging.getLogger("cbs_opt")
 
@@ -55,7 +56,7 @@ class BackwardElimination(Solver):
     """
 
     summary = "greedy removal with exact updates (ExactOBS), one budget over all blocks"
-    supports = Capabilities(objectives=frozenset({"joint"}))
+    supports = Capabilities(objectives=frozenset({"joint"}), not_worse_than_magnitude=True)
     parameters_type = BackwardParameters
     parameters: BackwardParameters
 
@@ -70,10 +71,16 @@ class BackwardElimination(Solver):
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Eliminate; when stopped early, the cheapest of the remaining weights complete the selection."""
-        pruned = eliminate(instance, self.parameters.stage, context.monitor.should_stop, context.workers)
-        context.monitor.advance(instance.budget.total)
-        context.monitor.report(joint_loss(instance, pruned), pruned)
+        monitor = context.monitor
+        pruned = eliminate(
+            instance, self.parameters.stage, monitor.should_stop, context.workers, lambda: monitor.remaining
+        )
+        monitor.advance(instance.budget.total)
+        monitor.report(joint_loss(instance, pruned), pruned)
         return Status.CONVERGED
+
+
+_FASTER = 4.0  # single precision products of a stage, against an exact elimination, per operation
 
 
 def eliminate(
@@ -81,6 +88,7 @@ def eliminate(
     stage: float = 0.1,
     should_stop: Callable[[], bool] = lambda: False,
     threads: int = 1,
+    remaining: Callable[[], float] = lambda: np.inf,
 ) -> BoolArray:
     """Backward elimination over all blocks; returns the pruned weights, bool (n,), within the budget.
 
@@ -91,9 +99,11 @@ def eliminate(
     stage : float
         For blocks of more than `DENSE_LIMIT` weights: share of them removed at once before the next solve.
     should_stop : callable
-        Asked every `_LAZY_STEPS` removals.
+        Asked every `_LAZY_STEPS` removals. A selection is returned all the same; see `stages.complete`.
     threads : int
         Blocks are worked on in parallel where there are several and no groups.
+    remaining : callable
+        Seconds that remain: where they are too few for exact elimination, all of it happens in stages.
 
     Notes
     -----
@@ -106,29 +116,44 @@ def eliminate(
         pruned |= instance.fixed == 1
         open_budget -= np.bincount(group[pruned], minlength=open_budget.size)
     curvature = instance.curvature
-    blocks = range(curvature.number_of_blocks)
-    shared = open_budget.copy()
-    coupled = [curvature.coupled(k) for k in blocks]
-    prices = np.full(instance.n, np.inf)
-    for k in blocks:
-        _thin_out(instance, k, coupled[k], stage, pruned, open_budget, shared, prices, should_stop)
-    if open_budget.any() and not should_stop():
-        states: list[Elimination] = []
-        for k in blocks:
-            states += _states(instance, k, pruned, coupled[k])
-        if instance.budget.groups is None:
-            _merge_blocks(states, pruned, open_budget, should_stop, threads)
+    coupled = [curvature.coupled(k) for k in range(curvature.number_of_blocks)]
+    stages = Stages(instance, coupled, pruned, open_budget, stage, should_stop)
+    try:
+        if _is_too_long(instance, stages, remaining):
+            stages.eliminate(remaining)
         else:
-            _merge_groups(states, pruned, open_budget, should_stop)
+            stages.reduce_blocks(DENSE_LIMIT)
+        if open_budget.any() and not should_stop():
+            states: list[Elimination] = []
+            for k in range(curvature.number_of_blocks):
+                states += _states(instance, k, pruned, coupled[k])
+            if instance.budget.groups is None:
+                _merge_blocks(states, pruned, open_budget, should_stop, threads)
+            else:
+                _merge_groups(states, pruned, open_budget, should_stop)
+    except Interrupted:
+        open_budget = instance.budget.per_group - np.bincount(group[pruned], minlength=open_budget.size)
     if open_budget.any():
-        # Stopped before any elimination: the order of the last stage, or of the magnitudes.
-        logger.info("stopped at the start of backward elimination: the smallest weights complete the selection")
-        rest = np.where(pruned, 1, 0 if instance.fixed is None else np.minimum(instance.fixed, 0))
-        scores = np.abs(instance.weights)
-        if np.isfinite(prices).any():
-            scores = np.where(np.isfinite(prices), prices, instance.weights**2 * curvature.diagonal())
-        pruned = instance.budget.cheapest(scores, rest)
+        logger.info("stopped during backward elimination: each block is pruned as far as by magnitude")
+        pruned = complete(instance, pruned, stages.prices)
     return pruned
+
+
+def _is_too_long(instance: Instance, stages: Stages, remaining: Callable[[], float]) -> bool:
+    """Whether exact elimination would take more than half of the remaining time; by the time of a first stage."""
+    curvature, seconds = instance.curvature, remaining()
+    sizes = curvature.block_sizes.astype(np.float64)
+    large = np.flatnonzero(sizes > DENSE_LIMIT)
+    if not large.size or not np.isfinite(seconds):
+        return False
+    k = int(large[0])
+    stages.price(k)
+    factor = curvature.as_factor()
+    width = min(sizes[k], np.inf if factor is None else factor.m)
+    operations_per_second = width**2 / max(stages.seconds_per_weight, 1e-12)
+    kept = 1 - instance.budget.total / instance.n
+    left = np.minimum(sizes, np.maximum(DENSE_LIMIT, kept * sizes))
+    return bool(_FASTER * float((left**3).sum()) / operations_per_second > 0.5 * remaining())
 
 
 def _states(instance: Instance, k: int, pruned: BoolArray, coupled: BoolArray) -> list[Elimination]:
@@ -155,9 +180,13 @@ def _merge_blocks(
 ) -> None:
     """Eliminate every block by itself, in parallel, and take the removals in the order of their losses.
 
-    When stopped, the remaining weights of a block follow in the order of their current prices.
+    When stopped, the remaining weights of a block follow in the order of their current prices, and the blocks
+    share the budget by the prices before the elimination: those after it cannot be compared with those of a block
+    that has not been reached.
     """
     goal = int(open_budget[0])
+    before = [state.rest() for state in states]
+    stopped = [False]
     uncoupled = [state.rest() for state in states if isinstance(state, UncoupledElimination)]
     fixed_prices = np.sort([price for made in uncoupled for price, _ in made])
 
@@ -169,6 +198,7 @@ def _merge_blocks(
         # Uncoupled weights that are cheaper than what has been removed come before it and need no step here.
         while (missing := goal - len(made) - int(np.searchsorted(fixed_prices, highest))) > 0:
             if should_stop():
+                stopped[0] = True
                 return made + state.rest()
             step = state.remove(min(LAZY_STEPS, missing))
             if not step:
@@ -179,6 +209,13 @@ def _merge_blocks(
 
     with ThreadPoolExecutor(threads if len(states) > 1 else 1) as pool:
         traces = list(pool.map(trace, states))
+    if stopped[0] and len(states) > 1:
+        cheapest = sorted((price, k) for k, prices in enumerate(before) for price, _ in prices)[:goal]
+        numbers = np.bincount([k for _, k in cheapest], minlength=len(states))
+        for made, number in zip(traces, numbers.tolist(), strict=True):
+            pruned[[weight for _, weight in made[:number]]] = True
+            open_budget[0] -= len(made[:number])
+        return
     heap = [(made[0][0], k, 0) for k, made in enumerate(traces) if made]
     heapq.heapify(heap)
     while heap and open_budget[0]:
@@ -231,60 +268,3 @@ def _merge_groups(
         if open_budget[group_of[weight]]:
             pruned[weight] = True
             open_budget[group_of[weight]] -= 1
-
-
-def _thin_out(
-    instance: Instance,
-    k: int,
-    coupled: BoolArray,
-    stage: float,
-    pruned: BoolArray,
-    open_budget: IntArray,
-    shared: IntArray,
-    prices: FloatArray,
-    should_stop: Callable[[], bool],
-) -> None:
-    """Remove weights of a large block by stages until it is small enough or its share of the budget is used.
-
-    A stage computes x and the diagonal of the conditional inverse and removes the cheapest weights together; its
-    `prices`, float64 (n,), are left for the case that nothing else is known in the end. With several blocks a
-    large one takes at most its share, by size, of `shared`, the budgets at the start; the common order of the
-    losses decides on the rest.
-    """
-    part = instance.curvature.block_slice(k)
-    size = part.stop - part.start
-    if int(coupled.sum()) <= DENSE_LIMIT:
-        return
-    group = instance.budget.group_of(instance.n)[part]
-    allowance = open_budget.copy()
-    if instance.curvature.number_of_blocks > 1:
-        share = np.bincount(group, minlength=open_budget.size) / instance.budget.group_sizes(instance.n).clip(1)
-        allowance = np.minimum(np.floor(share * shared).astype(np.int64), open_budget)
-    local = pruned[part]  # a view
-    state = thinning_of(instance, k, np.flatnonzero(~local), coupled)
-    stays = np.zeros(size, dtype=bool) if instance.fixed is None else instance.fixed[part] == -1
-    while not should_stop():
-        kept = np.flatnonzero(~local)
-        excess = min(int((~local & coupled).sum()) - DENSE_LIMIT, int(allowance.sum()))
-        if excess <= 0:
-            return
-        prices[part] = np.inf
-        prices[part][kept] = np.where(stays[kept], np.inf, state.prices(kept))
-        order = kept[np.argsort(prices[part][kept], kind="stable")]
-        order = order[~stays[order]]
-        # A stage's share of the coupled ones with all others that are cheaper, and of each group no more than its
-        # allowance: the rank of a weight among its group's in the order.
-        number = min(excess, max(1, int(stage * int((~local & coupled).sum()))))
-        order = order[: int(np.searchsorted(np.cumsum(coupled[order]), number, side="right"))]
-        by_group = np.argsort(group[order], kind="stable")
-        sizes = np.bincount(group[order], minlength=allowance.size)
-        rank = np.empty(order.size, dtype=np.int64)
-        rank[by_group] = np.arange(order.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        order = order[rank < allowance[group[order]]]
-        if order.size == 0:
-            return
-        local[order] = True
-        taken = np.bincount(group[order], minlength=allowance.size)
-        allowance -= taken
-        open_budget -= taken
-        state.drop(order)

@@ -14,7 +14,9 @@ _PASSES = 12
 _SMALLEST = 8  # weights exchanged at once, below which a pass gives up
 
 
-def exchange_in_bulk(instance: Instance, pruned: BoolArray, monitor: Monitor, least_kept: int = 0) -> BoolArray:
+def exchange_in_bulk(
+    instance: Instance, pruned: BoolArray, monitor: Monitor, least_kept: int = 0, loss: float | None = None
+) -> BoolArray:
     """Swap many weights at once in every block of more than 5000, as long as the loss falls.
 
     A pass prices each removal at x²/2[H_KK⁻¹]_ii and each return at d²/2H_ii, exchanges the best pairs of every
@@ -29,6 +31,8 @@ def exchange_in_bulk(instance: Instance, pruned: BoolArray, monitor: Monitor, le
     monitor : Monitor
     least_kept : int
         Blocks that keep fewer weights are not changed.
+    loss : float, optional
+        The joint loss of `pruned`, where it is known.
 
     Returns
     -------
@@ -36,12 +40,13 @@ def exchange_in_bulk(instance: Instance, pruned: BoolArray, monitor: Monitor, le
         At least as good. O(m² q) per trial for m gradients and q kept weights, O(m n) memory.
     """
     curvature = instance.curvature
+    total = joint_loss(instance, pruned) if loss is None else loss
     for k in range(curvature.number_of_blocks):
         if curvature.block_sizes[k] <= DENSE_LIMIT:
             continue
         if int((~pruned[curvature.block_slice(k)]).sum()) < least_kept:
             continue
-        loss = joint_loss(instance, pruned)
+        here = _block_loss(instance, k, pruned)
         number = max(_SMALLEST, int(curvature.block_sizes[k]) // 50)
         for _ in range(_PASSES):
             if monitor.should_stop():
@@ -49,15 +54,23 @@ def exchange_in_bulk(instance: Instance, pruned: BoolArray, monitor: Monitor, le
             order_out, order_in = _prices(instance, k, pruned)
             while number >= _SMALLEST and not monitor.should_stop():
                 trial = _exchange(instance, pruned, order_out, order_in, number)
-                value = joint_loss(instance, trial)
-                if value < loss * (1 - 1e-9) if loss > 0 else value < loss:
-                    pruned, loss = trial, value
-                    monitor.report(loss, pruned)
+                value = _block_loss(instance, k, trial)
+                if value < here - 1e-9 * abs(here):
+                    pruned, total, here = trial, total + value - here, value
+                    monitor.report(total, pruned)
                     break
                 number //= 2
             if number < _SMALLEST:
                 break
     return pruned
+
+
+def _block_loss(instance: Instance, k: int, pruned: BoolArray) -> float:
+    """The joint loss of block k alone."""
+    part = instance.curvature.block_slice(k)
+    g = None if instance.linear is None else instance.linear[part]
+    delta = instance.curvature.best_update(k, instance.weights[part], pruned[part], g)
+    return 0.5 * instance.curvature.block_quadratic(k, delta) + (0.0 if g is None else float(g @ delta))
 
 
 def _prices(instance: Instance, k: int, pruned: BoolArray) -> tuple[FloatArray, FloatArray]:

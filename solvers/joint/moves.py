@@ -18,6 +18,9 @@ CORE_LIMIT = 5000
 KEPT_LIMIT = 4500
 """A block that keeps more weights than this has no tableau."""
 
+CORE_BYTES = 3 << 30
+"""Memory of all tableaux together, roughly: with many large blocks each gets a smaller core."""
+
 
 class Move(NamedTuple):
     """A weight that is removed and one that returns, each with its block, and the change of the loss."""
@@ -57,6 +60,8 @@ class JointMoves:
         self.weights_of: list[IntArray] = []
         self.tableaux: list[Tableau | UncoupledWeights] = []
         self.skipped: list[int] = []
+        self.core_limit = core_limit(instance.curvature.block_sizes)
+        self.kept_limit = min(KEPT_LIMIT, int(0.9 * self.core_limit))
         group = instance.budget.group_of(instance.n)
         fixed = np.zeros(instance.n, dtype=np.int8) if instance.fixed is None else instance.fixed
         for k in range(instance.curvature.number_of_blocks):
@@ -89,7 +94,7 @@ class JointMoves:
         if instance.linear is not None:
             constant -= float(instance.linear[part] @ w)
             b = b - instance.linear[part]
-        if int((~local).sum()) > KEPT_LIMIT:
+        if int((~local).sum()) > self.kept_limit:
             self.skipped.append(k)
             g = None if instance.linear is None else instance.linear[part]
             delta = curvature.best_update(k, w, local, g)
@@ -111,7 +116,7 @@ class JointMoves:
             self.tableaux.append(UncoupledWeights(values, outside, ~local[alone], group[index], fixed[index] == 0))
         if not inside.size:
             return
-        if inside.size > CORE_LIMIT:
+        if inside.size > self.core_limit:
             inside = self._core(k, local, inside, w, instance.linear)
         whole = inside.size == w.size
         H = curvature.block(k) if whole else curvature.submatrix(k, inside, inside)
@@ -135,7 +140,7 @@ class JointMoves:
         promise = residual**2 / np.maximum(curvature.diagonal()[part], 1e-300)
         promise[~local] = np.inf
         order = inside[np.argsort(-promise[inside], kind="stable")]
-        return np.sort(order[:CORE_LIMIT])
+        return np.sort(order[: self.core_limit])
 
     @property
     def doubled(self) -> float:
@@ -254,3 +259,15 @@ class JointMoves:
         self.forget(move.leaving_block)
         self.forget(move.coming_block)
         return (move.leaving_block, leaving), (move.coming_block, coming)
+
+
+def core_limit(block_sizes: IntArray) -> int:
+    """The largest c ≤ `CORE_LIMIT` such that tableaux of min(b_k, c) weights of all blocks fit `CORE_BYTES`."""
+    sizes = np.sort(np.minimum(block_sizes, CORE_LIMIT))[::-1].astype(np.float64)
+    entries = CORE_BYTES / 24  # H, the inverse and U of each block
+    if float((sizes**2).sum()) <= entries:
+        return CORE_LIMIT
+    smaller = np.append(sizes[1:], 0.0)  # the next block, which is whole if c reaches it
+    whole = np.append(np.cumsum((sizes**2)[::-1])[::-1][1:], 0.0)
+    cut = np.sqrt(np.maximum(entries - whole, 0.0) / np.arange(1, sizes.size + 1))
+    return max(1, int(cut[np.argmax(cut >= smaller)]))

@@ -62,6 +62,7 @@ class JointParameters(Parameters):
         backward.BackwardParameters(self.stage)
 
 
+_MARGIN = 1.5  # of the time that the evaluation of a selection takes
 _AT_ONCE = 2e8  # operations of one joint loss up to which a first selection is reported before any search
 
 
@@ -74,7 +75,9 @@ class JointSearch(Solver):
     """
 
     summary = "swap search on the loss after the update: backward elimination, descent, tabu"
-    supports = Capabilities(objectives=frozenset({"joint"}), bound=True, warm_start=True)
+    supports = Capabilities(
+        objectives=frozenset({"joint"}), bound=True, warm_start=True, not_worse_than_magnitude=True
+    )
     parameters_type = JointParameters
     parameters: JointParameters
 
@@ -106,21 +109,35 @@ class JointSearch(Solver):
         if self._layered is not None:
             return self._layered.run(context, self.parameters.bound_share if self.parameters.bound_steps else 0.0)
         pruned = context.warm_start
-        if pruned is not None:
-            monitor.report(joint_loss(instance, pruned), pruned)
-        elif float((instance.curvature.block_sizes.astype(np.float64) ** 3).sum()) <= _AT_ONCE:
+        if pruned is None and float((instance.curvature.block_sizes.astype(np.float64) ** 3).sum()) <= _AT_ONCE:
             score = instance.weights**2 / instance.curvature.inverse_diagonal()
             first = instance.budget.cheapest(score, instance.fixed)
             monitor.report(joint_loss(instance, first), first)
+        magnitude = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
+        began = monitor.elapsed
+        for first in (magnitude,) if pruned is None else (pruned, magnitude):
+            monitor.report(joint_loss(instance, first), first)
+        evaluation = monitor.elapsed - began
         if not loading.wait("joint", should_stop=monitor.should_stop):
             return Status.CONVERGED
+
+        def remaining() -> float:
+            """Seconds that the elimination may take, so that there is time left to evaluate what it finds."""
+            return monitor.remaining - _MARGIN * evaluation
+
         if pruned is None:
-            pruned = backward.eliminate(instance, self.parameters.stage, monitor.should_stop, context.workers)
-        monitor.report(joint_loss(instance, pruned), pruned)
+            stage, workers = self.parameters.stage, context.workers
+            pruned = backward.eliminate(
+                instance, stage, lambda: remaining() <= 0 or monitor.should_stop(), workers, remaining
+            )
+            monitor.report(joint_loss(instance, pruned), pruned)
         if monitor.should_stop():
             return Status.CONVERGED
         # After backward elimination single swaps are better and faster if there is a tableau.
-        pruned = exchange_in_bulk(instance, pruned, monitor, KEPT_LIMIT if context.warm_start is None else 0)
+        assert monitor.pruned is not None
+        pruned = monitor.pruned
+        least = KEPT_LIMIT if context.warm_start is None else 0
+        pruned = exchange_in_bulk(instance, pruned, monitor, least, monitor.objective)
         threads = context.workers
         with ThreadPoolExecutor(threads) as pool:
             while not monitor.should_stop():

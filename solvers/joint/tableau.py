@@ -8,7 +8,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from cbs_opt.curvature.base import LARGE_BLOCK
 from cbs_opt.errors import InstanceError
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.linalg import inverse_pd
 from cbs_opt.solvers.joint.inverse import LazyInverse
 from cbs_opt.solvers.kernels import joint_numba as kernels
@@ -97,6 +99,8 @@ class Tableau:
 
     def reset(self, kept: BoolArray) -> None:
         """Start from a kept set, from scratch."""
+        if kept.size > LARGE_BLOCK:
+            checkpoint()
         self.S, self.P = np.flatnonzero(kept), np.flatnonzero(~kept)
         inverse = inverse_pd(self.H[np.ix_(self.S, self.S)])
         if inverse is None:

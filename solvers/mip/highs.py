@@ -64,7 +64,9 @@ class Highs(Solver):
     """
 
     summary = "exact by HiGHS: MILP by tangents on a convexified objective, or by products"
-    supports = Capabilities(objectives=frozenset(OBJECTIVES), bound=True, warm_start=True)
+    supports = Capabilities(
+        objectives=frozenset(OBJECTIVES), bound=True, warm_start=True, not_worse_than_magnitude=True
+    )
     parameters_type = HighsParameters
     parameters: HighsParameters
 

@@ -89,7 +89,9 @@ class PyomoSolver(Solver):
     """A solver called through Pyomo on the MIQP, the cones, or the MILPs of `highs`; an iteration is one call."""
 
     summary = "exact by any solver that Pyomo finds: MIQP, cones, or the MILPs of `highs`"
-    supports = Capabilities(objectives=frozenset(OBJECTIVES), bound=True, warm_start=True)
+    supports = Capabilities(
+        objectives=frozenset(OBJECTIVES), bound=True, warm_start=True, not_worse_than_magnitude=True
+    )
     parameters_type = PyomoParameters
     parameters: PyomoParameters
 

@@ -56,7 +56,7 @@ class CombinatorialBrainSurgeon(Solver):
     """
 
     summary = "the paper's method: RMP, local search from the best draws; CBS-U with --update"
-    supports = Capabilities(batched=True, warm_start=True)
+    supports = Capabilities(batched=True, warm_start=True, not_worse_than_magnitude=True)
     parameters_type = CbsParameters
     parameters: CbsParameters
 

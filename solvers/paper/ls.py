@@ -60,7 +60,7 @@ class SwapLocalSearch(Solver):
     """
 
     summary = "swap local search, Algorithm 1 of the paper as published"
-    supports = Capabilities(warm_start=True)
+    supports = Capabilities(warm_start=True, not_worse_than_magnitude=True)
     parameters_type = LocalSearchParameters
     parameters: LocalSearchParameters
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
@@ -15,6 +16,7 @@ from cbs_opt.solvers.paper.batch_evaluator import BatchEvaluator
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _DEFAULT_BATCH = 64
+_LARGE = 50_000  # weights from which on a draw takes 10 ms or more
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class RandomizedMagnitudePruning(Solver):
     """
 
     summary = "randomized magnitude pruning, Algorithm 2 of the paper"
-    supports = Capabilities(batched=True)
+    supports = Capabilities(batched=True, not_worse_than_magnitude=True)
     parameters_type = RmpParameters
     parameters: RmpParameters
 
@@ -97,6 +99,8 @@ class Draws:
 
     def draw(self, rng: np.random.Generator | None) -> BoolArray:
         """One selection, bool (n,); plain magnitude without a generator. O(n log n)."""
+        if self.magnitude.size > _LARGE:
+            checkpoint()
         if rng is None:
             return self.budget.cheapest(self.magnitude, self.fixed)
         pruned = self.always.copy()

@@ -41,7 +41,7 @@ class Relax(Solver):
     """
 
     summary = "convex relaxation: lower bound, rounding"
-    supports = Capabilities(bound=True)
+    supports = Capabilities(bound=True, not_worse_than_magnitude=True)
     parameters_type = RelaxParameters
     parameters: RelaxParameters
 

@@ -59,7 +59,7 @@ class Search(Solver):
     """
 
     summary = "relaxation, concave continuation on cores, tabu swaps; with a lower bound"
-    supports = Capabilities(bound=True, warm_start=True)
+    supports = Capabilities(bound=True, warm_start=True, not_worse_than_magnitude=True)
     parameters_type = SearchParameters
     parameters: SearchParameters
 

@@ -147,3 +147,15 @@ def test_errors_of_the_package_are_kept_as_they_are(told):
         raise InstanceError("too large")
 
     assert isinstance(told(refuse)[1].error, InstanceError)
+
+
+def test_a_long_preparation_does_not_use_up_the_time_limit(told):
+    now = [0.0]
+
+    def prepare(instance, monitor):
+        now[0] = 7.0
+        assert monitor.should_stop()  # a wait for kernels ends
+
+    _, run = told(prepare, report, Stop(time_limit=5.0), clock=lambda: now[0])
+    assert run.status is Status.CONVERGED
+    assert run.monitor.objective == 1.0
