@@ -2,9 +2,9 @@
 
 | file | content |
 |---|---|
-| `study` | what is run: a TOML file of sources, methods, sparsities, seeds and published figures |
+| `study`, `study_file` | what is run: sources, methods, sparsities, seeds and published figures; read from TOML |
 | `subject` | a network with its images in memory, which scores weights |
 | `pruning` | a method on an instance: a selection, then an update |
 | `rows` | the rows of a study: tasks for the engines of `cbs_opt.bench.runs`, results in its store |
-| `table`, `pictures`, `report` | from a store to Markdown and HTML |
+| `results`, `pictures`, `report` | from a store to Markdown and HTML |
 """

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cbs_opt.bench.paper import pictures
-from cbs_opt.bench.paper.results import Mean, Results, mean_of, ratio, read_results
+from cbs_opt.bench.paper.results import Mean, Results, increase, mean_of, ratio, read_results
 from cbs_opt.bench.paper.study import FAMILIES, NETWORK, OURS, PUBLISHED, UPDATES, Method
 from cbs_opt.bench.reports.canvas import as_svg, short
 from cbs_opt.bench.reports.document import Block, Document, Folded, Heading, Paragraph, Picture, Points, Table
@@ -187,18 +187,24 @@ def methods_table(results: Results) -> Table:
         seconds = [row.cpu_s for row in found if row.cpu_s is not None]
         mean = seconds_text(sum(seconds) / len(seconds)) if seconds else NOTHING
         most = seconds_text(max(seconds)) if seconds else NOTHING
-        rows.append([method.name, method.family, _selection(method), UPDATES[method.update], images, mean, most])
+        rows.append([method.name, method.family, _selection(method), _update(method), images, mean, most])
     header = ["method", "family", "selection", "update", "images", "mean seconds", "most"]
     return Table(header, rows, left=4)
 
 
 def _selection(method: Method) -> str:
+    if method.pruning is not None:
+        return "`cbs_opt.prune`: " + ", ".join(f"{k} {v}" for k, v in json.loads(method.pruning).items())
     given = json.loads(method.parameters)
     settings = "".join(f", {key} {value}" for key, value in given.items())
     judge = ", draws and steps chosen by the network's loss" if method.judge == NETWORK else ""
     limit = "" if method.time_limit is None else f", at most {method.time_limit:g} s"
     objective = f" ({method.objective} loss)" if method.objective != "selection" else ""
     return f"`{method.select}`{objective} on {method.source.name}{settings}{judge}{limit}"
+
+
+def _update(method: Method) -> str:
+    return UPDATES[method.update] if method.pruning is None else "as chosen on training images"
 
 
 def _scales(results: Results) -> Iterator[Block]:
@@ -230,14 +236,15 @@ def detail_table(results: Results, sparsity: float) -> Table:
         images = results.mean(method.name, sparsity, lambda scores, row: float(scores["images"]))
         assert loss is not None and seconds is not None and images is not None
         pairs = results.increases(method.name, sparsity)
-        predicted, measured = (mean_of([pair[k] for pair in pairs]).mean for k in (0, 1))
+        measured = results.mean(method.name, sparsity, lambda scores, row: increase(row))
+        assert measured is not None
         rows.append(
             [
                 method.name,
                 _mean_text(accuracy, len(method.seeds)),
                 f"{loss.mean:.4f}",
-                short(predicted, 2),
-                f"{measured:.4f}",
+                short(mean_of([predicted for predicted, _ in pairs]).mean, 2) if pairs else NOTHING,
+                f"{measured.mean:.4f}",
                 f"{images.mean:,.0f}",
                 seconds_text(seconds.mean),
             ]

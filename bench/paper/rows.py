@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from cbs_opt.bench.paper.pruning import Selected, images_seen, select, update
 from cbs_opt.bench.paper.study import NONE, Method, Study
-from cbs_opt.bench.paper.subject import Files, Subject, open_network
+from cbs_opt.bench.paper.subject import Figures, Files, Subject, open_network
 from cbs_opt.bench.runs import store
 from cbs_opt.bench.runs.runner import Plan
 from cbs_opt.bench.runs.store import Key, Row, StoredInstance
@@ -201,6 +201,16 @@ def run_pruning(task: PruningTask) -> Made:
 def _pruned(task: PruningTask) -> Row:
     method, seed = task.method, task.seed
     subject = _subjects.get(task.identity, lambda: Subject(task.study, task.files, seed))
+    study = task.study
+    where = study.network, study.mean, study.std, task.files, study.training_images and seed
+    dense = _scores.get((*where, None), lambda: subject.dense_test)
+    if method.pruning is not None:
+        made = subject.prune(task.sparsity, method.pruning)
+        row = task.row(store.OK)
+        row.status, row.objective = made.status, made.predicted
+        row.solve_s = row.cpu_s = made.seconds
+        row.scores = _figures(subject, dense, made.test, made.choice) | {"images": made.images}
+        return row
     instance = _instances.get((task.identity, method.source), lambda: subject.export(method.source))
     problem = instance.with_budget(task.budget)
 
@@ -211,21 +221,15 @@ def _pruned(task: PruningTask) -> Row:
     what = task.identity, method.source, task.budget, *how
     chosen = _selections.get(what, lambda: select(method, problem, loss, seed, task.study.threads))
     updated = update(method, problem, chosen.pruned, loss)
-    training, test = subject.on_choice(updated.weights), subject.on_test(updated.weights)
+    test = _scores.get((*where, _digest(updated.weights)), lambda: subject.on_test(updated.weights))
+    training = subject.on_choice(updated.weights)
     row = task.row(store.OK)
     row.status, row.iterations = chosen.status, chosen.iterations
     row.selection_loss = selection_loss(problem, chosen.pruned)
     row.objective = updated.predicted
     row.joint_loss = None if method.update == NONE else updated.predicted
     row.solve_s = row.cpu_s = chosen.seconds + updated.seconds
-    row.scores = {
-        "accuracy": test.accuracy,
-        "test_loss": test.loss,
-        "training_loss": training.loss,
-        "dense_accuracy": subject.dense_test.accuracy,
-        "dense_test_loss": subject.dense_test.loss,
-        "dense_training_loss": subject.dense_choice.loss,
-        "test_images": subject.test_images,
+    row.scores = _figures(subject, dense, test, training) | {
         "images": images_seen(method, task.study.choice_images),
         "select_s": chosen.seconds,
         "update_s": updated.seconds,
@@ -234,6 +238,23 @@ def _pruned(task: PruningTask) -> Row:
         "swaps": chosen.swaps,
     }
     return row
+
+
+def _figures(subject: Subject, dense: Figures, test: Figures, training: Figures) -> dict[str, Any]:
+    """The scores that every row has."""
+    return {
+        "accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "training_loss": training.loss,
+        "dense_accuracy": dense.accuracy,
+        "dense_test_loss": dense.loss,
+        "dense_training_loss": subject.dense_choice.loss,
+        "test_images": subject.test_images,
+    }
+
+
+def _digest(weights: FloatArray) -> str:
+    return hashlib.sha256(weights.tobytes()).hexdigest()
 
 
 class _Kept(Generic[T]):
@@ -255,3 +276,5 @@ class _Kept(Generic[T]):
 _subjects: _Kept[Subject] = _Kept(1)
 _instances: _Kept[Instance] = _Kept(1)
 _selections: _Kept[Selected] = _Kept(16)
+_scores: _Kept[Figures] = _Kept(128)
+"""On test images, by weights: magnitude's do not depend on the seed, and a scale of 1 is the whole update."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from cbs_opt.instances.data import HeldSource, SampleSource
+    from cbs_opt.instances.data import SampleSource
     from cbs_opt.instances.networks import Network
     from cbs_opt.instances.tensors import Place
 
@@ -49,12 +50,40 @@ class Figures(NamedTuple):
     loss: float
 
 
-class _Images(NamedTuple):
-    """Samples for the curvature, for choices among pruned networks, and for their scores."""
+class Staged(NamedTuple):
+    """A network that `cbs_opt.prune` made.
 
-    training: HeldSource
-    choice: HeldSource
-    test: HeldSource
+    Attributes
+    ----------
+    choice, test : Figures
+    predicted : float or None
+        Of one shot; stages predict one step each.
+    images : int
+        Training images that it saw, those of the choice included.
+    seconds : float
+        Of the processor, exports and choices included.
+    status : str
+    """
+
+    choice: Figures
+    test: Figures
+    predicted: float | None
+    images: int
+    seconds: float
+    status: str
+
+
+class _Images(NamedTuple):
+    """Samples for the curvature, for choices among pruned networks, and for their scores.
+
+    `drawn` are all training images in the order of the seed, the first `pool` of which are not of the choice.
+    """
+
+    drawn: SampleSource
+    pool: int
+    training: SampleSource
+    choice: SampleSource
+    test: SampleSource
 
 
 class Subject:
@@ -123,7 +152,7 @@ class Subject:
         options = json.loads(source.options)
         instance = export(
             network.model,
-            samples.inputs[: source.images],
+            samples.batch(0, source.images),
             samples.labels[: source.images],
             network.prunable,
             loss=network.loss,
@@ -135,6 +164,37 @@ class Subject:
         if instance.n != (n := sum(place.layout.size for place in self.places)):
             raise InstanceError(f"source '{source.name}' takes {instance.n} of the {n} weights: all are needed")
         return instance
+
+    def prune(self, sparsity: float, options: str) -> Staged:
+        """Prune by `cbs_opt.prune`, with the training images of the choice held out.
+
+        Parameters
+        ----------
+        sparsity : float
+        options : str
+            JSON, of `cbs_opt.pruning.method.Method`.
+        """
+        from cbs_opt.pruning.method import Method
+        from cbs_opt.pruning.run import Run
+
+        network, images = self.network, self._images
+        method = Method(sparsity=sparsity, seed=self.seed, threads=self.study.threads, **json.loads(options))
+        clock = time.process_time()
+        run = Run(
+            network.model,
+            images.drawn.subset(np.arange(images.pool)),
+            method,
+            names=network.prunable,
+            loss=network.loss,
+            metric=network.metric,
+            output_key=network.output_key,
+            held_out=images.choice,
+        )
+        found = run()
+        seconds = time.process_time() - clock
+        predicted = found.stages[0].predicted_change if len(found.stages) == 1 else None
+        choice, test = score(found.model, images.choice), score(found.model, images.test)
+        return Staged(choice, test, predicted, found.seen + found.held_out, seconds, found.stages[-1].status)
 
     def on_test(self, weights: FloatArray) -> Figures:
         """Score weights, float64 (n,), on the test images."""
@@ -212,4 +272,5 @@ def _images(study: Study, files: Files, network: Network, seed: int) -> _Images:
     else:
         test = held("the test images", shared, count)
     training = held("the training images", 0, study.source_images)
-    return _Images(training, held("the training images", last - study.choice_images, last), test)
+    choice = held("the training images", last - study.choice_images, last)
+    return _Images(drawn, last - study.choice_images, training, choice, test)

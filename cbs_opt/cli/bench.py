@@ -159,7 +159,7 @@ def _run(options: argparse.Namespace) -> int:
 def _paper(options: argparse.Namespace) -> int:
     common.start_logging(options.quiet, options.verbose)
     from cbs_opt.bench.paper import rows
-    from cbs_opt.bench.paper.study import read_study
+    from cbs_opt.bench.paper.study_file import read_study
     from cbs_opt.bench.paper.subject import Files
     from cbs_opt.bench.runs.engines import make_engine
     from cbs_opt.bench.runs.runner import due, run_plan, summary
@@ -260,7 +260,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     import tomllib
 
-    from cbs_opt.bench.paper.study import shipped_studies
+    from cbs_opt.bench.paper.study_file import shipped_studies
     from cbs_opt.bench.runs.configuration import shipped
 
     for command, files in (("run", shipped()), ("paper", shipped_studies())):

@@ -20,9 +20,6 @@ from cbs_opt.typing import BoolArray
 Judge = Callable[[BoolArray], float]
 """The loss of the network pruned by a selection, bool (n,); it may be infinite or NaN, which is never the best."""
 
-PATIENCE = 5
-"""Steps of the local search without a better judgement, after which it ends."""
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -86,7 +83,7 @@ def judged_search(
     judge: Judge,
     *,
     value: float | None = None,
-    patience: int = PATIENCE,
+    patience: int | None = None,
 ) -> Judged:
     """The best step of the swap local search (Algorithm 1).
 
@@ -99,8 +96,9 @@ def judged_search(
     judge : callable
     value : float, optional
         The judgement of the start, where it is known.
-    patience : int
-        Ends after so many steps in a row without a better judgement.
+    patience : int, optional
+        Ends after so many steps in a row without a better judgement. The paper's "non-improving steps" are those
+        of the quadratic objective, which every step but the last one lowers.
 
     Returns
     -------
@@ -131,7 +129,7 @@ def judged_search(
                 best, value, failures = x.copy(), found, 0
             else:
                 failures += 1
-                if failures >= patience:
+                if failures == patience:
                     break
     return Judged(best, value, judgements, swaps)
 

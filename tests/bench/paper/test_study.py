@@ -4,7 +4,8 @@ import pytest
 
 from cbs_opt import UsageError
 from cbs_opt.bench.paper.rows import plan_study, restricted
-from cbs_opt.bench.paper.study import Study, read_study, shipped_studies
+from cbs_opt.bench.paper.study import Study
+from cbs_opt.bench.paper.study_file import read_study, shipped_studies
 from cbs_opt.bench.paper.subject import Files
 
 
