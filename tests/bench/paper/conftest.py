@@ -94,6 +94,13 @@ source = "kfac"
 select = "obs"
 update = "best"
 seeds = [0]
+
+[[methods]]
+name = "two stages"
+family = "ours"
+pruning = { source = "fisher", stages = 2, samples = 40, batch = 4, relative_damping = 0.1 }
+sparsities = [0.8]
+seeds = [0]
 """
 
 

@@ -38,6 +38,10 @@ def test_a_study_survives_its_store(study_file):
         ("MP = [90.0, 0.0]", "MP = [90.0]", "the published column 'MP' must have 2 figures in per cent"),
         ('name = "CBS"', 'name = "CBS-S"', "line 39: method 'CBS-S' is here twice"),
         ('family = "ours"\n', "", "a method without `family`: 'as published' or 'ours'"),
+        ("stages = 2,", "stagez = 2,", "there is no option `stagez` of pruning; known: sparsity, stages"),
+        ("stages = 2,", "stages = 0,", "`stages` must be a whole number of at least 1, got 0"),
+        ("stages = 2,", "seed = 2,", "`seed` is set by the study"),
+        ("pruning = {", 'source = "fisher"\npruning = {', "`source` is not of a method with `pruning`"),
         ("choice_images = 60", "choice_images = 60\ntraining_images = 100", "must be at least 140, those of"),
     ],
 )
@@ -55,8 +59,9 @@ def test_mistakes_are_told_in_one_sentence(study_file, old, new, sentence):
 def test_rows_of_one_instance_follow_each_other(study_file):
     plan = plan_study(read_study(study_file), Files(None, None))
     order = [(task.seed, task.method.source.name, task.sparsity) for task in plan.tasks]
-    assert order == sorted(order)
-    assert len({task.key for task in plan.tasks}) == len(plan.tasks) == 2 * (4 + 5) + 2
+    sources = ["fisher", "kfac", "all training images"]
+    assert order == sorted(order, key=lambda place: (place[0], sources.index(place[1]), place[2]))
+    assert len({task.key for task in plan.tasks}) == len(plan.tasks) == 2 * (4 + 5) + 2 + 1
     assert {task.budget for task in plan.tasks} == {18, 36}  # of 45 weights
 
 
