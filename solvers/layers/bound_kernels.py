@@ -16,6 +16,7 @@ from cbs_opt.solvers.kernels.compilation import compiled, entry
 _FAST = {"nnan", "nsz", "contract", "reassoc"}
 
 entry_fast = compiled(fastmath=_FAST)
+inner = compiled(no_cpython_wrapper=True)
 inner_fast = compiled(no_cpython_wrapper=True, fastmath=_FAST)
 
 
@@ -209,3 +210,193 @@ def best_by_count(B, starts, inverse_pivot, coefficient, allowed, bits, w, fixed
             for subset in range(1 << m):
                 if allowed[k, subset] and value[subset] > line[bits[subset]]:
                     line[bits[subset]] = value[subset]
+
+
+# Block-coordinate ascent of the split --------------------------------------------------------------------------
+
+
+@inner
+def _cholesky(A, m, L):
+    """Lower factor of A (m, m) in L; False where A is not positive definite."""
+    for i in range(m):
+        for j in range(i + 1):
+            s = A[i, j]
+            for c in range(j):
+                s -= L[i, c] * L[j, c]
+            if i > j:
+                L[i, j] = s / L[j, j]
+            elif s > 0.0:
+                L[i, i] = np.sqrt(s)
+            else:
+                return False
+    return True
+
+
+@inner
+def _whiten(A, L, m, out):
+    """L⁻¹ A L⁻ᵀ for a symmetric A (m, m)."""
+    for j in range(m):
+        for i in range(m):
+            s = A[i, j]
+            for c in range(i):
+                s -= L[i, c] * out[c, j]
+            out[i, j] = s / L[i, i]
+    for i in range(m):
+        for j in range(m):
+            s = out[i, j]
+            for c in range(j):
+                s -= L[j, c] * out[i, c]
+            out[i, j] = s / L[j, j]
+
+
+@inner
+def _eigen(A, m, Q):
+    """Jacobi rotations: A (m, m) becomes diagonal, Q holds the eigenvectors in its columns."""
+    for i in range(m):
+        for j in range(m):
+            Q[i, j] = 1.0 if i == j else 0.0
+    for _cycle in range(30):
+        off, all_of = 0.0, 0.0
+        for i in range(m):
+            all_of += A[i, i] * A[i, i]
+            for j in range(i):
+                off += A[i, j] * A[i, j]
+        if off <= 1e-22 * all_of:
+            return
+        for i in range(1, m):
+            for j in range(i):
+                if A[i, j] == 0.0:
+                    continue
+                theta = (A[i, i] - A[j, j]) / (2.0 * A[i, j])
+                t = 1.0 / (abs(theta) + np.sqrt(theta * theta + 1.0))
+                if theta < 0.0:
+                    t = -t
+                c = 1.0 / np.sqrt(t * t + 1.0)
+                s = t * c
+                for k in range(m):
+                    aj, ai = A[k, j], A[k, i]
+                    A[k, j], A[k, i] = c * aj - s * ai, s * aj + c * ai
+                for k in range(m):
+                    aj, ai = A[j, k], A[i, k]
+                    A[j, k], A[i, k] = c * aj - s * ai, s * aj + c * ai
+                for k in range(m):
+                    qj, qi = Q[k, j], Q[k, i]
+                    Q[k, j], Q[k, i] = c * qj - s * qi, s * qj + c * qi
+
+
+@inner
+def _block_step(here, B, target, m, barrier, step, L, A, Q):
+    """Step of B (m, m) toward W = target / barrier, which leaves at least a twentieth of B; False for none."""
+    if not _cholesky(here, m, L):
+        return False
+    _whiten(target, L, m, A)
+    _eigen(A, m, Q)
+    # In the metric of `here` the step is diagonal: 1 − μ/ω for each eigenvalue ω of the target.
+    for j in range(m):
+        for i in range(m - 1, -1, -1):  # Q ← L⁻ᵀ Q
+            s = Q[i, j]
+            for c in range(i + 1, m):
+                s -= L[c, i] * Q[c, j]
+            Q[i, j] = s / L[i, i]
+    for i in range(m):
+        for j in range(i + 1):
+            s = 0.0
+            for c in range(m):
+                growth = 1.0 - barrier / max(A[c, c], 1e-300)
+                s += min(max(growth, -4.0), 0.8) * Q[i, c] * Q[j, c]
+            step[i, j] = s
+            step[j, i] = s
+    if not _cholesky(B, m, L):
+        return False
+    _whiten(step, L, m, A)
+    _eigen(A, m, Q)
+    smallest = 0.0
+    for i in range(m):
+        smallest = min(smallest, A[i, i])
+    if smallest < -0.95:
+        for i in range(m):
+            for j in range(m):
+                step[i, j] *= -0.95 / smallest
+    return True
+
+
+@entry
+def blocks_are_definite(B, starts):
+    """Whether all diagonal blocks of B are positive definite."""
+    most = 0
+    for k in range(starts.size - 1):
+        most = max(most, starts[k + 1] - starts[k])
+    L = np.zeros((most, most))
+    for k in range(starts.size - 1):
+        if not _cholesky(B[starts[k] : starts[k + 1], starts[k] : starts[k + 1]], starts[k + 1] - starts[k], L):
+            return False
+    return True
+
+
+@entry
+def ascend_blocks(W, B, target, starts, barrier):
+    """One cycle over the blocks of B toward W_kk = target_k / barrier, W = (S − B)⁻¹, in place on B and W.
+
+    A step X of block k changes W by W_:k (I − X W_kk)⁻¹ X W_k:. These changes are listed and multiplied out
+    together, so that most of the work, 2 K³ operations, is in matrix products.
+
+    Parameters
+    ----------
+    W, B : float64 (K, K), in place
+    target : float64 (K, m)
+    starts : int64 (blocks + 1,)
+    barrier : float
+    """
+    K, most = target.shape
+    width = 8 * most
+    left, right, used = np.zeros((width, K)), np.zeros((width, K)), 0
+    small = np.zeros((9, most, most))
+    here, block, wanted, step, L, A, Q, middle, M = (
+        small[0], small[1], small[2], small[3], small[4], small[5], small[6], small[7], small[8],
+    )  # fmt: skip
+    for k in range(starts.size - 1):
+        first, m = starts[k], starts[k + 1] - starts[k]
+        if used + m > width:
+            W += np.dot(left[:used].T, right[:used])
+            used = 0
+        rows = left[used : used + m]
+        rows[:] = W[first : first + m]
+        if used:
+            rows += np.dot(np.ascontiguousarray(left[:used, first : first + m]).T, right[:used])
+        for i in range(m):
+            for j in range(m):
+                here[i, j] = 0.5 * (rows[i, first + j] + rows[j, first + i])
+                block[i, j] = B[first + i, first + j]
+                wanted[i, j] = 0.5 * (target[first + i, j] + target[first + j, i])
+        if not _block_step(here, block, wanted, m, barrier, step, L, A, Q):
+            continue
+        # (I − X W_kk)⁻¹ X by Gauss-Jordan elimination with pivots.
+        for i in range(m):
+            for j in range(m):
+                s = 1.0 if i == j else 0.0
+                for c in range(m):
+                    s -= step[i, c] * here[c, j]
+                M[i, j], middle[i, j] = s, step[i, j]
+        for c in range(m):
+            pivot = c
+            for i in range(c + 1, m):
+                if abs(M[i, c]) > abs(M[pivot, c]):
+                    pivot = i
+            for j in range(m):
+                M[c, j], M[pivot, j] = M[pivot, j], M[c, j]
+                middle[c, j], middle[pivot, j] = middle[pivot, j], middle[c, j]
+            scale = 1.0 / M[c, c]
+            for j in range(m):
+                M[c, j] *= scale
+                middle[c, j] *= scale
+            for i in range(m):
+                factor = M[i, c]
+                if i != c and factor != 0.0:
+                    for j in range(m):
+                        M[i, j] -= factor * M[c, j]
+                        middle[i, j] -= factor * middle[c, j]
+        right[used : used + m] = np.dot(np.ascontiguousarray(middle[:m, :m]), rows)
+        for i in range(m):
+            for j in range(m):
+                B[first + i, first + j] += step[i, j]
+        used += m

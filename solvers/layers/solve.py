@@ -32,7 +32,7 @@ _GOOD = 0.93  # of the loss of the priced sweep, or of magnitude: ADMM has then 
 _FIRST_MOVES = 50
 _TENURES = (5, 8, 4, 10)
 _SWEEPS = 10  # of Frank-Wolfe between two steps of the blocks and prices
-_GROUPS = 16  # groups of rows with a block-diagonal matrix of their own
+_SHARED = 0.25  # of the time for bounds goes to one block-diagonal matrix for all rows
 _PATIENCE = 6  # such steps without a much better bound
 _SETTLED = 2e-4  # relative gain of a round that ends a run without limits
 _MOST_ROUNDS = 5  # of a run without limits, as every round makes twice the moves of the last one
@@ -213,15 +213,14 @@ class _Run:
         except np.linalg.LinAlgError:
             logger.warning("no bound: a stored Hessian is not positive definite")
             return
-        for parts in (1, _GROUPS):  # one B for all rows first, then one for each group of rows
-            if parts > 1:
-                search.split(parts)
-            best, idle = -np.inf, 0
-            while self.clock() < until and idle < _PATIENCE:
-                if not search.step(_SWEEPS):
-                    return
-                idle = idle + 1 if search.value - best < 2e-3 * self.incumbent.objective else 0
-                best = max(best, search.value)
+        began, best, idle = self.clock(), -np.inf, 0
+        shared = began + _SHARED * (until - began)
+        while self.clock() < shared and idle < _PATIENCE:  # one B for all rows first, then one for each
+            if not search.step(_SWEEPS):
+                return
+            idle = idle + 1 if search.value - best < 5e-3 * self.incumbent.objective else 0
+            best = max(best, search.value)
+        search.refine(lambda: self.clock() >= until)
 
     def _rounds(self, search: JointSearch, pool: RowPool, until: float) -> None:
         if search.price == 0.0:

@@ -105,7 +105,7 @@ def test_bound_optimum_objective(objective, kind, seed):
 def test_bounds_with_blocks_smaller_than_a_row(size, fixed):
     """A row in one block is solved exactly; with smaller blocks the split S = R + B is at work."""
     objective = "selection" if fixed else "joint"
-    tight = []
+    tight, better = [], []
     for seed in range(4):
         layer = random_layer(seed)
         budget = some_budget("total", [layer], seed + 7)
@@ -118,11 +118,13 @@ def test_bounds_with_blocks_smaller_than_a_row(size, fixed):
             assert search.prepare()
             for _ in range(8):
                 search.step(10)
-            search.split(2)
-            search.step(10)
+            shared = incumbent.bound
+            search.refine(lambda: False)
         assert incumbent.bound <= best * (1 + 1e-9)
         tight.append(incumbent.bound / best if best else 1.0)
+        better.append(incumbent.bound > shared * 1.01)
     assert max(tight) > 0.3  # a bound of zero would pass the rest
+    assert any(better)  # rows with a B of their own give a better bound
 
 
 @given(seed=st.integers(0, 10_000), share=st.floats(0.1, 0.9), limit=st.floats(0.0, 0.05))
