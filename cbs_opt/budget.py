@@ -135,6 +135,38 @@ class Budget:
         for g in range(self.number_of_groups):
             yield self._order_by_group[ends[g - 1] if g else 0 : ends[g]]
 
+    def with_total(self, total: int) -> Budget:
+        """The same budget for another number of weights in all.
+
+        Parameters
+        ----------
+        total : int
+            0 … n. With fewer weights than now each group prunes the same multiple of its budget, with more it
+            keeps the same multiple of what it keeps now: layers with one fraction have one fraction again. Whole
+            numbers by largest remainders; between equal ones, as in N:M patterns, a fixed random order decides.
+
+        Raises
+        ------
+        InstanceError
+            When there are groups and they hold fewer weights.
+        """
+        if self.groups is None or total == self.total:
+            return Budget(total, self.groups, self.group_budgets)
+        sizes, old = self.group_sizes(self.groups.size), self.per_group
+        n = int(sizes.sum())
+        if not 0 <= total <= n:
+            raise InstanceError(f"`budget` must be in [0, {n}], got {total}")
+        if total < self.total:
+            wanted = old * (total / self.total)
+        else:
+            wanted = sizes - (sizes - old) * ((n - total) / (n - self.total))
+        counts = np.floor(wanted + 1e-9).astype(np.int64)
+        ties = np.random.default_rng(0).permutation(counts.size)
+        order = np.lexsort((ties, counts - wanted))
+        order = order[counts[order] < sizes[order]]
+        counts[order[: total - int(counts.sum())]] += 1
+        return Budget(total, self.groups, counts)
+
     def check_fits(self, n: int, fixed: ArrayLike | None = None) -> None:
         """Raise `InstanceError` unless some selection of the `n` weights meets the budget and `fixed`."""
         if self.groups is not None and self.groups.size != n:

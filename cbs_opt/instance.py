@@ -97,16 +97,22 @@ class Instance:
         return self.weights.size
 
     def with_budget(self, total: int) -> Instance:
-        """The same problem with another budget; raises `UsageError` if it has groups or does not fit."""
+        """The same problem with another budget; groups change in proportion, see `Budget.with_total`.
+
+        Raises
+        ------
+        UsageError
+            When it does not fit, or the instance has an N:M pattern, which another budget would break.
+        """
         if total == self.budget.total:
             return self
-        if self.budget.groups is not None:
+        if self.budget.groups is not None and "nm" in self.metadata:
             raise UsageError(
-                f"the instance has a budget per group ({self.budget.total} weights in all): another "
-                "`--budget` or `--sparsity` would contradict it"
+                f"the instance has the pattern {self.metadata['nm']}, which prunes {self.budget.total} weights: "
+                "another `--budget` or `--sparsity` would break it"
             )
         try:
-            return replace(self, budget=Budget(total))
+            return replace(self, budget=self.budget.with_total(total))
         except InstanceError as error:
             raise UsageError(str(error)) from None
 

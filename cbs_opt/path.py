@@ -57,7 +57,7 @@ def solve_path(
     Parameters
     ----------
     instance : Instance
-        Without groups, whose budgets would contradict other sparsities.
+        Budgets of groups change in proportion; an N:M pattern has one budget only.
     sparsities : sequence of float
         In [0, 1]; sorted and taken once each.
     solver, objective, options

@@ -289,7 +289,7 @@ class Export:
         """Do the work in memory; gradients that are too many for it lie in a temporary file."""
         recipe = self.recipe
         if recipe.form != "gradients":
-            recipe.check_fits(self.shapes, self.samples, None)
+            recipe = self.recipe = recipe.fitting(self.shapes, self.samples, None)
         with self._on_device():
             self._judge()
             form: Curvature
@@ -311,9 +311,9 @@ class Export:
 
     def write(self, path: Path | str) -> None:
         """Do the work and write the file in chunks: at most the gradients and one block are in memory."""
-        path, recipe = Path(path), self.recipe
+        path = Path(path)
         check_writable(path)
-        recipe.check_fits(self.shapes, self.samples, path.parent)
+        recipe = self.recipe = self.recipe.fitting(self.shapes, self.samples, path.parent)
         arrays: dict[str, Content] = dict(instance_arrays(self._frame))
         for key in ("gradients", "damping", "metadata"):
             del arrays[key]

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -282,6 +282,29 @@ class Recipe:
                 f"the covariances of the inputs of all layers take {_gb(held)} of memory, {_gb(memory)} are free: "
                 "prune fewer tensors at a time, or give more by `--memory`"
             )
+
+    def fitting(self, shapes: Sequence[Shape], samples: int, folder: Path | None) -> Recipe:
+        """The recipe itself, or gradients where it asks for blocks of layers in no form and they are too large.
+
+        GradientFactor with a block for each layer is the same H: it is not formed. Parameters and errors as for
+        `check_fits`.
+        """
+        if self.source != "fisher" or self.curvature is not None or self.block_rule != "layer":
+            self.check_fits(shapes, samples, folder)
+            return self
+        try:
+            self.check_fits(shapes, samples, folder)
+            if self.content_bytes(shapes, samples) <= self.memory_bytes():
+                return self
+        except UsageError as error:
+            logger.debug(f"blocks of layers: {error}")
+        other = replace(self, curvature="gradients", blocks="layer")
+        other.check_fits(shapes, samples, folder)
+        logger.info(
+            f"dense blocks of the layers would take {_gb(self.content_bytes(shapes, samples))}: gradients are "
+            f"stored, {_gb(other.content_bytes(shapes, samples))} (`--curvature inverse-hessian` forces blocks)"
+        )
+        return other
 
     def _working_bytes(self, block: int, samples: int) -> int:
         rows = samples // self.batch if self.source == "fisher" else block

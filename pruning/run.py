@@ -339,7 +339,7 @@ class Run:
         if method.masks == "grow" and pruned.any():
             fixed = np.zeros(self.n, np.int8) if fixed is None else fixed
             fixed[pruned] = 1
-        budget = part_of(self.budget, part, method.seed)
+        budget = part_of(self.budget, part)
         if method.keep_at_least is not None:
             budget, fixed = keeping(budget, instance.weights, self._sizes, method.keep_at_least, fixed)
         return _raised(budget, fixed), fixed

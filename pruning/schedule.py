@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
 from cbs_opt.budget import Budget
-from cbs_opt.typing import IntArray
 
 SCHEDULES = ("cubic", "exponential", "linear")
 
@@ -46,32 +45,7 @@ def share(schedule: str, stage: int, stages: int, sparsity: float) -> float:
     return float((1.0 - kept**t) / (1.0 - kept))
 
 
-def part_of(budget: Budget, part: float, seed: int = 0) -> Budget:
-    """A budget for an earlier stage: the given part of each group's, in whole numbers.
-
-    Parameters
-    ----------
-    budget : Budget
-    part : float
-        0 … 1.
-    seed : int
-        Which groups get one more is drawn where their remainders are equal, as in N:M patterns; the same for all
-        parts, so that no group loses weights from one stage to the next.
-
-    Returns
-    -------
-    Budget
-        Of ⌈part · total⌉ weights.
-    """
+def part_of(budget: Budget, part: float) -> Budget:
+    """A budget for an earlier stage: ⌈part · total⌉ weights, groups in proportion, see `Budget.with_total`."""
     # The product of a decimal fraction and a number may exceed a whole number by a rounding error.
-    total = min(budget.total, int(np.ceil(part * budget.total * (1 - 1e-12))))
-    if budget.groups is None or budget.group_budgets is None:
-        return Budget(total)
-    wanted = part * np.asarray(budget.group_budgets, dtype=np.float64)
-    counts: IntArray = np.floor(wanted + 1e-9).astype(np.int64)
-    left = total - int(counts.sum())
-    ties = np.random.default_rng(seed).permutation(counts.size)
-    order = np.lexsort((ties, -(wanted - counts)))
-    order = order[counts[order] < np.asarray(budget.group_budgets)[order]]
-    counts[order[: max(left, 0)]] += 1
-    return Budget(int(counts.sum()), budget.groups, counts)
+    return budget.with_total(min(budget.total, math.ceil(part * budget.total * (1 - 1e-12))))

@@ -8,10 +8,12 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cbs_opt.cli import common
 from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
@@ -81,6 +83,13 @@ def _parser() -> common.Parser:
         help="which of its dictionaries; default: as exported",
     )
     add("--masks", metavar="FILE.safetensors", type=Path, help="write only the masks, by tensor name")
+    add("--no-update", action="store_true", help="kept weights stay as they are")
+    add(
+        "--update-scale",
+        metavar="X",
+        type=number_option(0),
+        help="multiply the update of the kept weights by this; default: 1",
+    )
     add_loss_options(parser)
     add("--no-score", action="store_true", help="write the checkpoint, and run no network")
     add("--no-magnitude", action="store_true", help="leave out the comparison with magnitude pruning")
@@ -94,7 +103,7 @@ def _parser() -> common.Parser:
     add("--onnx", metavar="FILE.onnx", type=Path, help="also write the pruned network as ONNX")
     add("--picture", metavar="MASKS.png", type=Path, help="draw the mask of every layer; .png, .svg or .pdf")
     add("--json", metavar="FILE|-", help="write the report as JSON; - for stdout, and nothing else there")
-    add("-q", "--quiet", action="store_true", help="log warnings only")
+    add("-q", "--quiet", action="store_true", help="log warnings only, print no report")
     add("-v", "--verbose", action="store_true", help="log more")
     return parser
 
@@ -125,6 +134,7 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
     for path, solution in zip(options.solution, solutions, strict=True):
         if not solution.instance_sha256:
             logger.warning(f"{path}: does not name its instance: only its size is checked")
+    solutions = [_scaled(path, s, instance, options) for path, s in zip(options.solution, solutions, strict=True)]
 
     from cbs_opt.instances.apply import layer_masks, pruned_tensors
     from cbs_opt.instances.checkpoints import checkpoint_sha256, read_checkpoint, write_checkpoint
@@ -232,9 +242,21 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
         write_json(options.json, content)
     if options.json == "-":
         write_json("-", content)
-    else:
+    elif not options.quiet:
         common.say(_text(content) + "\n")
     return common.EXIT_OK
+
+
+def _scaled(path: Path, solution: Solution, instance: Instance, options: argparse.Namespace) -> Solution:
+    """The solution with the part of its update that was asked for."""
+    if options.no_update:
+        return replace(solution, weights=None)
+    if options.update_scale is None:
+        return solution
+    if solution.weights is None:
+        raise UsageError(f"{path}: has no updated weights for `--update-scale`: solve with `--update`")
+    moved = instance.weights + options.update_scale * (solution.weights - instance.weights)
+    return replace(solution, weights=np.where(solution.pruned, 0.0, moved))
 
 
 def _asdict(when: str, score: Score | None) -> dict[str, Any]:
@@ -321,6 +343,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
             None if options.json == "-" else options.json,
         ),
     )
+    if options.no_update and options.update_scale is not None:
+        raise UsageError("`--no-update` and `--update-scale` exclude each other")
     if len(options.solution) > 1 and options.max_drop is None:
         raise UsageError("several solutions need `--max-drop`, which selects one of them")
     if options.max_drop is not None and options.no_score:

@@ -72,7 +72,12 @@ def solve_parser() -> Parser:
         help="check a solution of the instance, or a certificate of `exact`; nothing is solved",
     )
     add("--list-solvers", action="store_true", help="list the solvers and their parameters")
-    add("-q", "--quiet", action="store_true", help="log warnings only")
+    add(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="log warnings only, and print no report where a file holds the result",
+    )
     add("-v", "--verbose", action="store_true", help="log more")
     return parser
 

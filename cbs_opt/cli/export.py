@@ -166,8 +166,10 @@ def _main(arguments: list[str]) -> int:
             dense += f", {facts['dense_metric']} {facts['dense_value']:.4f}"
         dense += "\n"
     stored = "" if job.stored == len(job.sizes) else f" ({job.stored} stored)"
+    if options.quiet:
+        return common.EXIT_OK
     common.say(
-        f"{options.output}: {job.weights.size} weights, {recipe.form.replace('-', ' ')} in "
+        f"{options.output}: {job.weights.size} weights, {job.recipe.form.replace('-', ' ')} in "
         f"{count(len(job.sizes), 'block')}{stored}, {job.budget.total} to prune ({_share(job, options)})\n"
         f"{dense}"
         f"{options.output.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s\n"

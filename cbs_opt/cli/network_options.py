@@ -75,7 +75,7 @@ def add_log_options(parser: Parser) -> None:
     """The device, and how much is logged."""
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("-q", "--quiet", action="store_true", help="log warnings only")
+    add("-q", "--quiet", action="store_true", help="log warnings only, print no report")
     add("-v", "--verbose", action="store_true", help="log more")
 
 

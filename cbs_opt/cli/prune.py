@@ -199,7 +199,7 @@ def _main(arguments: list[str]) -> int:
         state.unlink(missing_ok=True)
     if options.json is not None:
         write_json(options.json, content)
-    if options.json != "-":
+    if options.json != "-" and not options.quiet:
         common.say(_text(options, pruned, tested))
     return common.EXIT_OK
 

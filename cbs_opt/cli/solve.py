@@ -145,7 +145,7 @@ def _write(instance: Instance, result: Result, read_seconds: float, options: arg
     attempt(None if options.json == "-" else options.json, write_json, content)
     if options.json == "-":  # last, so that a closed pipe does not prevent files
         write_json("-", content)
-    else:
+    elif not (options.quiet and (options.solution or options.json)):
         common.say(result_text(result, read_seconds, known) + "\n")
     if failures:
         raise OutputError("; ".join(str(failure) for failure in failures))

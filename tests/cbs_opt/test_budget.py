@@ -59,6 +59,31 @@ def test_members_partition_the_weights():
     assert [members.tolist() for members in Budget(1).members(3)] == [[0, 1, 2]]
 
 
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 9), share=st.floats(0, 1))
+def test_another_total_changes_groups_in_proportion(sizes, seed, share):
+    rng = np.random.default_rng(seed)
+    old = np.array([rng.integers(0, size + 1) for size in sizes])
+    budget = Budget(int(old.sum()), np.repeat(np.arange(len(sizes)), sizes), old)
+    n = sum(sizes)
+    total = round(share * n)
+    new = np.asarray(budget.with_total(total).group_budgets)
+    assert new.sum() == total and (new >= 0).all() and (new <= sizes).all()
+    if total <= old.sum():
+        wanted = old * total / max(old.sum(), 1)
+    else:
+        wanted = sizes - (sizes - old) * (n - total) / max(n - old.sum(), 1)
+    assert (np.abs(new - wanted) < 1 + 1e-9).all()
+    assert Budget(3).with_total(2).total == 2
+
+
+def test_layers_with_one_fraction_have_one_again():
+    budget = Budget(18, [0] * 10 + [1] * 10, [9, 9])
+    assert budget.with_total(10).group_budgets.tolist() == [5, 5]
+    assert Budget(10, [0] * 10 + [1] * 10, [5, 5]).with_total(18).group_budgets.tolist() == [9, 9]
+    with pytest.raises(InstanceError, match=r"in \[0, 20\], got 21"):
+        budget.with_total(21)
+
+
 def test_is_met_by_counts_each_group():
     budget = Budget(2, [0, 0, 1, 1], [1, 1])
     assert budget.is_met_by(np.array([True, False, False, True]))

@@ -53,6 +53,19 @@ def test_options_that_make_no_sense(wrong, message):
         Recipe(**wrong)
 
 
+def test_blocks_of_layers_that_are_too_large_become_gradients(caplog):
+    shapes = [(200, 100), (50, 200)]  # dense blocks: 4 GB
+    recipe = Recipe(blocks="layer", memory=10**8)
+    assert recipe.fitting(shapes, 100, None).form == "gradients"
+    assert recipe.fitting(shapes, 100, None).sizes(shapes) == [20_000, 10_000]
+    assert Recipe(blocks="layer", memory=10**8).fitting([(10, 10)], 100, None).form == "inverse-hessian"
+    for other in (Recipe(blocks="layer", curvature="hessian", memory=10**8), Recipe(blocks=15_000, memory=10**8)):
+        with pytest.raises(UsageError, match="memory has"):
+            other.fitting(shapes, 100, None)
+    with pytest.raises(UsageError, match="gradients take"):
+        Recipe(blocks="layer", memory=10**6).fitting(shapes, 100, None)
+
+
 def test_one_budget_and_one_for_every_layer():
     shapes = [(3, 5), (2, 4)]
     assert Recipe().budget(shapes).total == 21  # ⌈0.9 · 23⌉

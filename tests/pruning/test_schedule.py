@@ -38,7 +38,7 @@ def test_groups_grow_together(sizes, seed, parts):
     budget = Budget(int(final.sum()), np.repeat(np.arange(len(sizes)), sizes), final)
     before = np.zeros_like(final)
     for part in sorted(parts):
-        now = part_of(budget, part, seed)
+        now = part_of(budget, part)
         assert now.total == int(np.ceil(part * budget.total * (1 - 1e-12)))
         counts = np.asarray(now.group_budgets)
         assert (np.abs(counts - part * final) < 1 + 1e-9).all()

@@ -135,6 +135,28 @@ def test_updated_weights_reach_the_file(trained, tmp_path):
     np.testing.assert_array_equal(np.concatenate([tensors[name].numpy().ravel() for name in NAMES]), weights)
 
 
+@pytest.mark.parametrize(("more", "factor"), [([], 2.0), (["--update-scale", "0.5"], 1.5), (["--no-update"], 1.0)])
+def test_a_part_of_the_update(trained, tmp_path, capsys, more, factor):
+    path = tmp_path / "model.instance"
+    instance, result = make_instance(path, trained / "model.pt", {"network": "digits-mlp"})
+    weights = np.where(result.pruned, 0.0, 2 * instance.weights)
+    cbs_opt.write_solution(path.with_suffix(".solution"), Solution(result.pruned, instance.sha256, weights))
+    out = tmp_path / "out.pt"
+    arguments = [path, path.with_suffix(".solution"), "--checkpoint", trained / "model.pt", "-o", out, "-q", *more]
+    assert main([*map(str, arguments)]) == 0
+    assert capsys.readouterr() == ("", "")
+    tensors = read_checkpoint(out)
+    found = np.concatenate([tensors[name].numpy().ravel() for name in NAMES])
+    np.testing.assert_allclose(found, np.where(result.pruned, 0.0, factor * instance.weights), rtol=1e-6)
+
+
+def test_a_part_of_an_update_that_is_not_there(trained, tmp_path, capsys):
+    assert command(trained, "model.pt", tmp_path / "out.pt", "--update-scale", "0.5") == 2
+    assert "has no updated weights for `--update-scale`" in capsys.readouterr().err
+    assert command(trained, "model.pt", tmp_path / "out.pt", "--update-scale", "1", "--no-update") == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
 def test_instances_that_say_less_are_taken_with_a_warning(trained, tmp_path, capsys):
     path = tmp_path / "model.instance"
     _, result = make_instance(path, trained / "model.pt", {"checkpoint": None, "network": "my own kind"})
