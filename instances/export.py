@@ -322,7 +322,8 @@ class Export:
             self._judge()
             if recipe.form == "gradients":
                 shape = (self.rows, self.weights.size)
-                if recipe.entry.itemsize * shape[0] * shape[1] <= recipe.memory_bytes():
+                fits = recipe.entry.itemsize * shape[0] * shape[1] <= recipe.memory_bytes()
+                if fits or recipe.batch > 1:  # those of mini-batches are scaled when their mean is known
                     arrays["gradients"] = self._collected(recipe.entry, path.parent)
                 else:
                     arrays["gradients"] = Stream(recipe.entry, shape, self._streamed())
@@ -348,13 +349,8 @@ class Export:
     # Gradients ----------------------------------------------------------------------------------------------
 
     def _pieces(self) -> Iterator[NDArray[Any]]:
-        """Rows of G in order, in the model's precision, with the sums that the rest needs.
-
-        The covariance of mean gradients of B samples is 1/B of that of single ones: rows of mini-batches are
-        multiplied by √B, so that H, `linear` and damping have the scale of single samples whatever B is.
-        """
+        """Mean gradients in order, in the model's precision, with the sums that the rest needs."""
         done, nothing = 0, True
-        root = math.sqrt(self.recipe.batch)
         assert self.labels is not None
         for rows in gradient_rows(
             self.model,
@@ -366,10 +362,8 @@ class Export:
             chunk_bytes=self._chunk_bytes,
         ):
             piece = to_rows(self.places, rows.numpy())
-            if self.recipe.first_order:
-                self._sum += piece.sum(axis=0, dtype=np.float64)  # of the gradients themselves
-            if root > 1:
-                piece = piece * piece.dtype.type(root)
+            if self.recipe.first_order or self.recipe.batch > 1:
+                self._sum += piece.sum(axis=0, dtype=np.float64)
             if self.recipe.relative_damping is not None:
                 self._squares += float(np.square(piece, dtype=np.float64).sum())
             done += len(piece)
@@ -397,7 +391,28 @@ class Export:
                 self.rows = done
                 break
         self.collecting = False
+        self._scale(G[: self.rows])
         return G[: self.rows]
+
+    def _scale(self, G: NDArray[Any]) -> None:
+        """Bring mean gradients of B samples to the scale of single ones, in place.
+
+        They have 1/B of the covariance of single gradients and the same mean g, so that √B (ḡ − g) + g has the
+        covariance and the mean: H, `linear` and damping then mean the same whatever B is.
+        """
+        batch = self.recipe.batch
+        if batch == 1:
+            return
+        root, mean = math.sqrt(batch), self._sum / self.rows
+        shift = ((root - 1.0) * mean).astype(G.dtype)
+        step = max(1, CHUNK_BYTES // max(G[:1].nbytes, 1))
+        self._squares = 0.0
+        for first in range(0, self.rows, step):
+            part = G[first : first + step]
+            part *= G.dtype.type(root)
+            part -= shift
+            if self.recipe.relative_damping is not None:
+                self._squares += float(np.square(part, dtype=np.float64).sum())
 
     def _streamed(self) -> Iterator[NDArray[Any]]:
         """G for a file that has been promised all rows: a stop leaves nothing."""

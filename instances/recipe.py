@@ -51,8 +51,8 @@ class Recipe:
         See `curvature.block_sizes`. By default one full block for gradients, one per layer for dense blocks,
         one per row for the reconstruction error and kfac.
     batch : int
-        Samples whose mean gradient, times √batch, is a row of G: H, `linear` and damping then have the scale of
-        single samples, whatever the batch is.
+        Samples of the mean gradient ḡ from which a row of G is made, √batch·(ḡ − g) + g with the mean g of all: H,
+        `linear` and damping then have the scale of single samples, whatever the batch is.
     damping : float, optional
         λ; 1e-5 when `relative_damping` is not given either, but for kfac.
     relative_damping : float, optional

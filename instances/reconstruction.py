@@ -114,7 +114,7 @@ def followed(
     with ExitStack() as stack:
         for state in (evaluation_mode(model), single_precision(model), torch.no_grad()):
             stack.enter_context(state)
-        stack.enter_context(_watched(model, weights, note, reasons))  # knows the tensors in the state just entered
+        stack.enter_context(watched(model, weights, note, reasons))  # knows the tensors in the state just entered
         run(model)
     for name in weights:
         if (name, False) not in seen and name not in reasons:
@@ -169,7 +169,7 @@ def input_covariances(
         checked_call(model, first)
         size = max(len(first), chunk_size(model, first, (), chunk_bytes))
         for part in slices(inputs, size):
-            with _watched(model, layouts, lambda product: sums[product.name].add(product), reasons):
+            with watched(model, layouts, lambda product: sums[product.name].add(product), reasons):
                 checked_call(model, placed(inputs[part], model))
             if reasons:
                 name, reason = next(iter(reasons.items()))
@@ -188,12 +188,13 @@ def _layouts(model: nn.Module, names: Sequence[str]) -> dict[str, Layout]:
     return {name: known[name] for name in names}
 
 
-def _watched(
+def watched(
     model: nn.Module,
     layouts: Mapping[str, Layout],
     report: Callable[[Product], None],
     reasons: dict[str, str],
 ) -> Products:
+    """Report the products of weights in a forward pass; why others cannot be followed goes to `reasons`."""
     parameters = dict(model.named_parameters())
     weights = {name: (parameters[name].detach(), layout) for name, layout in layouts.items()}
 

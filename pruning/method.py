@@ -271,7 +271,7 @@ class Method:
 def _grid(name: str, value: float | Sequence[float] | None) -> tuple[float, ...]:
     if value is None:
         return ()
-    numbers = tuple(value) if isinstance(value, Sequence) else (value,)
+    numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
             raise UsageError(f"`{name}` must be finite numbers ≥ 0, got {number!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -39,6 +40,7 @@ from cbs_opt.pruning.samples import divided, in_memory
 from cbs_opt.pruning.schedule import part_of, share
 from cbs_opt.pruning.stage import Choice, Scorer, Stopped, best
 from cbs_opt.pruning.state import Stored, fingerprint, read_state, write_state
+from cbs_opt.pruning.targets import with_dense_targets
 from cbs_opt.typing import BoolArray
 
 logger = logging.getLogger("cbs_opt")
@@ -146,6 +148,7 @@ class Run:
         )
         self._fisher: Fisher | None = method.fisher
         self.dense = self.copy.state()
+        self._dense = copy.deepcopy(self.copy.model) if method.targets == "dense" else None
         self.before: Score | None = None
         self.score: Score | None = None
         self.stages: list[Stage] = []
@@ -246,6 +249,7 @@ class Run:
             samples,
             seed=self.method.seed + number - 1,
             should_stop=self._should_stop,
+            dense=self._dense if self.method.sequential else None,
         )
         if found is None or (self._should_stop() and self.method.stages > 1):
             raise Stopped
@@ -315,7 +319,7 @@ class Run:
         while True:
             recipe = replace(method.recipe(fisher, number), **given)
             try:
-                return exported(
+                made = exported(
                     self.copy.model,
                     samples,
                     self.names,
@@ -323,6 +327,11 @@ class Run:
                     self._judge,
                     device=self._device.type,
                     progress=self._checked_progress,
+                )
+                return (
+                    made
+                    if self._dense is None
+                    else with_dense_targets(made, self.copy.model, self._dense, samples)
                 )
             except UsageError as error:
                 if self._fisher is not None or fisher != "exact" or not str(error).startswith("`fisher` exact"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from cbs_opt.budget import Budget
 from cbs_opt.instance import Instance
@@ -20,6 +21,7 @@ from cbs_opt.pruning.method import Method
 from cbs_opt.pruning.network import State, WorkingCopy
 from cbs_opt.pruning.problem import Problem, of_layers, scaled_update
 from cbs_opt.pruning.statistics import reestimate
+from cbs_opt.pruning.targets import one_by_one
 from cbs_opt.result import Result
 from cbs_opt.solve import solve
 from cbs_opt.stop import Stop
@@ -145,6 +147,7 @@ def best(
     *,
     seed: int,
     should_stop: Callable[[], bool] = lambda: False,
+    dense: nn.Module | None = None,
 ) -> Choice | None:
     """Solve the variants and return the network with the least loss on the held-out samples.
 
@@ -163,6 +166,8 @@ def best(
     seed : int
     should_stop : callable, optional
         True ends the search; what was found before counts.
+    dense : torch.nn.Module, optional
+        The dense network: layers are solved one after the other, with its outputs as targets.
 
     Returns
     -------
@@ -177,6 +182,9 @@ def best(
                 break
             instance = budgeted(problem, budget, fixed)
             result = solved(instance, method, seed, should_stop)
+            if dense is not None and not should_stop():
+                result = _sequential(copy, dense, instance, result, samples, method, seed, should_stop)
+                copy.restore(before)
             try:
                 for choice in _applied(copy, before, problem, instance, result, method, scorer, samples):
                     if found is None or choice.loss < found.loss:
@@ -190,6 +198,25 @@ def best(
     finally:
         copy.restore(before)
     return found
+
+
+def _sequential(
+    copy: WorkingCopy,
+    dense: nn.Module,
+    instance: Instance,
+    result: Result,
+    samples: SampleSource,
+    method: Method,
+    seed: int,
+    should_stop: Callable[[], bool],
+) -> Result:
+    """The result, refined layer by layer."""
+    limit = None if method.time_limit is None else method.time_limit / max(len(copy.places), 1)
+    own = replace(method, time_limit=limit)
+    pruned, weights = one_by_one(
+        copy, dense, instance, result, samples, lambda layer: solved(layer, own, seed, should_stop)
+    )
+    return replace(result, pruned=pruned, weights=weights if method.updates else None)
 
 
 def _applied(

@@ -72,8 +72,8 @@ def test_every_form_in_memory_and_on_disk(name, memory, network, tmp_path):
     options, sizes = FORMS[name]
     G = gradients_of(network)
     if options.get("batch"):
-        mean = G.reshape(-1, options["batch"], G.shape[1]).mean(1)
-        G = options["batch"] ** 0.5 * mean  # the scale of single samples
+        means = G.reshape(-1, options["batch"], G.shape[1]).mean(1)
+        G = options["batch"] ** 0.5 * (means - G.mean(0)) + G.mean(0)  # the scale of single samples
     damping = 1e-5
     if "relative_damping" in options:
         damping = options["relative_damping"] * np.square(G).mean()
@@ -101,6 +101,23 @@ def test_every_form_in_memory_and_on_disk(name, memory, network, tmp_path):
             assert instance.linear is None
     cbs_opt.write_instance(tmp_path / "again.npz", here)
     assert (tmp_path / "again.npz").read_bytes() == path.read_bytes()
+
+
+def test_mini_batches_estimate_the_matrix_of_single_samples():
+    """Against a direct computation: the mean of g gᵀ over single samples, for batches of every size."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    with torch.no_grad():
+        model[2].bias += torch.tensor([2.0, 0.0, -2.0])  # no minimum: the mean gradient is not small
+    x, y = torch.randn(10_000, 3), torch.randint(3, (10_000,))
+    names = ["0.weight", "2.weight"]
+    single = per_sample_gradients(model, x, y, names).double().numpy()
+    direct, mean = single.T @ single / len(single), single.mean(0)
+    assert np.linalg.norm(mean) ** 2 > 0.05 * np.trace(direct)
+    for batch in (1, 4, 20):
+        made = export(model, x, y, batch=batch, damping=0.0, first_order=True)
+        assert np.linalg.norm(made.curvature.block(0) - direct) < 0.2 * np.linalg.norm(direct), batch
+        np.testing.assert_allclose(made.linear, mean, atol=1e-6)
 
 
 def test_weights_and_metadata(network):

@@ -51,6 +51,8 @@ METHODS = {
     "one shot, joint": {"solver": "joint", "time_limit": 0.5, "relative_damping": 0.01},
     "one shot, fisher": {"source": "fisher", "damping": (0.01, 1.0), "update_scale": (0.5, 1.0)},
     "one shot, reconstruction": {"source": "reconstruction", "split": "auto"},
+    "stages, targets of the dense network": {"source": "reconstruction", "stages": 2, "relative_damping": 0.01},
+    "layer after layer": {"sequential": True, "stages": 2, "relative_damping": 0.01},
     "stages, kfac": {"stages": 3},
     "stages, fisher": {"source": "fisher", "stages": 3, "samples": 160, "batch": 4, "damping": 0.1},
     "stages, masks return": {"source": "fisher", "stages": 3, "samples": 160, "masks": "return", "damping": 0.1},
