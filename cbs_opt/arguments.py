@@ -47,6 +47,8 @@ _KINDS: dict[str, Kind] = {
 }
 _REQUIRED = ("seed", "update", "device")
 _LEAST = {"threads": 1, "batch_size": 1}
+MOST_THREADS = 1024
+"""More would only wait for one another, or be refused by the operating system."""
 
 
 def check_arguments(**given: Any) -> None:
@@ -65,6 +67,8 @@ def check_arguments(**given: Any) -> None:
             raise UsageError(f"`{name}` must be {expected}, got {got(value)}")
         if name in _LEAST and value < _LEAST[name]:
             raise UsageError(f"`{name}` must be at least {_LEAST[name]}, got {value}")
+        if name == "threads" and value > MOST_THREADS:
+            raise UsageError(f"`threads` must be at most {MOST_THREADS}, got {value}")
     if given["seed"] < 0:
         raise UsageError(f"`seed` must not be negative, got {given['seed']}")
 

@@ -104,9 +104,26 @@ def solve(
     run = run_solver(chosen, instance, context)
     if run.error is not None:
         if run.pruned is None:
+            if not _in_range(instance):
+                raise SolverError(_RANGE) from run.error
             _raise(solver, run.error)
+        if not _in_range(instance):
+            logger.warning(_RANGE)
         logger.error("solver '%s' failed; its incumbent is kept", solver, exc_info=run.error)
     return _result(instance, context, run, solver, update, asdict(chosen.parameters))
+
+
+_RANGE = "the loss exceeds the range of float64: rescale the weights or the curvature"
+
+
+def _in_range(instance: Instance) -> bool:
+    """Whether the losses of single weights are numbers with which a solver can work."""
+    try:
+        costs = instance.weights * instance.curvature.diagonal() * instance.weights
+    except InstanceError:  # no question of range
+        return True
+    largest = float(costs.max())
+    return bool(np.isfinite(costs).all()) and (largest == 0 or 1e-250 < largest < 1e250)
 
 
 def _raise(solver: str, error: Exception) -> NoReturn:
@@ -133,7 +150,7 @@ def _result(
             "the joint loss has no minimum: the Hessian is singular along `linear`, a positive damping is needed"
         )
     if not np.isfinite(value):
-        raise SolverError("the loss exceeds the range of float64: rescale the weights or the curvature")
+        raise SolverError(_RANGE)
     bound = monitor.bound
     if bound is not None and bound > value:
         if bound - value > 1e-6 * max(abs(value), abs(bound)):

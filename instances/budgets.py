@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from cbs_opt.budget import Budget
 from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.files.toml_text import read_toml
 from cbs_opt.instances.prunable import matches
 from cbs_opt.typing import FloatArray
 
@@ -51,20 +51,11 @@ def read_rules(texts: Sequence[str]) -> dict[str, float]:
                 raise UsageError(
                     f"`--sparsity-per-layer` takes PATTERN=FRACTION ('fc.*=0.9') or a .toml file, got '{text}'"
                 )
-            pairs, where = _flat(_toml(Path(text))), text
+            pairs, where = _flat(read_toml(Path(text), InstanceError)[0]), text
         for name, number in pairs.items():
             rules.pop(name, None)  # the last rule takes precedence
             rules[name] = share_of(number, f"{where}: the sparsity of '{name}'")
     return rules
-
-
-def _toml(path: Path) -> dict[str, object]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InstanceError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InstanceError(f"{path}: is not valid TOML: {error}") from None
 
 
 def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:

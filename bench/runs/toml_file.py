@@ -7,12 +7,12 @@ function that says whether a value is allowed, and the words for what is.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cbs_opt.errors import CbsError, UsageError
+from cbs_opt.files.toml_text import read_toml
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -62,13 +62,7 @@ def open_toml(source: Path | str, shipped: Mapping[str, Path], tables: str) -> T
         if str(source) not in shipped:
             raise UsageError(f"{source}: is neither a file nor one of the configurations {', '.join(shipped)}")
         path = shipped[str(source)]
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = tomllib.loads(text)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # not UTF-8, or not TOML: the sentence has the line
-        raise UsageError(f"{path}: is no TOML file: {error}") from None
+    content, text = read_toml(path, UsageError)
     return TomlFile(path, text, content, tables)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cbs_opt.arguments import MOST_THREADS
 from cbs_opt.cli.common import Parser
 from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.files.toml_text import read_toml
 from cbs_opt.solve import DEFAULT_SOLVERS
 
 
@@ -49,7 +50,7 @@ def solve_parser() -> Parser:
     add("--gap", type=number_option(0), metavar="G", help="stop at this relative gap")
     add("--seed", type=whole_option(0), default=0, metavar="N", help="default: 0")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--threads", type=whole_option(1), metavar="N", help="threads; default: all cores")
+    add("--threads", type=whole_option(1, MOST_THREADS), metavar="N", help="threads; default: all cores")
     add("--batch-size", type=whole_option(1), metavar="R", help="candidates per batch")
     add(
         "--set",
@@ -160,12 +161,7 @@ def share_option(text: str) -> float:
 
 def _from_toml(parser: Parser, path: Path, arguments: list[str]) -> list[str]:
     """The options of a TOML file as command-line arguments: keys are option names, [set] the parameters."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InstanceError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InstanceError(f"{path}: is not valid TOML: {error}") from None
+    table, _ = read_toml(path, InstanceError)
     skip = {"help", "version", "config", "instance", "list_solvers", "check"}
     known = {action.dest: action for action in parser._actions if action.dest not in skip}
     given = {argument.partition("=")[0] for argument in arguments}
@@ -226,16 +222,17 @@ def number_option(lowest: float = -math.inf, highest: float = math.inf) -> Calla
     return convert
 
 
-def whole_option(lowest: int) -> Callable[[str], int]:
-    """The type of an option that takes a whole number from `lowest` on."""
+def whole_option(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    """The type of an option that takes a whole number from `lowest` on, or up to `highest`."""
+    expected = f"≥ {lowest}" if highest is None else f"from {lowest} to {highest}"
 
     def convert(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = lowest - 1
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"must be a whole number ≥ {lowest}, got '{text[:40]}'")
+        if value < lowest or (highest is not None and value > highest):
+            raise argparse.ArgumentTypeError(f"must be a whole number {expected}, got '{text[:40]}'")
         return value
 
     return convert

@@ -6,6 +6,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -20,6 +21,8 @@ from cbs_opt.optional import missing
 from cbs_opt.version import __version__
 
 logger = logging.getLogger("cbs_opt")
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 EXIT_OK, EXIT_NONE, EXIT_FILE, EXIT_SOLVER, EXIT_KILLED = 0, 1, 3, 4, 130
 
@@ -49,6 +52,7 @@ def with_dashes(arguments: Sequence[str]) -> list[str]:
 def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence[str] | None) -> int:
     """Run the body of a command; errors become one sentence on stderr and an exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _open_streams()
     _keep_printing(sys.stdout)
     early_signals.imports_done()
     try:
@@ -60,7 +64,7 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
         if "--debug" in given:
             raise
         hint = f" ({program} --help lists the options)" if isinstance(error, UsageError) else ""
-        print(f"{program}: {error}{hint}", file=sys.stderr)  # noqa: T201
+        _complain(f"{program}: {error}{hint}")
         return error.exit_code
     except BrokenPipeError:
         # The reader of stdout has closed it; redirect stdout so that the interpreter's flush is silent.
@@ -71,21 +75,50 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
     except ModuleNotFoundError as error:
         if "--debug" in given:
             raise
-        print(f"{program}: this {missing(error)}", file=sys.stderr)  # noqa: T201
+        _complain(f"{program}: this {missing(error)}")
         return EXIT_SOLVER
     except MemoryError:
         if "--debug" in given:
             raise
-        print(f"{program}: out of memory", file=sys.stderr)  # noqa: T201
+        _complain(f"{program}: out of memory")
         return EXIT_SOLVER
+    except OSError as error:
+        if "--debug" in given:
+            raise
+        _complain(f"{program}: {_in_words(error)}")
+        return EXIT_FILE
     except Exception as error:
         if "--debug" in given:
             raise
-        print(  # noqa: T201
-            f"{program}: unexpected {type(error).__name__}: {error}; --debug shows where: please report it",
-            file=sys.stderr,
-        )
+        _complain(f"{program}: unexpected {type(error).__name__}: {error}; --debug shows where: please report it")
         return EXIT_SOLVER
+
+
+def _open_streams() -> None:
+    """Put streams that lead nowhere in the place of a closed stdout or stderr."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # type: ignore[unreachable]  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # type: ignore[unreachable]  # noqa: SIM115
+
+
+def _complain(sentence: str) -> None:
+    print(visible(sentence), file=sys.stderr)  # noqa: T201
+
+
+def _in_words(error: OSError) -> str:
+    """The sentence of an error of the operating system."""
+    try:
+        Path.cwd()
+    except OSError:
+        return "the working directory has been removed: change to one that exists"
+    name = "" if error.filename is None else f"{error.filename}: "
+    return f"{name}{error.strerror or error}"
+
+
+def visible(text: str) -> str:
+    """A text with control characters written out: what comes from a file must not command the terminal."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _keep_printing(stream: object) -> None:
@@ -97,7 +130,7 @@ def _keep_printing(stream: object) -> None:
 def say(text: str) -> None:
     """Write to stdout and flush, so that an error is reported now and not at interpreter exit."""
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(visible(text))
         sys.stdout.flush()
     except BrokenPipeError:
         raise
@@ -151,7 +184,7 @@ class _PlainFormatter(logging.Formatter):
     """Plain messages; warnings and errors are labelled; tracebacks only when debugging."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
+        text = visible(record.getMessage())
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
         if record.exc_info and record.exc_info[1] is not None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from cbs_opt.errors import OutputError
+
+_READER_SECONDS = 3.0
 
 
 @contextmanager
@@ -26,7 +30,7 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     temporary: str | None = None
     try:
         if _is_device(path):
-            with tempfile.TemporaryFile() as file, path.open("wb") as device:
+            with tempfile.TemporaryFile() as file, _open_device(path) as device:
                 yield file
                 file.seek(0)
                 shutil.copyfileobj(file, device)
@@ -46,6 +50,25 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _open_device(path: Path) -> IO[bytes]:
+    """Open a device or a pipe; raises `OSError` for a pipe that no process reads for some seconds."""
+    if not path.is_fifo():
+        return path.open("wb")
+    ends = time.monotonic() + _READER_SECONDS
+    while True:
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > ends:
+                raise OSError(errno.ENXIO, "no process reads this pipe", str(path)) from None
+            time.sleep(0.05)
+        else:
+            os.set_blocking(handle, True)
+            return os.fdopen(handle, "wb")
 
 
 def _is_device(path: Path) -> bool:
