@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -301,12 +302,15 @@ class Store:
         """Every row in the order in which they were made; traces only where asked for."""
         there = [name if name in self._columns() else f"NULL AS {name}" for name in _COLUMNS]
         names = f"{', '.join(there)}, {'trace' if traces else 'NULL'}, id"
-        return [_row(values) for values in self._fetch(f"SELECT {names} FROM rows ORDER BY id")]
+        found = self._fetch(f"SELECT {names} FROM rows ORDER BY id")
+        with self._as_store_error("read as a store"):
+            return [_row(values) for values in found]
 
     def trace(self, row_id: int | None) -> Trace:
         """The events of a row: seconds, objective, bound; empty where nothing is known."""
         found = self._fetch("SELECT trace FROM rows WHERE id = ?", (row_id,))
-        return _trace(found[0][0]) or [] if found else []
+        with self._as_store_error("read as a store"):
+            return _trace(found[0][0]) or [] if found else []
 
     def traces(self, row_ids: Iterable[int]) -> dict[int, Trace]:
         """The events of several rows, by id."""
@@ -315,14 +319,17 @@ class Store:
     def instances(self) -> dict[str, StoredInstance]:
         """The instances, by the hash of their file."""
         found = self._fetch("SELECT sha256, name, n, blocks, curvature, metadata FROM instances")
-        return {
-            sha256: StoredInstance(sha256, name, n, blocks, curvature, json.loads(metadata))
-            for sha256, name, n, blocks, curvature, metadata in found
-        }
+        with self._as_store_error("read as a store"):
+            return {
+                sha256: StoredInstance(sha256, name, n, blocks, curvature, json.loads(metadata))
+                for sha256, name, n, blocks, curvature, metadata in found
+            }
 
     def environments(self) -> dict[int, dict[str, Any]]:
         """Descriptions of machine, versions and threads, by id."""
-        return {row[0]: json.loads(row[1]) for row in self._fetch("SELECT id, content FROM environments")}
+        found = self._fetch("SELECT id, content FROM environments")
+        with self._as_store_error("read as a store"):
+            return {row[0]: json.loads(row[1]) for row in found}
 
     def _open(self) -> sqlite3.Connection:
         if self.mode == "r" and not self.path.is_file():
@@ -352,7 +359,8 @@ class Store:
             }
             values = ", ".join(f"('{key}', '{value}')" for key, value in made.items())
             # One transaction: a process that dies here leaves an empty file, which the next one fills.
-            self._connection.executescript(f"BEGIN; {_SCHEMA} INSERT INTO meta VALUES {values}; COMMIT;")
+            with self._as_store_error("written"):
+                self._connection.executescript(f"BEGIN; {_SCHEMA} INSERT INTO meta VALUES {values}; COMMIT;")
             return
         meta = self.meta if "meta" in tables else {}
         if meta.get("format") != FORMAT:
@@ -372,22 +380,25 @@ class Store:
         return {column for _, column, *_ in self._fetch("PRAGMA table_info(rows)")}
 
     def _fetch(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        try:
+        with self._as_store_error("read as a store"):
             return self._connection.execute(query, values).fetchall()
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: cannot be read as a store: {error}") from None
 
     def _execute(self, query: str, values: tuple[Any, ...]) -> int | None:
         """Run one statement in a transaction of its own."""
         if self.mode != "w":
             raise StoreError(f"{self.path}: is open for reading only")
+        with self._as_store_error("written"), self._connection:
+            return self._connection.execute(query, values).lastrowid
+
+    @contextmanager
+    def _as_store_error(self, done: str) -> Iterator[None]:
+        """Turn errors of the database, and of the JSON in it, to sentences; except for a key that is there."""
         try:
-            with self._connection:
-                return self._connection.execute(query, values).lastrowid
+            yield
         except sqlite3.IntegrityError:
             raise
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: cannot be written: {error}") from None
+        except (sqlite3.Error, ValueError, TypeError, LookupError) as error:
+            raise StoreError(f"{self.path}: cannot be {done}: {error}") from None
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -403,7 +414,10 @@ def _lock(path: Path) -> sqlite3.Connection:
     place = target.with_name(f".{target.name}.lock")
     if not target.parent.is_dir():
         raise StoreError(f"{path}: cannot be written: there is no directory {path.parent}")
-    lock = sqlite3.connect(place, timeout=0, check_same_thread=False)
+    try:
+        lock = sqlite3.connect(place, timeout=0, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: cannot be written: {place}: {error}") from None
     try:
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:

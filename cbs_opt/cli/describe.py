@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from cbs_opt.curvature.outline import CurvatureOutline
-from cbs_opt.errors import InstanceError
 from cbs_opt.files import instance_file, solution_file
 from cbs_opt.files.certificate_file import FORMAT as CERTIFICATE
 from cbs_opt.files.certificate_file import Certificate
-from cbs_opt.files.library_file import BestKnown, best_known
+from cbs_opt.files.library_file import best_known
 from cbs_opt.instance import Instance
 from cbs_opt.solution import Solution
 from cbs_opt.solver import OBJECTIVES
@@ -70,7 +69,7 @@ def _values(instance: Instance) -> dict[str, Any]:
         "best_known": {
             objective: {"value": known.value, "bound": known.bound, "proven": known.proven, "solver": known.solver}
             for objective in OBJECTIVES
-            if (known := _best_known(instance, objective)) is not None
+            if (known := best_known(instance, objective)) is not None
         },
     }
 
@@ -142,13 +141,6 @@ def describe_certificate(path: Path, certificate: Certificate) -> dict[str, Any]
         "nodes": certificate.branch.size,
         "fixings": certificate.fixings.size,
     }
-
-
-def _best_known(instance: Instance, objective: str) -> BestKnown | None:
-    try:
-        return best_known(instance, objective)
-    except InstanceError:  # a library without an index
-        return None
 
 
 def _instance_path(solution: Solution) -> str | None:

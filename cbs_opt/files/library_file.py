@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -13,6 +15,8 @@ from cbs_opt.errors import InstanceError
 from cbs_opt.files.instance_file import read_instance
 from cbs_opt.files.paths import as_path
 from cbs_opt.instance import Instance
+
+logger = logging.getLogger("cbs_opt")
 
 PREFIX = "library:"
 INDEX = "index.json"
@@ -105,7 +109,8 @@ def library_names() -> list[str]:
 
 def library_path(name: str) -> Path:
     """The file of an instance that ships with the package; raises `InstanceError` for an unknown name."""
-    return library_entry(name).path
+    path = _folder() / f"{name}.npz"
+    return path if re.fullmatch(r"[\w.-]+", name) and path.is_file() else library_entry(name).path
 
 
 def library_entry(name: str) -> LibraryEntry:
@@ -130,20 +135,31 @@ def library_entries() -> tuple[LibraryEntry, ...]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InstanceError(f"{path}: cannot be read: {error}") from None
-    if content.get("format") != INDEX_FORMAT or content.get("version") != INDEX_VERSION:
+    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (
+        INDEX_FORMAT,
+        INDEX_VERSION,
+    ):
         raise InstanceError(f"{path}: is not an index of version {INDEX_VERSION}")
-    return tuple(_entry(item) for item in content["instances"])
+    try:
+        return tuple(_entry(item) for item in content["instances"])
+    except (TypeError, LookupError) as error:
+        raise InstanceError(f"{path}: is damaged: {error}") from None
 
 
 def best_known(instance: Instance, objective: str) -> BestKnown | None:
     """The best known value of `instance`, or None if there is none.
 
-    Instances are recognised by the hash of their file and by their budget.
+    Instances are recognised by the hash of their file and by their budget. An index that cannot be read is
+    mentioned in the log: it is not needed to solve.
     """
     damping = instance.curvature.damping
     if damping is not None and damping != instance.metadata.get("damping"):
         return None
-    entry = next((entry for entry in library_entries() if entry.sha256 == instance.sha256), None)
+    try:
+        entry = next((entry for entry in library_entries() if entry.sha256 == instance.sha256), None)
+    except InstanceError as error:
+        logger.warning(f"best known values are not available: {error}")
+        return None
     groups = 0 if instance.budget.groups is None else instance.budget.number_of_groups
     if entry is None or groups != entry.groups:  # the same budget without the groups is another problem
         return None

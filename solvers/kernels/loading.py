@@ -44,7 +44,7 @@ class Unit(NamedTuple):
 UNITS = {
     "selection": Unit("cbs_opt.solvers.kernels.warm_up:warm_up_selection", 4.0),
     "sweeps": Unit("cbs_opt.solvers.kernels.warm_up_sweeps:warm_up_sweeps", 4.0),
-    "selection_relaxation": Unit("cbs_opt.solvers.trees.warm_up:selection_relaxation", 3.5),
+    "selection_relaxation": Unit("cbs_opt.solvers.kernels.warm_up_relaxation:warm_up_relaxation", 3.5),
     "selection_tree": Unit("cbs_opt.solvers.trees.warm_up:selection_tree", 5.5, ("selection_relaxation",)),
     "selection_tables": Unit("cbs_opt.solvers.trees.warm_up:selection_tables", 3.0),
     "joint": Unit("cbs_opt.solvers.joint.warm_up:warm_up_joint", 3.0),

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba
 import numpy as np
 
-from cbs_opt.solvers.kernels import box_relaxation
 from cbs_opt.solvers.trees.block_search import BlockSearch
 from cbs_opt.solvers.trees.joint_diagonal import best_diagonal
 from cbs_opt.solvers.trees.joint_worker import prepare_joint
@@ -15,26 +11,6 @@ from cbs_opt.solvers.trees.selection_shift import best_shift
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE, prepare_selection
 from cbs_opt.solvers.trees.tables import JointTable, SelectionTable, Table
 from cbs_opt.typing import FloatArray
-
-
-def selection_relaxation() -> None:
-    """The relaxation that the trees call at every node; inner kernels, which Python cannot call."""
-    for kernel, signature in RELAXATION.items():
-        kernel.compile(signature)
-
-
-_F, _I = numba.float64[::1], numba.int64[::1]
-_M = numba.float64[:, ::1]
-_NODE = (_M, _F, _F, _F, _I, numba.int64, _I, _I, _M, _F)  # Q, dg, x, u, gp, G, S, ref, A, sc
-RELAXATION: dict[Any, tuple[Any, ...]] = {
-    box_relaxation.relax: (
-        *(_F, _F, _F, _M, _F, _I, numba.int64, *(numba.float64,) * 3),  # x, u, g, Q, dg, gp, G, f, thr, goal
-        *(_F, _I, _I, _M, _F, _F),  # th, S, ref, A, sc, d
-    ),
-    box_relaxation.responses: (*_NODE, _M, _F),  # …, B, w
-    box_relaxation.response: (_I, numba.int64, numba.int64, _M, _F, _F, numba.int64, _F),
-}
-"""Kernels, and the types with which `selection_tree.run` calls them."""
 
 
 def selection_tree() -> None:

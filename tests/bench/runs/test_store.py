@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 
+from cbs_opt.bench.runs import store as store_module
 from cbs_opt.bench.runs.store import KINDS, Key, Row, Store, StoredInstance, StoreError
 
 FULL = Row(
@@ -230,3 +231,15 @@ def test_a_store_without_the_columns_of_later_ones_is_read_and_filled(path):
     with Store(path, "w") as store:
         store.add(replace(FULL, seed=4))
         assert [row.own_s for row in store.rows()] == [None, FULL.own_s]
+
+
+def test_what_sqlite_reports_is_a_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "store.sqlite"
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_SCHEMA", "CREATE TABLE rows (; ")
+        with pytest.raises(StoreError, match=r"store.sqlite: cannot be written: near"):
+            Store(path, "w")
+    with Store(path, "w") as store:
+        store._execute("INSERT INTO environments (content) VALUES (?)", ("{damaged",))
+        with pytest.raises(StoreError, match="cannot be read as a store"):
+            store.environments()

@@ -139,10 +139,11 @@ def test_what_others_need_is_compiled_before_them_in_another_process(monkeypatch
 
 def test_the_relaxation_of_the_trees_is_compiled_for_the_types_they_use():
     """Otherwise the trees compile it again, and a new machine waits twice."""
-    from cbs_opt.solvers.trees import warm_up
+    from cbs_opt.solvers.kernels.warm_up_relaxation import RELAXATION, warm_up_relaxation
+    from cbs_opt.solvers.trees.warm_up import selection_tree
 
-    warm_up.selection_relaxation()
-    before = {kernel: list(kernel.signatures) for kernel in warm_up.RELAXATION}
-    warm_up.selection_tree()
+    warm_up_relaxation()
+    before = {kernel: list(kernel.signatures) for kernel in RELAXATION}
+    selection_tree()
     for kernel, signatures in before.items():
-        assert kernel.signatures == signatures == [warm_up.RELAXATION[kernel]]
+        assert kernel.signatures == signatures == [RELAXATION[kernel]]
