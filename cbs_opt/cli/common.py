@@ -97,9 +97,9 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
 def _open_streams() -> None:
     """Put streams that lead nowhere in the place of a closed stdout or stderr."""
     if sys.stdout is None:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # type: ignore[unreachable]  # noqa: SIM115
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if sys.stderr is None:
-        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # type: ignore[unreachable]  # noqa: SIM115
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 
 def _complain(sentence: str) -> None:

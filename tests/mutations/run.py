@@ -24,7 +24,7 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("cbs_opt", "solvers", "instances", "bench", "tests", "pyproject.toml")
-TIMEOUT = 120  # seconds for the tests of one patch
+TIMEOUT = 300  # seconds for the tests of one patch
 PASSED, FAILED = 0, 1  # exit codes of pytest
 
 
