@@ -17,6 +17,7 @@ from cbs_opt.solvers.problem.selection_problem import SelectionProblem, Storage
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent, candidate_swaps
 from cbs_opt.solvers.selection.parameters import SearchParameters
 from cbs_opt.solvers.selection.relaxation import Relaxation
+from cbs_opt.solvers.selection.swaps import improve_by_all_swaps
 from cbs_opt.solvers.selection.sweep_search import SweepSearch, is_large, is_split
 from cbs_opt.solvers.trees import prove
 from cbs_opt.typing import FloatArray, IntArray
@@ -41,6 +42,7 @@ _NOISE = (0.3, 1.8)  # log-normal spread of the random concave weights, uniform
 _NOISE_WHOLE = (0.5, 2.0)
 _TENURE = (4, 15)
 _BLOCKS_OF_A_CORE = 8
+_UNPOLISHED = 20  # cycles without a gain after which all swaps are tried
 _HARDENINGS = 3  # of a large problem by sweeps, with rounds of the relaxation between them
 
 
@@ -126,6 +128,7 @@ class _Run:
         self.state = np.uint64(self.rng.integers(1, 2**62))
         cheapest = problem.cheapest()
         self.point = Incumbent(problem, cheapest)
+        self.polished: Incumbent | None = None
         self._report()
         instance = problem.instance
         magnitude = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
@@ -179,6 +182,8 @@ class _Run:
             self._epoch(relaxed, start if fresh else self.point, fresh, first=epoch == 0)
             idle = 0 if self._improved(before) else idle + monitor.iterations - cycles
             epoch += 1
+            if idle >= _UNPOLISHED:
+                self._polish()
             if not settled:
                 rounds = self._solve(relaxed, PATH[-1], _PATH_TOLERANCE, deepen)
                 settled = rounds < deepen
@@ -193,9 +198,23 @@ class _Run:
                 stale = 0 if now - old > _BOUND_GAIN * abs(monitor.objective or 0.0) else stale + 1
                 bound_done |= stale >= _STALE_BOUNDS  # badly scaled problems may never converge
             if self.patience is not None and idle >= self.patience and bound_done:
-                return
+                if not self._polish():
+                    return
+                idle = 0
             if epochs is not None and epoch >= epochs:
                 return
+
+    def _polish(self) -> bool:
+        """Make the incumbent optimal for all swaps, not only for those of candidates; whether that gained."""
+        if self.polished is self.point:
+            return False
+        point = self.point.copy()
+        improve_by_all_swaps(point, self.monitor.should_stop)
+        before = self.point
+        self._offer(point)
+        if not self.monitor.should_stop():
+            self.polished = self.point
+        return self.point is not before
 
     def _wait(self, *kernels: str) -> bool:
         """Wait for kernels; False when told to stop before they are there.
@@ -246,7 +265,9 @@ class _Run:
             sweeps.visit_blocks(self.point, parameters)
             idle = 0 if self._improved(before) else idle + monitor.iterations - cycles
             if self.patience is not None and idle >= self.patience * sweeps.blocks:
-                return
+                if not self._polish():
+                    return
+                idle = 0
 
     def _solve(self, relaxed: Relaxation, t: float, tolerance: float, rounds: int) -> int:
         return relaxed.solve(
