@@ -400,3 +400,4 @@ def ascend_blocks(W, B, target, starts, barrier):
             for j in range(m):
                 B[first + i, first + j] += step[i, j]
         used += m
+    W += np.dot(left[:used].T, right[:used])

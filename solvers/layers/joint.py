@@ -90,6 +90,12 @@ class JointSearch:
             total += 0.5 * self.scale[r] * value
         return total
 
+    def remember(self, k: int, mask: BoolArray, losses: FloatArray) -> None:
+        """Exact losses of the rows of layer k with a mask, so that they are not computed again."""
+        for r in np.flatnonzero(self.layer_of == k):
+            i = int(self.row_of[r])
+            self._exact[r] = (np.packbits(mask[i]).tobytes(), 2.0 * float(losses[i]) / float(self.scale[r]))
+
     def eliminate(self) -> bool:
         """Follow the elimination paths of all rows and share the budget out among them; False if stopped."""
         inverses = [inverse_pd(layer.hessian) for layer in self.layers]

@@ -137,7 +137,9 @@ class LayerBudget:
     def cheapest(self, layers: list[Layer], costs: list[FloatArray]) -> list[BoolArray]:
         """The feasible masks with the least sum of costs; fixed weights are respected."""
         costs = [
-            np.where(layer.must_prune(), -np.inf, np.where(layer.must_stay(), np.inf, cost))
+            cost
+            if layer.locked is None
+            else np.where(layer.must_prune(), -np.inf, np.where(layer.must_stay(), np.inf, cost))
             for layer, cost in zip(layers, costs, strict=True)
         ]
         if self.total is not None:

@@ -91,20 +91,33 @@ def refit_layer(layer: Layer, pruned: BoolArray) -> FloatArray:
     return out
 
 
-def quick_loss(
-    layer: Layer, pruned: BoolArray, iterations: int = 30, should_stop: Callable[[], bool] = lambda: False
-) -> float:
-    """Joint loss of a mask with an exact refit or conjugate gradients in float32, whichever takes less time.
+def brief_refit(layer: Layer, pruned: BoolArray, start: FloatArray, iterations: int) -> float:
+    """Loss of a layer after a few conjugate gradients in float32 from given weights, (rows, K).
 
-    The loss of the weights found is exact in float64, so that the value is never below the true joint loss by more
-    than rounding.
+    The loss of the weights found is exact in float64.
+    """
+    S, W = layer.hessian.astype(np.float32), layer.weights.astype(np.float32)
+    found = refit_by_gradients(S, W, pruned, start.astype(np.float32), iterations, 1e-9)
+    return float(row_losses(layer, np.where(pruned, 0.0, found.astype(np.float64))).sum())
+
+
+def quick_refit(
+    layer: Layer,
+    pruned: BoolArray,
+    start: FloatArray | None = None,
+    iterations: int = 30,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[FloatArray, bool]:
+    """Losses of the rows, (rows,), by an exact refit or by conjugate gradients in float32, whichever is faster.
+
+    Also returns whether the refit was exact. The losses are those of the weights found, in float64, so that they
+    are never below the true joint losses by more than rounding. start : float64 (rows, K), weights to start from.
     """
     q, K = float((~pruned).sum(1).mean()), layer.columns
     factor = layer.rows * (q**3 / 3 * _FACTOR_COST + _ROW_COST)
     if factor < max(iterations * layer.rows * 2 * K**2, _LITTLE):
-        weights = refit_layer(layer, pruned)
-    else:
-        S, W = layer.hessian.astype(np.float32), layer.weights.astype(np.float32)
-        found = refit_by_gradients(S, W, pruned, None, iterations, 1e-7, should_stop)
-        weights = np.where(pruned, 0.0, found.astype(np.float64))
-    return float(row_losses(layer, weights).sum())
+        return row_losses(layer, refit_layer(layer, pruned)), True
+    S, W = layer.hessian.astype(np.float32), layer.weights.astype(np.float32)
+    first = None if start is None else start.astype(np.float32)
+    found = refit_by_gradients(S, W, pruned, first, iterations, 1e-7, should_stop)
+    return row_losses(layer, np.where(pruned, 0.0, found.astype(np.float64))), False

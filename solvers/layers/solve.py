@@ -17,9 +17,9 @@ from cbs_opt.solvers.layers.joint import JointSearch
 from cbs_opt.solvers.layers.large import improve_in_bulk
 from cbs_opt.solvers.layers.parallel import RowPool
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution, layer_losses
-from cbs_opt.solvers.layers.refit import quick_loss, refit_by_gradients, refit_layer
+from cbs_opt.solvers.layers.refit import brief_refit, quick_refit, refit_by_gradients, refit_layer
 from cbs_opt.solvers.layers.selection import SelectionSearch
-from cbs_opt.solvers.layers.starts import admm, priced_sweep
+from cbs_opt.solvers.layers.starts import admm, priced_sweep, swept_weights
 from cbs_opt.typing import BoolArray, FloatArray
 
 logger = logging.getLogger("cbs_opt")
@@ -28,7 +28,8 @@ TABLEAU_COLUMNS = 1100
 """Rows up to this long are searched on their own tableau; longer ones are exchanged in bulk."""
 
 _ADMM_COLUMNS = 400  # from here on ADMM is cheaper than the elimination of every row
-_GOOD = 0.93  # of the loss of the priced sweep, or of magnitude: ADMM has then found what elimination would find
+_FIRST_EXCHANGES = 0.5  # of the time spent so far goes to exchanges in the answer of ADMM
+_FEW = 0.15  # of the weights of a row: three iterations of a brief refit are then enough
 _FIRST_MOVES = 50
 _TENURES = (5, 8, 4, 10)
 _SWEEPS = 10  # of Frank-Wolfe between two steps of the blocks and prices
@@ -159,29 +160,56 @@ class _Run:
 
     def _joint_small(self, pending: list[list[BoolArray]], pool: RowPool) -> None:
         search = JointSearch(self.layers, self.budget, self.incumbent, pool, self.seed, self.clock)
-        first, best = np.inf, None
         try:
-            for quick in (admm, priced_sweep) if self.columns >= _ADMM_COLUMNS else (priced_sweep,):
-                masks = quick(self.layers, self.budget, should_stop=pool.stopped)
-                if masks is None:
-                    continue
-                value = sum(
-                    quick_loss(layer, mask, should_stop=pool.stopped)
-                    for layer, mask in zip(self.layers, masks, strict=True)
-                )
-                self.incumbent.offer(value, masks)
-                if value < first:
-                    first, best = value, quick
+            eliminate = self._quick_starts(search, pool)
         except np.linalg.LinAlgError:
             logger.warning("a stored Hessian is not positive definite: starting from magnitude")
+            eliminate = True
         for masks in pending:  # also when stopped: never worse than these
             self.incumbent.offer(search.objective_of(masks), masks)
         if pool.stopped():
             return
-        if best is not admm:
+        if eliminate:
             search.eliminate()
         search.start_from(self.incumbent.pruned)
         self._search_and_bound(search, pool)
+
+    def _quick_starts(self, search: JointSearch, pool: RowPool) -> bool:
+        """The first answers; whether elimination may find a better one."""
+        thresholded = np.inf
+        if self.columns >= _ADMM_COLUMNS:
+            masks = admm(self.layers, self.budget, should_stop=pool.stopped)
+            if masks is not None:
+                thresholded = self._offer_refitted(search, masks, None, pool)
+                if not pool.stopped():  # first exchanges, as long as a part of what ADMM took
+                    search.start_from(masks)
+                    search.estimate_price()
+                    now = self.clock()
+                    search.search(10_000, 0, 0, now + _FIRST_EXCHANGES * (now - self.started))
+        found = swept_weights(self.layers, self.budget, should_stop=pool.stopped)
+        if found is None:
+            return False
+        masks, weights = found
+        kept = sum(int((~mask).sum()) for mask in masks) / sum(layer.rows for layer in self.layers)
+        near = 0.0  # a few iterations come near the refit in less time
+        for layer, mask, start in zip(self.layers, masks, weights, strict=True):
+            near += brief_refit(layer, mask, start, 3 if kept < _FEW * layer.columns else 6)
+        self.incumbent.offer(near, masks)
+        return self._offer_refitted(search, masks, weights, pool) < thresholded
+
+    def _offer_refitted(
+        self, search: JointSearch, masks: list[BoolArray], starts: list[FloatArray] | None, pool: RowPool
+    ) -> float:
+        """Offer masks with a quick refit; the loss found."""
+        total = 0.0
+        for k, (layer, mask) in enumerate(zip(self.layers, masks, strict=True)):
+            start = None if starts is None else starts[k]
+            losses, exact = quick_refit(layer, mask, start, should_stop=pool.stopped)
+            total += float(losses.sum())
+            if exact:
+                search.remember(k, mask, losses)
+        self.incumbent.offer(total, masks)
+        return total
 
     def _search_and_bound(self, search: JointSearch, pool: RowPool, fixed_weights: bool = False) -> None:
         """Search, bounds, and search again, by shares of the time limit."""

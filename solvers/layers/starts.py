@@ -10,6 +10,7 @@ from scipy.linalg import lapack
 
 from cbs_opt.linalg import inverse_pd
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget
+from cbs_opt.solvers.layers.start_kernels import decide_block
 from cbs_opt.typing import BoolArray, FloatArray
 
 _BLOCK = 64  # columns between two matrix products of a sweep
@@ -43,49 +44,50 @@ class PricedSweep:
         if inverse is None:
             raise np.linalg.LinAlgError("a stored Hessian is singular: a larger damping is needed")
         self.U = np.ascontiguousarray(np.triu(lapack.dpotrf(inverse, lower=0)[0]))
-        self.W = np.ascontiguousarray(layer.weights[:, self.order].T)  # (K, rows)
+        self.W = np.ascontiguousarray(layer.weights[:, self.order])
         self.scale = layer.scale
-        self.must = layer.must_prune()[:, self.order].T
-        self.stay = layer.must_stay()[:, self.order].T
-        self.fixed = layer.locked is not None
+        locked = np.zeros(self.W.shape, dtype=np.int8) if layer.locked is None else layer.locked[:, self.order]
+        self.locked = np.ascontiguousarray(locked)
 
-    def costs(self, price: float, rows: slice = slice(None)) -> FloatArray:
-        """Cost of removing each weight when its column comes, scale × doubled loss, float64 (K, rows)."""
-        W = self.W[:, rows].copy()
-        scale = self.scale[rows]
-        K = W.shape[0]
+    def costs(self, price: float, rows: slice = slice(None)) -> tuple[FloatArray, FloatArray]:
+        """Cost of removing each weight when its column comes, and the weights after the pass.
+
+        Costs are scale × doubled loss. Both float64 (rows, K), in the order of the sweep.
+        """
+        W, scale, locked = self.W[rows].copy(), self.scale[rows].copy(), self.locked[rows].copy()
+        K = W.shape[1]
         out = np.empty_like(W)
         for start in range(0, K, _BLOCK):
             stop = min(start + _BLOCK, K)
-            part, inner = W[start:stop], self.U[start:stop, start:stop]
-            errors = np.empty_like(part)
-            for c in range(stop - start):
-                error = part[c] / inner[c, c]
-                cost = np.multiply(error, error, out=out[start + c])
-                cost *= scale
-                if self.fixed:
-                    cost[self.must[start + c, rows]] = -np.inf
-                    cost[self.stay[start + c, rows]] = np.inf
-                error *= cost < price
-                errors[c] = error
-                part[c + 1 :] -= inner[c, c + 1 :, None] * error
-            W[stop:] -= self.U[start:stop, stop:].T @ errors
-        return out
+            errors = np.empty((W.shape[0], stop - start))
+            inner = np.ascontiguousarray(self.U[start:stop, start:stop])
+            decide_block(W, start, inner, price, scale, locked, out, errors)
+            W[:, stop:] -= errors @ self.U[start:stop, stop:]
+        return out, W
 
-    def unsorted(self, costs: FloatArray) -> FloatArray:
-        """Costs in the layer's own order of columns, (rows, K)."""
-        out = np.empty(costs.T.shape)
-        out[:, self.order] = costs.T
+    def unsorted(self, values: FloatArray) -> FloatArray:
+        """Values in the layer's own order of columns, (rows, K)."""
+        out = np.empty_like(values)
+        out[:, self.order] = values
         return out
 
 
 def priced_sweep(
     layers: list[Layer], budget: LayerBudget, should_stop: Callable[[], bool] = _no
 ) -> list[BoolArray] | None:
-    """Masks from one pass over each layer, at the price that fits the budget; None if stopped.
+    """The masks of `swept_weights`."""
+    found = swept_weights(layers, budget, should_stop)
+    return None if found is None else found[0]
+
+
+def swept_weights(
+    layers: list[Layer], budget: LayerBudget, should_stop: Callable[[], bool] = _no
+) -> tuple[list[BoolArray], list[FloatArray]] | None:
+    """Masks from one pass over each layer, at the price that fits the budget, and their weights; None if stopped.
 
     The price is found on a sample of rows. With budgets for rows or N:M the price is that of their total number,
-    and the weights with the least costs within each group go. O(K³) per layer, then rows × K² per pass.
+    and the weights with the least costs within each group go. The weights are those of the pass and fit the masks;
+    they are near the best, but no refit. O(K³) per layer, then rows × K² per pass.
     """
     sweeps = []
     for layer in layers:
@@ -102,23 +104,26 @@ def priced_sweep(
     samples = [slice(None, None, max(1, layer.rows // _SAMPLE)) for layer in layers]
     share = number / max(1, sum(layer.weights.size for layer in layers))
     weight = np.concatenate(
-        [np.full(s.W[:, p].size, s.W.size / max(1, s.W[:, p].size)) for s, p in zip(sweeps, samples, strict=True)]
+        [np.full(s.W[p].size, s.W.size / max(1, s.W[p].size)) for s, p in zip(sweeps, samples, strict=True)]
     )
     price = np.inf if share >= 1 else -np.inf
     if 0 < share < 1:
-        first = [
-            s.scale[p] * s.W[:, p] ** 2 / np.diag(s.U)[:, None] ** 2 for s, p in zip(sweeps, samples, strict=True)
-        ]
+        first = [s.scale[p, None] * (s.W[p] / np.diag(s.U)) ** 2 for s, p in zip(sweeps, samples, strict=True)]
         price = _quantile(np.concatenate([c.ravel() for c in first]), weight, share)
         for _ in range(6):
-            costs = np.concatenate([s.costs(price, p).ravel() for s, p in zip(sweeps, samples, strict=True)])
+            costs = np.concatenate([s.costs(price, p)[0].ravel() for s, p in zip(sweeps, samples, strict=True)])
             pruned = float(weight[costs < price].sum() / weight.sum())
             if abs(pruned - share) <= _TOLERANCE * share:
                 break
             price = _quantile(costs, weight, share)
             if should_stop():
                 return None
-    return budget.cheapest(layers, [s.unsorted(s.costs(price)) for s in sweeps])
+    found = [sweep.costs(price) for sweep in sweeps]
+    masks = budget.cheapest(layers, [s.unsorted(costs) for s, (costs, _) in zip(sweeps, found, strict=True)])
+    weights = [s.unsorted(W) for s, (_, W) in zip(sweeps, found, strict=True)]
+    for W, mask in zip(weights, masks, strict=True):
+        W[mask] = 0.0
+    return masks, weights
 
 
 def _quantile(values: FloatArray, weight: FloatArray, share: float) -> float:
