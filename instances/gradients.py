@@ -169,16 +169,23 @@ def gradient_rows(
             # cuDNN differentiates recurrent layers in training mode only.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         size = chunk_size(model, placed(inputs[: fewest(model)], model), names, chunk_bytes)
+        grouped: tuple[Route, int] | None = None
         if batch == 1:
             end = next(slices(inputs, min(size, _TRIAL))).stop
             few = placed(inputs[:end], model), moved(targets[:end], device)
             route = _fastest_route(model, *few, names, criterion)
             parts = [[part] for part in slices(inputs, size)]
         else:
-            route = _mean_route(model, names, criterion)
             last = len(inputs) - batch + 1
-            size = max(size, batch) if fewest(model) > 1 else size
-            parts = [list(slices(inputs, size, start, start + batch)) for start in range(0, last, batch)]
+            grouped = _grouped_route(model, inputs, targets, names, criterion, batch, chunk_bytes)
+            if grouped is not None:
+                route, together = grouped
+                stop = len(inputs) // batch * batch
+                parts = [[part] for part in slices(inputs, together, 0, stop)]
+            else:
+                route = _mean_route(model, names, criterion)
+                size = max(size, batch) if fewest(model) > 1 else size
+                parts = [list(slices(inputs, size, start, start + batch)) for start in range(0, last, batch)]
         for row in parts:
             rows: Tensor | None = None
             for part in row:
@@ -188,7 +195,7 @@ def gradient_rows(
                     raise
                 except RuntimeError as error:  # an operator without a derivative, shapes that do not fit
                     raise InstanceError(f"the loss cannot be differentiated: {reason(error)}") from error
-                if batch > 1:
+                if batch > 1 and grouped is None:
                     piece = piece * ((part.stop - part.start) / batch)
                 rows = piece if rows is None else rows + piece
             assert rows is not None
@@ -200,6 +207,45 @@ def gradient_rows(
                     f"the gradient of {which} has NaN or infinite entries: check the data and the checkpoint"
                 )
             yield rows
+
+
+def _grouped_route(
+    model: nn.Module,
+    inputs: Samples,
+    targets: Samples,
+    names: Sequence[str],
+    loss: SampleLoss,
+    batch: int,
+    chunk_bytes: int,
+) -> tuple[Route, int] | None:
+    """A route for the mean gradients of several mini-batches at a time, and how many samples these are.
+
+    None where single mini-batches are as fast, the samples have several shapes, or it is not the same as
+    automatic differentiation on the first two of them.
+    """
+    device = next(model.parameters()).device
+    size = chunk_size(model, placed(inputs[: fewest(model)], model), (), chunk_bytes)
+    together = size // batch * batch
+    if together < 2 * batch or len(inputs) < 2 * batch or fewest(model) > 1 or len(getattr(inputs, "borders", ())):
+        return None
+    route = _layer_route(model, names, loss, batch)
+    if route is None:
+        return None
+    two = slice(0, 2 * batch)
+    x, y = placed(inputs[two], model), moved(targets[two], device)
+    single = _mean_route(model, names, loss)
+    halves = (slice(0, batch), slice(batch, 2 * batch))
+    try:
+        found = route(x, y)
+        expected = torch.cat([single(x[half], y[half]) for half in halves])
+    except Exception as error:  # whatever the model does that the route cannot follow
+        logger.debug(f"gradients: not several batches at a time: {type(error).__name__}")
+        return None
+    same = (found - expected).norm(dim=1) <= _TOLERANCE * expected.norm(dim=1)
+    if found.shape != expected.shape or not bool(same.all()):
+        logger.debug("gradients: not several batches at a time: differs from automatic differentiation")
+        return None
+    return route, together
 
 
 def chunk_size(model: nn.Module, one: Any, names: Sequence[str], chunk_bytes: int) -> int:
@@ -290,8 +336,11 @@ def _device(samples: Any) -> torch.device:
     return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
 
 
-def _layer_route(model: nn.Module, names: Sequence[str], loss: SampleLoss) -> Route | None:
-    """One forward and one backward pass of the batch, for the plain layers of `layers.layer_of`."""
+def _layer_route(model: nn.Module, names: Sequence[str], loss: SampleLoss, group: int = 1) -> Route | None:
+    """One forward and one backward pass of the batch, for the plain layers of `layers.layer_of`.
+
+    The rows are means over `group` consecutive samples.
+    """
     found = [layer_of(model, name) for name in names]
     owners = [owner for owner in found if owner is not None]
     if len(owners) < len(names):
@@ -308,8 +357,11 @@ def _layer_route(model: nn.Module, names: Sequence[str], loss: SampleLoss) -> Ro
             for layer in layers
         }
         with torch.no_grad():
-            parts = [layer_gradients(layer, which, record[layer], gradients[layer]) for layer, which in owners]
-            return torch.cat(parts, dim=1)
+            parts = [
+                layer_gradients(layer, which, record[layer], gradients[layer], group) for layer, which in owners
+            ]
+            rows = torch.cat(parts, dim=1)
+            return rows / group if group > 1 else rows
 
     return route
 

@@ -105,7 +105,7 @@ def columns(layer: nn.Conv2d, a: Tensor) -> Tensor:
 
 
 def layer_gradients(
-    layer: Layer, which: str, passages: Sequence[Passage], output_gradients: Sequence[Tensor]
+    layer: Layer, which: str, passages: Sequence[Passage], output_gradients: Sequence[Tensor], group: int = 1
 ) -> Tensor:
     """Gradients of each sample by the weight or the bias of a layer, summed over the layer's calls.
 
@@ -117,22 +117,34 @@ def layer_gradients(
         The calls of the layer for a batch of c samples, which lie along the first dimension.
     output_gradients : sequence of Tensor
         For each call the gradient of the summed loss by the output.
+    group : int
+        Consecutive samples whose gradients are summed; a divisor of c. They count as places of one sample: no
+        gradient of a single one is formed.
 
     Returns
     -------
-    Tensor (c, numel)
+    Tensor (c / group, numel)
         O(c · numel · places) time.
     """
     total: Tensor | None = None
     for passage, g in zip(passages, output_gradients, strict=True):
         a = passage.inputs
         if isinstance(layer, nn.Conv2d):
-            g = g.reshape(len(g), layer.groups, -1, g.shape[-2] * g.shape[-1])
-            part = g.sum(-1) if which == "bias" else g @ columns(layer, a).transpose(-1, -2)
+            g = _merged(g.reshape(len(g), layer.groups, -1, g.shape[-2] * g.shape[-1]), group)
+            part = g.sum(-1) if which == "bias" else g @ _merged(columns(layer, a), group).transpose(-1, -2)
         else:
-            g = g.reshape(len(g), -1, g.shape[-1])
-            part = g.sum(1) if which == "bias" else g.transpose(1, 2) @ a.reshape(len(a), -1, a.shape[-1])
+            rows = len(g) // group
+            g = g.reshape(rows, -1, g.shape[-1])
+            part = g.sum(1) if which == "bias" else g.transpose(1, 2) @ a.reshape(rows, -1, a.shape[-1])
         part = part.flatten(1)
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+def _merged(a: Tensor, group: int) -> Tensor:
+    """(c, G, K, L) as (c / group, G, K, group · L): the places of several samples side by side."""
+    if group == 1:
+        return a
+    c, G, K, L = a.shape
+    return a.reshape(c // group, group, G, K, L).permute(0, 2, 3, 1, 4).reshape(c // group, G, K, group * L)

@@ -12,6 +12,9 @@ from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.modes import evaluation_mode, single_precision
 from cbs_opt.pruning.network import norms_of
 
+MOST = 2000
+"""Samples used at most."""
+
 BATCH = 500
 """Samples that go through the network at a time: means and variances of larger batches are averaged."""
 
@@ -31,7 +34,7 @@ def reestimate(model: nn.Module, source: SampleSource) -> None:
 
     Notes
     -----
-    Statistics of batches of `BATCH` samples are averaged, weighted by their numbers of samples.
+    The first `MOST` samples, in equal batches of at most `BATCH`, whose statistics are averaged.
     """
     norms = [norm for _, norm in norms_of(model)]
     momenta = [norm.momentum for norm in norms]
@@ -43,8 +46,11 @@ def reestimate(model: nn.Module, source: SampleSource) -> None:
             norm.train()
         try:
             # Equal batches: a small last one would have a noisy variance.
-            pieces = -(-len(source) // BATCH)
-            for inputs, _ in source.batches(-(-len(source) // pieces)):
+            used = min(len(source), MOST)
+            pieces = -(-used // BATCH)
+            for inputs, _ in source.batches(-(-used // pieces)):
+                if done >= used:
+                    break
                 x = placed(inputs, model)
                 done += len(inputs)
                 for norm in norms:
