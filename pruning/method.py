@@ -156,7 +156,7 @@ class Method:
             raise UsageError("`sequential` goes layer by layer: `source` reconstruction or kfac, got fisher")
         targets = self.targets
         if targets is None:
-            own = "dense" if self.source == "reconstruction" else "loss"
+            own: Targets = "dense" if self.source == "reconstruction" else "loss"
             targets = "dense" if self.sequential else own if staged else "none"
         one_of("targets", targets, ("loss", "dense", "none"))
         if targets == "dense" and not by_rows:
@@ -271,7 +271,7 @@ class Method:
 def _grid(name: str, value: float | Sequence[float] | None) -> tuple[float, ...]:
     if value is None:
         return ()
-    numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
             raise UsageError(f"`{name}` must be finite numbers ≥ 0, got {number!r}")

@@ -38,8 +38,8 @@ class Stage:
     samples : int
         Training samples of its quadratic model.
     predicted_change : float
-        Change of the quadratic model by the change of the weights: of the loss for fisher and kfac, of the squared
-        errors of the layers for reconstruction.
+        Change of the quadratic model, without its damping, by the change of the weights: of the loss for fisher
+        and kfac, of the squared errors of the layers for reconstruction.
     predicted_loss : float or None
         The loss on the held-out samples before the stage, and the predicted change; None for reconstruction, or
         where nothing is held out.

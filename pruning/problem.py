@@ -81,7 +81,7 @@ def problems(instance: Instance, method: Method, dampings: Sequence[float]) -> I
     method : Method
     dampings : sequence of float
     """
-    splits = [method.split]
+    splits: list[str] = [method.split]
     if method.split == "auto":
         splits = ["global", "layer"] + (["normalised"] if method.source != "fisher" else [])
     for split in splits:

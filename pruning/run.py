@@ -354,7 +354,8 @@ class Run:
         return _raised(budget, fixed), fixed
 
     def _record(self, number: int, choice: Choice, before: Score | None, seconds: float) -> Stage:
-        known = before is not None and self.method.source != "reconstruction"
+        errors = self.method.source == "reconstruction" or choice.split == "normalised"
+        known = before is not None and not errors and self.method.targets != "dense"
         score = choice.score
         return Stage(
             number,

@@ -19,7 +19,7 @@ from cbs_opt.instances.scores import Score, evaluate
 from cbs_opt.losses import predicted_loss
 from cbs_opt.pruning.method import Method
 from cbs_opt.pruning.network import State, WorkingCopy
-from cbs_opt.pruning.problem import Problem, of_layers, scaled_update
+from cbs_opt.pruning.problem import Problem, of_layers, redamped, scaled_update
 from cbs_opt.pruning.statistics import reestimate
 from cbs_opt.pruning.targets import one_by_one
 from cbs_opt.result import Result
@@ -87,7 +87,7 @@ class Choice:
     score : Score or None
         On the held-out samples.
     predicted : float
-        Change of the quadratic model by the change of the weights.
+        Change of the quadratic model, without its damping, by the change of the weights.
     damping, update_scale, split, recalibrated : float, float, str and bool
         What was chosen.
     result : Result
@@ -245,7 +245,7 @@ def _applied(
                 copy.state(),
                 result.pruned,
                 scorer(copy),
-                _predicted(problem, instance, new),
+                _predicted(problem, instance, new, method),
                 problem.damping,
                 scale,
                 problem.split,
@@ -262,5 +262,9 @@ def _statistics(copy: WorkingCopy, method: Method, scorer: Scorer) -> tuple[bool
     return (False,) if scorer.source is None else (False, True)
 
 
-def _predicted(problem: Problem, instance: Instance, new: FloatArray) -> float:
-    return predicted_loss(instance, new - instance.weights)
+def _predicted(problem: Problem, instance: Instance, new: FloatArray, method: Method) -> float:
+    """The change by the quadratic model without its damping, which is no part of the loss."""
+    bare = instance
+    if problem.damping > 0 and method.curvature != "inverse-hessian":
+        bare = redamped(instance, problem.damping, 0.0, relative=method.relative)
+    return predicted_loss(bare, new - instance.weights)
