@@ -104,11 +104,11 @@ def redamped(instance: Instance, old: float, new: float, *, relative: bool) -> I
     relative : bool
         Whether they are multiples of the mean diagonal; the absolute ones are then noted in the metadata.
     """
-    noted = instance.metadata["damping"]
     factor = new / old if relative else 1.0
     curvature = instance.curvature
     if isinstance(curvature, GradientFactor):
-        return instance.with_damping(float(noted) * factor if relative else new)
+        return instance.with_damping(curvature.damping * factor if relative else new)
+    noted = instance.metadata["damping"]
     count = len(read_places(instance))
     before = np.full(count, noted, np.float64) if np.isscalar(noted) else np.asarray(noted, np.float64)
     shift = before * (factor - 1.0) if relative else np.full(count, new - old)
