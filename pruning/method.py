@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from cbs_opt.errors import UsageError
@@ -18,6 +18,7 @@ Split = Literal["global", "layer", "normalised", "auto"]
 Targets = Literal["loss", "dense", "none"]
 
 BATCH = 16
+LARGEST_BATCH = 64
 BATCHES = 500
 SAMPLES = 2000
 ROW_DAMPINGS = (0.001, 0.01)
@@ -46,10 +47,11 @@ class Method:
         Labels of kfac; by default exact for classifiers with one class a sample, else sampled.
     samples : int, optional
         Training samples of each stage; drawn anew for each. 2000 by default; for the Fisher matrix 1000 single
-        samples or 500 mini-batches.
+        samples in one shot, and 500 mini-batches in stages.
     batch : int, optional
         Samples whose mean gradient is a row of the Fisher matrix. H, first-order term and damping have the scale
-        of single samples whatever it is. 1 in one shot, 16 in stages by default.
+        of single samples whatever it is. 1 in one shot by default; in stages 16, or, where `samples` is not given
+        either, a 500th of the training samples, at most 64.
     targets : {"loss", "dense", "none"}, optional
         Where the first-order term comes from: the gradient of the loss on the samples of H; for reconstruction and
         kfac also the outputs that each layer has in the dense network ("dense"), so that errors of earlier stages
@@ -125,6 +127,7 @@ class Method:
     seed: int = 0
     threads: int | None = None
     memory: int | None = None
+    own_batch: bool = field(init=False)
     dampings: tuple[float, ...] = field(init=False)
     scales: tuple[float, ...] = field(init=False)
 
@@ -166,6 +169,7 @@ class Method:
                 "`targets` loss has the scale of the loss, which reconstruction has not: `source` kfac or fisher"
             )
         batch = self.batch
+        self._set(own_batch=batch is None and self.samples is None and staged and not by_rows)
         if batch is None:
             batch = BATCH if staged and not by_rows else 1
         samples = self.samples
@@ -209,6 +213,16 @@ class Method:
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    def for_pool(self, count: int) -> Method:
+        """The same method for so many training samples: mini-batches as large as 500 of them allow, at most 64.
+
+        Only where neither `batch` nor `samples` was given: larger batches make a less noisy first-order term.
+        """
+        if not self.own_batch:
+            return self
+        batch = max(1, min(LARGEST_BATCH, count // BATCHES))
+        return replace(self, batch=batch, samples=batch * min(BATCHES, max(1, count // batch)))
 
     @property
     def relative(self) -> bool:
@@ -260,7 +274,7 @@ class Method:
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON types, defaults included."""
         content = asdict(self)
-        for name in ("dampings", "scales", "memory", "threads"):
+        for name in ("own_batch", "dampings", "scales", "memory", "threads"):
             del content[name]
         return {
             name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value

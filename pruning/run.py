@@ -118,11 +118,12 @@ class Run:
     ) -> None:
         if state is not None:
             check_writable(state)
-        self.method, self._state_path = method, state
+        self._state_path = state
         self._device = torch_device(device)
         self._progress, self._on_stage, self._should_stop = progress, on_stage, should_stop
         self.pool, own = divided(source, 0 if held_out is not None else method.held_out, method.seed)
         self._held_out = held_out if held_out is not None else own
+        self.method = method = method.for_pool(len(self.pool))
         labelled = self._held_out is not None and self._held_out.labels is not None
         self._held_out = self._held_out if labelled else None
         if method.chooses and self._held_out is None:
