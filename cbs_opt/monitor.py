@@ -111,8 +111,12 @@ class Monitor:
         self._record()
         return True
 
+    def note(self, pruned: BoolArray) -> None:
+        """Note that the incumbent is known to be no worse than this selection."""
+        self._reported.add(_key(pruned))
+
     def has_seen(self, pruned: BoolArray) -> bool:
-        """Whether this selection was reported with its loss, so that the incumbent is not worse."""
+        """Whether this selection was reported with its loss, or noted, so that the incumbent is not worse."""
         return _key(pruned) in self._reported
 
     def report_bound(self, bound: float) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cbs_opt.curvature.base import LARGE_BLOCK, Curvature, SharedRows
+from cbs_opt.curvature.row_updates import long_rows, update_rows
 from cbs_opt.errors import InstanceError
 from cbs_opt.interrupt import checkpoint
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
@@ -196,12 +197,15 @@ class SharedBlocks(Curvature):
             G = None if linear is None else linear[index].reshape(rows, b) / scales[:, None]
             done = _in_batches(self.stored.block(s), W, P) if G is None and b <= _BATCH_LARGEST < rows else None
             if done is None:
-                moves = []
-                for r in range(rows):
-                    if r and b > LARGE_BLOCK:
+                done, left = W.copy(), np.arange(rows)
+                if G is None and (long := long_rows(P)).any():
+                    index_of = np.flatnonzero(long)
+                    done[index_of], failed = update_rows(self.stored.block(s), W[index_of], P[index_of])
+                    left = np.concatenate([np.flatnonzero(~long), index_of[failed]])
+                for position, r in enumerate(left.tolist()):
+                    if position and b > LARGE_BLOCK:
                         checkpoint()
-                    moves.append(self.stored.best_update(s, W[r], P[r], None if G is None else G[r]))
-                done = W + np.stack(moves)
+                    done[r] = W[r] + self.stored.best_update(s, W[r], P[r], None if G is None else G[r])
             updated[index] = done.ravel()
         updated[pruned] = 0.0
         return updated

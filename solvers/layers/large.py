@@ -1,108 +1,125 @@
-"""Layers too large for a tableau of each row: exchanges of many weights at once, refits by conjugate gradients."""
+"""Layers too large for a tableau of each row: exchanges of many weights at once, refits by conjugate gradients.
+
+Room: layers, for `wide`.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cbs_opt.linalg import inverse_pd
-from cbs_opt.solvers.layers.incumbent import Incumbent
-from cbs_opt.solvers.layers.problem import Layer, LayerBudget
-from cbs_opt.solvers.layers.refit import refit_by_gradients
+from cbs_opt.curvature.row_updates import refit_by_gradients
+from cbs_opt.interrupt import checkpoint
+from cbs_opt.linalg import cholesky_lower, inverse_of_cholesky
+from cbs_opt.solvers.layers.wide_admm import Single, WideLayer
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _SHARE = 0.03  # of a row's kept weights that one exchange may move at first
 _MOST = 256  # weights of a row that one exchange may move
-_SINGLE = 1500  # from this many columns on, single precision
+_ROWS = 256  # that are refitted together
+_SAMPLES = 4  # rows whose exact prices calibrate the estimates
+_REFIT = 1e-7  # relative energy of the residual at which a refit ends
 
 
 class BulkExchange:
     """Rows of one layer with fixed numbers of pruned weights, improved together.
 
-    A weight s is removed at the estimate x_s²/t_s and a weight r returns at d_r²/a_r, where t and a are the
-    geometric means of the bounds that S_ii and [S⁻¹]_ii give on the diagonals of the tableau. The cheapest
-    removals of a row are paired with its best returns; it keeps the change only if its loss fell.
-    The number of pairs a row may exchange grows with success and is halved without. All rows go through the same
+    A weight s is removed at the price x_s²/T_ss and a weight r returns at d_r²/a_r, where T = [S_QQ]⁻¹ on the kept
+    weights Q of its row and a_r is the Schur complement of S_QQ. Neither is computed for every row. With unit
+    diagonal, 1 ≤ T_ss ≤ [S⁻¹]_ss and 1/[S⁻¹]_rr ≤ a_r ≤ 1; on a logarithmic scale between these bounds T_ss and
+    a_r are nearly the same for all weights of a row, and depend on the share f of its kept weights like f^α and
+    1 − f^β. The exponents are fitted on a few rows with exact T.
+
+    The cheapest removals of a row are paired with its best returns; it keeps the change only if its loss fell. The
+    number of pairs a row may exchange grows with success and is halved without. All rows go through the same
     matrix products.
 
     Parameters
     ----------
-    layer : Layer
+    wide : WideLayer
     pattern : (n, m), optional
         Exchanges stay inside of each m columns.
     pruned : bool (rows, K)
-    should_stop : callable
+    start : float32 (rows, K), optional
+        Scaled weights to start the refit from.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        S is singular to single precision.
     """
 
     def __init__(
-        self,
-        layer: Layer,
-        pattern: tuple[int, int] | None,
-        pruned: BoolArray,
-        should_stop: Callable[[], bool],
+        self, wide: WideLayer, pattern: tuple[int, int] | None, pruned: BoolArray, start: Single | None = None
     ) -> None:
-        self.layer, self.pattern, self.should_stop = layer, pattern, should_stop
-        kind: Any = np.float32 if layer.columns >= _SINGLE else np.float64
-        self.S: NDArray[Any] = layer.hessian.astype(kind)
-        self.W: NDArray[Any] = layer.weights.astype(kind)
+        self.wide, self.layer, self.pattern = wide, wide.layer, pattern
         self.pruned = pruned.copy()
-        inverse = inverse_pd(layer.hessian)
-        diagonal = np.diag(layer.hessian)
-        conditional = 1 / diagonal if inverse is None else np.diag(inverse)
-        self.t = np.sqrt(np.maximum(conditional, 1e-300) / diagonal).astype(kind)  # of T; its inverse is that of A
         self.moves = np.maximum(1, _SHARE * (~pruned).sum(1)).astype(np.int64)
-        self.X = self._refit(self.W, pruned, None, 80)
-        self.losses = self._losses(self.X, slice(None))
-
-    def _refit(
-        self, W: NDArray[Any], pruned: BoolArray, start: NDArray[Any] | None, iterations: int
-    ) -> NDArray[Any]:
-        tolerance = 1e-7 if W.dtype == np.float32 else 1e-12
-        return refit_by_gradients(self.S, W, pruned, start, iterations, tolerance, self.should_stop)
-
-    def _losses(self, X: NDArray[Any], rows: slice | IntArray) -> FloatArray:
-        change = X - self.W[rows]
-        return np.asarray(np.einsum("rk,rk->r", change @ self.S, change, dtype=np.float64))
+        self.X = refit_rows(wide, pruned, start, 80)
+        self.losses = wide.losses(self.X)
+        factor = cholesky_lower(wide.S)
+        if factor is None:
+            raise np.linalg.LinAlgError("a stored Hessian is singular to single precision")
+        self.upper: FloatArray = np.log(np.maximum(np.diag(inverse_of_cholesky(factor)), 1.0)).astype(np.float64)
+        self.alpha, self.beta = self._exponents()
 
     @property
     def objective(self) -> float:
         """½ Σ s_r times the doubled losses."""
         return 0.5 * float(self.layer.scale @ self.losses)
 
-    def round(self, iterations: int = 15) -> int:
+    def _exponents(self) -> tuple[float, float]:
+        """α and β of the estimates of T and a, from exact values on a few rows."""
+        open_ = np.flatnonzero(self.pruned.any(1) & ~self.pruned.all(1))
+        found = []
+        for r in open_[np.linspace(0, max(0, open_.size - 1), min(_SAMPLES, open_.size)).astype(np.int64)]:
+            kept, out = np.flatnonzero(~self.pruned[r]), np.flatnonzero(self.pruned[r])
+            factor = cholesky_lower(self.wide.S[np.ix_(kept, kept)])
+            if factor is None:
+                continue
+            T, S = inverse_of_cholesky(factor), self.wide.S[np.ix_(out, kept)]
+            a = np.maximum(1.0 - np.einsum("pq,pq->p", S @ T, S), 1e-6)
+            t_level = float(np.log(np.diag(T)).mean()) / max(float(self.upper[kept].mean()), 1e-9)
+            a_level = 1.0 + float(np.log(a).mean()) / max(float(self.upper[out].mean()), 1e-9)
+            share = np.log(kept.size / self.layer.columns)
+            found.append([np.log(np.clip(x, 1e-3, 1)) / share for x in (t_level, 1.0 - a_level)])
+        if not found:
+            return 0.5, 0.5
+        alpha, beta = np.median(np.array(found), axis=0)
+        return float(alpha), float(beta)
+
+    def round(self, iterations: int = 8) -> int:
         """One exchange in every row that still has moves; the number of rows that improved."""
         rows = np.flatnonzero(self.moves > 0)
-        if rows.size == 0 or self.should_stop():
+        if rows.size == 0:
             return 0
-        X, W, old = self.X[rows], self.W[rows], self.pruned[rows]
-        residual = (W - X) @ self.S
-        cost = np.where(old, np.inf, X * X / self.t)
-        gain = np.where(old, residual * residual * self.t, -np.inf)
+        checkpoint()
+        X, old = self.X[rows], self.pruned[rows]
+        residual = self.wide.B[rows] - self.wide.product(X)
+        share = np.maximum(1.0 - old.mean(1), 1e-6)
+        t = np.exp(np.outer(share**self.alpha, self.upper)).astype(np.float32)
+        a = np.exp(np.outer(-(share**self.beta), self.upper)).astype(np.float32)
+        cost = np.where(old, np.float32(np.inf), X * X / t)
+        gain = np.where(old, residual * residual / a, -np.float32(np.inf))
         if self.layer.locked is not None:
             cost[self.layer.locked[rows] != 0] = np.inf
             gain[self.layer.locked[rows] != 0] = -np.inf
         out, back = self._pairs(cost, gain, self.moves[rows])
         new = (old | out) & ~back
         tried = out.any(axis=1)
-        if self.should_stop():
-            return 0
-        start = np.where(new, 0, X)
-        start += np.where(back, residual * self.t * self.t, 0)  # a guess: d_r over the estimate of a_r, damped
-        moved = self._refit(W[tried], new[tried], start[tried], iterations)
-        losses = self._losses(moved, rows[tried])
+        start = np.where(new, np.float32(0), X) + np.where(back, 0.5 * residual / a, np.float32(0))
+        moved = refit_rows(self.wide, new[tried], start[tried], iterations, rows[tried])
+        losses = self.wide.losses(moved, rows[tried])
         better = losses < self.losses[rows[tried]] * (1 - 1e-6)
         accepted = rows[tried][better]
         self.X[accepted], self.losses[accepted] = moved[better], losses[better]
         self.pruned[accepted] = new[tried][better]
         self.moves[accepted] = np.minimum(_MOST, np.ceil(self.moves[accepted] * 1.3)).astype(np.int64)
-        rejected = np.concatenate([rows[tried][~better], rows[~tried]])
-        self.moves[rejected] = np.where(np.isin(rejected, rows[~tried]), 0, self.moves[rejected] // 2)
+        self.moves[rows[tried][~better]] //= 2
+        self.moves[rows[~tried]] = 0
         return int(accepted.size)
 
-    def _pairs(self, cost: NDArray[Any], gain: NDArray[Any], moves: IntArray) -> tuple[BoolArray, BoolArray]:
+    def _pairs(self, cost: Single, gain: Single, moves: IntArray) -> tuple[BoolArray, BoolArray]:
         out, back = np.zeros(cost.shape, dtype=bool), np.zeros(cost.shape, dtype=bool)
         if self.pattern is not None:
             m = self.pattern[1]
@@ -111,6 +128,7 @@ class BulkExchange:
             first = m * np.arange(leave.shape[1])
             leave, enter = leave + first, enter + first
             benefit = np.take_along_axis(gain, enter, 1) - np.take_along_axis(cost, leave, 1)
+            benefit = np.where(np.isfinite(benefit), benefit, -np.inf)
             chosen = (np.argsort(np.argsort(-benefit, axis=1), axis=1) < moves[:, None]) & (benefit > 0)
             row, cell = np.nonzero(chosen)
             out[row, leave[row, cell]], back[row, enter[row, cell]] = True, True
@@ -127,29 +145,24 @@ class BulkExchange:
         return out, back
 
 
-def improve_in_bulk(
-    layers: list[Layer],
-    budget: LayerBudget,
-    pruned: list[BoolArray],
-    incumbent: Incumbent,
-    should_stop: Callable[[], bool],
-    rounds: int = 60,
-) -> None:
-    """Exchanges in all layers, one round per layer at a time, reporting improvements."""
-    engines = []
-    for layer, mask in zip(layers, pruned, strict=True):
-        engines.append(BulkExchange(layer, budget.pattern, mask, should_stop))
-        if should_stop():
-            return
-    incumbent.offer(sum(e.objective for e in engines), [e.pruned for e in engines])
-    for _ in range(rounds):
-        improved = 0
-        for engine in engines:
-            improved += engine.round()
-            if should_stop():
-                break
-        incumbent.offer(sum(e.objective for e in engines), [e.pruned for e in engines])
-        if not improved and not any((e.moves > 0).any() for e in engines):
-            return
-        if should_stop():
-            return
+def refit_rows(
+    wide: WideLayer,
+    pruned: BoolArray,
+    start: Single | None,
+    iterations: int,
+    rows: NDArray[np.int64] | None = None,
+) -> Single:
+    """Best scaled weights of rows, float32 (rows, K), by conjugate gradients on a few rows at a time."""
+    W = wide.W if rows is None else wide.W[rows]
+    out = np.empty_like(W)
+    for first in range(0, W.shape[0], _ROWS):
+        part = slice(first, first + _ROWS)
+        begin = None if start is None else start[part]
+        out[part] = refit_by_gradients(wide.S, W[part], pruned[part], begin, iterations, _REFIT, checkpoint_only)
+    return out
+
+
+def checkpoint_only() -> bool:
+    """Raise where the run is told to stop, and never say so by the answer."""
+    checkpoint()
+    return False

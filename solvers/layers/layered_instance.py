@@ -69,7 +69,7 @@ class LayeredInstance:
 
         def report(objective: float, masks: list[BoolArray]) -> None:
             monitor.advance()
-            monitor.report(self.offset + objective, self.expand(masks))
+            monitor.report(self.offset + objective, self.expand(masks), exact=False)
 
         def report_bound(bound: float) -> None:
             monitor.report_bound(self.offset + bound - 1e-13 * abs(self.offset))
@@ -80,11 +80,11 @@ class LayeredInstance:
             first = context.warm_start
             if first is None:
                 first = self.instance.budget.cheapest(np.abs(self.instance.weights), self.instance.fixed)
-            monitor.report(selection_loss(self.instance, first), first)
+            monitor.report(selection_loss(self.instance, first), first, exact=False)
         if not loading.wait(unit, should_stop=monitor.should_stop):
             return Status.CONVERGED
         limit = monitor.stop.max_iterations
-        solve_layers(
+        solution = solve_layers(
             self.layers,
             self.budget,
             objective=self.objective,
@@ -99,8 +99,17 @@ class LayeredInstance:
             max_rounds=limit,
             refit=False,
         )
+        if solution.compared:
+            for known in self._known(context):
+                monitor.note(known)
         monitor.should_stop()  # the rows keep the limit by themselves: let the monitor note which rule ended them
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+
+    def _known(self, context: Context) -> list[BoolArray]:
+        """The selections that `solve_layers` starts from: magnitude, and the warm start."""
+        weights = [np.abs(layer.weights) for layer in self.layers]
+        masks = self.expand(self.budget.cheapest(self.layers, weights))
+        return [masks] if context.warm_start is None else [masks, context.warm_start]
 
 
 def layered_instance(instance: Instance, objective: str) -> LayeredInstance | None:

@@ -159,7 +159,10 @@ class LayerBudget:
         out = []
         for cost in costs:
             cells = cost.reshape(cost.shape[0], -1, m)
-            out.append((np.argsort(np.argsort(cells, axis=2), axis=2) < n).reshape(cost.shape))
+            mask = np.zeros(cells.shape, dtype=bool)
+            if n:
+                np.put_along_axis(mask, np.argpartition(cells, n - 1, axis=2)[:, :, :n], True, axis=2)
+            out.append(mask.reshape(cost.shape))
         return out
 
 
@@ -177,6 +180,9 @@ class LayerSolution:
     bound : float or None
         Proven lower bound.
     history : tuple of (seconds, objective or None, bound or None)
+    compared : bool
+        Whether the loss of magnitude and of the warm start was computed, so that `objective` is not larger. A
+        limit may end the run on large layers before that.
     """
 
     pruned: list[BoolArray]
@@ -184,6 +190,7 @@ class LayerSolution:
     objective: float
     bound: float | None
     history: tuple[tuple[float, float | None, float | None], ...] = ()
+    compared: bool = True
 
     @property
     def gap(self) -> float | None:

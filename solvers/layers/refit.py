@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import lapack
 
+from cbs_opt.curvature.row_updates import long_rows, refit_by_gradients, update_rows
 from cbs_opt.solvers.layers.problem import Layer, row_losses
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
@@ -42,51 +41,15 @@ def _solve(S: FloatArray, b: FloatArray, kept: IntArray) -> FloatArray:
     return out
 
 
-def refit_by_gradients(
-    S: NDArray[Any],
-    W: NDArray[Any],
-    pruned: BoolArray,
-    start: NDArray[Any] | None = None,
-    iterations: int = 60,
-    tolerance: float = 1e-10,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> NDArray[Any]:
-    """Preconditioned conjugate gradients on all rows at once, one product with S per iteration.
-
-    S : (K, K), W, pruned : (rows, K), in one dtype. The preconditioner is diag(S). A row is skipped once its
-    residual has fallen by `tolerance` (in energy, relative to the start). Never worse than the start.
-    """
-    kept = (~pruned).astype(W.dtype)
-    inverse = 1.0 / np.maximum(np.diag(S), np.finfo(W.dtype).tiny)
-    X: NDArray[Any] = (W if start is None else start) * kept
-    residual = ((W - X) @ S) * kept
-    Z = residual * inverse
-    direction = Z.copy()
-    energy = np.einsum("rk,rk->r", residual, Z)
-    goal = tolerance * energy
-    for _ in range(iterations):
-        active = energy > np.maximum(goal, np.finfo(W.dtype).tiny)
-        if should_stop() or not active.any():
-            break
-        image = direction @ S
-        bend = np.einsum("rk,rk->r", direction, image)
-        step = np.where(active & (bend > 0), energy / np.where(bend > 0, bend, 1), 0).astype(W.dtype)
-        X += step[:, None] * direction
-        image *= kept
-        residual -= step[:, None] * image
-        np.multiply(residual, inverse, out=Z)
-        new = np.einsum("rk,rk->r", residual, Z)
-        direction *= np.where(active, new / np.where(energy > 0, energy, 1), 0).astype(W.dtype)[:, None]
-        direction += Z
-        energy = np.where(active, new, energy)
-    return X
-
-
 def refit_layer(layer: Layer, pruned: BoolArray) -> FloatArray:
-    """Exact refit of all rows, float64 (rows, K)."""
+    """Exact refit of all rows, float64 (rows, K): by factorisations, or by gradients where rows are long."""
     b = layer.weights @ layer.hessian
-    out = np.empty_like(layer.weights)
-    for r in range(layer.rows):
+    out, rest = np.empty_like(layer.weights), np.arange(layer.rows)
+    if (long := long_rows(pruned)).any():
+        index = np.flatnonzero(long)
+        out[index], failed = update_rows(layer.hessian, layer.weights[index], pruned[index])
+        rest = np.concatenate([np.flatnonzero(~long), index[failed]])
+    for r in rest.tolist():
         out[r] = _solve(layer.hessian, b[r], np.flatnonzero(~pruned[r]))
     return out
 

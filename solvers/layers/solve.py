@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -14,12 +13,12 @@ from cbs_opt.errors import InstanceError
 from cbs_opt.solvers.layers.bound import BoundSearch
 from cbs_opt.solvers.layers.incumbent import Incumbent, Report
 from cbs_opt.solvers.layers.joint import JointSearch
-from cbs_opt.solvers.layers.large import improve_in_bulk
 from cbs_opt.solvers.layers.parallel import RowPool
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution, layer_losses
-from cbs_opt.solvers.layers.refit import brief_refit, quick_refit, refit_by_gradients, refit_layer
+from cbs_opt.solvers.layers.refit import brief_refit, quick_refit, refit_layer
 from cbs_opt.solvers.layers.selection import SelectionSearch
-from cbs_opt.solvers.layers.starts import admm, priced_sweep, swept_weights
+from cbs_opt.solvers.layers.starts import admm, swept_weights
+from cbs_opt.solvers.layers.wide import WideSearch
 from cbs_opt.typing import BoolArray, FloatArray
 
 logger = logging.getLogger("cbs_opt")
@@ -138,6 +137,7 @@ class _Run:
         self.bound_share = 0.0
         self.max_rounds: int | None = None
         self.round = 0
+        self.compared = True
         self.columns = max(layer.columns for layer in layers)
 
     # Joint ---------------------------------------------------------------------------------------------------
@@ -145,12 +145,16 @@ class _Run:
     def joint(self, warm_start: list[BoolArray] | None) -> None:
         """Quick starts, elimination, search and bounds; see `solve_layers`."""
         magnitude = self.budget.cheapest(self.layers, [np.abs(layer.weights) for layer in self.layers])
-        self.incumbent.offer(self._zeroed_loss(magnitude), magnitude)  # a first answer at once
         pending = [magnitude] if warm_start is None else [magnitude, warm_start]
         if self.columns > TABLEAU_COLUMNS:
+            wide = WideSearch(
+                self.layers, self.budget, self.incumbent, self.stop, lambda: self.ends - self.clock(),
+                self.max_rounds, self.clock,
+            )  # fmt: skip
             with threadpool_limits(self.threads):
-                self._joint_large(pending)
+                self.compared = wide.run(pending)
             return
+        self.incumbent.offer(self._zeroed_loss(magnitude), magnitude)  # a first answer at once
         with RowPool(self.threads, self.stop) as pool:
             self._joint_small(pending, pool)
 
@@ -267,36 +271,6 @@ class _Run:
             if self.clock() >= until or (unlimited and settled):
                 return
 
-    def _joint_large(self, pending: list[list[BoolArray]]) -> None:
-        best, value = None, np.inf
-        try:
-            for quick in (priced_sweep, admm):
-                masks = quick(self.layers, self.budget, should_stop=self.stop)
-                if masks is not None:
-                    loss = self._gradient_loss(masks)
-                    self.incumbent.offer(loss, masks)
-                    if loss < value:
-                        best, value = masks, loss
-        except np.linalg.LinAlgError:
-            logger.warning("a stored Hessian is not positive definite: starting from magnitude")
-        for masks in pending:
-            loss = self._gradient_loss(masks, polite=False)
-            self.incumbent.offer(loss, masks)
-            if loss < value:
-                best, value = masks, loss
-        if best is not None and not self.stop():
-            improve_in_bulk(self.layers, self.budget, best, self.incumbent, self.stop)
-
-    def _gradient_loss(self, masks: list[BoolArray], polite: bool = True) -> float:
-        total = 0.0
-        for layer, mask in zip(self.layers, masks, strict=True):
-            kind: Any = np.float32 if layer.columns > 1500 else np.float64
-            S, W = layer.hessian.astype(kind), layer.weights.astype(kind)
-            X = refit_by_gradients(S, W, mask, None, 40, 1e-6, self.stop if polite else lambda: False)
-            change = X - W
-            total += 0.5 * float(layer.scale @ np.einsum("rk,rk->r", change @ S, change, dtype=np.float64))
-        return total
-
     # Selection -----------------------------------------------------------------------------------------------
 
     def selection(self, warm_start: list[BoolArray] | None) -> None:
@@ -324,10 +298,9 @@ class _Run:
         for layer, mask in zip(self.layers, pruned, strict=True):
             if objective == "selection" or not refit:
                 weights.append(np.where(mask, 0.0, layer.weights))
-            elif layer.columns > TABLEAU_COLUMNS:
-                with threadpool_limits(self.threads):
-                    weights.append(refit_by_gradients(layer.hessian, layer.weights, mask, None, 100, 1e-14))
             else:
-                weights.append(refit_layer(layer, mask))
+                with threadpool_limits(self.threads):
+                    weights.append(refit_layer(layer, mask))
         value = layer_losses(self.layers, weights) if refit else self.incumbent.objective
-        return LayerSolution(pruned, weights, value, self.incumbent.bound, tuple(self.incumbent.history))
+        history = tuple(self.incumbent.history)
+        return LayerSolution(pruned, weights, value, self.incumbent.bound, history, self.compared)

@@ -1,0 +1,148 @@
+"""Layers with many columns: masks, refits and limits of the search without a tableau, on small layers."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cbs_opt import HessianBlocks, SharedBlocks
+from cbs_opt.curvature import row_updates
+from cbs_opt.solvers.layers import large, solve, wide_admm
+from cbs_opt.solvers.layers.problem import Layer, LayerBudget, layer_losses, row_losses
+from cbs_opt.solvers.layers.refit import refit_layer
+from cbs_opt.solvers.layers.solve import solve_layers
+
+
+def random_layer(seed, rows=9, columns=24, locked=False):
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((3 * columns, columns)) / np.sqrt(1 + np.arange(columns))
+    S = X @ np.linalg.qr(rng.standard_normal((columns, columns)))[0]
+    S = S.T @ S / len(S)
+    S[np.diag_indices(columns)] += 0.02 * S.diagonal().mean()
+    fixed = rng.choice([-1, 0, 0, 0, 0, 0, 0, 1], size=(rows, columns)).astype(np.int8) if locked else None
+    return Layer(rng.standard_normal((rows, columns)), S, rng.uniform(0.2, 5, rows), fixed)
+
+
+def exact(layers, masks):
+    return layer_losses(layers, [refit_layer(layer, mask) for layer, mask in zip(layers, masks, strict=True)])
+
+
+@pytest.fixture(autouse=True)
+def all_layers_are_wide(monkeypatch):
+    monkeypatch.setattr(solve, "TABLEAU_COLUMNS", 4)
+    for module in (large, wide_admm, row_updates):
+        monkeypatch.setattr(module, "_ROWS", 4)
+
+
+def budgets(kind, layers):
+    if kind == "total":
+        return LayerBudget(total=int(0.6 * sum(layer.weights.size for layer in layers)))
+    if kind == "pattern":
+        return LayerBudget(pattern=(2, 4))
+    rng = np.random.default_rng(3)
+    return LayerBudget(per_row=tuple(rng.integers(6, 19, layer.rows) for layer in layers))
+
+
+@pytest.mark.parametrize("kind", ["total", "per_row", "pattern"])
+@pytest.mark.parametrize("seed", range(3))
+def test_better_than_magnitude_and_the_warm_start(kind, seed):
+    layers = [random_layer(seed, locked=kind == "total"), random_layer(seed + 50, rows=5, columns=16)]
+    if kind == "per_row":
+        layers[1] = random_layer(seed + 50, rows=5)
+    budget = budgets(kind, layers)
+    reported = []
+    solution = solve_layers(layers, budget, report=lambda value, masks: reported.append((value, masks)))
+    assert budget.satisfied(solution.pruned)
+    assert solution.compared
+    for layer, mask in zip(layers, solution.pruned, strict=True):
+        assert mask[layer.must_prune()].all() and not mask[layer.must_stay()].any()
+    magnitude = budget.cheapest(layers, [np.abs(layer.weights) for layer in layers])
+    assert solution.objective == pytest.approx(exact(layers, solution.pruned), rel=1e-9)
+    assert solution.objective < 0.95 * exact(layers, magnitude)
+    for value, masks in reported:  # stated objectives are upper bounds of what the masks cost
+        assert budget.satisfied(masks)
+        assert exact(layers, masks) <= value * (1 + 1e-5)
+    assert reported[-1][0] == pytest.approx(solution.objective, rel=1e-3)
+    again = solve_layers(layers, budget, warm_start=solution.pruned)
+    assert again.objective <= solution.objective * (1 + 1e-6)
+
+
+class AtQuestion:
+    def __init__(self, k):
+        self.left = k
+
+    def __call__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 999), questions=st.integers(0, 900), kind=st.sampled_from(["total", "pattern"]))
+def test_a_stop_at_any_question_keeps_the_incumbent(seed, questions, kind):
+    layers = [random_layer(seed), random_layer(seed + 1)]
+    budget = budgets(kind, layers)
+    warm = budget.cheapest(layers, [layer.weights**2 * np.diag(layer.hessian) for layer in layers])
+    magnitude = budget.cheapest(layers, [np.abs(layer.weights) for layer in layers])
+    stop = AtQuestion(questions)
+    solution = solve_layers(layers, budget, should_stop=stop, warm_start=warm)
+    assert budget.satisfied(solution.pruned)
+    if solution.compared:
+        assert solution.objective <= min(exact(layers, warm), exact(layers, magnitude)) * (1 + 1e-6)
+    else:
+        found = np.concatenate([mask.ravel() for mask in solution.pruned])
+        assert any((found == np.concatenate([m.ravel() for m in masks])).all() for masks in (warm, magnitude))
+
+
+def test_prices_of_exchanges_are_close_to_exact_ones():
+    """The fitted powers between the bounds against T and a of a row that was not a sample."""
+    layer = random_layer(4, rows=9, columns=96)
+    wide = wide_admm.WideLayer(layer)
+    pruned = np.argsort(np.argsort(np.abs(layer.weights), axis=1), axis=1) < 48
+    engine = large.BulkExchange(wide, None, pruned)
+    kept, out = np.flatnonzero(~pruned[1]), np.flatnonzero(pruned[1])
+    S = wide.S.astype(np.float64)
+    T = np.linalg.inv(S[np.ix_(kept, kept)])
+    a = 1 - np.einsum("pq,pq->p", S[np.ix_(out, kept)] @ T, S[np.ix_(out, kept)])
+    t_found = np.exp(0.5**engine.alpha * engine.upper[kept])
+    a_found = np.exp(-(0.5**engine.beta) * engine.upper[out])
+    assert np.median(np.abs(np.log(t_found / np.diag(T)))) < 0.15
+    assert np.median(np.abs(np.log(a_found / a))) < 0.15
+    before, rounds = engine.objective, 0
+    while engine.round() or (engine.moves > 0).any():
+        rounds += 1
+        assert engine.objective <= before
+        assert (engine.pruned.sum(1) == 48).all()
+        before = engine.objective
+    assert rounds
+
+
+def test_rows_are_updated_like_by_factorisations(monkeypatch):
+    layer = random_layer(6, rows=11, columns=40)
+    rng = np.random.default_rng(0)
+    pruned = rng.random(layer.weights.shape) < rng.uniform(0, 1, (11, 1))
+    pruned[0], pruned[1] = True, False
+    found, failed = row_updates.update_rows(layer.hessian, layer.weights, pruned)
+    slow = refit_layer(layer, pruned)
+    assert failed.size == 0
+    assert (found[pruned] == 0).all()
+    np.testing.assert_allclose(found, slow, rtol=1e-6, atol=1e-6)
+    assert (row_losses(layer, found) <= row_losses(layer, slow) * (1 + 1e-11) + 1e-20).all()
+    monkeypatch.setattr(row_updates, "_LONG", 1)
+    monkeypatch.setattr(row_updates, "_WORTH", 1.0)
+    long = row_updates.long_rows(pruned)
+    assert long.any() and not long.all()
+    shared = SharedBlocks(HessianBlocks(layer.hessian.ravel(), [40]), np.zeros(11, dtype=np.int64))
+    weights = shared.best_weights(layer.weights.ravel(), pruned.ravel(), None)
+    np.testing.assert_allclose(weights.reshape(11, 40), slow, rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_that_does_not_converge_is_left_to_a_factorisation(monkeypatch):
+    rng = np.random.default_rng(1)
+    X = rng.standard_normal((60, 60)) * 10.0 ** np.linspace(0, -9, 60)
+    S = X @ np.linalg.qr(rng.standard_normal((60, 60)))[0]
+    S = S.T @ S
+    W, pruned = rng.standard_normal((5, 60)), rng.random((5, 60)) < 0.3
+    monkeypatch.setattr(row_updates, "_CORRECTIONS", 2)
+    found, failed = row_updates.update_rows(S, W, pruned)
+    assert failed.tolist() == [0, 1, 2, 3, 4]
+    assert np.isfinite(found).all()
