@@ -23,6 +23,8 @@ BATCHES = 500
 SAMPLES = 2000
 ROW_DAMPINGS = (0.001, 0.01)
 FISHER_DAMPINGS = (0.1, 1.0, 10.0)
+STAGE_DAMPINGS = (1.0, 10.0, 100.0)
+STEPS = (0.1, 0.3, 1.0)
 TIME_LIMIT = 30.0
 STAGE_TIME_LIMIT = 10.0
 
@@ -53,17 +55,20 @@ class Method:
         of single samples whatever it is. 1 in one shot by default; in stages 16, or, where `samples` is not given
         either, a 500th of the training samples, at most 64.
     targets : {"loss", "dense", "none"}, optional
-        Where the first-order term comes from: the gradient of the loss on the samples of H; for reconstruction and
-        kfac also the outputs that each layer has in the dense network ("dense"), so that errors of earlier stages
-        are made up for. By default "none" in one shot and "loss" in stages, "dense" for reconstruction.
+        Where the first-order term comes from: the gradient of the loss on the samples of H ("loss"), or, for
+        reconstruction and kfac, the outputs that each layer has in the dense network ("dense"), so that errors of
+        earlier stages are made up for. By default "none" in one shot, and in stages "loss" for the Fisher matrix
+        and "dense" for the others: H of kfac is too small along the gradient of the loss, and its steps too long.
     sequential : bool
         For reconstruction and kfac: layers are solved one after the other, each with the inputs that the layers
         pruned before give it, and the outputs of the dense network as targets.
     damping, relative_damping : float or sequence of float, optional
         Of H, see `Recipe`; of several the best one on the held-out samples is taken in every stage. By default
-        relative: 0.001 and 0.01 of the mean diagonal of XXᵀ/m for reconstruction and kfac.
+        relative: 0.001 and 0.01 of the mean diagonal of XXᵀ/m for reconstruction and kfac; 0.1, 1 and 10 times
+        that of H for the Fisher matrix, 1, 10 and 100 times in stages.
     update_scale : float or sequence of float
-        The update of the kept weights is multiplied by this; 0 for none. Of several the best is taken likewise.
+        The update of the kept weights is multiplied by this; 0 for none. Of several the best is taken likewise. 1
+        by default; with the gradient of the loss 0.1, 0.3 and 1, as a whole step may be too long.
     curvature, blocks : optional
         Form and blocks of H, see `Recipe`.
     solver, objective : str, optional
@@ -71,8 +76,9 @@ class Method:
         `magnitude`, with an update.
     time_limit, max_iterations : optional
         Of each solve: 30 seconds in one shot and 10 in a stage, unless one of them is given.
-    masks : {"grow", "return"}
-        Whether weights that an earlier stage pruned stay pruned.
+    masks : {"grow", "return"}, optional
+        Whether weights that an earlier stage pruned stay pruned. "grow" by default for the Fisher matrix, "return"
+        for the others.
     recalibrate_bn : {"auto", "yes", "no"}
         Whether the statistics of batch norms are re-estimated on the training samples of the stage; "auto" decides
         by the loss on the held-out samples.
@@ -107,14 +113,14 @@ class Method:
     sequential: bool = False
     damping: float | Sequence[float] | None = None
     relative_damping: float | Sequence[float] | None = None
-    update_scale: float | Sequence[float] = 1.0
+    update_scale: float | Sequence[float] | None = None
     curvature: Form | None = None
     blocks: str | int | None = None
     solver: str | None = None
     objective: str | None = None
     time_limit: float | None = None
     max_iterations: int | None = None
-    masks: Masks = "grow"
+    masks: Masks | None = None
     recalibrate_bn: Recalibrate = "auto"
     split: Split = "global"
     held_out: int | None = None
@@ -133,6 +139,8 @@ class Method:
 
     def __post_init__(self) -> None:
         one_of("schedule", self.schedule, SCHEDULES)
+        if self.masks is None:
+            self._set(masks="grow" if self.source == "fisher" else "return")
         one_of("masks", self.masks, ("grow", "return"))
         one_of("recalibrate_bn", self.recalibrate_bn, ("auto", "yes", "no"))
         one_of("split", self.split, ("global", "layer", "normalised", "auto"))
@@ -159,7 +167,7 @@ class Method:
             raise UsageError("`sequential` goes layer by layer: `source` reconstruction or kfac, got fisher")
         targets = self.targets
         if targets is None:
-            own: Targets = "dense" if self.source == "reconstruction" else "loss"
+            own: Targets = "dense" if by_rows else "loss"
             targets = "dense" if self.sequential else own if staged else "none"
         one_of("targets", targets, ("loss", "dense", "none"))
         if targets == "dense" and not by_rows:
@@ -201,9 +209,13 @@ class Method:
             raise UsageError("`damping` and `relative_damping` exclude each other")
         dampings = _grid("damping", self.damping) or _grid("relative_damping", self.relative_damping)
         if not dampings:
-            dampings = FISHER_DAMPINGS if self.source == "fisher" else ROW_DAMPINGS
+            steps = FISHER_DAMPINGS if self.stages == 1 else STAGE_DAMPINGS
+            dampings = steps if self.source == "fisher" else ROW_DAMPINGS
             self._set(relative_damping=dampings)
         scales = _grid("update_scale", self.update_scale)
+        if self.update_scale is None:
+            scales = STEPS if self.targets == "loss" else (1.0,)
+            self._set(update_scale=scales)
         if not scales:
             raise UsageError("`update_scale` must have at least one number")
         if len(dampings) > 1 and self.curvature == "inverse-hessian":

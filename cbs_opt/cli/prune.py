@@ -77,7 +77,7 @@ def prune_parser() -> common.Parser:
         "--targets",
         choices=("loss", "dense", "none"),
         help="first-order term: of the loss, or outputs of the dense network's layers; default: none in one shot, "
-        "loss in stages (dense for reconstruction)",
+        "in stages loss for fisher and dense for the others",
     )
     add(
         "--sequential", action="store_true", help="layer after layer, each with the inputs that the pruned give it"
@@ -96,12 +96,16 @@ def prune_parser() -> common.Parser:
         "--update-scale",
         type=number_option(0),
         nargs="+",
-        default=[1.0],
         metavar="X",
-        help="the update of the kept weights is multiplied by this; of several the best is taken; default: 1",
+        help="the update of the kept weights is multiplied by this; of several the best is taken; default: 1, "
+        "with the gradient of the loss 0.1 0.3 1",
     )
     add("--no-update", action="store_true", help="kept weights stay as they are")
-    add("--masks-grow", choices=("yes", "no"), default="yes", help="no: pruned weights may return; default: yes")
+    add(
+        "--masks",
+        choices=("grow", "return"),
+        help="whether pruned weights may return in later stages; default: grow for fisher, return for the others",
+    )
     add(
         "--recalibrate-bn",
         choices=("auto", "yes", "no"),
@@ -232,7 +236,7 @@ def _method(options: argparse.Namespace) -> Method:
     from cbs_opt.instances.budgets import read_rules
     from cbs_opt.pruning.method import Method
 
-    if options.no_update and options.update_scale != [1.0]:
+    if options.no_update and options.update_scale is not None:
         raise UsageError("`--no-update` and `--update-scale` exclude each other")
     rules = options.sparsity_per_layer
     return Method(
@@ -255,7 +259,7 @@ def _method(options: argparse.Namespace) -> Method:
         objective=options.objective,
         time_limit=options.time_limit,
         max_iterations=options.max_iterations,
-        masks="grow" if options.masks_grow == "yes" else "return",
+        masks=options.masks,
         recalibrate_bn=options.recalibrate_bn,
         split=options.split,
         held_out=options.held_out,
