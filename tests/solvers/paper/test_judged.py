@@ -32,20 +32,20 @@ def test_judged_by_the_model_the_searches_are_those_of_the_solvers(problem, seed
 
 def test_the_judge_decides_not_the_model(problem):
     """The best step by another loss is kept, even if a later one has a lower objective; NaN is never the best."""
-    instance = problem(5, n=60, m=6).instance
+    instance = problem(5, n=200, m=12).instance
     start = solve(instance, "magnitude").pruned
     parameters = LocalSearchParameters(epsilon=1e-9, tau=0, rho=1)
     steps = [start]
 
     def counting(pruned):
         steps.append(pruned.copy())
-        return {2: -1.0, 3: float("nan")}.get(len(steps), float(len(steps)))
+        return {3: -1.0, 4: float("nan")}.get(len(steps), float(len(steps)))
 
     found = judged_search(instance, start, parameters, counting, value=0.0, patience=2)
     assert found.value == -1.0
-    assert found.pruned.tolist() == steps[1].tolist()
-    assert found.judgements == 3  # the better one, and two in a row that are not
-    assert selection_loss(instance, steps[3]) < selection_loss(instance, steps[1])
+    assert found.pruned.tolist() == steps[2].tolist()
+    assert found.judgements == 4  # a worse one, the better one, and two in a row that are not
+    assert selection_loss(instance, steps[4]) < selection_loss(instance, steps[2])
     worse = judged_search(instance, start, parameters, lambda pruned: 1.0, value=0.0, patience=2)
     assert worse.pruned.tolist() == start.tolist()
     assert worse.judgements == 2
