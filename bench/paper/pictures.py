@@ -55,7 +55,9 @@ def over_sparsity(results: Results, looks: Mapping[str, Style]) -> Figure:
             axes.set_xlabel("sparsity")
             axes.set_ylabel("accuracy on test images, per cent")
             axes.set_title(family, loc="left")
-            axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+        limits = [axes.get_ylim() for axes in grid]
+        for axes in grid:  # families compare at a glance
+            axes.set_ylim(max(0.0, min(low for low, _ in limits)), max(high for _, high in limits))
     return figure
 
 
