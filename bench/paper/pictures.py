@@ -83,7 +83,7 @@ def scatter(results: Results, looks: Mapping[str, Style]) -> Figure:
         low, high = math.inf, 0.0
         for axes, family in zip(grid, families, strict=True):
             for method in (method for method in results.methods if method.family == family):
-                pairs = [pair for s in method.sparsities for pair in results.increases(method.name, s)]
+                pairs = [pair for s in method.sparsities for pair in results.increases(method, s)]
                 pairs = [(max(x, _FLOOR), max(y, _FLOOR)) for x, y in pairs if math.isfinite(x + y)]
                 if not pairs:
                     continue

@@ -29,8 +29,8 @@ _HOW_TO_READ = (
     "on which draws, steps or the scale of an update are chosen.",
     "**Predicted** is the increase of the loss by the quadratic model of the method's own curvature, "
     "gᵀδ + ½ δᵀHδ; **measured** is the increase of the mean cross entropy on the training images of the choice, "
-    "which the curvature has not seen. Where the curvature is that of single layers (reconstruction), the two "
-    "have different units.",
+    "which the curvature has not seen. Reconstruction predicts errors of layers, which do not compare: it is left "
+    "out, and so are stages, which predict one step each.",
     "**Seconds** are of the processor: of the selection and the update, without the export of the instance.",
 )
 
@@ -170,9 +170,11 @@ def ratio_table(results: Results) -> Table:
     """Measured / predicted by method and sparsity."""
     rows = []
     for method in results.methods:
+        if not method.predicts_loss:
+            continue
         cells = []
         for sparsity in results.study.sparsities:
-            value = ratio(results.increases(method.name, sparsity))
+            value = ratio(results.increases(method, sparsity))
             cells.append(NOTHING if math.isnan(value) else f"{value:.3g}")
         rows.append([method.name, *cells])
     return Table(["measured / predicted", *(f"{s:g}" for s in results.study.sparsities)], rows)
@@ -235,7 +237,7 @@ def detail_table(results: Results, sparsity: float) -> Table:
         seconds = results.mean(method.name, sparsity, lambda scores, row: row.cpu_s or 0.0)
         images = results.mean(method.name, sparsity, lambda scores, row: float(scores["images"]))
         assert loss is not None and seconds is not None and images is not None
-        pairs = results.increases(method.name, sparsity)
+        pairs = results.increases(method, sparsity)
         measured = results.mean(method.name, sparsity, lambda scores, row: increase(row))
         assert measured is not None
         rows.append(

@@ -71,11 +71,13 @@ class Results:
         """In per cent, on the test images."""
         return self.mean(method, sparsity, lambda scores, row: 100 * float(scores["accuracy"]))
 
-    def increases(self, method: str, sparsity: float) -> list[tuple[float, float]]:
-        """Predicted and measured increase of the training loss, a pair for each seed."""
+    def increases(self, method: Method, sparsity: float) -> list[tuple[float, float]]:
+        """Predicted and measured increase of the training loss, a pair for each seed that has both."""
+        if not method.predicts_loss:
+            return []
         return [
             (float(row.objective), increase(row))
-            for row in self.rows.get((method, sparsity), [])
+            for row in self.rows.get((method.name, sparsity), [])
             if row.objective is not None
         ]
 

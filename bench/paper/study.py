@@ -94,6 +94,12 @@ class Method:
     pruning: str | None = None
 
     @property
+    def predicts_loss(self) -> bool:
+        """Whether its quadratic model is one of the loss: that of the reconstruction error has another unit."""
+        options = json.loads(self.source.options if self.pruning is None else self.pruning)
+        return options.get("source") != "reconstruction"
+
+    @property
     def settings(self) -> str:
         """All that decides about its results but seed and sparsity, as canonical JSON: the key of its rows."""
         if self.pruning is not None:
