@@ -9,6 +9,7 @@ in float64.
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from cbs_opt.bench import layer_peers as peers
 from cbs_opt.bench.anytime import CLOCKS, load
+from cbs_opt.bench.layer_peers import Pattern
 from cbs_opt.bench.startup import machine
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.errors import InstanceError, UsageError
@@ -29,6 +31,9 @@ from cbs_opt.solvers.layers.warm_up import layers_joint, layers_selection
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+LARGE = (512, 2048, 4096)
+"""Rows, columns and samples of the generated layer."""
+
 DAMPING = 0.01
 """Of the mean of the diagonal."""
 
@@ -111,8 +116,17 @@ def read_layer(path: Path, clock: Callable[[], float], threads: int) -> Case:
     return Case(path.stem, W, S + DAMPING * float(np.mean(np.diag(S))) * np.eye(S.shape[0]), clock, threads)
 
 
+def peak_memory() -> float:
+    """Largest resident memory of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
 def generated_layer(rows: int, columns: int, samples: int, clock: Callable[[], float], threads: int) -> Case:
-    """Gaussian weights, and inputs whose spectrum falls like 1/k in a random basis."""
+    """Gaussian weights, and inputs whose spectrum falls like 1/k in a random basis; the generator has the seed 0.
+
+    S = XᵀX/m of m `samples` with independent entries of variance 1/k in the k-th direction, plus a hundredth of
+    its mean diagonal; the weights have variance 1/K.
+    """
     generator = np.random.default_rng(0)
     X = generator.standard_normal((samples, columns), dtype=np.float32)
     X *= np.sqrt(1.0 / np.arange(1, columns + 1)).astype(np.float32)
@@ -130,17 +144,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def joint_rows(case: Case, sparsities: Sequence[float], seconds: float) -> list[list[object]]:
-    """One row for each sparsity: the peers, and our error at their time, at ten times that, and at the end."""
+def joint_rows(
+    case: Case, sparsities: Sequence[float], seconds: float, times: float = 10.0, patterns: Sequence[Pattern] = ()
+) -> list[list[object]]:
+    """One row for each sparsity or N:M: the peers, our error at their time, at `times` that, and at the end."""
+    counts = [(f"{s:g}", int(np.ceil(s * case.weights.size)), None) for s in sparsities]
     out: list[list[object]] = []
-    for sparsity in sparsities:
-        count = int(np.ceil(sparsity * case.weights.size))
-        found = case.peers(count)
+    for name, count, pattern in [*counts, *((f"{p[0]}:{p[1]}", None, p) for p in patterns)]:
+        found = case.peers(count, pattern)
         best = min(found.values(), key=lambda timed: timed.error)
-        solution = case.solve(LayerBudget(total=count), max(seconds, 10 * best.seconds))
-        errors = [case.error_at(solution, t) for t in (best.seconds, 10 * best.seconds, np.inf)]
+        solution = case.solve(LayerBudget(total=count, pattern=pattern), max(seconds, times * best.seconds))
+        errors = [case.error_at(solution, t) for t in (best.seconds, times * best.seconds, np.inf)]
         cells = [f"{error:.4e} ({100 * (error / best.error - 1):+.1f} %)" for error in errors]
-        out.append([case.name, f"{sparsity:g}", *found.values(), *cells])
+        out.append([case.name, name, *found.values(), *cells])
     return out
 
 
@@ -186,7 +202,13 @@ def selection_rows(case: Case, sparsities: Sequence[float], seconds: float) -> l
 
 
 def report(
-    folder: Path, parts: Sequence[str], sparsities: Sequence[float], seconds: float, threads: int, clock: str
+    folder: Path,
+    parts: Sequence[str],
+    sparsities: Sequence[float],
+    seconds: float,
+    threads: int,
+    clock: str,
+    shape: tuple[int, int, int] = LARGE,
 ) -> Iterator[str]:
     """The tables, one piece after the other as they are made."""
     layers_joint()
@@ -220,9 +242,11 @@ def report(
         yield f"\n## Selection: budgets for each row, fixed weights\n\n{table(header, rows)}"
     if "large" in parts:
         header = ["layer", "sparsity", "magnitude, refit", "SparseGPT, refit", "ALPS"]
-        header += ["ours at the best peer's time", "at 10 × that time", f"after {seconds:g} s or more"]
-        rows = joint_rows(generated_layer(512, 2048, 4096, CLOCKS[clock], threads), sparsities, seconds)
-        yield f"\n## A generated layer\n\n{table(header, rows)}"
+        header += ["ours at the best peer's time", f"after {seconds:g} s or that time"]
+        case = generated_layer(*shape, CLOCKS[clock], threads)
+        rows = [row[:-1] for row in joint_rows(case, sparsities, seconds, 1.0, [(2, 4)])]
+        memory = f"Peak memory of the process: {peak_memory():.1f} GB."
+        yield f"\n## A generated layer\n\n{table(header, rows)}\n{memory}\n"
 
 
 PARTS = ("joint", "gap", "row", "selection", "large")
@@ -239,6 +263,10 @@ def _main(arguments: list[str]) -> int:
     add("folder", type=Path, metavar="FOLDER", help="layers as .npz files of `weight` and `covariance`")
     add("--parts", choices=PARTS, nargs="+", default=["joint", "gap", "row", "selection"], metavar="PART")
     add("--sparsities", type=float, nargs="+", default=list(SPARSITIES), metavar="F")
+    add(
+        "--shape", type=int, nargs=3, default=list(LARGE), metavar=("ROWS", "COLUMNS", "SAMPLES"),
+        help="of the generated layer of the part `large`; default: %(default)s",
+    )  # fmt: skip
     add("--seconds", type=float, default=20.0, metavar="S", help="of our own runs; gaps take three times as long")
     add("--threads", type=int, default=1, metavar="N")
     add("--clock", choices=tuple(CLOCKS), default="processor", help="default: processor")
@@ -246,9 +274,17 @@ def _main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.seconds <= 0 or any(not 0 < s < 1 for s in options.sparsities):
         raise UsageError("`--seconds` must be positive and `--sparsities` between 0 and 1")
+    if min(options.shape) < 4 or options.shape[1] % 4:
+        raise UsageError("`--shape` needs at least 4 rows, columns and samples, and a multiple of 4 columns")
     pieces = []
     for piece in report(
-        options.folder, options.parts, options.sparsities, options.seconds, options.threads, options.clock
+        options.folder,
+        options.parts,
+        options.sparsities,
+        options.seconds,
+        options.threads,
+        options.clock,
+        tuple(options.shape),
     ):
         sys.stdout.write(piece)
         sys.stdout.flush()

@@ -17,9 +17,11 @@ from cbs_opt.errors import InstanceError
 from cbs_opt.files.npz import NpzReader, json_text, write_npz
 from cbs_opt.files.paths import as_path
 from cbs_opt.instance import Instance
+from cbs_opt.typing import FloatArray
 
 FORMAT = "cbs-instance"
 VERSION = 2
+_MANY_WEIGHTS = 1 << 20
 """The newest version; instances without shared blocks are written as version 1."""
 
 _REQUIRED = {"format", "version", "weights", "block_sizes", "budget", "metadata"}
@@ -221,7 +223,7 @@ def instance_arrays(instance: Instance) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {
         "format": np.array(FORMAT),
         "version": np.array(curvature.format_version, dtype=np.int64),
-        "weights": instance.weights,
+        "weights": _short_weights(instance.weights),
         "block_sizes": curvature.block_sizes,
         "budget": np.array(instance.budget.total, dtype=np.int64),
     }
@@ -237,6 +239,14 @@ def instance_arrays(instance: Instance) -> dict[str, NDArray[Any]]:
     except (TypeError, ValueError) as error:
         raise InstanceError(f"`metadata` cannot be written as JSON: {error}") from None
     return arrays
+
+
+def _short_weights(weights: FloatArray) -> NDArray[Any]:
+    """Many weights that are numbers of single precision as float32: a file as small as the network."""
+    if weights.size < _MANY_WEIGHTS or np.abs(weights).max() > np.finfo(np.float32).max:
+        return weights
+    single = weights.astype(np.float32)
+    return single if np.array_equal(single, weights) else weights
 
 
 def file_sha256(path: Path) -> str:

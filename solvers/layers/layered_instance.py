@@ -19,8 +19,6 @@ from cbs_opt.solvers.layers.solve import solve_layers
 from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
-_WITHOUT_LIMIT = 5.0  # seconds of a run that no limit on time ends
-
 
 @dataclass(frozen=True, eq=False)
 class LayeredInstance:
@@ -92,7 +90,7 @@ class LayeredInstance:
             report=report,
             report_bound=report_bound,
             should_stop=monitor.should_stop,
-            time_limit=monitor.remaining if np.isfinite(monitor.remaining) else _WITHOUT_LIMIT,
+            time_limit=monitor.remaining if np.isfinite(monitor.remaining) else None,
             threads=context.workers,
             seed=context.seed,
             bound_share=bound_share,

@@ -75,7 +75,7 @@ def solve_layers(
     threads : int
     seed : int
     bound_share : float
-        Share of the time limit that goes to lower bounds, 0 for none; without a limit they run until settled.
+        Share of the time limit that goes to lower bounds, 0 for none; without a limit, of the time of the run.
     max_rounds : int, optional
         Rounds of search over all rows; without any limit the search ends when a round gains little.
     refit : bool
@@ -220,8 +220,10 @@ class _Run:
         limit = self.ends - self.started
         if self.bound_share <= 0 or not np.isfinite(limit):
             self._rounds(search, pool, self.ends)
-            if self.bound_share > 0:
-                self._bounds(pool, np.inf, fixed_weights, search.price)
+            if self.bound_share > 0:  # without a limit the bounds have their share of the time of the search
+                spent = self.clock() - self.started
+                until = self.clock() + spent * self.bound_share / (1 - self.bound_share)
+                self._bounds(pool, until, fixed_weights, search.price)
             return
         first = 0.6 * (1 - self.bound_share) * limit
         self._rounds(search, pool, self.started + first)

@@ -20,7 +20,7 @@ from cbs_opt.typing import BoolArray
 
 logger = logging.getLogger("cbs_opt")
 
-_FIRST_REFIT = 25  # iterations of conjugate gradients on a start
+_FIRST_REFITS = (4, 20)  # iterations of conjugate gradients on a start, each followed by an answer
 _QUICK = 3  # iterations of the first ADMM between two changes of ρ
 _LONGEST = 64  # iterations between two changes of ρ in the second run
 _WITHOUT_LIMIT = 16  # the same, without a limit on time
@@ -74,10 +74,12 @@ class WideSearch:
             with interruptible(self.should_stop):
                 wide = [WideLayer(layer) for layer in self.layers]
                 for masks in starts:
-                    weights = [
-                        refit_rows(w, mask, None, _FIRST_REFIT) for w, mask in zip(wide, masks, strict=True)
-                    ]
-                    self.incumbent.offer(self._objective(wide, weights), masks)
+                    weights: list[Single | None] = [None] * len(wide)
+                    for iterations in _FIRST_REFITS:
+                        parts = zip(wide, masks, weights, strict=True)
+                        refitted = [refit_rows(w, mask, x, iterations) for w, mask, x in parts]
+                        self.incumbent.offer(self._objective(wide, refitted), masks)
+                        weights = list(refitted)
                 compared = True
                 self._search(wide)
         except Interrupted:

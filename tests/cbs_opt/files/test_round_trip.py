@@ -176,3 +176,17 @@ def test_what_json_cannot_hold_is_refused_and_nothing_written(problem, with_inst
     with pytest.raises(SolutionError, match="`result`"):
         write_solution(tmp_path / "s.npz", Solution(np.ones(3, dtype=bool), result={"x": value}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_many_weights_of_single_precision_take_four_bytes_each(problem, tmp_path, monkeypatch):
+    monkeypatch.setattr("cbs_opt.files.instance_file._MANY_WEIGHTS", 4)
+    instance = problem(3, n=8).instance
+    single = Instance(instance.weights.astype(np.float32), instance.curvature, instance.budget)
+    for name, given, kind in (("double", instance, np.float64), ("single", single, np.float32)):
+        write_instance(tmp_path / f"{name}.npz", given)
+        with np.load(tmp_path / f"{name}.npz") as file:
+            assert file["weights"].dtype == kind
+        np.testing.assert_array_equal(read_instance(tmp_path / f"{name}.npz").weights, given.weights)
+    huge = Instance(instance.weights * 1e300, instance.curvature, instance.budget)
+    write_instance(tmp_path / "huge.npz", huge)
+    np.testing.assert_array_equal(read_instance(tmp_path / "huge.npz").weights, huge.weights)
