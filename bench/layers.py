@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 from cbs_opt.bench import layer_peers as peers
 from cbs_opt.bench.anytime import CLOCKS, load
 from cbs_opt.bench.layer_peers import Pattern
+from cbs_opt.bench.layer_pictures import Course, draw
 from cbs_opt.bench.startup import machine
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.errors import InstanceError, UsageError
@@ -33,7 +34,7 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 LARGE = (512, 2048, 4096)
 """Rows, columns and samples of the generated layer."""
-
+GAP_SPARSITIES = (0.5, 0.8, 0.9)
 DAMPING = 0.01
 """Of the mean of the diagonal."""
 
@@ -155,19 +156,33 @@ def joint_rows(
         best = min(found.values(), key=lambda timed: timed.error)
         solution = case.solve(LayerBudget(total=count, pattern=pattern), max(seconds, times * best.seconds))
         errors = [case.error_at(solution, t) for t in (best.seconds, times * best.seconds, np.inf)]
-        cells = [f"{error:.4e} ({100 * (error / best.error - 1):+.1f} %)" for error in errors]
+        cells = [f"{error:.4e} ({100 * (error / best.error - 1):+.2f} %)" for error in errors]
         out.append([case.name, name, *found.values(), *cells])
     return out
 
 
-def gap_rows(case: Case, sparsities: Sequence[float], seconds: float) -> list[list[object]]:
-    """Objective, bound and gap after the given number of seconds."""
+def gap_rows(
+    case: Case, sparsities: Sequence[float], seconds: float, courses: dict[float, list[Course]] | None = None
+) -> list[list[object]]:
+    """Objective, bound and gap after the given number of seconds.
+
+    courses : by sparsity, receives the history of the run and the other methods.
+    """
     out: list[list[object]] = []
     for sparsity in sparsities:
         count = int(np.ceil(sparsity * case.weights.size))
         solution = case.solve(LayerBudget(total=count), seconds, bound_share=0.8)
         bound = 2 * (solution.bound or 0.0) / case.reference
         gap = f"{100 * (solution.gap or 1.0):.1f} %"
+        if courses is not None:
+            found = {name: (peer.seconds, peer.error) for name, peer in case.peers(count).items()}
+            history = [
+                (at, None if loss is None else 2 * loss / case.reference, 2 * (low or 0.0) / case.reference)
+                for at, loss, low in solution.history
+            ]
+            courses.setdefault(sparsity, []).append(
+                Course(f"{case.name}, sparsity {sparsity:g}", found, history, seconds)
+            )
         out.append([case.name, f"{sparsity:g}", f"{case.error(solution.weights[0]):.4e}", f"{bound:.4e}", gap])
     return out
 
@@ -195,7 +210,7 @@ def selection_rows(case: Case, sparsities: Sequence[float], seconds: float) -> l
         at = case.error_at(solution, peer.seconds)
         out.append(
             [case.name, f"{sparsity:g}", f"{wanda:.4e}", peer]
-            + [f"{e:.4e} ({100 * (e / peer.error - 1):+.1f} %)" for e in (at, case.error(solution.weights[0]))]
+            + [f"{e:.4e} ({100 * (e / peer.error - 1):+.2f} %)" for e in (at, case.error(solution.weights[0]))]
             + [exchanges, f"{100 * (solution.gap or 1.0):.1f} %"]
         )
     return out
@@ -206,11 +221,14 @@ def report(
     parts: Sequence[str],
     sparsities: Sequence[float],
     seconds: float,
+    gap_seconds: float,
     threads: int,
     clock: str,
     shape: tuple[int, int, int] = LARGE,
+    courses: dict[float, list[Course]] | None = None,
 ) -> Iterator[str]:
     """The tables, one piece after the other as they are made."""
+    gaps_at = [sparsity for sparsity in sparsities if sparsity in GAP_SPARSITIES] or sparsities
     layers_joint()
     layers_selection()
     yield f"{machine()}, {threads} thread{'s' if threads > 1 else ''}, {clock} seconds. {load()}\n"
@@ -224,15 +242,11 @@ def report(
         header += ["ours at the best peer's time", "at 10 × that time", f"after {seconds:g} s or more"]
         rows = [row for case in cases for row in joint_rows(case, sparsities, seconds)]
         yield f"\n## Joint: one budget over the layer\n\n{table(header, rows)}"
-    if "gap" in parts:
-        rows = [row for case in cases for row in gap_rows(case, sparsities, 3 * seconds)]
-        header = ["layer", "sparsity", "error", "bound", "gap"]
-        yield f"\n## Certified gaps after {3 * seconds:g} s\n\n{table(header, rows)}"
     if "row" in parts:
         rows = []
         for case in cases:
             single = Case(f"{case.name}, row 0", case.weights[:1], case.hessian, case.clock, threads)
-            rows += gap_rows(single, sparsities, seconds)
+            rows += gap_rows(single, gaps_at, seconds)
         header = ["row", "sparsity", "error", "bound", "gap"]
         yield f"\n## Single rows, {seconds:g} s\n\n{table(header, rows)}"
     if "selection" in parts:
@@ -240,6 +254,10 @@ def report(
         header += ["1-swaps left", "gap"]
         rows = [row for case in cases for row in selection_rows(case, (0.5, 0.6), seconds)]
         yield f"\n## Selection: budgets for each row, fixed weights\n\n{table(header, rows)}"
+    if "gap" in parts:
+        rows = [row for case in cases for row in gap_rows(case, gaps_at, gap_seconds, courses)]
+        header = ["layer", "sparsity", "error", "bound", "gap"]
+        yield f"\n## Certified gaps after {gap_seconds:g} s\n\n{table(header, rows)}"
     if "large" in parts:
         header = ["layer", "sparsity", "magnitude, refit", "SparseGPT, refit", "ALPS"]
         header += ["ours at the best peer's time", f"after {seconds:g} s or that time"]
@@ -249,6 +267,7 @@ def report(
         yield f"\n## A generated layer\n\n{table(header, rows)}\n{memory}\n"
 
 
+_DRAWN = 0.8  # the sparsity of the picture, if there is one
 PARTS = ("joint", "gap", "row", "selection", "large")
 
 
@@ -267,7 +286,11 @@ def _main(arguments: list[str]) -> int:
         "--shape", type=int, nargs=3, default=list(LARGE), metavar=("ROWS", "COLUMNS", "SAMPLES"),
         help="of the generated layer of the part `large`; default: %(default)s",
     )  # fmt: skip
-    add("--seconds", type=float, default=20.0, metavar="S", help="of our own runs; gaps take three times as long")
+    add("--seconds", type=float, default=20.0, metavar="S", help="of our own runs")
+    add("--gap-seconds", type=float, metavar="S", help="of the runs for gaps; default: three times --seconds")
+    add(
+        "--picture", type=Path, metavar="FILE.png", help="draw error and bound over time at .8; needs the part gap"
+    )
     add("--threads", type=int, default=1, metavar="N")
     add("--clock", choices=tuple(CLOCKS), default="processor", help="default: processor")
     add("-o", "--output", type=Path, metavar="FILE.md", help="also write the tables to a file")
@@ -276,15 +299,23 @@ def _main(arguments: list[str]) -> int:
         raise UsageError("`--seconds` must be positive and `--sparsities` between 0 and 1")
     if min(options.shape) < 4 or options.shape[1] % 4:
         raise UsageError("`--shape` needs at least 4 rows, columns and samples, and a multiple of 4 columns")
+    gap_seconds = 3 * options.seconds if options.gap_seconds is None else options.gap_seconds
+    if not gap_seconds > 0:
+        raise UsageError("`--gap-seconds` must be positive")
+    if options.picture is not None and "gap" not in options.parts:
+        raise UsageError("`--picture` draws the runs of the part gap: add it to `--parts`")
     pieces = []
+    courses: dict[float, list[Course]] | None = None if options.picture is None else {}
     for piece in report(
         options.folder,
         options.parts,
         options.sparsities,
         options.seconds,
+        gap_seconds,
         options.threads,
         options.clock,
         tuple(options.shape),
+        courses,
     ):
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -292,6 +323,10 @@ def _main(arguments: list[str]) -> int:
     if options.output is not None:
         with atomic_write(options.output) as file:
             file.write("".join(pieces).encode())
+    if courses:
+        figure = draw(courses.get(_DRAWN) or next(iter(courses.values())))
+        with atomic_write(options.picture) as file:
+            figure.savefig(file, format=options.picture.suffix.lstrip(".") or "png")
     return 0
 
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from cbs_opt.solvers.kernels.compilation import compiled, entry
 
+_SMALL, _REST = 0.1, 3  # of the mean gap: a block with less is left out of the next sweeps
+
 _FAST = {"nnan", "nsz", "contract", "reassoc"}
 
 entry_fast = compiled(fastmath=_FAST)
@@ -140,13 +142,18 @@ def sweep_rows(
     A, index = np.zeros((m_most, m_most)), np.zeros(m_most, np.int64)
     h, v = np.zeros(m_most), np.zeros(m_most)
     total = 0.0
+    rest = np.zeros((u.shape[0], starts.size - 1), np.uint8)  # sweeps that a block is left out of
     for _sweep in range(sweeps):
+        small = _SMALL * total / (u.shape[0] * (starts.size - 1))
         total = 0.0
         for k in range(starts.size - 1):
             if stop[0]:
                 return total
             first, m = starts[k], starts[k + 1] - starts[k]
             for r in range(u.shape[0]):
+                if rest[r, k] > 0:
+                    rest[r, k] -= 1
+                    continue
                 for i in range(m):
                     h[i] = hw[r, first + i] - y[r, first + i]
                 if fixed:
@@ -174,6 +181,8 @@ def sweep_rows(
                         gap += B[first + i, first + j] * M[r, first + i, j]
                         curve += di * R[first + i, first + j] * (v[j] - u[r, first + j])
                 total += gap
+                if gap <= small:
+                    rest[r, k] = _REST
                 if gap <= 0.0:
                     continue
                 tau = 1.0

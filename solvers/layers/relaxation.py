@@ -60,12 +60,12 @@ def correlated_blocks(S: FloatArray, size: int) -> tuple[IntArray, IntArray]:
 
 
 def _inverse(A: FloatArray) -> FloatArray | None:
-    """The inverse of a positive definite A, however close to singular; None where the factorisation fails."""
-    factor, info = lapack.dpotrf(A, lower=1)
+    """The inverse of a positive definite A, however close to singular, which is overwritten; None if it is not."""
+    factor, info = lapack.dpotrf(A.T, lower=1, clean=0, overwrite_a=1)  # of a symmetric matrix: no copy
     if info:
         return None
-    inverse = lapack.dpotri(factor, lower=1)[0]
-    return np.ascontiguousarray(np.tril(inverse) + np.tril(inverse, -1).T)
+    inverse = lapack.dpotri(factor, lower=1, overwrite_c=1)[0].T
+    return np.asarray(np.triu(inverse) + np.triu(inverse, 1).T)
 
 
 class LayerRelaxation:

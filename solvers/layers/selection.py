@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cbs_opt.solvers.layers.joint import JointSearch
-from cbs_opt.solvers.layers.selection_kernels import greedy_row, search_selection_row
+from cbs_opt.solvers.layers.selection_kernels import greedy_row, quadratic, search_selection_row
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 
@@ -43,9 +43,11 @@ class SelectionSearch(JointSearch):
         return True
 
     def _quadratic(self, r: int) -> FloatArray:
-        k, i = self.layer_of[r], self.row_of[r]
-        w = self.layers[k].weights[i]
-        return np.asarray(self.layers[k].hessian * w[:, None] * w)
+        layer = self.layers[self.layer_of[r]]
+        matrices: dict[int, FloatArray] = self.pool.local.__dict__.setdefault("quadratics", {})
+        Q = matrices.setdefault(layer.columns, np.empty((layer.columns, layer.columns)))
+        quadratic(layer.hessian, layer.weights[self.row_of[r]], Q)
+        return Q
 
     def _exact_value(self, r: int, mask: BoolArray) -> float:
         key = np.packbits(mask).tobytes()
@@ -70,8 +72,9 @@ class SelectionSearch(JointSearch):
         locked = np.zeros(size, dtype=np.uint8) if layer.locked is None else (layer.locked[i] != 0).view(np.uint8)
         group = self.groups[k]
         groups = np.zeros(size, dtype=np.int64) if group is None else group
-        for moves, wait in ((steps, self._tenure(r, tenure)), (10_000, 0)):
-            # The best mask of a tabu search need not be a local optimum: a descent follows.
+        # The best mask of a tabu search need not be a local optimum: a descent follows.
+        searches = [(10_000, 0)] if tenure == 0 else [(steps, self._tenure(r, tenure)), (10_000, 0)]
+        for moves, wait in searches:
             y = table.masks[at].copy()
             h = Q @ y
             search_selection_row(

@@ -10,6 +10,15 @@ from cbs_opt.solvers.layers.kernels import NEVER, entry, inner_fast
 
 
 @entry
+def quadratic(S, w, Q):
+    """Q = diag(w) S diag(w), (K, K), out."""
+    for i in range(w.size):
+        row, out, factor = S[i], Q[i], w[i]
+        for j in range(w.size):
+            out[j] = factor * row[j] * w[j]
+
+
+@entry
 def greedy_row(Q, y, h, allowed, group, quota, order, costs):
     """Prune weights one by one, each time the one that adds least to the doubled loss yᵀQy; returns how many.
 
@@ -36,13 +45,17 @@ def greedy_row(Q, y, h, allowed, group, quota, order, costs):
 
 
 @inner_fast
-def _best_exchange(Q, pruned, p, leave, enter, grouped, group):
-    """The pair (i back, j out) with the least enter[j] − leave[i] − 2 Q_ij."""
-    best, back, out = NEVER, -1, -1
+def _best_exchange(Q, peak, pruned, p, first, leave, enter, least, highest, grouped, group):
+    """The pair (i back, j out) with the least enter[j] − leave[i] − 2 Q_ij below `highest`.
+
+    A row i is not read where enter[j] ≥ least and Q_ij ≤ peak[i] exclude a better pair. Row `first`, if it is not
+    negative, is read before the others.
+    """
+    best, back, out = highest, -1, -1
     K = enter.size
-    for a in range(p):
-        i = pruned[a]
-        if leave[i] <= -0.5 * NEVER:
+    for a in range(-1 if first >= 0 else 0, p):
+        i = pruned[a] if a >= 0 else first
+        if leave[i] <= -0.5 * NEVER or least - leave[i] - 2.0 * peak[i] >= best:
             continue
         row, base, excess = Q[i], -leave[i], -1.0
         limit = best - base
@@ -67,7 +80,12 @@ def search_selection_row(
 ):  # fmt: skip
     """Up to `steps` moves of a tabu search on yᵀQy − price · Σy; (loss, clock). See `kernels.search_row`."""
     K = y.size
-    leave, enter = np.empty(K), np.empty(K)
+    leave, enter, peak = np.empty(K), np.empty(K), np.empty(K)
+    for i in range(K):
+        peak[i] = 0.0
+        for j in range(K):
+            if j != i and Q[i, j] > peak[i]:
+                peak[i] = Q[i, j]
     pruned = np.empty(K, np.int64)
     random = np.uint64(seed) * np.uint64(2862933555777941757) + np.uint64(3037000493)
     highest = lowest + values.size - 1
@@ -95,8 +113,10 @@ def search_selection_row(
                 masks[place, k] = y[k]
         if step == steps or stop[0]:
             break
-        back, out, change = _best_exchange(Q, pruned, p, leave, enter, grouped, group)
-        if change >= 0.5 * NEVER:
+        # A descent needs no pair that does not improve.
+        limit = -1e-10 * abs(loss) if tenure == 0 else NEVER
+        back, out, change = _best_exchange(Q, peak, pruned, p, back1, leave, enter, cost1, limit, grouped, group)
+        if back < 0 or change >= 0.5 * NEVER:
             back, out, change = -1, -1, NEVER
         if not grouped:
             if out1 >= 0 and p < highest and cost1 - price < change:
