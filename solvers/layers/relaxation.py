@@ -180,7 +180,9 @@ class LayerRelaxation:
         self.coefficient = np.zeros((self.blocks, 1 << self.m, self.m))
         kernels.subset_factors(self.B, self.starts, self.inverse_pivot, self.coefficient)
         largest = np.maximum.reduceat(np.diag(self.B), self.starts[:-1])
-        self.condition = np.maximum(largest * self.inverse_pivot.max(1), 1.0)
+        self.condition = np.ones(self.blocks)
+        if not self.fixed:  # fixed weights need no pivots
+            self.condition = np.clip(largest * self.inverse_pivot.max(1), 1.0, 1e200)
         self.hw = self.w @ self.B
         self.y = (self.u - self.w) @ self.R
 
