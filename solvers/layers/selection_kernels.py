@@ -74,6 +74,52 @@ def _best_exchange(Q, peak, pruned, p, first, leave, enter, least, highest, grou
     return back, out, best
 
 
+@inner_fast
+def _descend(Q, y, h, locked, grouped, group, loss, stop):
+    """Exchanges that improve, in place on y and h, until there are none; the new loss.
+
+    Each pruned weight in turn goes back for the best of the kept ones as soon as that improves. A turn over all
+    weights without an exchange costs O(p K).
+    """
+    K = y.size
+    enter = np.empty(K)
+    for k in range(K):
+        enter[k] = NEVER if y[k] or locked[k] else 2.0 * h[k] + Q[k, k]
+    i, idle = -1, 0
+    while idle < K and not stop[0]:
+        i = (i + 1) % K
+        idle += 1
+        if y[i] == 0 or locked[i]:
+            continue
+        row = Q[i]
+        least = -1e-10 * abs(loss)
+        limit = least + 2.0 * h[i] - Q[i, i]
+        excess = -1.0
+        if grouped:
+            for k in range(K):
+                excess = max(excess, limit - enter[k] + 2.0 * row[k] if group[k] == group[i] else -1.0)
+        else:
+            for k in range(K):
+                excess = max(excess, limit - enter[k] + 2.0 * row[k])
+        if excess <= 0.0:
+            continue
+        out = -1
+        for k in range(K):
+            change = Q[i, i] - 2.0 * h[i] + enter[k] - 2.0 * row[k]
+            if change < least and (not grouped or group[k] == group[i]):
+                least, out = change, k
+        if out < 0:
+            continue
+        loss += least
+        y[i], y[out] = 0, 1
+        other = Q[out]
+        for k in range(K):
+            h[k] += other[k] - row[k]
+            enter[k] = NEVER if y[k] or locked[k] else 2.0 * h[k] + Q[k, k]
+        idle = 0
+    return loss
+
+
 @entry
 def search_selection_row(
     Q, y, h, locked, group, grouped, loss, price, lowest, values, masks, release, clock, steps, tenure, seed, stop
@@ -86,6 +132,8 @@ def search_selection_row(
         for j in range(K):
             if j != i and Q[i, j] > peak[i]:
                 peak[i] = Q[i, j]
+    if tenure == 0:
+        loss = _descend(Q, y, h, locked, grouped, group, loss, stop)
     pruned = np.empty(K, np.int64)
     random = np.uint64(seed) * np.uint64(2862933555777941757) + np.uint64(3037000493)
     highest = lowest + values.size - 1
