@@ -19,7 +19,7 @@ _INNER = 60  # iterations in single precision between two residuals in double pr
 _INNER_TOLERANCE = 1e-8  # of the energy of the residual
 _TOLERANCE = 1e-16  # of that energy against its start, in the end
 _CORRECTIONS = 5
-_WORTH = 6.0  # rows of more than this times K^(2/3) kept weights are cheaper by gradients than by a factorisation
+_WORTH = 8.0  # rows of more than this times K^(2/3) kept weights are cheaper by gradients than by a factorisation
 _LONG = 1000  # columns
 
 
