@@ -27,6 +27,7 @@ STAGE_DAMPINGS = (1.0, 10.0, 100.0)
 STEPS = (0.1, 0.3, 1.0)
 TIME_LIMIT = 30.0
 STAGE_TIME_LIMIT = 10.0
+WEIGHTS_A_SECOND = 1000
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Method:
         Of `cbs_opt.solve`; `joint` for the joint objective by default, but for stages with the Fisher matrix
         `magnitude`, with an update.
     time_limit, max_iterations : optional
-        Of each solve: 30 seconds in one shot and 10 in a stage, unless one of them is given.
+        Of each solve. Unless one of them is given: a second, and one for each 1,000 weights, up to 30 seconds in
+        one shot and 10 in a stage.
     masks : {"grow", "return"}, optional
         Whether weights that an earlier stage pruned stay pruned. "grow" by default for the Fisher matrix, "return"
         for the others.
@@ -199,10 +201,7 @@ class Method:
             solver, objective = ("magnitude", "selection") if cheap else ("joint", "joint")
         elif solver is None:
             solver = "joint" if objective == "joint" else "search"
-        limit = self.time_limit
-        if limit is None and self.max_iterations is None:
-            limit = TIME_LIMIT if self.stages == 1 else STAGE_TIME_LIMIT
-        self._set(solver=solver, objective=objective, time_limit=limit)
+        self._set(solver=solver, objective=objective)
 
     def _set_grids(self) -> None:
         if self.damping is not None and self.relative_damping is not None:
@@ -246,6 +245,13 @@ class Method:
         """Whether there is something that held-out samples choose."""
         several = len(self.dampings) > 1 or len(self.scales) > 1
         return several or self.recalibrate_bn == "auto" or self.split == "auto"
+
+    def limited(self, n: int) -> Method:
+        """The method for n weights: with its default of the time limit, unless a limit is given."""
+        if self.time_limit is not None or self.max_iterations is not None:
+            return self
+        most = TIME_LIMIT if self.stages == 1 else STAGE_TIME_LIMIT
+        return replace(self, time_limit=min(1.0 + n / WEIGHTS_A_SECOND, most))
 
     @property
     def updates(self) -> bool:

@@ -143,6 +143,7 @@ class Run:
             weights = plan.weights
             self.budget, _ = keeping(self.budget, weights, self._sizes, method.keep_at_least, self._base)
         self.n = int(plan.weights.size)
+        self.method = method = method.limited(self.n)
         self._judge = self._judged(loss, metric, output_key)
         self._scorer = Scorer(
             self._held_out, self._judge.loss, metric, output_key, self._device, self._should_stop

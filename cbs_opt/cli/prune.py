@@ -122,7 +122,10 @@ def prune_parser() -> common.Parser:
     add("--solver", metavar="NAME", help="see cbs-solve --list-solvers")
     add("--objective", choices=("selection", "joint"))
     add(
-        "--time-limit", type=number_option(0), metavar="S", help="seconds of each solve; default: 30, in stages 10"
+        "--time-limit",
+        type=number_option(0),
+        metavar="S",
+        help="seconds of each solve; default: 1 and 1 for each 1,000 weights, at most 30, in stages 10",
     )
     add("--max-iterations", type=whole_option(0), metavar="N", help="of each solve, in place of seconds")
     add_loss_options(parser)

@@ -211,3 +211,11 @@ def test_data_without_labels(trained):
     assert pruned.before is None and pruned.after is None and pruned.sparsity == 0.5
     with pytest.raises(InstanceError, match="no labels"):
         cbs_opt.prune(trained, x, 0.5, stages=2, **FAST)
+
+
+def test_small_networks_wait_less():
+    assert Method().limited(2000).time_limit == 3.0
+    assert Method().limited(10**6).time_limit == 30.0
+    assert Method(stages=2).limited(10**6).time_limit == 10.0
+    assert Method(max_iterations=3).limited(10**6).time_limit is None
+    assert Method(time_limit=0.5).limited(10**6).time_limit == 0.5
