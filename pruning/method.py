@@ -25,8 +25,8 @@ ROW_DAMPINGS = (0.001, 0.01)
 FISHER_DAMPINGS = (0.1, 1.0, 10.0)
 STAGE_DAMPINGS = (1.0, 10.0, 100.0)
 STEPS = (0.1, 0.3, 1.0)
-TIME_LIMIT = 30.0
-STAGE_TIME_LIMIT = 10.0
+TIME_LIMITS = (10.0, 30.0)  # for the smallest networks and for large ones; kernels may have to be compiled
+STAGE_TIME_LIMITS = (5.0, 10.0)
 WEIGHTS_A_SECOND = 1000
 
 
@@ -76,8 +76,8 @@ class Method:
         Of `cbs_opt.solve`; `joint` for the joint objective by default, but for stages with the Fisher matrix
         `magnitude`, with an update.
     time_limit, max_iterations : optional
-        Of each solve. Unless one of them is given: a second, and one for each 1,000 weights, up to 30 seconds in
-        one shot and 10 in a stage.
+        Of each solve. Unless one of them is given: 10 to 30 seconds in one shot and 5 to 10 in a stage, by the
+        number of weights.
     masks : {"grow", "return"}, optional
         Whether weights that an earlier stage pruned stay pruned. "grow" by default for the Fisher matrix, "return"
         for the others.
@@ -250,8 +250,8 @@ class Method:
         """The method for n weights: with its default of the time limit, unless a limit is given."""
         if self.time_limit is not None or self.max_iterations is not None:
             return self
-        most = TIME_LIMIT if self.stages == 1 else STAGE_TIME_LIMIT
-        return replace(self, time_limit=min(1.0 + n / WEIGHTS_A_SECOND, most))
+        least, most = TIME_LIMITS if self.stages == 1 else STAGE_TIME_LIMITS
+        return replace(self, time_limit=min(least + n / WEIGHTS_A_SECOND, most))
 
     @property
     def updates(self) -> bool:

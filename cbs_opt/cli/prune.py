@@ -125,7 +125,7 @@ def prune_parser() -> common.Parser:
         "--time-limit",
         type=number_option(0),
         metavar="S",
-        help="seconds of each solve; default: 1 and 1 for each 1,000 weights, at most 30, in stages 10",
+        help="seconds of each solve; default: 10 to 30, in stages 5 to 10, by the number of weights",
     )
     add("--max-iterations", type=whole_option(0), metavar="N", help="of each solve, in place of seconds")
     add_loss_options(parser)

@@ -214,7 +214,7 @@ def test_data_without_labels(trained):
 
 
 def test_small_networks_wait_less():
-    assert Method().limited(2000).time_limit == 3.0
+    assert Method().limited(2000).time_limit == 12.0
     assert Method().limited(10**6).time_limit == 30.0
     assert Method(stages=2).limited(10**6).time_limit == 10.0
     assert Method(max_iterations=3).limited(10**6).time_limit is None
