@@ -97,7 +97,7 @@ class Method:
     def predicts_loss(self) -> bool:
         """Whether its quadratic model is one of the loss: that of the reconstruction error has another unit."""
         options = json.loads(self.source.options if self.pruning is None else self.pruning)
-        return options.get("source") != "reconstruction"
+        return bool(options.get("source") != "reconstruction")
 
     @property
     def settings(self) -> str:
