@@ -87,3 +87,10 @@ def test_what_ships_can_be_read(name):
 def test_files_are_needed_for_networks_of_the_package():
     with pytest.raises(UsageError, match="`--checkpoint` is needed for 'mlpnet'"):
         plan_study(read_study("mlpnet"), Files(None, None))
+
+
+def test_reconstruction_predicts_no_loss():
+    methods = {method.name: method for method in read_study("mlpnet").methods}
+    assert not methods["reconstruction + joint"].predicts_loss
+    assert methods["kfac exact + joint"].predicts_loss
+    assert methods["20 stages, Fisher"].predicts_loss
