@@ -34,8 +34,9 @@ _TENURES = (5, 8, 4, 10)
 _SWEEPS = 10  # of Frank-Wolfe between two steps of the blocks and prices
 _SHARED = 0.25  # of the time for bounds goes to one block-diagonal matrix for all rows
 _PATIENCE = 6  # such steps without a much better bound
-_SETTLED = 2e-4  # relative gain of a round that ends a run without limits
-_MOST_ROUNDS = 5  # of a run without limits, as every round makes twice the moves of the last one
+_SETTLED = 2e-4  # relative gain of a round that ends a run without a limit of time
+_LEAST_ROUNDS = 2  # of such a run
+_MOST_ROUNDS = 5  # of such a run, as every round makes twice the moves of the last one
 
 
 def solve_layers(
@@ -77,7 +78,7 @@ def solve_layers(
     bound_share : float
         Share of the time limit that goes to lower bounds, 0 for none; without a limit, of the time of the run.
     max_rounds : int, optional
-        Rounds of search over all rows; without any limit the search ends when a round gains little.
+        Rounds of search over all rows at most; without a limit of time the search ends when a round gains little.
     refit : bool
         Whether to compute the weights of the answer (after the clock); without, they are the masked weights.
     clock : callable
@@ -268,9 +269,8 @@ class _Run:
             self.round += 1
             gained = (before - self.incumbent.objective) / max(before, 1e-300)
             before = self.incumbent.objective
-            unlimited = self.max_rounds is None and not np.isfinite(self.ends)
-            settled = number >= _MOST_ROUNDS or (number > 3 and gained < _SETTLED)
-            if self.clock() >= until or (unlimited and settled):
+            settled = number >= _MOST_ROUNDS or (number >= _LEAST_ROUNDS and gained < _SETTLED)
+            if self.clock() >= until or (settled and not np.isfinite(self.ends)):
                 return
 
     # Selection -----------------------------------------------------------------------------------------------
