@@ -22,7 +22,9 @@ def read_toml(path: Path, error: type[CbsError]) -> tuple[dict[str, Any], str]:
         return tomllib.loads(text), text
     except OSError as failure:
         raise error(f"{path}: cannot be read: {failure.strerror or failure}") from None
-    except ValueError as failure:  # not UTF-8, or not TOML: the sentence has the line
+    except UnicodeDecodeError as failure:
+        raise error(f"{path}: cannot be read: it is not UTF-8 text ({failure.reason})") from None
+    except ValueError as failure:  # the sentence has the line
         raise error(f"{path}: is not valid TOML: {failure}") from None
     except RecursionError:
         raise error(f"{path}: is not valid TOML: it is nested too deeply") from None

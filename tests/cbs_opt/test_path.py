@@ -59,7 +59,8 @@ def test_table_picture_and_files(instance_file, tmp_path, capsys):
     ]
     assert main([*map(str, arguments)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[0].split()[:3] == ["sparsity", "pruned", "objective"]
+    assert lines[-1].startswith("written  ") and "t.csv" in lines[-1]
+    assert len(lines) == 5 and lines[0].split()[:3] == ["sparsity", "pruned", "objective"]
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
     content = json.loads((tmp_path / "r.json").read_text())
     assert [row["pruned"] for row in rows] == ["3", "6", "9"]

@@ -30,6 +30,7 @@ def table(page):
     return rows
 
 
+@pytest.mark.slow
 def test_the_page_runs_and_its_figures_are_found(repository, tmp_path, monkeypatch, capsys):
     page = (repository / "docs" / "transformers.md").read_text(encoding="utf-8")
     (code,) = blocks(page, "python")

@@ -69,7 +69,7 @@ def here(tmp_path, monkeypatch):
         ),
         ('name = "ls"', 'name = "ls"\nlabel = "magnitude"', 9, "two solvers are labelled 'magnitude'"),
         ('name = "ls"', 'name = "dwave-tabu"', 10, "peer 'dwave-tabu' has no parameters"),
-        ("seeds = [0, 1]", "seeds = [0, 1", 5, "is no TOML file"),
+        ("seeds = [0, 1]", "seeds = [0, 1", 5, "is not valid TOML"),
     ],
 )
 def test_mistakes_are_told_with_their_line(config, old, new, line, sentence):
@@ -98,7 +98,7 @@ def test_other_ways_to_write_the_same_are_found_too(config):
     ):
         read_configuration("smok")
     config.write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="is no TOML file"):
+    with pytest.raises(UsageError, match="is not UTF-8 text"):
         read_configuration(config)
 
 

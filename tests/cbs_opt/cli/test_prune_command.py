@@ -142,6 +142,7 @@ def run_until(checkpoint, out, line, number, stage):
     return process.returncode, rest[0], log + rest[1]
 
 
+@pytest.mark.slow
 def test_a_killed_command_continues_and_an_interrupted_one_leaves_its_stage(checkpoint, tmp_path):
     stages = ["--sparsity", ".9", "--stages", "6"]
     whole = tmp_path / "whole.safetensors"

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -448,9 +449,10 @@ def test_singular_hessian_and_obs(refused, problem, tmp_path):
     assert "solver 'obs' cannot take the instance: block 0 of the Hessian is singular" in sentence
 
 
-def test_budget_of_groups_and_damping_of_dense_blocks_cannot_change(refused, problem, tmp_path):
-    write_instance(tmp_path / "i.npz", problem(1, groups="2:4", kind="hessian").instance)
-    assert "budget per group" in refused(2, tmp_path / "i.npz", "--budget", "2", "-q")
+def test_budget_of_patterns_and_damping_of_dense_blocks_cannot_change(refused, problem, tmp_path):
+    instance = problem(1, groups="2:4", kind="hessian").instance
+    write_instance(tmp_path / "i.npz", replace(instance, metadata={"nm": "2:4"}))
+    assert "has the pattern 2:4" in refused(2, tmp_path / "i.npz", "--budget", "2", "-q")
     assert "already inside dense" in refused(2, tmp_path / "i.npz", "--damping", "1", "-q")
     assert main([str(tmp_path / "i.npz"), "--budget", "4", "--solver", "obd", "-q"]) == 0
 

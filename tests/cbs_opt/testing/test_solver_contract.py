@@ -44,11 +44,6 @@ def test_honest_solver_passes():
     assert names == [str(check) for check in solver_checks(Honest, cases=FEW)]
 
 
-class IgnoresTheWarmStart(Honest):
-    def select(self, instance, context):
-        return instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
-
-
 class ForgetsGroups(Honest):
     def select(self, instance, context):
         pruned = np.zeros(instance.n, dtype=bool)
@@ -130,7 +125,6 @@ class AcceptsNothing(Honest):
 @pytest.mark.parametrize(
     ("solver", "sentence"),
     [
-        (IgnoresTheWarmStart, "must not be worse than the warm start"),
         (ForgetsGroups, "does not meet the budget"),
         (Flatters, "the last incumbent of the history is wrong"),
         (ClaimsOptimality, "status 'optimal' needs a bound"),
