@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -108,21 +107,12 @@ def _parser() -> common.Parser:
     return parser
 
 
-class Interrupts(common.Interrupts):
-    """The first signal ends the scoring; the pruned checkpoint is still written."""
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.asked:
-            os._exit(common.EXIT_KILLED)
-        self.asked = True
-        os.write(2, b"interrupted: scoring ends, the output is written; once more to quit and write nothing\n")
+_INTERRUPTED = "scoring ends, the output is written; once more to quit and write nothing"
 
 
 def _main(arguments: list[str]) -> int:
-    with Interrupts() as interrupts:
+    with common.Interrupts(_INTERRUPTED) as interrupts:
         options = _parser().parse_args(arguments)
-        if options.quiet and options.verbose:
-            raise UsageError("`-q` and `-v` exclude each other")
         common.start_logging(options.quiet, options.verbose)
         _check_outputs(options)
         return _apply(options, interrupts)

@@ -119,8 +119,6 @@ def parse_solve(arguments: list[str]) -> argparse.Namespace:
         for name in ("table", "picture"):
             if getattr(options, name) is not None:
                 raise UsageError(f"`--{name}` needs several sparsities, such as `--sparsity .5 .6`")
-    if options.quiet and options.verbose:
-        raise UsageError("`-q` and `-v` exclude each other")
     if options.instance is None and not options.list_solvers:
         raise UsageError("an instance file is needed")
     if options.solver is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cbs_opt.cli import common
 from cbs_opt.errors import UsageError
+from cbs_opt.files.toml_text import read_toml
 
 logger = logging.getLogger("cbs_opt")
 
@@ -109,7 +110,7 @@ def _talk(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    with _Interrupts() as interrupts:
+    with common.Interrupts(_INTERRUPTED) as interrupts:
         common.start_logging(options.quiet, options.verbose)
         from cbs_opt.bench.runs.configuration import read_configuration
         from cbs_opt.bench.runs.engines import make_engine
@@ -258,26 +259,17 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    import tomllib
-
     from cbs_opt.bench.paper.study_file import shipped_studies
     from cbs_opt.bench.runs.configuration import shipped
 
     for command, files in (("run", shipped()), ("paper", shipped_studies())):
         for name, path in files.items():
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            content, _ = read_toml(path, UsageError)
             common.say(f"{command:<5} {name:<12} {content.get('description', '')}\n")
     return common.EXIT_OK
 
 
-class _Interrupts(common.Interrupts):
-    """As for a solve; finished rows are kept."""
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.asked:
-            os._exit(common.EXIT_KILLED)
-        self.asked = True
-        os.write(2, b"interrupted: every finished row is kept; once more to quit at once\n")
+_INTERRUPTED = "every finished row is kept; once more to quit at once"
 
 
 class _AtOnce(common.Interrupts):

@@ -170,7 +170,9 @@ def check_outputs(inputs: Iterable[Path | str | None], outputs: Iterable[Path | 
 
 
 def start_logging(quiet: bool, verbose: bool) -> None:
-    """Send the package's log to stderr, as plain lines."""
+    """Send the package's log to stderr, as plain lines; raises `UsageError` for both options together."""
+    if quiet and verbose:
+        raise UsageError("`-q` and `-v` exclude each other")
     for handler in [h for h in logger.handlers if isinstance(h, logging.StreamHandler)]:
         logger.removeHandler(handler)
     handler = logging.StreamHandler(sys.stderr)
@@ -198,10 +200,18 @@ class Interrupts:
     """SIGINT and SIGTERM: the first asks the run to stop, the second ends the process with code 130.
 
     Use as a context manager and pass it as `Stop.should_stop`.
+
+    Parameters
+    ----------
+    message : str
+        What the first signal does, for stderr.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, message: str = "stopping with the best selection so far; once more to quit at once"
+    ) -> None:
         self.asked = False
+        self._message = f"interrupted: {message}\n".encode()
         self._before: dict[int, object] = {}
 
     def __call__(self) -> bool:
@@ -224,4 +234,4 @@ class Interrupts:
         if self.asked:
             os._exit(EXIT_KILLED)
         self.asked = True
-        os.write(2, b"interrupted: stopping with the best selection so far; once more to quit at once\n")
+        os.write(2, self._message)

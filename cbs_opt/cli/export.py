@@ -115,8 +115,6 @@ def export_parser() -> common.Parser:
 
 def _main(arguments: list[str]) -> int:
     options = export_parser().parse_args(arguments)
-    if options.quiet and options.verbose:
-        raise UsageError("`-q` and `-v` exclude each other")
     common.start_logging(options.quiet, options.verbose)
     _check_output(options)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -141,20 +140,11 @@ def prune_parser() -> common.Parser:
     return parser
 
 
-class Interrupts(common.Interrupts):
-    """The first signal ends the run with the network of the last stage, the second one at once."""
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.asked:
-            os._exit(common.EXIT_KILLED)
-        self.asked = True
-        os.write(2, b"interrupted: the network of the last stage is written; once more to quit at once\n")
+_INTERRUPTED = "the network of the last stage is written; once more to quit at once"
 
 
 def _main(arguments: list[str]) -> int:
     options = prune_parser().parse_args(arguments)
-    if options.quiet and options.verbose:
-        raise UsageError("`-q` and `-v` exclude each other")
     common.start_logging(options.quiet, options.verbose)
     state = options.state
     if state is None and options.stages > 1:
@@ -167,7 +157,7 @@ def _main(arguments: list[str]) -> int:
     from cbs_opt.pruning.run import Run
     from cbs_opt.pruning.search import sparsest
 
-    with Interrupts() as interrupts, WorkProgress(quiet=options.quiet) as progress:
+    with common.Interrupts(_INTERRUPTED) as interrupts, WorkProgress(quiet=options.quiet) as progress:
         network = read_network(options)
         declared = {
             "loss": options.loss or network.loss,
