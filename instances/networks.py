@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -150,6 +151,45 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
     prunable = tuple(name for name in select(model).names if entry.prunes(name))
     preparation = entry.preparation.normalised(mean, std)
     return Network(spec, model, prunable, preparation, entry.classes, image_shape=preparation.image_shape)
+
+
+def trained_network(
+    spec: str,
+    checkpoint: Path | None,
+    data: str | None,
+    *,
+    key: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Network:
+    """A network with the weights of a checkpoint, in evaluation mode; that of a factory may bring its own.
+
+    Parameters
+    ----------
+    spec, mean, std : optional
+        As for `load_network`.
+    checkpoint : Path or None
+    data : str or None
+        Not read: only checked to be there for a network of the package, which brings none.
+    key : str, optional
+        Which dictionary of the checkpoint.
+
+    Raises
+    ------
+    UsageError
+        As `load_network`, and when a network of the package lacks a checkpoint or data.
+    InstanceError
+        When the checkpoint does not fit.
+    """
+    from cbs_opt.instances.checkpoints import load_checkpoint
+
+    for name, value in (("checkpoint", checkpoint), ("data", data)):
+        if value is None and not is_factory(spec):
+            raise UsageError(f"`--{name}` is needed for '{spec}'")
+    network = load_network(spec, mean, std)
+    if checkpoint is not None:
+        load_checkpoint(network.model, checkpoint, key)
+    return network
 
 
 def _from_factory(spec: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Network:

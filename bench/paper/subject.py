@@ -217,16 +217,9 @@ class Subject:
 
 def open_network(study: Study, files: Files) -> Network:
     """The study's network with the weights of the checkpoint."""
-    from cbs_opt.instances.checkpoints import load_checkpoint
-    from cbs_opt.instances.networks import is_factory, load_network
+    from cbs_opt.instances.networks import trained_network
 
-    for name, value in (("checkpoint", files.checkpoint), ("data", files.data)):
-        if value is None and not is_factory(study.network):
-            raise UsageError(f"`--{name}` is needed for '{study.network}'")
-    network = load_network(study.network, study.mean, study.std)
-    if files.checkpoint is not None:
-        load_checkpoint(network.model, files.checkpoint)
-    return network
+    return trained_network(study.network, files.checkpoint, files.data, mean=study.mean, std=study.std)
 
 
 def score(model: Module, samples: SampleSource) -> Figures:

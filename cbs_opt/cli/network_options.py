@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from cbs_opt.cli.arguments import number_option, share_option
 from cbs_opt.cli.common import Parser
-from cbs_opt.errors import UsageError
 
 if TYPE_CHECKING:
     from cbs_opt.instances.networks import Network
@@ -89,17 +88,17 @@ def read_network(options: argparse.Namespace) -> Network:
     InstanceError
         When the checkpoint does not fit.
     """
-    from cbs_opt.instances.checkpoints import load_checkpoint
-    from cbs_opt.instances.networks import is_factory, load_network
+    from cbs_opt.instances.networks import trained_network
 
-    if not is_factory(options.network):
-        for name in ("checkpoint", "data"):
-            if getattr(options, name) is None:
-                raise UsageError(f"`--{name}` is needed for '{options.network}'")
-    network = load_network(options.network, options.mean, options.std)
-    if options.checkpoint is not None:
-        load_checkpoint(network.model, options.checkpoint, options.checkpoint_key)
-    else:
+    network = trained_network(
+        options.network,
+        options.checkpoint,
+        options.data,
+        key=options.checkpoint_key,
+        mean=options.mean,
+        std=options.std,
+    )
+    if options.checkpoint is None:
         logger.warning(
             f"no `--checkpoint`: the weights are those that {network.name} comes with; cbs-apply will need a file "
             "of them"
