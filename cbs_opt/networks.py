@@ -210,12 +210,10 @@ def masks(instance: Instance, solution: Result | Solution) -> dict[str, Tensor]:
     InstanceError
         When the instance does not name its tensors.
     """
-    import torch
-
     from cbs_opt.instances.apply import layer_masks
+    from cbs_opt.instances.masks import kept_masks
 
-    layers = layer_masks(instance, solution.pruned)
-    return {name: torch.from_numpy(~layer.pruned) for layer in layers for name in (layer.name, *layer.aliases)}
+    return kept_masks(layer_masks(instance, solution.pruned))
 
 
 def _array(values: Any) -> Any:

@@ -97,7 +97,11 @@ def draw_masks(path: Path | str, layers: Sequence[LayerMask], title: str = "") -
         color=_INK,
         fontweight="bold",
     )
-    _draw_bars(top.subplots(), layers, pruned / size)
+    axes = top.subplots()
+    draw_bars(axes, layers, pruned / size)
+    axes.tick_params(axis="x", labelsize=8, colors=_FAINT)
+    axes.set_xlabel("pruned", fontsize=8, color=_FAINT)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8, frameon=False, borderaxespad=0.2)
     panels = bottom.subplots(down, across, squeeze=False).ravel()
     scale = max(float(kept_density(layer.pruned).max(initial=0)) for layer in layers) or 1.0
     image = None
@@ -116,8 +120,8 @@ def draw_masks(path: Path | str, layers: Sequence[LayerMask], title: str = "") -
         file.write(buffer.getvalue())
 
 
-def _draw_bars(axes: Any, layers: Sequence[LayerMask], overall: float) -> None:
-    """Sparsity of each layer compared with that of the network."""
+def draw_bars(axes: Any, layers: Sequence[LayerMask], overall: float, size: float = 8) -> None:
+    """Draw the sparsity of each layer, compared with that of the network; `size` of the letters in points."""
     places = np.arange(len(layers))
     axes.barh(places, [layer.sparsity for layer in layers], color=_BAR, height=0.68)
     axes.axvline(overall, color="#d1495b", linewidth=1.2, label=f"whole network {overall:.1%}")
@@ -127,19 +131,17 @@ def _draw_bars(axes: Any, layers: Sequence[LayerMask], overall: float) -> None:
             place,
             f"{layer.sparsity:.1%} of {layer.pruned.size:,}",
             va="center",
-            fontsize=8,
+            fontsize=size,
             color=_INK,
             transform=axes.get_yaxis_transform(),
         )
-    axes.set_yticks(places, [layer.title for layer in layers], fontsize=8, color=_INK)
+    axes.set_yticks(places, [layer.title for layer in layers], fontsize=size, color=_INK)
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.tick_params(axis="x", labelsize=8, colors=_FAINT)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("pruned", fontsize=8, color=_FAINT)
+    axes.set_xlabel("pruned")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8, frameon=False, borderaxespad=0.2)
 
 
 def _draw_mask(axes: Any, layer: LayerMask, scale: float) -> Any:

@@ -217,3 +217,8 @@ def _keep_flat_weights_fresh(module: nn.RNNBase) -> None:
 
     # The class belongs to this module alone: `parametrize` has made it.
     kind._flat_weights = property(get, lambda self, value: None)
+
+
+def kept_masks(layers: Iterable[LayerMask]) -> dict[str, Tensor]:
+    """Masks by name of tensor, aliases included, bool of the tensor's shape: True where a weight is kept."""
+    return {name: torch.from_numpy(~layer.pruned) for layer in layers for name in (layer.name, *layer.aliases)}

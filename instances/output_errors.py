@@ -16,12 +16,12 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.errors import InstanceError
 from cbs_opt.instances.batches import Samples, checked_call, placed, slices
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
 from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.products import Product
-from cbs_opt.instances.reconstruction import watched
+from cbs_opt.instances.reconstruction import refuse, watched
 from cbs_opt.instances.tensors import Layout
 from cbs_opt.typing import FloatArray
 
@@ -101,9 +101,7 @@ def output_error_gradients(
                 checked_call(model, x)
             if different or (not reasons and next(left, None) is not None):
                 raise InstanceError("the network and the original one do not make the same products")
-            if reasons:
-                name, reason = next(iter(reasons.items()))
-                raise UsageError(f"'{name}' has no reconstruction error that can be computed: {reason}")
+            refuse(reasons)
             progress(part.stop)
     out = {name: (total / len(inputs)).numpy() for name, total in sums.items()}
     for name, total in sums.items():

@@ -171,11 +171,15 @@ def input_covariances(
         for part in slices(inputs, size):
             with watched(model, layouts, lambda product: sums[product.name].add(product), reasons):
                 checked_call(model, placed(inputs[part], model))
-            if reasons:
-                name, reason = next(iter(reasons.items()))
-                raise UsageError(f"'{name}' has no reconstruction error that can be computed: {reason}")
+            refuse(reasons)
             progress(part.stop)
     return [sums.pop(name).covariance(name, len(inputs)) for name in list(sums)]
+
+
+def refuse(reasons: Mapping[str, str]) -> None:
+    """Raise `UsageError` for the first weight whose products cannot be followed, if there is one."""
+    for name, reason in reasons.items():
+        raise UsageError(f"'{name}' has no reconstruction error that can be computed: {reason}")
 
 
 def _layouts(model: nn.Module, names: Sequence[str]) -> dict[str, Layout]:

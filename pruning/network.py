@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cbs_opt.errors import UsageError
@@ -118,13 +116,3 @@ def statistic_names(model: nn.Module) -> tuple[str, ...]:
         for leaf in ("running_mean", "running_var", "num_batches_tracked")
         if getattr(module, leaf) is not None
     )
-
-
-def names_of_places(places: Sequence[Place]) -> list[str]:
-    """First names of tensors."""
-    return [place.name for place in places]
-
-
-def kept(masks: Sequence[LayerMask]) -> dict[str, NDArray[np.bool_]]:
-    """True where a weight is kept, by name, aliases included."""
-    return {name: ~mask.pruned for mask in masks for name in (mask.name, *mask.aliases)}

@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from cbs_opt.files.atomic import atomic_write
-from cbs_opt.instances.masks import LayerMask
+from cbs_opt.instances.masks import LayerMask, kept_masks
 from cbs_opt.instances.scores import Score
 from cbs_opt.jsonable import finite
 from cbs_opt.view.text import short, table
@@ -124,9 +123,7 @@ class Pruned:
     @property
     def masks(self) -> dict[str, Tensor]:
         """By name of tensor, aliases included, bool of the tensor's shape: True where a weight is kept."""
-        return {
-            name: torch.from_numpy(~layer.pruned) for layer in self.layers for name in (layer.name, *layer.aliases)
-        }
+        return kept_masks(self.layers)
 
     @property
     def sparsity(self) -> float:

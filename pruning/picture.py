@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cbs_opt.files.atomic import atomic_write
-from cbs_opt.instances.mask_pictures import check_picture
+from cbs_opt.instances.mask_pictures import check_picture, draw_bars
 
 if TYPE_CHECKING:
     from cbs_opt.pruning.outcome import Pruned
@@ -41,7 +41,7 @@ def draw(path: Path | str, pruned: Pruned) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
     _losses(left, pruned)
-    _layers(right, pruned)
+    draw_bars(right, pruned.layers, pruned.sparsity, size=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lower()[1:])
     with atomic_write(path) as file:
@@ -70,27 +70,3 @@ def _losses(axes: Any, pruned: Pruned) -> None:
         axes.legend(frameon=False, fontsize=8, loc="upper left")
     last = "" if pruned.after is None else f", loss {pruned.after.loss:.4f}"
     axes.set_title(f"{pruned.sparsity:.2%} pruned{last}", fontsize=10, color=_INK, loc="left")
-
-
-def _layers(axes: Any, pruned: Pruned) -> None:
-    layers = pruned.layers
-    places = range(len(layers))
-    axes.barh(places, [layer.sparsity for layer in layers], color=_BLUE, height=0.68)
-    axes.axvline(pruned.sparsity, color=_RED, linewidth=1.2)
-    for place, layer in zip(places, layers, strict=True):
-        axes.text(
-            1.02,
-            place,
-            f"{layer.sparsity:.1%} of {layer.pruned.size:,}",
-            va="center",
-            fontsize=7,
-            color=_INK,
-            transform=axes.get_yaxis_transform(),
-        )
-    axes.set_yticks(places, [layer.title for layer in layers], fontsize=7, color=_INK)
-    axes.set_ylim(len(layers) - 0.4, -0.6)
-    axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel("pruned")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)

@@ -72,14 +72,6 @@ class PricedSweep:
         return out
 
 
-def priced_sweep(
-    layers: list[Layer], budget: LayerBudget, should_stop: Callable[[], bool] = _no
-) -> list[BoolArray] | None:
-    """The masks of `swept_weights`."""
-    found = swept_weights(layers, budget, should_stop)
-    return None if found is None else found[0]
-
-
 def swept_weights(
     layers: list[Layer], budget: LayerBudget, should_stop: Callable[[], bool] = _no
 ) -> tuple[list[BoolArray], list[FloatArray]] | None:
