@@ -50,12 +50,14 @@ import numpy as np
 from cbs_opt.certificate_bounds import JointPart, Part, SelectionPart, States
 from cbs_opt.certificate_tables import join, small_table
 from cbs_opt.certificate_tree import Streams, TreeCheck, floor_of, root_table
+from cbs_opt.convex_form import convex_form
 from cbs_opt.errors import SolutionError
 from cbs_opt.files.certificate_file import Certificate
 from cbs_opt.instance import Instance
 from cbs_opt.losses import joint_loss, selection_loss
 from cbs_opt.monitor import OPTIMAL_GAP
 from cbs_opt.result import relative_gap
+from cbs_opt.solver import indefinite_sentence
 from cbs_opt.typing import FloatArray, IntArray
 
 SMALL = 18
@@ -115,9 +117,11 @@ def verify(
     O(nodes · m²) for pieces of m weights, and O(m³) per diagonal.
     """
     objective = check_incumbent(instance, certificate)
-    proof = Proof(instance, certificate, progress)
+    if certificate.objective_kind == "joint" and not instance.curvature.is_convex:
+        raise SolutionError(indefinite_sentence(instance))
+    proof = Proof(convex_form(instance), certificate, progress)
     bound = proof.bound()
-    if instance.linear is None:
+    if instance.linear is None and instance.curvature.is_convex:
         bound = max(bound, 0.0)  # the Hessian is semidefinite, and the evaluator never gives less
     margin = _BOUND_AGREES * max(abs(certificate.bound), abs(bound)) if np.isfinite(bound) else 0.0
     if not bound >= certificate.bound - margin:

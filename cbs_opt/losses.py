@@ -72,6 +72,8 @@ def joint_loss(instance: Instance, pruned: ArrayLike) -> float:
 def evaluate(instance: Instance, pruned: ArrayLike) -> Losses:
     """Both losses and the updated weights."""
     pruned = check_mask(instance, pruned)
+    if not instance.curvature.is_convex:
+        return Losses(selection_loss(instance, pruned), None, None)
     try:
         weights = best_update(instance, pruned)
     except UnboundedError:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cbs_opt.convex_form import convex_form
 from cbs_opt.instance import Instance
 from cbs_opt.interrupt import Interrupted, interruptible
 from cbs_opt.losses import Losses, evaluate, selection_loss
@@ -24,6 +25,7 @@ from cbs_opt.monitor import Monitor
 from cbs_opt.result import Status
 from cbs_opt.solver import Context, Solver
 from cbs_opt.typing import BoolArray
+from cbs_opt.view import text
 
 logger = logging.getLogger("cbs_opt")
 
@@ -71,6 +73,8 @@ def run_solver(
 ) -> Run:
     """Prepare a solver, run it, and recompute the losses of its incumbent.
 
+    Where H is indefinite the solver is given the instance's `convex_form`: its losses and bounds are the same.
+
     Parameters
     ----------
     solver : Solver
@@ -104,14 +108,18 @@ def run_solver(
     monitor.start()
     with thread_limit(limit, solver.supports.batched):
         try:
-            solver.prepare(instance, context)
+            worked_on = convex_form(instance)
+            if worked_on is not instance:
+                blocks = text.count(len(instance.curvature.indefinite_blocks), "indefinite block")
+                logger.info(f"{blocks} of the Hessian made convex: a shift of the diagonal, the loss is the same")
+            solver.prepare(worked_on, context)
             prepared()
             build_seconds = monitor.elapsed
             status = Status.CONVERGED
             monitor.start()
             if monitor.reason is None:  # else stopped during the preparation
                 with interruptible(monitor.should_stop):
-                    status = solver.run(instance, context)
+                    status = solver.run(worked_on, context)
         except Interrupted:
             pass
         except Exception as failure:

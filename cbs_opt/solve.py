@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from cbs_opt.arguments import as_instance, as_selection, as_solver, check_arguments
-from cbs_opt.errors import CbsError, InstanceError, SolverError
+from cbs_opt.errors import CbsError, InstanceError, SolverError, UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.monitor import Callback, Monitor
 from cbs_opt.optional import missing
 from cbs_opt.result import Result
 from cbs_opt.run import Run, run_solver
 from cbs_opt.solution import Solution
-from cbs_opt.solver import OBJECTIVES, Context, Solver
+from cbs_opt.solver import OBJECTIVES, Context, Solver, indefinite_sentence
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray
 from cbs_opt.version import __version__
@@ -99,6 +99,8 @@ def solve(
     start = None if warm_start is None else as_selection(instance, warm_start)
     if objective is None:
         objective = next(kind for kind in OBJECTIVES if kind in chosen.supports.objectives)
+    if update and not instance.curvature.is_convex:
+        raise UsageError(f"`update`: {indefinite_sentence(instance)}")
     monitor = Monitor(stop, callback)
     context = Context(objective, seed, monitor, start, device, batch_size, threads)
     run = run_solver(chosen, instance, context)
@@ -122,7 +124,7 @@ def _in_range(instance: Instance) -> bool:
         costs = instance.weights * instance.curvature.diagonal() * instance.weights
     except InstanceError:  # no question of range
         return True
-    largest = float(costs.max())
+    largest = float(np.abs(costs).max())
     return bool(np.isfinite(costs).all()) and (largest == 0 or 1e-250 < largest < 1e250)
 
 

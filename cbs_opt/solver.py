@@ -145,6 +145,8 @@ class Solver(abc.ABC):
             raise SolverError(
                 f"solver '{self.name}' minimises {able} only, not the objective '{context.objective}'"
             )
+        if context.objective == "joint" and not instance.curvature.is_convex:
+            raise SolverError(indefinite_sentence(instance))
         refused = [
             (instance.budget.groups is not None and not supports.groups, "a budget per group (`groups`)"),
             (instance.curvature.number_of_blocks > 1 and not supports.several_blocks, "several blocks"),
@@ -157,6 +159,14 @@ class Solver(abc.ABC):
         for applies, what in refused:
             if applies:
                 raise SolverError(f"solver '{self.name}' cannot take {what}")
+
+
+def indefinite_sentence(instance: Instance) -> str:
+    """The error of an instance without a best update."""
+    return (
+        f"block {instance.curvature.indefinite_blocks[0]} of the Hessian is indefinite: the loss after an update has "
+        "no minimum, only the objective 'selection' is defined"
+    )
 
 
 def usable_threads(threads: int | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cbs_opt.errors import UnboundedError
 from cbs_opt.instance import Instance
 from cbs_opt.typing import BoolArray, FloatArray
 
@@ -22,7 +23,7 @@ def best_update(instance: Instance, pruned: BoolArray) -> FloatArray:
     Raises
     ------
     UnboundedError
-        When H is singular and `linear` has a component in its null space.
+        When H is singular and `linear` has a component in its null space, or H is indefinite.
 
     Notes
     -----
@@ -33,4 +34,9 @@ def best_update(instance: Instance, pruned: BoolArray) -> FloatArray:
     ----------
     Yu, Serra, Ramalingam, Zhe, "The Combinatorial Brain Surgeon", ICML 2022.
     """
+    if not instance.curvature.is_convex:
+        raise UnboundedError(
+            f"block {instance.curvature.indefinite_blocks[0]}: the update has no minimum, because the Hessian is "
+            "indefinite"
+        )
     return instance.curvature.best_weights(instance.weights, pruned, instance.linear)

@@ -61,7 +61,9 @@ class SharedRows:
 
 
 class Curvature(abc.ABC):
-    """Block-diagonal, symmetric, positive semidefinite Hessian H of the loss at the trained weights.
+    """Block-diagonal, symmetric Hessian H of the loss at the trained weights, positive semidefinite as a rule.
+
+    Only kinds that override `indefinite_blocks` may have blocks with negative eigenvalues.
 
     The methods after the abstract ones have defaults for dense blocks; a kind of curvature overrides those for
     which it has a faster algorithm. `register_curvature` adds a kind to the file format.
@@ -235,9 +237,20 @@ class Curvature(abc.ABC):
     def indefiniteness(self) -> FloatArray:
         """How far below zero the smallest eigenvalue of the block of each weight may lie, float64 (n,).
 
-        Zero except for entries stored in single precision, whose rounding may make a block indefinite.
+        Zero except for `indefinite_blocks`, and for entries stored in single precision, whose rounding may make a
+        block indefinite.
         """
         return np.zeros(self.n)
+
+    @property
+    def indefinite_blocks(self) -> tuple[int, ...]:
+        """The blocks that are not positive semidefinite. None, unless a kind allows them."""
+        return ()
+
+    @property
+    def is_convex(self) -> bool:
+        """Whether H is positive semidefinite, so that the best update exists."""
+        return not self.indefinite_blocks
 
     def check_regular(self) -> None:  # noqa: B027
         """Raise `InstanceError`, with a remedy, if H is known to be singular. Dense blocks detect this later."""
@@ -269,11 +282,11 @@ class Curvature(abc.ABC):
         return out
 
     def block_quadratic(self, k: int, x: FloatArray) -> float:
-        """xᵀ H x for block k, never negative; `x` float64 (b_k,)."""
+        """xᵀ H x for block k, float64 (b_k,); never negative unless the block is indefinite."""
         return max(float(x @ self.block_matmul(k, x)), 0.0)
 
     def quadratic(self, x: FloatArray) -> float:
-        """xᵀ H x over all blocks, never negative; `x` float64 (n,)."""
+        """xᵀ H x over all blocks, float64 (n,); never negative unless a block is indefinite."""
         return sum(self.block_quadratic(k, x[self.block_slice(k)]) for k in range(self.number_of_blocks))
 
     def best_weights(self, w: FloatArray, pruned: BoolArray, linear: FloatArray | None) -> FloatArray:

@@ -34,8 +34,12 @@ def flatten(blocks: Sequence[ArrayLike]) -> tuple[RealArray, IntArray]:
     return flat, sizes
 
 
-def check_flat(name: str, flat: RealArray, block_sizes: IntArray, *, definite: bool) -> RealArray:
-    """Check dense blocks one at a time and return `flat` as a float32 or float64 array.
+def check_flat(
+    name: str, flat: RealArray, block_sizes: IntArray, *, definite: bool
+) -> tuple[RealArray, list[int]]:
+    """Check dense blocks one at a time; `flat` as a float32 or float64 array, and the indefinite blocks.
+
+    With `definite` every block must be positive definite, else blocks may be indefinite.
 
     A block that is symmetric up to rounding only is replaced by its symmetric part (in a copy of `flat`), so
     that every route to a loss sees the same matrix. Raises `InstanceError` naming the block; O(Σ b_k³) time
@@ -50,6 +54,7 @@ def check_flat(name: str, flat: RealArray, block_sizes: IntArray, *, definite: b
     precision = float(np.finfo(flat.dtype).eps)
     ends = np.cumsum(block_sizes**2)
     copied = False
+    indefinite = []
     for k, b in enumerate(block_sizes.tolist()):
         part = slice(int(ends[k]) - b * b, int(ends[k]))
         block = flat[part].reshape(b, b).astype(np.float64, copy=False)
@@ -68,9 +73,10 @@ def check_flat(name: str, flat: RealArray, block_sizes: IntArray, *, definite: b
                 flat, copied = real_array(name, np.array(flat)), True
             flat[part] = block.ravel()
         if not is_positive(block, definite=definite, precision=precision):
-            wanted = "positive definite" if definite else "positive semidefinite"
-            raise InstanceError(f"`{name}`: block {k} must be {wanted}, but it is indefinite")
-    return flat
+            if definite:
+                raise InstanceError(f"`{name}`: block {k} must be positive definite, but it is indefinite")
+            indefinite.append(k)
+    return flat, indefinite
 
 
 def real_array(name: str, values: ArrayLike) -> RealArray:

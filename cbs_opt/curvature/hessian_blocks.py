@@ -21,6 +21,8 @@ _EIGEN_LIMIT = 2000  # of larger blocks the tolerance of their check is taken
 class HessianBlocks(Curvature):
     """H given as dense blocks.
 
+    Blocks may be indefinite: the selection loss is defined for them, the joint loss is not.
+
     Parameters
     ----------
     flat : float32 or float64 (Σ b_k²,)
@@ -30,7 +32,7 @@ class HessianBlocks(Curvature):
     Raises
     ------
     InstanceError
-        Wrong size, NaN or infinity, a block that is not symmetric or not positive semidefinite.
+        Wrong size, NaN or infinity, a block that is not symmetric.
 
     Notes
     -----
@@ -41,7 +43,7 @@ class HessianBlocks(Curvature):
 
     def __init__(self, flat: RealArray, block_sizes: ArrayLike) -> None:
         self._set_blocks(block_sizes)
-        self.flat = check_flat("hessian", flat, self.block_sizes, definite=False)
+        self.flat, self._indefinite = check_flat("hessian", flat, self.block_sizes, definite=False)
         self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.block_sizes**2)])
 
     @classmethod
@@ -52,6 +54,16 @@ class HessianBlocks(Curvature):
     def _raw(self, k: int) -> RealArray:
         b = int(self.block_sizes[k])
         return self.flat[self._starts[k] : self._starts[k + 1]].reshape(b, b)
+
+    @property
+    def indefinite_blocks(self) -> tuple[int, ...]:
+        """The blocks with a negative eigenvalue, beyond the rounding of their entries."""
+        return tuple(self._indefinite)
+
+    def block_quadratic(self, k: int, x: FloatArray) -> float:
+        """xᵀ H x for block k, float64 (b_k,); negative only where the block is indefinite."""
+        value = float(x @ self.block_matmul(k, x))
+        return value if k in self._indefinite else max(value, 0.0)
 
     def diagonal(self) -> FloatArray:
         """H_ii, float64 (n,)."""
@@ -85,12 +97,13 @@ class HessianBlocks(Curvature):
         return np.asarray(self.block(k) @ x)
 
     def indefiniteness(self) -> FloatArray:
-        """Blocks of float32 entries are accepted with eigenvalues down to their rounding; float64 (n,)."""
+        """Nonzero on indefinite blocks and on float32 blocks that rounding makes indefinite; float64 (n,)."""
         out = np.zeros(self.n)
-        if self.flat.dtype == np.float32:
-            for k in range(self.number_of_blocks):
+        single = self.flat.dtype == np.float32
+        for k in range(self.number_of_blocks):
+            if single or k in self._indefinite:
                 H = self.block(k)
-                if H.shape[0] <= _EIGEN_LIMIT:
+                if H.shape[0] <= _EIGEN_LIMIT or k in self._indefinite:
                     smallest = float(np.linalg.eigvalsh(H)[0])
                 else:
                     smallest = -10.0 * H.shape[0] * float(np.finfo(np.float32).eps) * float(H.diagonal().max())

@@ -44,7 +44,7 @@ class InverseHessianBlocks(Curvature):
 
     def __init__(self, flat: RealArray, block_sizes: ArrayLike) -> None:
         self._set_blocks(block_sizes)
-        self.flat = check_flat("inverse_hessian", flat, self.block_sizes, definite=True)
+        self.flat, _ = check_flat("inverse_hessian", flat, self.block_sizes, definite=True)
         self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.block_sizes**2)])
         self._inverted: OrderedDict[int, FloatArray] = OrderedDict()
 

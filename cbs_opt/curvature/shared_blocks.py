@@ -48,6 +48,11 @@ class SharedBlocks(Curvature):
     format_version = 2
 
     def __init__(self, stored: Curvature, shared: ArrayLike, block_scale: ArrayLike | None = None) -> None:
+        if stored.indefinite_blocks:
+            raise InstanceError(
+                f"stored block {stored.indefinite_blocks[0]} must be positive semidefinite, but it is indefinite: "
+                "only blocks that are not shared may be"
+            )
         self.stored = stored
         self.kind = stored.kind  # type: ignore[misc]
         self.shared = _indices(shared, stored.number_of_blocks)
