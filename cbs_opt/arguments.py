@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.files.instance_file import read_instance
 from cbs_opt.files.library_file import resolve
+from cbs_opt.files.text_instance import read_instance
 from cbs_opt.instance import Instance
 from cbs_opt.losses import check_mask
 from cbs_opt.registry import get_solver

@@ -30,9 +30,9 @@ def convex_form(instance: Instance) -> Instance:
 
         ½ yᵀQy + cᵀy = ½ yᵀ(Q + D)y + (c − d/2)ᵀy,   D = diag(d).
 
-    The shift d is close to the one of least sum among those that make Q + D positive semidefinite, which is the one
-    that loses least at y = ½ (the QCR method of Billionnet, Elloumi and Plateau, without the equations). It is
-    rounded to a coarse grid, so that other machines find the same one.
+    The shift d is close to the one of least sum among those that make Q + D positive semidefinite, which loses
+    least at y = ½ (the QCR method of Billionnet, Elloumi and Plateau, without the equations). It is rounded to a
+    coarse grid, so that other machines find the same one.
 
     Parameters
     ----------
@@ -71,7 +71,9 @@ def convex_form(instance: Instance) -> Instance:
         blocks.append(np.where(moved[:, None] & moved, H, 0.0) + np.diag(lift))
     convex = HessianBlocks.from_blocks(blocks)
     if not convex.is_convex or not np.isfinite(linear).all():
-        raise SolverError("the indefinite Hessian cannot be made convex in float64: rescale the weights or the Hessian")
+        raise SolverError(
+            "the indefinite Hessian cannot be made convex in float64: rescale the weights or the Hessian"
+        )
     return replace(instance, curvature=convex, linear=linear)
 
 
@@ -98,7 +100,7 @@ def convex_shift(Q: FloatArray) -> FloatArray:
 def _least_sum(Q: FloatArray, depth: float) -> FloatArray | None:
     """Minimise Σ d − μ log det(Q + diag(d)) by Newton steps, for μ from `depth` down to a small share of it.
 
-    `depth` is minus the least eigenvalue. The gradient is 1 − μ diag(W) and the Hessian μ W∘W, W = (Q + diag(d))⁻¹.
+    `depth` is minus the least eigenvalue. The gradient is 1 − μ diag(W), the Hessian μ W∘W, W = (Q + diag(d))⁻¹.
     """
     from scipy.linalg import cho_factor, cho_solve, lapack
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cbs_opt.budget import Budget, number_of
 from cbs_opt.curvature.base import Curvature
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.scalars import is_finite
+from cbs_opt.scalars import is_finite, is_integer
 from cbs_opt.typing import FloatArray
 from cbs_opt.view import html, text
 
@@ -109,7 +109,7 @@ class Instance:
         if self.budget.groups is not None and "nm" in self.metadata:
             raise UsageError(
                 f"the instance has the pattern {self.metadata['nm']}, which prunes {self.budget.total} weights: "
-                "another `--budget` or `--sparsity` would break it"
+                "another `--budget`, `--keep` or `--sparsity` would break it"
             )
         try:
             return replace(self, budget=self.budget.with_total(total))
@@ -121,6 +121,20 @@ class Instance:
         if not is_finite(sparsity) or not 0 <= sparsity <= 1:
             raise UsageError(f"`sparsity` must be a number between 0 and 1, got {sparsity!r}")
         return self.with_budget(number_of(sparsity, self.n))
+
+    def with_kept(self, keep: int) -> Instance:
+        """The same problem with `keep` weights that stay: n − keep to prune, as in best-subset selection.
+
+        Raises
+        ------
+        UsageError
+            When it is no whole number from 0 to n, or as `with_budget`.
+        """
+        if not is_integer(keep) or not 0 <= keep <= self.n:
+            raise UsageError(
+                f"`keep` must be a whole number from 0 to {self.n}, the number of weights, got {keep!r}"
+            )
+        return self.with_budget(self.n - int(keep))
 
     def with_damping(self, damping: float) -> Instance:
         """The same problem with another λ; raises `UsageError` unless the curvature is a gradient factor."""

@@ -32,6 +32,9 @@ class Capabilities:
         Of "selection" and "joint".
     groups, several_blocks, linear, fixed : bool
         Whether it supports instances with these.
+    indefinite : bool
+        Whether it supports the selection objective of an indefinite H. It is given a convex one with the same
+        losses, see `convex_form`; False for rules that need H itself.
     bound : bool
         Whether it proves a lower bound.
     batched : bool
@@ -48,6 +51,7 @@ class Capabilities:
     several_blocks: bool = True
     linear: bool = True
     fixed: bool = True
+    indefinite: bool = True
     bound: bool = False
     batched: bool = False
     warm_start: bool = False
@@ -145,13 +149,15 @@ class Solver(abc.ABC):
             raise SolverError(
                 f"solver '{self.name}' minimises {able} only, not the objective '{context.objective}'"
             )
-        if context.objective == "joint" and not instance.curvature.is_convex:
-            raise SolverError(indefinite_sentence(instance))
+        convex = instance.curvature.is_convex
+        if context.objective == "joint" and not convex:
+            raise SolverError(f"solver '{self.name}' cannot take the instance: {indefinite_sentence(instance)}")
         refused = [
             (instance.budget.groups is not None and not supports.groups, "a budget per group (`groups`)"),
             (instance.curvature.number_of_blocks > 1 and not supports.several_blocks, "several blocks"),
             (instance.linear is not None and not supports.linear, "a first-order term (`linear`)"),
             (instance.fixed is not None and not supports.fixed, "fixed weights (`fixed`)"),
+            (not convex and not supports.indefinite, "an indefinite Hessian"),
             (context.warm_start is not None and not supports.warm_start, "a warm start"),
             (context.device == "cuda" and not supports.batched, "the device 'cuda': it runs on the CPU only"),
             (context.batch_size is not None and not supports.batched, "a batch size: it has no batches"),
@@ -164,8 +170,8 @@ class Solver(abc.ABC):
 def indefinite_sentence(instance: Instance) -> str:
     """The error of an instance without a best update."""
     return (
-        f"block {instance.curvature.indefinite_blocks[0]} of the Hessian is indefinite: the loss after an update has "
-        "no minimum, only the objective 'selection' is defined"
+        f"block {instance.curvature.indefinite_blocks[0]} of the Hessian is indefinite: the loss after an update "
+        "has no minimum, only the objective 'selection' is defined"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cbs_opt.arguments import MOST_THREADS
+from cbs_opt.budget import number_of
 from cbs_opt.cli.common import Parser
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files.toml_text import read_toml
@@ -19,7 +20,13 @@ def solve_parser() -> Parser:
     """The parser of `cbs-solve`."""
     parser = Parser("cbs-solve", "Choose which weights of a trained network to prune, and bound the gap.")
     add = parser.add_argument
-    add("instance", metavar="INSTANCE.npz", nargs="?", type=Path, help="instance file, or library:NAME")
+    add(
+        "instance",
+        metavar="INSTANCE.npz",
+        nargs="?",
+        type=Path,
+        help="instance file, library:NAME, or a binary quadratic problem as .qplib, .ubqp or .qubo",
+    )
     defaults = ", ".join(f"{solver} for {objective}" for objective, solver in DEFAULT_SOLVERS.items())
     add("--solver", metavar="NAME", help=f"default: {defaults}")
     add(
@@ -36,6 +43,14 @@ def solve_parser() -> Parser:
         "solution is the warm start of the next",
     )
     add("--budget", type=whole_option(0), metavar="N", help="prune this many, instead of the budget in the file")
+    add(
+        "--keep",
+        action="append",
+        type=whole_option(0),
+        metavar="K",
+        help="keep this many and prune the others (best subset); with several, such as 20 10 5, each solution is "
+        "the warm start of the next",
+    )
     add("--update", action="store_true", help="also compute the best update of the kept weights (CBS-U)")
     add(
         "--damping",
@@ -113,12 +128,11 @@ def parse_solve(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.config is not None:
         options = parser.parse_args(_from_toml(parser, options.config, arguments) + arguments)
-    if options.sparsity is not None and options.budget is not None:
-        raise UsageError("`--sparsity` and `--budget` exclude each other")
-    if options.sparsity is None or len(options.sparsity) < 2:
+    check_budget_options(options)
+    if max(len(options.sparsity or ()), len(options.keep or ())) < 2:
         for name in ("table", "picture"):
             if getattr(options, name) is not None:
-                raise UsageError(f"`--{name}` needs several sparsities, such as `--sparsity .5 .6`")
+                raise UsageError(f"`--{name}` needs several budgets, such as `--sparsity .5 .6` or `--keep 20 10`")
     if options.instance is None and not options.list_solvers:
         raise UsageError("an instance file is needed")
     if options.solver is None:
@@ -127,19 +141,63 @@ def parse_solve(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+_SEVERAL = ("--sparsity", "--keep")
+
+
+def check_budget_options(options: argparse.Namespace) -> None:
+    """Refuse two of `--sparsity`, `--budget` and `--keep` together."""
+    given = [f"`--{name}`" for name in ("sparsity", "budget", "keep") if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise UsageError(f"{given[0]} and {given[1]} exclude each other")
+
+
+def add_file_budget_options(parser: Parser) -> None:
+    """Another budget than that of the file; of `cbs-info`."""
+    add = parser.add_argument
+    add(
+        "--sparsity",
+        type=share_option,
+        metavar="F",
+        help="with this fraction to prune, not the file's",
+    )
+    add("--budget", type=whole_option(0), metavar="N", help="with this many to prune")
+    add("--keep", type=whole_option(0), metavar="K", help="with this many to keep")
+
+
+def budget_in(options: argparse.Namespace) -> Callable[[int], int] | None:
+    """The budget that the options ask for, the least one if several, as a function of n; None without them."""
+    if options.budget is not None:
+        return lambda n: int(options.budget)
+    if options.sparsity is not None:
+        least = min(options.sparsity) if isinstance(options.sparsity, list) else options.sparsity
+        return lambda n: number_of(least, n)
+    if options.keep is not None:
+        most = max(options.keep) if isinstance(options.keep, list) else options.keep
+        return lambda n: n - kept_of(most, n)
+    return None
+
+
+def kept_of(keep: int, n: int) -> int:
+    """`keep`, if that many of n weights can be kept; raises `UsageError` otherwise."""
+    if keep > n:
+        raise UsageError(f"`--keep` must be at most {n}, the number of weights, got {keep}")
+    return keep
+
+
 def _one_by_one(arguments: list[str]) -> list[str]:
-    """`--sparsity .5 .6 FILE` as `--sparsity=.5 --sparsity=.6 FILE`: the numbers end where the file begins."""
+    """`--keep 5 6 FILE` as `--keep=5 --keep=6 FILE`; the numbers end where the file begins."""
     out: list[str] = []
-    values: int | None = None  # of the `--sparsity` that is being read
+    option: str | None = None  # that is being read
+    values = 0
     for argument in arguments:
-        if values is not None and _is_share(argument):
-            out.append(f"--sparsity={argument}")
+        if option is not None and _is_share(argument):
+            out.append(f"{option}={argument}")
             values += 1
             continue
-        out += ["--sparsity"] if values == 0 else []  # without a number: argparse reports it
-        values = 0 if argument == "--sparsity" else None
-        out += [] if values == 0 else [argument]
-    return out + (["--sparsity"] if values == 0 else [])
+        out += [option] if option is not None and not values else []  # without a number: argparse reports it
+        option, values = (argument, 0) if argument in _SEVERAL else (None, 0)
+        out += [] if option is not None else [argument]
+    return out + ([option] if option is not None and not values else [])
 
 
 def _is_share(text: str) -> bool:
@@ -169,8 +227,8 @@ def _from_toml(parser: Parser, path: Path, arguments: list[str]) -> list[str]:
         if name not in known:
             listed = ", ".join(sorted(k.replace("_", "-") for k in known))
             raise UsageError(f"{path}: '{key}' is not an option; known: {listed}")
-        if name in ("sparsity", "budget") and given & {"--sparsity", "--budget"}:
-            continue  # the command line takes precedence over both
+        if name in ("sparsity", "budget", "keep") and given & {"--sparsity", "--budget", "--keep"}:
+            continue  # the command line takes precedence over all three
         option = known[name].option_strings[-1]
         if name == "set":
             if not isinstance(value, dict):
@@ -181,7 +239,7 @@ def _from_toml(parser: Parser, path: Path, arguments: list[str]) -> list[str]:
             if not isinstance(value, bool):
                 raise UsageError(f"{path}: '{key}' must be true or false, got {value!r}")
             out += [option] if value else []
-        elif name == "sparsity" and isinstance(value, list):
+        elif name in ("sparsity", "keep") and isinstance(value, list):
             out += [f"{option}={_toml_text(path, key, item)}" for item in value]
         else:
             out.append(f"{option}={_toml_text(path, key, value)}")

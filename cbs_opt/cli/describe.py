@@ -32,6 +32,7 @@ def describe_instance(instance: Instance) -> dict[str, Any]:
         "sha256": instance.sha256,
         "weights": instance.n,
         "budget": instance.budget.total,
+        "kept": instance.n - instance.budget.total,
         "sparsity": instance.budget.total / instance.n,
         "curvature": curvature.kind,
         "blocks": sizes.size,
@@ -64,6 +65,7 @@ def _values(instance: Instance) -> dict[str, Any]:
     """What follows from the values of the curvature and from the hash of the file."""
     diagonal = instance.curvature.diagonal()
     return {
+        "indefinite_blocks": len(instance.curvature.indefinite_blocks),
         "hessian_diagonal": [float(diagonal.min()), float(diagonal.max())],
         "free_weights": int(np.count_nonzero(instance.weights**2 * diagonal == 0)),
         "best_known": {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cbs_opt.cli import common
+from cbs_opt.cli.arguments import add_file_budget_options, budget_in, check_budget_options
 from cbs_opt.cli.describe import describe_certificate, describe_instance, describe_solution
 from cbs_opt.cli.page import page
 from cbs_opt.cli.report import write_json
@@ -20,6 +21,7 @@ from cbs_opt.files.certificate_file import read_certificate
 from cbs_opt.files.instance_file import read_outline
 from cbs_opt.files.library_file import PREFIX, library_entries, resolve
 from cbs_opt.files.npz import NpzReader
+from cbs_opt.files.text_instance import is_text
 from cbs_opt.instance import Instance
 from cbs_opt.typing import BoolArray
 
@@ -38,8 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     parser = common.Parser("cbs-info", "Describe an instance, a solution or a certificate.")
     parser.add_argument(
-        "file", metavar="FILE.npz", type=Path, help="or library:NAME; library: alone lists the shipped instances"
+        "file",
+        metavar="FILE.npz",
+        type=Path,
+        help="or .qplib, .ubqp, .qubo, or library:NAME; library: alone lists the shipped instances",
     )
+    add_file_budget_options(parser)
     parser.add_argument(
         "--solution", metavar="S.npz", type=Path, help="a solution of the instance, to be shown with it"
     )
@@ -62,11 +68,12 @@ def _main(arguments: list[str]) -> int:
         help=f"read and check all values also of a file of more than {LARGE_BYTES // 10**6} MB",
     )
     options = parser.parse_args(arguments)
+    check_budget_options(options)
     if str(options.file) == PREFIX:
         return _library(options.json)
     options.file = resolve(options.file)
     _check_options(options)
-    if _format(options.file) == instance_file.FORMAT:
+    if is_text(options.file) or _format(options.file) == instance_file.FORMAT:
         content, text = _instance(options)
     else:
         content, text = _other(options)
@@ -94,9 +101,13 @@ def _format(path: Path) -> str:
 
 
 def _instance(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    needs_values = options.verify or options.solution or options.picture or options.export
-    large = options.file.stat().st_size > LARGE_BYTES
-    instance = read_outline(options.file) if large and not needs_values else read_instance(options.file)
+    needs_values = options.verify or options.solution or options.picture or options.export or is_text(options.file)
+    budget = budget_in(options)
+    if not needs_values and options.file.stat().st_size > LARGE_BYTES:
+        instance = read_outline(options.file)
+        instance = instance if budget is None else instance.with_budget(budget(instance.n))
+    else:
+        instance = read_instance(options.file, budget)
     content = describe_instance(instance)
     text, pruned = page(content, instance), None
     if options.solution is not None:
@@ -122,7 +133,7 @@ def _other(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise InstanceError(
             f"{options.file}: `format` is none of 'cbs-instance', 'cbs-solution' and 'cbs-certificate'"
         )
-    for name in ("export", "picture", "solution"):
+    for name in ("export", "picture", "solution", "sparsity", "budget", "keep"):
         if getattr(options, name) is not None:
             raise UsageError(
                 f"{options.file}: `--{name}` needs an instance, and this is {readers[kind]}: "

@@ -29,7 +29,16 @@ _ORIGIN = (
     ("seed", "seed"),
     ("writer", "written by"),
 )
-_ON_THE_PAGE = {"tensors", "tensor", "shape", "positions", "damping", *(key for key, _ in _ORIGIN)}
+_ON_THE_PAGE = {
+    "tensors",
+    "regression",
+    "stated_objective",
+    "tensor",
+    "shape",
+    "positions",
+    "damping",
+    *(key for key, _ in _ORIGIN),
+}
 _LONGEST_VALUE = 300
 
 
@@ -64,6 +73,8 @@ def _instance_page(content: Mapping[str, Any], instance: Instance) -> str:
     if "hessian_diagonal" in content:
         low, high = content["hessian_diagonal"]
         rows.append(("H_ii", f"{short(low)} to {short(high)} (loss per squared unit of weight)"))
+    if isinstance(regression := metadata.get("regression"), Mapping):
+        rows.append(("regression", f"best subset: keep {content['kept']:,}, {_regression(regression)}"))
     if content["linear"]:
         rows.append(("linear", "with a first-order term gᵀδ: losses may be negative"))
     if instance.fixed is not None:
@@ -87,6 +98,12 @@ def _instance_page(content: Mapping[str, Any], instance: Instance) -> str:
             "The values of the curvature were not read: `--verify` checks them and adds what follows from them."
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _regression(regression: Mapping[str, Any]) -> str:
+    samples, ridge = regression.get("samples"), regression.get("ridge")
+    scaled = ", standardized columns" if regression.get("standardize") else ""
+    return f"{samples} samples, ridge {ridge}{', intercept' if regression.get('intercept') else ''}{scaled}"
 
 
 def _blocks(instance: Instance) -> str:

@@ -1,4 +1,4 @@
-"""`cbs-solve --sparsity .5 .6 …`: one table, one picture, JSON and CSV of objective and bound over sparsity."""
+"""`cbs-solve --sparsity .5 .6 …` or `--keep 20 10 …`: table, picture, JSON and CSV of objective and bound."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cbs_opt.cli import common
+from cbs_opt.cli.arguments import kept_of
 from cbs_opt.cli.report import result_json, write_json
 from cbs_opt.errors import CbsError, OutputError, UsageError
 from cbs_opt.files import write_solution
@@ -22,57 +23,72 @@ from cbs_opt.view.text import number, percent
 
 SCHEMA = 1
 FORMATS = (".png", ".svg", ".pdf")
-_COLUMNS = ("sparsity", "pruned", "objective", "bound", "gap", "selection_loss", "joint_loss", "status", "seconds")
+_COLUMNS = ("pruned", "objective", "bound", "gap", "selection_loss", "joint_loss", "status", "seconds")
 
 
-def solution_paths(path: Path, sparsities: list[float]) -> list[Path]:
-    """The files of the solutions: the sparsity goes before the suffix."""
-    return [path.with_name(f"{path.stem}-{sparsity:g}{path.suffix}") for sparsity in sorted(set(sparsities))]
+def path_of(options: argparse.Namespace) -> tuple[str, list[float]]:
+    """What the path is over, "sparsity" or "keep", and its values in the order in which they are solved."""
+    if options.keep is not None:
+        return "keep", sorted(set(options.keep), reverse=True)
+    return "sparsity", sorted(set(options.sparsity))
+
+
+def solution_paths(path: Path, values: list[float]) -> list[Path]:
+    """The files of the solutions: the sparsity, or the number kept, goes before the suffix."""
+    return [path.with_name(f"{path.stem}-{value:g}{path.suffix}") for value in values]
 
 
 def check_path(options: argparse.Namespace) -> list[Path | None]:
     """The outputs of a path except `--json`; raises `UsageError` for options that apply to a single solve only."""
     if options.history is not None:
-        raise UsageError("`--history` is for one sparsity; `--table` writes the path")
+        raise UsageError("`--history` is for one budget; `--table` writes the path")
     if options.picture is not None and options.picture.suffix.lower() not in FORMATS:
         raise UsageError(f"{options.picture}: a picture must end in {', '.join(FORMATS)}")
-    solutions = [] if options.solution is None else solution_paths(options.solution, options.sparsity)
+    solutions = [] if options.solution is None else solution_paths(options.solution, path_of(options)[1])
     return [options.table, options.picture, *solutions]
 
 
 def run_path(
     instance: Instance, options: argparse.Namespace, stop: Stop, read_seconds: float, warm_start: Any
 ) -> int:
-    """Solve for every sparsity and write the requested outputs, each solution as soon as it is found."""
+    """Solve for every budget and write the requested outputs, each solution as soon as it is found."""
+    name, values = path_of(options)
     rows: list[dict[str, Any]] = []
     results: list[tuple[float, Result]] = []
     failures: list[OutputError] = []
     written: list[Path] = []
     quiet_stdout = options.json == "-"
     if not quiet_stdout:
-        common.say(_line(_COLUMNS) + "\n")
+        common.say(_line((name, *_COLUMNS)) + "\n")
 
-    def take(sparsity: float, result: Result) -> None:
-        results.append((sparsity, result))
-        rows.append(_row(sparsity, result))
+    def take(value: float, result: Result) -> None:
+        results.append((value, result))
+        rows.append(_row(name, value, result))
         if not quiet_stdout:
             common.say(_line([_text(key, value) for key, value in rows[-1].items()]) + "\n")
         if options.solution is not None:
-            (path,) = solution_paths(options.solution, [sparsity])
+            (path,) = solution_paths(options.solution, [value])
             try:
-                write_solution(path, replace(result.to_solution(), result=result_json(result, read_seconds)))
+                write_solution(path, replace(result.to_solution(), result=content_of(result)))
                 written.append(path)
             except OutputError as error:
                 failures.append(error)
 
-    for sparsity in options.sparsity:
-        instance.with_sparsity(sparsity)  # what does not fit is refused before any work
+    def content_of(result: Result) -> dict[str, Any]:
+        return result_json(result, read_seconds, metadata=instance.metadata)
+
+    for value in values:  # what does not fit is refused before any work
+        if name == "keep":
+            instance.with_budget(instance.n - kept_of(int(value), instance.n))
+        else:
+            instance.with_sparsity(value)
     failed: CbsError | None = None
     try:
         solve_path(
             instance,
-            options.sparsity,
+            None if name == "keep" else values,
             options.solver,
+            keep=[int(value) for value in values] if name == "keep" else None,
             objective=options.objective,
             warm_start=warm_start,
             on_result=take,
@@ -91,11 +107,11 @@ def run_path(
         failed = error  # what was found before is written first
     content = {
         "schema": SCHEMA,
-        "path": [{"sparsity": sparsity, **result_json(result, read_seconds)} for sparsity, result in results],
+        "path": [{name: value, **content_of(result)} for value, result in results],
     }
     attempts: list[tuple[Any, Any]] = [
-        (options.table, lambda path: _write_csv(path, rows)),
-        (options.picture, lambda path: draw_path(path, results)),
+        (options.table, lambda path: _write_csv(path, name, rows)),
+        (options.picture, lambda path: draw_path(path, results, over=name)),
         (options.json, lambda target: write_json(target, content)),
     ]
     for target, write in attempts:
@@ -114,9 +130,9 @@ def run_path(
     return common.EXIT_OK
 
 
-def _row(sparsity: float, result: Result) -> dict[str, Any]:
+def _row(name: str, value: float, result: Result) -> dict[str, Any]:
     values = (
-        sparsity,
+        value,
         int(result.pruned.sum()),
         result.objective,
         result.bound,
@@ -126,11 +142,11 @@ def _row(sparsity: float, result: Result) -> dict[str, Any]:
         str(result.status),
         result.build_seconds + result.solve_seconds,
     )
-    return dict(zip(_COLUMNS, values, strict=True))
+    return dict(zip((name, *_COLUMNS), values, strict=True))
 
 
 def _text(key: str, value: Any) -> str:
-    if key == "sparsity":
+    if key in ("sparsity", "keep"):
         return f"{value:g}"
     if key == "gap":
         return percent(value)
@@ -143,10 +159,10 @@ def _line(cells: Any) -> str:
     return "  ".join(f"{cell:>13}" for cell in cells)
 
 
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write_csv(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(_COLUMNS)
+    table.writerow((name, *_COLUMNS))
     table.writerows(row.values() for row in rows)
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
@@ -157,18 +173,21 @@ def draw_path(
     results: list[tuple[float, Result]],
     scores: list[float] | None = None,
     name: str = "accuracy",
+    over: str = "sparsity",
 ) -> None:
-    """Draw objective and bound over sparsity, and below them a score of the network if it is known.
+    """Draw objective and bound over the budgets, and below them a score of the network if it is known.
 
     Parameters
     ----------
     path : Path or str
         `.png`, `.svg` or `.pdf`.
-    results : list of (sparsity, Result)
+    results : list of (float, Result)
+        Sparsity, or number of kept weights, and the result.
     scores : list of float, optional
         One for each result.
     name : str
         What the score is.
+    over : {"sparsity", "keep"}
 
     Raises
     ------
@@ -183,7 +202,7 @@ def draw_path(
     figure = Figure(figsize=(6.4, 3.4 * panels), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
-    x = [sparsity for sparsity, _ in results]
+    x = [value for value, _ in results]
     objective = [result.objective for _, result in results]
     kind = results[0][1].objective_kind
     axes[0].plot(x, objective, "o-", color="#2a6f97", label=f"{kind} loss")
@@ -197,7 +216,7 @@ def draw_path(
     if scores is not None:
         axes[1].plot(x, scores, "o-", color="#2a6f97")
         axes[1].set_ylabel(name)
-    axes[-1].set_xlabel("sparsity")
+    axes[-1].set_xlabel("weights that stay" if over == "keep" else over)
     for panel in axes:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)

@@ -12,13 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 from cbs_opt.cli import common
-from cbs_opt.cli.arguments import parse_solve
+from cbs_opt.cli.arguments import budget_in, parse_solve
 from cbs_opt.cli.path import check_path, run_path
 from cbs_opt.cli.progress import ProgressTable
 from cbs_opt.cli.report import result_json, result_text, write_history, write_json
 from cbs_opt.errors import OutputError, SolverError, UsageError
 from cbs_opt.files import read_instance, read_solution, write_solution
 from cbs_opt.files.library_file import best_known, resolve
+from cbs_opt.files.text_instance import is_text
 from cbs_opt.instance import Instance
 from cbs_opt.registry import get_solver, solver_names
 from cbs_opt.result import Result
@@ -43,7 +44,7 @@ def _main(arguments: list[str]) -> int:
         if options.list_solvers:
             _list_solvers()
             return common.EXIT_OK
-        several = options.sparsity is not None and len(set(options.sparsity)) > 1
+        several = max(len(set(options.sparsity or ())), len(set(options.keep or ()))) > 1
         common.check_outputs(
             (resolve(options.instance), options.warm_start, options.config, options.check),
             (
@@ -63,7 +64,9 @@ def _main(arguments: list[str]) -> int:
 
             return check_solution(instance, options.check, options.json)
         if several:
-            first = instance.with_sparsity(min(options.sparsity))
+            budget = budget_in(options)
+            assert budget is not None
+            first = instance.with_budget(budget(instance.n))
             warm_start = None if options.warm_start is None else _warm_start(first, options)
             return run_path(instance, options, _stop(options, interrupts), read_seconds, warm_start)
         result = _solve(instance, options, interrupts)
@@ -71,13 +74,12 @@ def _main(arguments: list[str]) -> int:
 
 
 def _read(options: argparse.Namespace) -> Instance:
-    instance = read_instance(resolve(options.instance))
+    several = max(len(set(options.sparsity or ())), len(set(options.keep or ()))) > 1
+    budget, path = budget_in(options), resolve(options.instance)
+    # Of several budgets each is set later, but text that states none needs one to be read.
+    instance = read_instance(path, budget if not several or is_text(path) else None)
     if options.damping is not None:
         instance = instance.with_damping(options.damping)
-    if options.budget is not None:
-        instance = instance.with_budget(options.budget)
-    if options.sparsity is not None and len(set(options.sparsity)) == 1:
-        instance = instance.with_sparsity(options.sparsity[0])
     logger.info(f"cbs-solve {__version__}: {options.instance}: {instance.describe()}")
     return instance
 
@@ -130,7 +132,7 @@ def _stop(options: argparse.Namespace, interrupts: common.Interrupts) -> Stop:
 def _write(instance: Instance, result: Result, read_seconds: float, options: argparse.Namespace) -> int:
     """Write every requested output, even if one of them fails."""
     known = best_known(instance, result.objective_kind)
-    content = result_json(result, read_seconds, known)
+    content = result_json(result, read_seconds, known, instance.metadata)
     failures: list[OutputError] = []
 
     def attempt(target: Any, write: Any, *arguments: Any) -> None:
@@ -146,7 +148,7 @@ def _write(instance: Instance, result: Result, read_seconds: float, options: arg
     if options.json == "-":  # last, so that a closed pipe does not prevent files
         write_json("-", content)
     elif not (options.quiet and (options.solution or options.json)):
-        common.say(result_text(result, read_seconds, known) + "\n")
+        common.say(result_text(result, read_seconds, known, instance.metadata) + "\n")
     if failures:
         raise OutputError("; ".join(str(failure) for failure in failures))
     return common.EXIT_OK
@@ -172,6 +174,7 @@ def _list_solvers() -> None:
                 (not supports.several_blocks, "one block only"),
                 (not supports.linear, "no first-order term"),
                 (not supports.fixed, "no fixed weights"),
+                (not supports.indefinite, "no indefinite Hessian"),
             )
             if claimed
         ]

@@ -13,6 +13,7 @@ from cbs_opt.curvature.flat import check_flat, flatten
 from cbs_opt.curvature.registry import register_curvature
 from cbs_opt.linalg import inverse_pd
 from cbs_opt.typing import FloatArray, IntArray, RealArray
+from cbs_opt.view import text
 
 _EIGEN_LIMIT = 2000  # of larger blocks the tolerance of their check is taken
 
@@ -54,6 +55,11 @@ class HessianBlocks(Curvature):
     def _raw(self, k: int) -> RealArray:
         b = int(self.block_sizes[k])
         return self.flat[self._starts[k] : self._starts[k + 1]].reshape(b, b)
+
+    def facts(self) -> text.Facts:
+        """Names and values for display; which blocks are indefinite, if any is."""
+        indefinite = [("indefinite", text.count(len(self._indefinite), "block"))] if self._indefinite else []
+        return [*super().facts(), *indefinite]
 
     @property
     def indefinite_blocks(self) -> tuple[int, ...]:

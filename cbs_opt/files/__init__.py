@@ -1,6 +1,6 @@
 """Instance, solution and certificate files: `.npz` without pickled objects; and the shipped instances."""
 
-from cbs_opt.files.instance_file import read_instance, write_instance
+from cbs_opt.files.instance_file import write_instance
 from cbs_opt.files.library_file import (
     BestKnown,
     LibraryEntry,
@@ -11,6 +11,7 @@ from cbs_opt.files.library_file import (
     library_path,
 )
 from cbs_opt.files.solution_file import read_solution, write_solution
+from cbs_opt.files.text_instance import read_instance
 
 __all__ = [
     "BestKnown",

@@ -1,15 +1,17 @@
-"""Quadratic forms over binary variables as text: `.ubqp` (OR-Library, Biq Mac) and `.qubo` (qbsolv).
+"""Quadratic forms over binary variables, and as text: `.ubqp` (OR-Library, Biq Mac) and `.qubo` (qbsolv).
 
 Both formats hold an objective only. The cardinality, cardinalities of groups and fixed variables are in
 comments, which `read_ubqp` and `read_qubo` read and other programs ignore. Their syntax: `docs/format.md`.
+`qplib_text` reads QPLIB's format into the same form, `text_instance` makes instances of all three.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,11 @@ from cbs_opt.curvature import HessianBlocks
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.instance import Instance
+from cbs_opt.scalars import is_finite
 from cbs_opt.typing import FloatArray, IntArray
+
+STATED = "stated_objective"
+"""Key of the metadata: how the objective that a file or a model states follows from the loss."""
 
 Term = tuple[int, int, float]
 """Row, column and coefficient of a product, row < column, counted from 0."""
@@ -27,12 +33,14 @@ Term = tuple[int, int, float]
 
 @dataclass(frozen=True, eq=False)
 class QuadraticForm:
-    """minimise Σ a_i y_i + Σ b_ij y_i y_j over binary y, each pair i < j once.
+    """minimise Σ a_i y_i + Σ s_i y_i² + Σ b_ij y_i y_j over binary y, each pair i < j once.
 
     Attributes
     ----------
     linear : float64 (n,)
         a.
+    squares : float64 (n,)
+        s; what a format writes on the diagonal.
     row, column : int64 (k,)
         The pairs, row < column.
     value : float64 (k,)
@@ -43,15 +51,23 @@ class QuadraticForm:
         Members of a group, and the number of them that are 1.
     fixed : int8 (n,)
         1 if y_i = 1, −1 if y_i = 0, else 0; as in an instance.
+    name : str
+    constant : float
+        The objective that the file states is this plus the form, or with `maximise` this minus the form.
+    maximise : bool
     """
 
     linear: FloatArray
+    squares: FloatArray
     row: IntArray
     column: IntArray
     value: FloatArray
     cardinality: int | None
     groups: tuple[tuple[IntArray, int], ...]
     fixed: npt.NDArray[np.int8]
+    name: str = ""
+    constant: float = 0.0
+    maximise: bool = False
 
     @property
     def n(self) -> int:
@@ -60,13 +76,19 @@ class QuadraticForm:
 
     def objective(self, y: FloatArray) -> float:
         """Value of the form at a binary y, (n,)."""
-        return float(self.linear @ y + self.value @ (y[self.row] * y[self.column]))
+        return float((self.linear + self.squares) @ y + self.value @ (y[self.row] * y[self.column]))
+
+    @property
+    def states_budget(self) -> bool:
+        """Whether the file says how many variables are 1."""
+        grouped = sum(members.size for members, _ in self.groups)
+        return self.cardinality is not None or (self.n > 0 and grouped == self.n)
 
     def to_instance(self, cardinality: int | None = None) -> Instance:
         """An instance whose selection loss is this form, for the cardinality given or stated in the file.
 
-        All weights are 1, and H holds the b_ij. As y_i² = y_i, any diagonal may be added to H and subtracted from
-        the linear part. The least multiple of the identity that makes H positive semidefinite is added.
+        All weights are 1, H holds 2 s_i and the b_ij, and the linear term −a_i. H may be indefinite: solvers take
+        the `convex_form` then. `stated_value` gives the objective that the file states.
 
         Raises
         ------
@@ -75,31 +97,42 @@ class QuadraticForm:
 
         Notes
         -----
-        O(n³) time and O(n²) memory.
+        O(n³) time, for a check of H, and O(n²) memory.
         """
-        budget = self._budget() if cardinality is None else Budget(cardinality)
+        budget = self._budget() if cardinality is None else self._budget_of(cardinality)
         H = np.zeros((self.n, self.n))
         H[self.row, self.column] = self.value
         H += H.T
-        eigenvalues = np.linalg.eigvalsh(H) if self.n else np.zeros(1)
-        shift = max(0.0, -float(eigenvalues[0])) + 1e-12 * float(np.abs(eigenvalues).max())
-        H[np.diag_indices(self.n)] = shift
+        H[np.diag_indices(self.n)] = 2.0 * self.squares
+        stated = {"sense": "maximize" if self.maximise else "minimize", "constant": self.constant}
         return Instance(
             np.ones(self.n),
             HessianBlocks.from_blocks([H]),
             budget,
-            linear=0.5 * shift - self.linear,  # a step by −1 gains −linear
+            linear=-self.linear if self.linear.any() else None,  # a step by −1 gains −linear
             fixed=self.fixed if self.fixed.any() else None,
+            metadata={"network": self.name or "quadratic form", STATED: stated},
         )
+
+    def _budget_of(self, total: int) -> Budget:
+        """The budget of the file for another total; groups that hold all variables change in proportion."""
+        grouped = sum(members.size for members, _ in self.groups)
+        if not self.groups:
+            return Budget(total)
+        if grouped == self.n or self.cardinality is not None:
+            return self._budget().with_total(total)
+        return replace(self, cardinality=total)._budget()
 
     def _budget(self) -> Budget:
         """The budget stated in the file; variables without a group form one more group."""
         counts = [count for _, count in self.groups]
         grouped = sum(members.size for members, _ in self.groups)
-        total = self.cardinality if self.cardinality is not None or not counts else sum(counts)
+        total = self.cardinality
+        if total is None and counts and grouped == self.n:
+            total = sum(counts)
         if total is None or (grouped == self.n and counts and total != sum(counts)):
             what = "no cardinality" if total is None else f"the cardinality {total} and groups of {sum(counts)}"
-            raise UsageError(f"the form states {what}: give the number of variables that are 1")
+            raise UsageError(f"it states {what}: give `--budget`, in Python `budget`, the number of ones")
         if not counts:
             return Budget(total)
         label = np.full(self.n, len(counts), dtype=np.int64)
@@ -108,6 +141,25 @@ class QuadraticForm:
         if grouped < self.n:
             counts.append(total - sum(counts))
         return Budget(total, label, np.array(counts))
+
+
+def stated_value(metadata: Mapping[str, Any], loss: float | None) -> float | None:
+    """The objective that a file or a model states, for a loss or a bound; None where it is the loss itself.
+
+    Parameters
+    ----------
+    metadata : mapping
+        Of the instance.
+    loss : float or None
+        None if unknown.
+    """
+    stated = metadata.get(STATED)
+    if loss is None or not isinstance(stated, Mapping):
+        return None
+    constant, maximise = stated.get("constant", 0.0), stated.get("sense") == "maximize"
+    if not is_finite(constant) or (constant == 0 and not maximise):
+        return None
+    return float(constant - loss if maximise else constant + loss)
 
 
 def write_ubqp(path: Path | str, n: int, diagonal: FloatArray, terms: Iterable[Term], comments: list[str]) -> None:
@@ -200,6 +252,16 @@ def read_qubo(path: Path | str) -> QuadraticForm:
     return reader.form()
 
 
+LARGEST = 20_000
+"""Most variables of a file: beyond, the dense matrix takes more than 3 GB."""
+
+
+def check_size(path: Path, line: int, n: int) -> None:
+    """Refuse a number of variables that no instance can have."""
+    if not 1 <= n <= LARGEST:
+        raise InstanceError(f"{path}, line {line}: the number of variables must be in [1, {LARGEST}], got {n}")
+
+
 class _Reader:
     """The lines of a file and what has been read; `first` is the index of the first variable."""
 
@@ -241,6 +303,7 @@ class _Reader:
         return numbers
 
     def start(self, n: int) -> None:
+        check_size(self.path, self.number, n)
         self.n = n
 
     def entry(self, fields: list[str], factor: float, ordered: bool) -> None:
@@ -276,10 +339,10 @@ class _Reader:
 
     def form(self) -> QuadraticForm:
         """All that was read."""
-        linear, fixed = np.zeros(self.n), np.zeros(self.n, dtype=np.int8)
+        squares, fixed = np.zeros(self.n), np.zeros(self.n, dtype=np.int8)
         for (i, j), value in self.entries.items():
             if i == j:
-                linear[i] = value
+                squares[i] = value
         products = sorted((pair, value) for pair, value in self.entries.items() if pair[0] != pair[1])
         cardinality: int | None = None
         groups: list[tuple[IntArray, int]] = []
@@ -303,4 +366,7 @@ class _Reader:
             raise InstanceError(f"{self.path}: a variable is in two groups")
         pairs = np.array([pair for pair, _ in products], dtype=np.int64).reshape(-1, 2)
         values = np.array([value for _, value in products], dtype=np.float64)
-        return QuadraticForm(linear, pairs[:, 0], pairs[:, 1], values, cardinality, tuple(groups), fixed)
+        return QuadraticForm(
+            np.zeros(self.n), squares, pairs[:, 0], pairs[:, 1], values, cardinality, tuple(groups), fixed,
+            name=self.path.stem,
+        )  # fmt: skip

@@ -50,6 +50,16 @@ CASES: Mapping[str, Mapping[str, Any]] = {
         "fixed": True,
         "n": 10,
     },
+    "indefinite": {"kind": "hessian", "indefinite": True, "n": 9},
+    "indefinite, everything": {
+        "kind": "hessian",
+        "indefinite": True,
+        "blocks": 3,
+        "groups": "layers",
+        "linear": True,
+        "fixed": True,
+        "n": 10,
+    },
     "nothing to prune": {"kind": "gradients", "budget": 0},
     "nothing to prune, linear": {"kind": "hessian", "budget": 0, "linear": True},
     "everything to prune": {"kind": "inverse_hessian", "budget": 8, "blocks": 2},
@@ -91,6 +101,11 @@ class Problem:
         """gᵀδ + ½ δᵀHδ with δ = −w on the pruned weights."""
         delta = np.where(pruned, -self.w, 0.0)
         return float(self.g @ delta + 0.5 * delta @ self.H @ delta)
+
+    @property
+    def convex(self) -> bool:
+        """Whether H is positive semidefinite, so that there is a joint loss."""
+        return bool(np.linalg.eigvalsh(self.H)[0] >= -1e-12 * np.abs(self.H).max())
 
     def joint_loss(self, pruned: BoolArray) -> float:
         """Eqs 10-12 with explicit inverses, around the unconstrained minimiser u = −H⁻¹g."""
@@ -146,6 +161,7 @@ def make_problem(
     zero_columns: Any = (),
     dtype: DTypeLike = np.float64,
     shared: Sequence[int] | None = None,
+    indefinite: bool = False,
 ) -> Problem:
     """Make a random problem.
 
@@ -173,6 +189,8 @@ def make_problem(
         Of the gradients.
     shared : sequence of int, optional
         As many equal blocks; block k is a multiple of stored block shared[k].
+    indefinite : bool
+        Half of the largest diagonal entry is subtracted from the diagonal of H; for the kind "hessian".
     """
     if shared is not None:
         shared_parts = _shared_blocks(seed, n // len(shared), kind, shared, m, damping)
@@ -185,6 +203,10 @@ def make_problem(
     G[:, list(zero_columns)] = 0.0
     G = G.astype(dtype)
     curvature, H = make_curvature(kind, G, damping, sizes)
+    if indefinite:
+        H = H - 0.5 * H.diagonal().max() * np.eye(n)
+        ends = np.cumsum(sizes).tolist()
+        curvature = HessianBlocks.from_blocks([H[a:b, a:b] for a, b in itertools.pairwise([0, *ends])])
     return _problem(rng, curvature, H, budget, groups, linear, fixed, weights)
 
 

@@ -102,7 +102,9 @@ def write_qplib(path: Path | str, instance: Instance) -> None:
 
         put(
             "CBS_SELECTION # problem name",
-            "CBL # convex quadratic objective, binary variables, linear constraints",
+            "CBL # convex quadratic objective, binary variables, linear constraints"
+            if instance.curvature.is_convex
+            else "QBL # quadratic objective, binary variables, linear constraints",
             "minimize # objective sense",
             f"{instance.n} # number of variables",
             f"{len(rows)} # number of constraints",

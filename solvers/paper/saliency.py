@@ -6,7 +6,6 @@ import abc
 
 import numpy as np
 
-from cbs_opt.errors import SolverError
 from cbs_opt.instance import Instance
 from cbs_opt.losses import joint_loss, selection_loss
 from cbs_opt.registry import register
@@ -76,12 +75,7 @@ class OptimalBrainSurgeon(SaliencySolver):
     """
 
     summary = "smallest w² / 2[H⁻¹]_ii (Optimal Brain Surgeon, WoodFisher)"
-
-    def check_supports(self, instance: Instance, context: Context) -> None:
-        """Refuse an indefinite Hessian, whose inverse has no such meaning."""
-        super().check_supports(instance, context)
-        if not instance.curvature.is_convex:
-            raise SolverError("solver 'obs' needs a positive definite Hessian, this one is indefinite")
+    supports = Capabilities(objectives=frozenset(OBJECTIVES), indefinite=False)
 
     def scores(self, instance: Instance, context: Context) -> FloatArray:
         """(w_i − [H⁻¹g]_i)² / 2[H⁻¹]_ii, up to a constant; needs H to be invertible."""

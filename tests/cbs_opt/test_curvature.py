@@ -124,7 +124,9 @@ def test_bad_blocks(block, inverse_too, text):
     with pytest.raises(InstanceError, match=text) as refusal:
         InverseHessianBlocks.from_blocks([good, block])
     assert "block 1" in str(refusal.value)
-    if inverse_too:
+    if text == "positive":
+        assert HessianBlocks.from_blocks([good, block]).indefinite_blocks == (1,)
+    elif inverse_too:
         with pytest.raises(InstanceError, match=text):
             HessianBlocks.from_blocks([good, block])
     else:
@@ -136,11 +138,16 @@ def test_indefinite_large_block_is_found_by_lanczos(monkeypatch):
 
     monkeypatch.setattr(linalg, "_CHOLESKY_LIMIT", 10)
     A = np.diag(np.linspace(1, 2, 60))
-    HessianBlocks.from_blocks([A])
+    assert HessianBlocks.from_blocks([A]).is_convex
     A[7, 7] = -0.5
     A[7, 9] = A[9, 7] = 1.0
-    with pytest.raises(InstanceError, match="indefinite"):
-        HessianBlocks.from_blocks([A])
+    assert not HessianBlocks.from_blocks([A]).is_convex
+    A[7, 7] = 1.5
+    A[7, 9] = A[9, 7] = 2.0  # no negative diagonal entry
+    indefinite = HessianBlocks.from_blocks([A])
+    assert indefinite.indefinite_blocks == (0,)
+    x = np.eye(60)[7] - np.eye(60)[9]
+    assert indefinite.quadratic(x) == pytest.approx(float(x @ A @ x)) and x @ A @ x < 0
     B = np.eye(60)
     B[3, 4] = B[4, 3] = 2.0
     with pytest.raises(InstanceError, match="indefinite"):

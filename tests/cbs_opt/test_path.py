@@ -77,7 +77,7 @@ def test_one_sparsity_stays_one_solve(instance_file, capsys):
     for words in (["--sparsity", "0.5", str(instance_file)], [str(instance_file), "--sparsity", "50%"]):
         assert parse_solve(words).sparsity == [0.5] and str(parse_solve(words).instance) == str(instance_file)
     assert main([str(instance_file), "--sparsity", "0.5", "--table", "t.csv"]) == 2
-    assert "several sparsities" in capsys.readouterr().err
+    assert "several budgets" in capsys.readouterr().err
     assert main([str(instance_file), "--sparsity"]) == 2
     assert main([str(instance_file), "--sparsity", "0.5", "2"]) == 2
     assert "must be a number between 0 and 1, got '2'" in capsys.readouterr().err
