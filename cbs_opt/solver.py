@@ -38,7 +38,9 @@ class Capabilities:
     bound : bool
         Whether it proves a lower bound.
     batched : bool
-        Whether it works on batches, so that `batch_size` and `device` have an effect.
+        Whether it works on batches, so that `batch_size` has an effect, and on a card.
+    device : bool
+        Whether it runs on a card, so that `device` has an effect; so do all that are `batched`.
     warm_start : bool
         Whether it can start from a selection.
     not_worse_than_magnitude : bool
@@ -54,8 +56,14 @@ class Capabilities:
     indefinite: bool = True
     bound: bool = False
     batched: bool = False
+    device: bool = False
     warm_start: bool = False
     not_worse_than_magnitude: bool = False
+
+    @property
+    def on_card(self) -> bool:
+        """Whether it runs on a card."""
+        return self.batched or self.device
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,7 @@ class Solver(abc.ABC):
             (instance.fixed is not None and not supports.fixed, "fixed weights (`fixed`)"),
             (not convex and not supports.indefinite, "an indefinite Hessian"),
             (context.warm_start is not None and not supports.warm_start, "a warm start"),
-            (context.device == "cuda" and not supports.batched, "the device 'cuda': it runs on the CPU only"),
+            (context.device == "cuda" and not supports.on_card, "the device 'cuda': it runs on the CPU only"),
             (context.batch_size is not None and not supports.batched, "a batch size: it has no batches"),
         ]
         for applies, what in refused:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cbs_opt.device import find_card
 from cbs_opt.errors import CbsError, InstanceError, UsageError
 from cbs_opt.instances.batches import call, checked_call, map_leaves, moved, placed, reason
 from cbs_opt.instances.data import SampleSource
@@ -149,11 +150,11 @@ class Judge:
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of an option `--device`; raises `UsageError` for CUDA where there is none."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise UsageError("`--device cuda` was asked for, but torch finds no CUDA device here")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    """The device of an option `--device`: a card wherever there is one; if asked for one, the log says why not."""
+    card, why_not = (None, "") if name == "cpu" else find_card()
+    if card is None and name == "cuda":
+        logger.warning(f"the network runs on the CPU, not on a card: {why_not}")
+    return torch.device("cpu") if card is None else card.device
 
 
 def evaluate(

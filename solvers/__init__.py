@@ -5,10 +5,11 @@ holds the exact table.
 
 =========  ============================================================================================
 kernels    compiled inner loops
+device     the inner loops on a card
 problem    the presolved, scaled problems in connected components
 trees      the branch-and-bound engine
 layers     layers whose rows share one Hessian
-paper      the methods of the CBS paper and its baselines; imports none of the others
+paper      the methods of the CBS paper and its baselines; imports `device` alone
 selection  heuristics and bounds for the selection objective: `search`, `relax`
 joint      heuristics and bounds for the joint objective: `joint`, `backward`
 exact      the registered solvers that prove or enumerate: `exact`, `brute`; certificates

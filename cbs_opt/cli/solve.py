@@ -169,7 +169,8 @@ def _list_solvers() -> None:
             for claimed, text in (
                 (supports.bound, "lower bound"),
                 (supports.warm_start, "warm start"),
-                (supports.batched, "batched (CPU, CUDA)"),
+                (supports.batched, "batched"),
+                (supports.on_card, "CPU, CUDA"),
                 (not supports.groups, "no groups"),
                 (not supports.several_blocks, "one block only"),
                 (not supports.linear, "no first-order term"),

@@ -348,7 +348,7 @@ def _refuses_what_it_does_not_claim(solver: type[Solver]) -> None:
     options: list[tuple[bool, dict[str, Any]]] = [
         (not supports.warm_start, {"warm_start": _largest(instance)}),
         (not supports.batched, {"batch_size": 4}),
-        (not supports.batched, {"device": "cuda"}),
+        (not supports.on_card, {"device": "cuda"}),
         *((objective not in supports.objectives, {"objective": objective}) for objective in OBJECTIVES),
     ]
     for applies, option in options:

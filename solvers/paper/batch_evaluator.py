@@ -1,4 +1,4 @@
-"""Objective values of many selections at once, with torch on CPU or CUDA."""
+"""Objective values of many selections at once, with torch on CPU or on a card."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbs_opt.errors import SolverError
+from cbs_opt.device import choose, in_batches, or_on_cpu
 from cbs_opt.instance import Instance
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.selection import SelectionObjective
 from cbs_opt.solver import Context
 from cbs_opt.typing import BoolArray, FloatArray
@@ -15,19 +16,10 @@ from cbs_opt.typing import BoolArray, FloatArray
 if TYPE_CHECKING:
     import torch
 
-_PIECE_BYTES = 1 << 26  # of the matrix brought to the device at a time
+    from cbs_opt.solvers.device.objective import DeviceObjective
 
-
-def torch_device(context: Context) -> torch.device:
-    """The device that `context` asks for, noted in its extras; `SolverError` where CUDA is missing."""
-    import torch
-
-    available = torch.cuda.is_available()
-    if context.device == "cuda" and not available:
-        raise SolverError("`--device cuda` was asked for, but torch finds no CUDA device here")
-    name = "cuda" if available and context.device != "cpu" else "cpu"
-    context.extras["device"] = torch.cuda.get_device_name() if name == "cuda" else "cpu"
-    return torch.device(name)
+_PIECE_BYTES = 1 << 26  # of the matrix that is converted at a time
+_ON_CARD = 256  # selections evaluated together there
 
 
 class BatchEvaluator:
@@ -41,32 +33,51 @@ class BatchEvaluator:
     instance : Instance
     context : Context
         Determines the device.
+    selections : int
+        How many will be evaluated, roughly: whether a card pays depends on it.
+
+    Attributes
+    ----------
+    on_card : DeviceObjective or None
+        The objective on the card, where one was chosen.
     """
 
-    def __init__(self, instance: Instance, context: Context) -> None:
+    def __init__(self, instance: Instance, context: Context, selections: int = 50) -> None:
         import torch
 
+        from cbs_opt.solvers.device.objective import DeviceObjective, evaluation_work
+
         self._torch = torch
-        self.device = torch_device(context)
         self.problem = SelectionObjective(instance)
+        self.on_card: DeviceObjective | None = None
+        context.extras["device"] = "cpu"
+        card = choose(context.device, evaluation_work(self.problem, selections), context.workers)
+        if card is not None:
+            with or_on_cpu("the objective"):
+                self.on_card = DeviceObjective(self.problem, card)
+                context.extras["device"] = card.name
         self._w = self._tensor(instance.weights)
         self._c = self._tensor(self.problem.c)
 
     def _tensor(self, array: FloatArray) -> torch.Tensor:
         array = array if array.flags.writeable else array.copy()
-        return self._torch.from_numpy(array).to(self.device)
+        return self._torch.from_numpy(array)
 
     def values(self, selections: BoolArray) -> FloatArray:
         """Objectives, float64 (R,), of selections, bool (R, n)."""
+        if self.on_card is not None:
+            with or_on_cpu("the objective"):
+                return self.values_on_card(self._torch.tensor(selections, device=self.on_card.device))
+            self.on_card = None
         torch = self._torch
         curvature, factor = self.problem.curvature, self.problem.curvature.as_factor()
-        x = torch.from_numpy(selections).to(self.device).to(torch.float64)
+        x = torch.from_numpy(selections).to(torch.float64)
         values = x @ self._c
         moved = x * self._w
         for k in range(curvature.number_of_blocks):
             part = curvature.block_slice(k)
             if factor is not None:
-                projected = torch.zeros(len(selections), factor.m, dtype=torch.float64, device=self.device)
+                projected = torch.zeros(len(selections), factor.m, dtype=torch.float64)
                 for columns, piece in factor.pieces(part.start, part.stop, _PIECE_BYTES):
                     projected += moved[:, columns] @ self._tensor(piece).T
                 values += 0.5 * (projected**2).sum(1) / factor.m
@@ -74,4 +85,16 @@ class BatchEvaluator:
             else:
                 mine = moved[:, part]
                 values += 0.5 * ((mine @ self._tensor(curvature.block(k))) * mine).sum(1)
-        return np.asarray(values.cpu().numpy())
+        return np.asarray(values.numpy())
+
+    def values_on_card(self, selections: torch.Tensor) -> FloatArray:
+        """Objectives, float64 (R,), of selections that are on the card, bool (R, n)."""
+        assert self.on_card is not None
+        objective, out = self.on_card, np.empty(len(selections))
+
+        def evaluate(first: int, last: int) -> None:
+            checkpoint()
+            out[first:last] = objective.values(selections[first:last]).cpu().numpy()
+
+        in_batches(len(selections), _ON_CARD, evaluate, lambda: False)
+        return out

@@ -62,7 +62,13 @@ class CombinatorialBrainSurgeon(Solver):
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Transfer the curvature to the device."""
-        self._evaluator = BatchEvaluator(instance, context)
+        self._evaluator = BatchEvaluator(instance, context, self.parameters.draws)
+        self._search = LocalSearch(instance, self.parameters.local_search())
+        self._on_card = None
+        if self._evaluator.on_card is not None:
+            from cbs_opt.solvers.paper.on_card import local_search
+
+            self._on_card = local_search(self._search, context, self.parameters.starts, self._evaluator.on_card)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Draw, then search from the best draws."""
@@ -73,11 +79,14 @@ class CombinatorialBrainSurgeon(Solver):
         starts = list(selections[: self.parameters.starts])
         if context.warm_start is not None:
             starts.insert(0, context.warm_start)
-        search = LocalSearch(instance, self.parameters.local_search())
         swaps = 0
+        if self._on_card is not None and not context.monitor.should_stop():
+            from cbs_opt.solvers.paper.on_card import walk_all
+
+            swaps, starts = walk_all(self._search, self._on_card, starts, context), []
         for start in starts:
             if context.monitor.should_stop():
                 break
-            swaps += search.walk(start, context)
+            swaps += self._search.walk(start, context)
         context.extras["swaps"] = swaps
         return Status.CONVERGED

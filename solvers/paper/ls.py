@@ -60,17 +60,30 @@ class SwapLocalSearch(Solver):
     """
 
     summary = "swap local search, Algorithm 1 of the paper as published"
-    supports = Capabilities(warm_start=True, not_worse_than_magnitude=True)
+    supports = Capabilities(device=True, warm_start=True, not_worse_than_magnitude=True)
     parameters_type = LocalSearchParameters
     parameters: LocalSearchParameters
+
+    def prepare(self, instance: Instance, context: Context) -> None:
+        """Form Q on the card, where that pays."""
+        self._search = LocalSearch(instance, self.parameters)
+        self._on_card = None
+        if context.device != "cpu":
+            from cbs_opt.solvers.paper.on_card import local_search
+
+            self._on_card = local_search(self._search, context, 1)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Search from the start until no step improves, or until a limit."""
         start = context.warm_start
         if start is None:
             start = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
-        search = LocalSearch(instance, self.parameters)
-        swaps = search.walk(start, context)
+        if self._on_card is None:
+            swaps = self._search.walk(start, context)
+        else:
+            from cbs_opt.solvers.paper.on_card import walk_all
+
+            swaps = walk_all(self._search, self._on_card, [start], context)
         context.extras["swaps"] = swaps
         return Status.CONVERGED
 

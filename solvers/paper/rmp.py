@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cbs_opt.device import is_out_of_memory, or_on_cpu, release_memory
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.interrupt import checkpoint
@@ -16,6 +17,8 @@ from cbs_opt.solvers.paper.batch_evaluator import BatchEvaluator
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _DEFAULT_BATCH = 64
+_BATCH_ON_CARD = 256
+_MOST_GROUPS = 64  # beyond which a card draws no faster
 _LARGE = 50_000  # weights from which on a draw takes 10 ms or more
 
 
@@ -47,7 +50,7 @@ class RandomizedMagnitudePruning(Solver):
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Transfer the curvature to the device."""
-        self._evaluator = BatchEvaluator(instance, context)
+        self._evaluator = BatchEvaluator(instance, context, self.parameters.draws)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Draw and evaluate batch by batch."""
@@ -57,7 +60,13 @@ class RandomizedMagnitudePruning(Solver):
 
 
 def evaluate_draws(draws: Draws, evaluator: BatchEvaluator, context: Context) -> tuple[BoolArray, FloatArray]:
-    """Draw S selections and report each; returns them sorted by value, bool (S, n) and float64 (S,)."""
+    """Draw S selections and report each; returns them sorted by value, bool (S, n) and float64 (S,).
+
+    On a card they are drawn there, by random numbers of torch; the first one is plain magnitude everywhere.
+    """
+    if evaluator.on_card is not None and len(draws.groups) <= _MOST_GROUPS:
+        with or_on_cpu("the draws"):
+            return _draws_on_card(draws, evaluator, context)
     rng, monitor = context.rng(), context.monitor
     limit = context.batch_size or _DEFAULT_BATCH
     selections: list[BoolArray] = []
@@ -77,6 +86,48 @@ def evaluate_draws(draws: Draws, evaluator: BatchEvaluator, context: Context) ->
     all_values = np.concatenate(values)
     order = np.argsort(all_values, kind="stable")
     return np.concatenate(selections)[order], all_values[order]
+
+
+def _draws_on_card(draws: Draws, evaluator: BatchEvaluator, context: Context) -> tuple[BoolArray, FloatArray]:
+    import torch
+
+    from cbs_opt.solvers.device.draws import DeviceDraws
+    from cbs_opt.solvers.device.objective import host
+
+    assert evaluator.on_card is not None
+    device, monitor, wanted = evaluator.on_card.device, context.monitor, draws.parameters.draws
+    random = DeviceDraws(
+        draws.magnitude, draws.always, draws.groups, draws.parameters.buckets, context.seed, device
+    )
+    selections = [torch.tensor(draws.draw(None)[None], device=device)]
+    values = [evaluator.values_on_card(selections[0])]
+    monitor.advance()
+    monitor.report(values[0][0], draws.draw(None))
+    drawn, size = 1, context.batch_size or _BATCH_ON_CARD
+    while drawn < wanted and not monitor.should_stop():
+        count = min(size, wanted - drawn)
+        if monitor.stop.max_iterations is not None:
+            count = max(1, min(count, monitor.stop.max_iterations - monitor.iterations))
+        try:
+            batch = random.draw(count)
+            found = evaluator.values_on_card(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+            release_memory()
+            size = max(1, count // 2)
+            continue
+        for k, value in enumerate(found.tolist()):
+            monitor.advance()
+            if monitor.objective is None or value < monitor.objective:
+                monitor.report(value, np.asarray(host(batch[k]), dtype=bool))
+        selections.append(batch)
+        values.append(found)
+        drawn += count
+    all_values = np.concatenate(values)
+    order = np.argsort(all_values, kind="stable")
+    ranked = torch.cat(selections)[torch.tensor(order, device=device)]
+    return np.asarray(host(ranked), dtype=bool), all_values[order]
 
 
 class Draws:

@@ -42,6 +42,10 @@ class Incumbent:
         other.problem, other.y, other.g, other.f = self.problem, self.y.copy(), self.g.copy(), self.f
         return other
 
+    def loss(self) -> float:
+        """The loss in units of the instance, in float64."""
+        return self.problem.objective(self.y)
+
     def refresh(self) -> None:
         """Compute gradient and objective from scratch."""
         self.g = self.problem.columns.product(self.y)

@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 
+from cbs_opt.device import Card, is_plausible, or_on_cpu
 from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
@@ -43,6 +44,7 @@ _NOISE_WHOLE = (0.5, 2.0)
 _TENURE = (4, 15)
 _BLOCKS_OF_A_CORE = 8
 _UNPOLISHED = 20  # cycles without a gain after which all swaps are tried
+_VISITS_WITHOUT_GAIN = 8  # on a card, after which the search ends where nothing else limits it
 _HARDENINGS = 3  # of a large problem by sweeps, with rounds of the relaxation between them
 
 
@@ -61,7 +63,7 @@ class Search(Solver):
     """
 
     summary = "relaxation, concave continuation on cores, tabu swaps; with a lower bound"
-    supports = Capabilities(bound=True, warm_start=True, not_worse_than_magnitude=True)
+    supports = Capabilities(bound=True, device=True, warm_start=True, not_worse_than_magnitude=True)
     parameters_type = SearchParameters
     parameters: SearchParameters
 
@@ -84,6 +86,11 @@ class Search(Solver):
         if self._is_provable(context):
             self._prover = prove.Prover(self._problem)
             loading.request(*self._prover.kernels)
+        self._card: Card | None = None
+        if context.device == "cuda" or (context.device == "auto" and self._prover is None and is_plausible()):
+            from cbs_opt.solvers.selection.device_search import card_for
+
+            self._card = card_for(self._problem, context)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Search until told to stop, or until nothing improves any more."""
@@ -91,6 +98,10 @@ class Search(Solver):
             return self._layered.run(context, self.parameters.bound_share)
         monitor, problem = context.monitor, self._problem
         run = _Run(problem, self.parameters, context)
+        if self._card is not None and not run.is_trivial():
+            with or_on_cpu("the search"):
+                run.search_on(self._card, context)
+                return Status.OPTIMAL if monitor.closed else Status.CONVERGED
         # A tree of more weights is longer at work before it meets its best leaf; tables bring their selections.
         before_proof = 8 if len(problem.component_sizes) == 1 and problem.n >= 160 else 2
         run.search(epochs=None if self._prover is None else before_proof)
@@ -140,7 +151,7 @@ class _Run:
             self.patience = 150
 
     def _report(self) -> None:
-        self.monitor.report(self.problem.objective(self.point.y), self.problem.expand(self.point.y))
+        self.monitor.report(self.point.loss(), self.problem.expand(self.point.y))
 
     def _offer(self, other: Incumbent) -> None:
         """Take another point as the incumbent if it is better."""
@@ -156,7 +167,7 @@ class _Run:
     def search(self, epochs: int | None = None) -> None:
         """Path, then epochs, as many as are asked for."""
         problem, monitor = self.problem, self.monitor
-        if problem.n == 0 or not problem.budget.any():
+        if self.is_trivial():
             monitor.report_bound(problem.certified_bound(self.point.y))
             return
         if monitor.should_stop():
@@ -203,6 +214,35 @@ class _Run:
                 idle = 0
             if epochs is not None and epoch >= epochs:
                 return
+
+    def is_trivial(self) -> bool:
+        """Whether there is nothing to choose."""
+        return self.problem.n == 0 or not self.problem.budget.any()
+
+    def search_on(self, card: Card, context: Context) -> None:
+        """The search on a card: path, then visits of all blocks while the bound is improved."""
+        from cbs_opt.solvers.selection.device_search import DeviceSearch
+
+        monitor, seed = self.monitor, int(self.rng.integers(2**62))
+        found = DeviceSearch(self.problem, self.parameters, monitor, self._offer, seed, card)
+        context.extras["device"] = card.name
+        found.path(PATH)
+        idle, patience = 0, self.parameters.patience or _VISITS_WITHOUT_GAIN
+        endless = self.parameters.patience is None and monitor.stop.limits_work
+        while not (monitor.should_stop() or monitor.closed):
+            before = monitor.objective
+            found.visit(self.point)
+            idle = 0 if self._improved(before) else idle + 1
+            found.tighten()
+            if idle >= patience and not endless:
+                if not self._polish():
+                    break
+                idle = 0
+        context.extras["drift"] = found.drift
+        logger.info(
+            f"{found.visits} visits of {found.starts} starts on {card.name}; objectives drifted by at most "
+            f"{found.drift:.1e} between two refreshes"
+        )
 
     def _polish(self) -> bool:
         """Make the incumbent optimal for all swaps, not only for those of candidates; whether that gained."""

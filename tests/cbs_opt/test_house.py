@@ -153,12 +153,13 @@ def test_rooms_are_found_under_one_name_only(process_environment):
 
 STAIRS = {
     "kernels": set(),
+    "device": {"kernels"},
     "problem": {"kernels"},
     "trees": {"kernels", "problem"},
-    "layers": {"kernels", "problem"},
-    "paper": set(),
-    "selection": {"kernels", "problem", "trees", "layers"},
-    "joint": {"kernels", "problem", "trees", "layers"},
+    "layers": {"kernels", "device", "problem"},
+    "paper": {"device"},
+    "selection": {"kernels", "device", "problem", "trees", "layers"},
+    "joint": {"kernels", "device", "problem", "trees", "layers"},
     "exact": {"kernels", "problem", "trees", "selection", "joint"},
     "mip": {"kernels", "problem", "trees", "selection", "joint"},
 }

@@ -429,7 +429,7 @@ def test_usage(case, refused, instance_file, tmp_path):
         (["--solver", "cbz"], 4, "there is no solver 'cbz'; known: random, magnitude"),
         (["--solver", "ls", "--objective", "joint"], 4, "'ls' minimises selection only"),
         (["--solver", "ls", "--batch-size", "3"], 4, "'ls' cannot take a batch size"),
-        (["--solver", "ls", "--device", "cuda"], 4, "'ls' cannot take the device 'cuda'"),
+        (["--solver", "obd", "--device", "cuda"], 4, "'obd' cannot take the device 'cuda'"),
         (["--solver", "obd", "--warm-start", "{s}"], 4, "'obd' cannot take a warm start"),
         (["--solver", "obs", "--damping", "0"], 0, ""),
     ],

@@ -1,0 +1,172 @@
+"""The relaxation of the selection problem on a card: accelerated projected gradients, scaled by the diagonal.
+
+Room: selection; the solvers `relax` and `search` use it where a card was chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from cbs_opt.device import DeviceError
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
+from cbs_opt.solvers.selection.device_columns import DeviceColumns
+from cbs_opt.typing import FloatArray
+
+MOST_GROUPS = 64
+"""Groups up to which this is offered: a projection costs a product of groups and variables."""
+
+_POWER_STEPS = 20
+_SAFETY = 1.05
+_PRICES = 16  # tried at once in a projection
+_CUTS = 4  # rounds of that, after one around the last price
+_FLOOR = 1e-9  # of the largest Q_ii: no metric below it
+_CHECK = 10  # iterations between two looks at the progress and the clock
+
+
+class DeviceRelaxation:
+    """min ½ xᵀQx + cᵀx + t/2 Σ Q_ii x_i (1 − x_i), 0 ≤ x ≤ 1, with given group sums.
+
+    Steps of FISTA (Beck, Teboulle 2009) with restarts where the objective rises, in the metric D = L diag(Q) with
+    D ⪰ Q, so that badly scaled variables move as fast as others. The concave term only lowers the curvature. Its
+    answer is a point; the bound is computed from it elsewhere, in float64.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+    there : DeviceColumns
+
+    Attributes
+    ----------
+    x : float64 (r,)
+        On the card.
+    iterations : int
+    """
+
+    def __init__(self, problem: SelectionProblem, there: DeviceColumns) -> None:
+        self.problem, self.there = problem, there
+        self.linear = there.tensor(problem.linear)
+        self.budget = there.tensor(problem.budget.astype(np.float64))
+        groups = int(problem.budget.size)
+        if groups > 1:
+            self.member = torch.zeros(groups, problem.n, dtype=torch.float64, device=there.device)
+            self.member[there.tensor(problem.group), torch.arange(problem.n, device=there.device)] = 1.0
+        self.group = there.tensor(problem.group)
+        self.groups = groups
+        self.x = there.tensor(problem.cheapest())
+        self.iterations = 0
+        self.price = torch.zeros(self.groups, dtype=torch.float64, device=there.device)
+        # Uncoupled variables have a linear cost only: any small curvature lets them go to the right bound.
+        diagonal = there.diagonal
+        floor = max(_FLOOR * float(diagonal.max()) if problem.n else 0.0, 1e-300)
+        self.metric = diagonal.clamp_min(floor)
+        self.metric = self.metric * self._largest_eigenvalue()
+
+    def _largest_eigenvalue(self) -> float:
+        """Of D^{-1/2} Q D^{-1/2}, by power steps and a margin."""
+        if self.problem.n == 0:
+            return 1.0
+        root = self.metric.rsqrt()
+        generator = torch.Generator().manual_seed(0)
+        v = torch.rand(self.problem.n, generator=generator, dtype=torch.float64).to(self.x.device) + 0.1
+        value = 1.0
+        for _ in range(_POWER_STEPS):
+            v = v / v.norm()
+            v = root * self.there.product(root * v)
+            value = float(v.norm())
+            if value == 0.0:
+                return 1.0
+        return max(_SAFETY * value, 1.0)
+
+    def value(self) -> float:
+        """The relaxed objective at x, in the units of presolve."""
+        return float(0.5 * self.x @ self.there.product(self.x) + self.linear @ self.x)
+
+    def numpy(self) -> FloatArray:
+        """X, float64 (r,), in the memory of the computer."""
+        return np.array(self.x.cpu().numpy())
+
+    def run(self, t: float, iterations: int, tolerance: float, should_stop: Callable[[], bool]) -> int:
+        """At most so many steps; fewer where `_CHECK` steps gain less than `tolerance` of the objective.
+
+        Raises
+        ------
+        DeviceError
+            When the objective is not a number.
+        """
+        if self.problem.n == 0:
+            return 0
+        x, z, theta = self.x, self.x, 1.0
+        product_x = self.there.product(x)
+        product_z = product_x
+        diagonal = self.there.diagonal
+        last = self._objective(x, product_x, t)
+        for made in range(1, iterations + 1):
+            slope = product_z + self.linear + t * diagonal * (0.5 - z)
+            new = self.project(z - slope / self.metric)
+            product_new = self.there.product(new)
+            following = 0.5 * (1.0 + math.sqrt(1.0 + 4.0 * theta * theta))
+            push = (theta - 1.0) / following
+            z = new + push * (new - x)
+            product_z = product_new + push * (product_new - product_x)
+            x, product_x, theta = new, product_new, following
+            self.iterations += 1
+            if made % _CHECK == 0 or made == iterations:
+                value = self._objective(x, product_x, t)
+                if not math.isfinite(value):
+                    raise DeviceError("the relaxed objective is not a number")
+                self.x = x
+                if should_stop():
+                    return made
+                if value > last:  # momentum carried too far: begin again from here
+                    z, product_z, theta = x, product_x, 1.0
+                elif last - value <= tolerance * max(abs(value), 1e-300):
+                    return made
+                last = value
+        return iterations
+
+    def _objective(self, x: torch.Tensor, product: torch.Tensor, t: float) -> float:
+        concave = 0.5 * t * (self.there.diagonal * x * (1.0 - x)).sum()
+        return float(0.5 * x @ product + self.linear @ x + concave)
+
+    def project(self, z: torch.Tensor) -> torch.Tensor:
+        """The nearest point in the metric D with the right group sums: clip(z + μ / D), one μ for each group.
+
+        μ is cut out of a bracket by many prices at once, first by steps of 10 around the last one; between two of
+        them the sum is nearly linear, and a last interpolation leaves little.
+        """
+        low = self._bracket(-z * self.metric, "amin")
+        high = self._bracket((1.0 - z) * self.metric, "amax")
+        share = torch.linspace(0.0, 1.0, _PRICES, dtype=torch.float64, device=z.device)
+        powers = 0.1 ** torch.arange(_PRICES // 2 - 1, dtype=torch.float64, device=z.device)
+        rows = torch.arange(self.groups, device=z.device)
+        under = over = self.budget
+        for cut in range(1 + _CUTS):
+            price = low[:, None] + (high - low)[:, None] * share  # (G, prices)
+            if cut == 0:
+                around = (high - low)[:, None] * powers
+                last = self.price[:, None]
+                ends = (low[:, None], last - around, last + around.flip(1), high[:, None])
+                price = torch.minimum(torch.maximum(torch.cat(ends, 1), low[:, None]), high[:, None])
+            sums = self._sums(z, price)
+            below = (sums < self.budget[:, None]).sum(1).clamp(1, _PRICES - 1)
+            low, high = price[rows, below - 1], price[rows, below]
+            under, over = sums[rows, below - 1], sums[rows, below]
+        part = ((self.budget - under) / (over - under).clamp_min(1e-300)).clamp(0.0, 1.0)
+        self.price = price = low + part * (high - low)
+        return (z + price[self.group] / self.metric).clamp(0.0, 1.0)
+
+    def _bracket(self, values: torch.Tensor, reduction: str) -> torch.Tensor:
+        """The least or largest value of every group, float64 (G,); 0 for an empty one."""
+        if self.groups == 1:
+            return (values.amin() if reduction == "amin" else values.amax()).view(1)
+        out = torch.zeros(self.groups, dtype=torch.float64, device=values.device)
+        return out.scatter_reduce(0, self.group, values, reduction, include_self=False)
+
+    def _sums(self, z: torch.Tensor, price: torch.Tensor) -> torch.Tensor:
+        """Group sums at prices (G, k): float64 (G, k)."""
+        moved = (z[:, None] + price[self.group] / self.metric[:, None]).clamp(0.0, 1.0)
+        return moved.sum(0, keepdim=True) if self.groups == 1 else self.member @ moved

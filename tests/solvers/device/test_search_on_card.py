@@ -1,0 +1,139 @@
+"""The relaxation and the selection search on a card."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cbs_opt import Budget, Stop, selection_loss, solve
+from cbs_opt.monitor import Monitor
+from cbs_opt.solvers.device.lanes import TritonEngine
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem, Storage
+from cbs_opt.solvers.selection import device_search
+from cbs_opt.solvers.selection.device_columns import DeviceColumns, DeviceIncumbent
+from cbs_opt.solvers.selection.device_relaxation import DeviceRelaxation
+from cbs_opt.solvers.selection.device_search import DeviceSearch
+from cbs_opt.solvers.selection.incumbent import Incumbent
+from cbs_opt.solvers.selection.parameters import SearchParameters
+from cbs_opt.solvers.selection.relaxation import Relaxation
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dense_bytes", [0, 1 << 28])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_columns_on_a_card(problem, card, dense_bytes, blocks):
+    instance = problem(4, n=24, m=9, kind="gradients", blocks=blocks, damping=0.01, linear=True).instance
+    host = SelectionProblem(instance, storage=Storage(dense_bytes=dense_bytes))
+    there = DeviceColumns(host.columns, card)
+    rng = np.random.default_rng(0)
+    x = rng.random(host.n)
+    assert there.product(there.tensor(x)).cpu().numpy() == pytest.approx(host.columns.product(x), rel=1e-11)
+    coupled = [k for k, component in enumerate(host.components) if component.coupled]
+    cores = [(k, np.sort(rng.permutation(host.columns.blocks[k].size)[:5])) for k in coupled]
+    q = there.core_matrices(cores, 32).cpu().numpy()
+    for (k, local), Q in zip(cores, q, strict=True):
+        n = local.size
+        assert Q[:n, :n] == pytest.approx(host.columns.blocks[k].submatrix(local), rel=1e-11, abs=1e-15)
+        assert not Q[n:].any() and not Q[:, n:].any()
+    y = (x > 0.5).astype(float)
+    points = Incumbent(host, y), DeviceIncumbent(host, y, there)
+    for point in points:
+        point.move(np.array([1, 3]), 1 - y[[1, 3]])
+    assert points[0].f == pytest.approx(points[1].f, rel=1e-11)
+    assert points[1].loss() == pytest.approx(selection_loss(instance, host.expand(points[1].y)), rel=1e-11)
+
+
+@pytest.mark.parametrize("groups", [None, "layers"])
+@pytest.mark.parametrize("t", [0.0, 0.01])
+def test_relaxation_on_a_card_is_that_of_the_cpu(problem, card, groups, t):
+    instance = problem(5, n=40, m=30, blocks=2, groups=groups, damping=0.02, kind="gradients").instance
+    host = SelectionProblem(instance)
+    here, there = Relaxation(host), DeviceRelaxation(host, DeviceColumns(host.columns, card))
+    here.solve(t, tolerance=1e-9)
+    there.run(t, 600, 1e-12, lambda: False)
+    x = there.numpy()
+    assert ((x >= 0) & (x <= 1)).all()
+    assert np.bincount(host.group, x, host.budget.size) == pytest.approx(host.budget, abs=1e-6)
+    if t == 0:
+        assert there.value() == pytest.approx(here.value(), rel=1e-5)
+        assert host.certified_bound(x) == pytest.approx(here.bound(), rel=1e-3)
+    else:
+        concave = t / 2 * host.columns.diagonal @ (x * (1 - x) - here.x * (1 - here.x))
+        assert there.value() + concave <= here.value() + 0.05 * abs(here.value())
+
+
+def test_projection_meets_the_sums_and_leaves_points_of_the_set(problem, card):
+    instance = problem(5, n=40, m=30, groups="layers", damping=0.02, kind="gradients").instance
+    host = SelectionProblem(instance)
+    there = DeviceRelaxation(host, DeviceColumns(host.columns, card))
+    assert there.project(there.x).cpu().numpy() == pytest.approx(there.x.cpu().numpy(), abs=1e-7)
+    z = torch.randn(host.n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(card.device)
+    x, metric, z = there.project(z).cpu().numpy(), there.metric.cpu().numpy(), z.cpu().numpy()
+    assert np.bincount(host.group, x, host.budget.size) == pytest.approx(host.budget, abs=1e-6)
+    inner = (x > 1e-6) & (x < 1 - 1e-6)
+    for g in range(host.budget.size):  # one price for all that lie inside
+        price = (metric * (x - z))[inner & (host.group == g)]
+        assert price.size < 2 or np.ptp(price) < 1e-5 * np.abs(price).max()
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Short relaxations, as the kernels are what is tested."""
+    for name, value in (("_PATH_ITERATIONS", 20), ("_TIGHT_ITERATIONS", 20), ("_HARDEN_ITERATIONS", 3)):
+        monkeypatch.setattr(device_search, name, value)
+
+
+@pytest.mark.parametrize(("blocks", "per_block"), [(1, False), (3, False), (2, True)])
+def test_search_on_a_card_finds_what_the_cpu_finds(problem, with_instance, card, few, blocks, per_block):
+    given = problem(6, n=48, m=30, kind="gradients", damping=0.02, blocks=blocks)
+    if per_block:
+        sizes = given.instance.curvature.block_sizes
+        groups = np.repeat(np.arange(blocks), sizes)
+        given = with_instance(given, budget=Budget(int((sizes // 2).sum()), groups, sizes // 2))
+    instance = given.instance
+    parameters = {"proof": 0}
+    here = solve(instance, "search", device="cpu", parameters=parameters | {"patience": 40})
+    there = solve(instance, "search", device="cuda", parameters=parameters | {"patience": 2})
+    assert there.environment["device"] == card.name
+    assert there.objective <= here.objective * 1.001
+    assert there.objective == pytest.approx(selection_loss(instance, there.pruned), rel=1e-12)
+    assert there.bound is not None and there.bound <= here.objective
+    assert 0 <= there.extras["drift"] < 1e-9
+
+
+def test_a_visit_by_the_triton_kernels(problem, card, few, monkeypatch):
+    monkeypatch.setattr(device_search, "_RATIO", 30.0)  # two rounds of hardening
+    monkeypatch.setattr(device_search, "_DOUBLE", 0)  # single precision
+    instance = problem(6, n=16, m=30, blocks=2, kind="gradients", damping=0.02).instance
+    host, offered = SelectionProblem(instance), []
+    search = DeviceSearch(
+        host, SearchParameters(stall=6), Monitor(Stop()), offered.append, 0, card, engine=TritonEngine()
+    )
+    start = Incumbent(host, host.smallest(-host.columns.diagonal))
+    found = search.visit(start)
+    assert found.f < start.f and offered[-1].f == found.f
+    assert 0 < search.drift < 1e-4
+    assert instance.admits(host.expand(found.y))
+
+
+def test_cores_of_a_large_block(problem, card, few, monkeypatch):
+    monkeypatch.setattr(device_search, "LARGEST", 16)
+    monkeypatch.setattr(device_search, "_CORE", 16)
+    instance = problem(6, n=48, m=30, kind="gradients", damping=0.02).instance
+    found = solve(instance, "search", device="cuda", parameters={"proof": 0, "patience": 3})
+    assert found.objective <= 1.02 * solve(instance, "search", device="cpu", parameters={"proof": 0}).objective
+
+
+def test_limits_on_a_card(problem, card, few):
+    instance = problem(6, n=48, m=30, kind="gradients", damping=0.02).instance
+    for stop in (Stop(max_iterations=0), Stop(time_limit=0.0), Stop(should_stop=lambda: True)):
+        assert instance.admits(solve(instance, "search", device="cuda", parameters={"proof": 0}, stop=stop).pruned)
+
+
+def test_what_a_card_does_not_take_runs_on_the_cpu(problem, card, caplog):
+    caplog.set_level("INFO")
+    instance = problem(6, n=24, m=30, kind="gradients", damping=0.02, groups="2:4").instance
+    found = solve(instance, "search", device="cuda", parameters={"proof": 0})
+    assert found.environment["device"] == "cpu" and "several groups share a block" in caplog.text
