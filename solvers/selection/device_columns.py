@@ -17,6 +17,7 @@ from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.incumbent import Incumbent
 from cbs_opt.typing import FloatArray, IntArray
 
+_DENSE_ROWS = 4096  # of Q made at a time
 _DOUBLE_SHARE = 0.3  # of the free memory up to which rows of gradients are kept in float64
 
 
@@ -124,6 +125,21 @@ class DeviceColumns:
                 out[b, :n, :n].diagonal().add_(self.ridge[start + at])
             else:
                 out[b, :n, :n] = rows[:, at]
+        return out
+
+    def dense(self, k: int, padded: int) -> torch.Tensor:
+        """Q of block k, float32 (padded, padded), zero beyond it; sums in float64 where the rows are."""
+        number, position = self.place[k]
+        bundle = self.bundles[number]
+        rows = bundle.matrices[position]
+        n = int(rows.shape[0])
+        out = torch.zeros(padded, padded, dtype=torch.float32, device=self.device)
+        for first in range(0, n, _DENSE_ROWS):
+            checkpoint()
+            part = rows[first : first + _DENSE_ROWS]
+            out[first : first + _DENSE_ROWS, :n] = part @ rows.T if bundle.factored else part
+        start = int(self.columns.starts[k])
+        out.diagonal()[:n].add_(self.ridge[start : start + n].to(torch.float32))
         return out
 
 

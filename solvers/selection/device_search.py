@@ -14,6 +14,7 @@ import torch
 from cbs_opt.device import Card, Work, choose
 from cbs_opt.monitor import Monitor
 from cbs_opt.solver import Context
+from cbs_opt.solvers.device.dense import LONGEST_TENURE, DenseTabu
 from cbs_opt.solvers.device.lanes import LARGEST, Engine, Lanes, engine_for, padded_size
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.device_columns import DeviceColumns, DeviceIncumbent, columns_bytes
@@ -33,6 +34,9 @@ _HARDEN = tuple(float(t) for t in np.geomspace(0.003, 1.2, 18))
 _STARTS = 64
 _LANES = 2048  # that fill a card
 _REPLICAS = 16  # cores of one block at a time, at most
+_LARGEST_DENSE = 100_000  # variables of a block whose Q is formed
+_ROAM_STEPS = 2048
+_KICK = (0, 48)  # exchanges that a start of the search over all variables begins with
 _CORE = 512  # variables of a core of a larger block
 _MELT = (5e-3, 0.3)
 _NOISE = (0.3, 1.5)
@@ -139,8 +143,11 @@ class DeviceSearch:
         whole = largest <= LARGEST
         self.core = largest if whole else min(_CORE, max(parameters.core, 2))
         self.replicas = 1 if whole else max(1, min(_REPLICAS, _LANES // (_STARTS * max(len(sizes), 1))))
+        self.dense: torch.Tensor | None = None
+        self.roams = self._has_room_to_roam(card, sizes)
         self.blocks_at_a_time = max(1, card.free_bytes() // (16 * padded_size(self.core) ** 2 * self.replicas * 4))
         emulated = card.torch_name == "cpu"
+        self.roam_steps = 32 if emulated else _ROAM_STEPS
         self.starts = (
             2 if emulated else max(_STARTS, min(16 * _STARTS, _LANES // max(len(sizes) * self.replicas, 1)))
         )
@@ -206,12 +213,60 @@ class DeviceSearch:
             self.monitor.advance(len(cores) * self.starts)
             if self.monitor.should_stop():
                 return better
+        if self.roams and not self.monitor.should_stop():
+            self._roam(better)
         if len(self.coupled) > 1:
             trade(better, self.monitor.should_stop, rounds=3)
         if self.core < max(self.problem.component_sizes, default=0):
             candidate_swaps(better, self.monitor.should_stop, limit=20)
         self.offer(better.copy())
         return better
+
+    def _has_room_to_roam(self, card: Card, sizes: list[int]) -> bool:
+        """Whether Q of the only block, too large for a lane, fits in float32 beside what else is there."""
+        fits = len(sizes) == 1 and LARGEST < sizes[0] <= _LARGEST_DENSE
+        return fits and 4.0 * sizes[0] ** 2 + 60.0 * sizes[0] * _STARTS <= 0.7 * card.free_bytes()
+
+    def _roam(self, point: DeviceIncumbent) -> None:
+        """Tabu search over the only block, from kicked copies of a point; changes it where it gains."""
+        start = int(self.problem.columns.starts[self.coupled[0]])
+        at = np.arange(start, start + self.problem.columns.blocks[self.coupled[0]].size)
+        n = at.size
+        padded = -(-n // 16) * 16
+        if self.dense is None:
+            self.dense = self.there.dense(self.coupled[0], padded)
+        linear = np.zeros(padded)
+        linear[:n] = self.problem.linear[at]
+        y = self.there.tensor(np.concatenate([point.y[at], np.zeros(padded - n)])) > 0.5
+        h = self.there.tensor(point.g[at] + self.problem.linear[at])
+        cost = torch.zeros(padded, dtype=torch.float32, device=self.device)
+        cost[:n] = 0.5 * self.there.diagonal[start : start + n] + torch.where(y[:n], -h, h)
+        S = min(self.starts, _STARTS)
+        starts = y.repeat(S, 1)
+        noise = torch.randn((S, padded), generator=self.generator, device=self.device)
+        kick = torch.randint(*_KICK, (S, 1), generator=self.generator, device=self.device)
+        kick[0] = 0
+        for side in (y, ~y):
+            allowed = side & (torch.arange(padded, device=self.device) < n)
+            noisy = torch.where(allowed, cost * torch.exp(0.7 * noise), torch.inf)
+            most = min(_KICK[1], int(allowed.sum()))
+            cheap = torch.argsort(noisy, dim=1)[:, :most]
+            few = kick.clamp_max(min(most, int(y.sum()), n - int(y.sum())))
+            flip = torch.zeros_like(starts).scatter_(1, cheap, torch.arange(most, device=self.device) < few)
+            starts ^= flip
+        seeds = torch.randint(1, 1 << 62, (S,), generator=self.generator, device=self.device)
+        tenure = torch.randint(4, LONGEST_TENURE, (S,), generator=self.generator, device=self.device)
+        still = torch.arange(padded, device=self.device) >= n
+        search = DenseTabu(
+            self.dense, self.there.tensor(linear), starts, seeds, tenure, steps=self.roam_steps, still=still
+        )
+        self.monitor.advance(search.run(self.monitor.should_stop))
+        self.drift = max(self.drift, search.drift)
+        best = int(search.objectives.argmin())
+        found = self.incumbent(point.y)
+        found.move(at, search.best[best, :n].cpu().numpy().astype(np.float64))
+        if found.f < point.f - GAIN * abs(point.f):
+            point.y, point.g, point.f = found.y, found.g, found.f
 
     def _choose(self, k: int, point: Incumbent, h: FloatArray, price: FloatArray) -> IntArray:
         """Variables of a core of block k, local and ascending: those whose change costs least, with noise."""

@@ -121,8 +121,18 @@ def test_a_visit_by_the_triton_kernels(problem, card, few, monkeypatch):
 def test_cores_of_a_large_block(problem, card, few, monkeypatch):
     monkeypatch.setattr(device_search, "LARGEST", 16)
     monkeypatch.setattr(device_search, "_CORE", 16)
+    roamed, roam = [], DeviceSearch._roam
+
+    def noted(self, point):
+        before = point.f
+        roam(self, point)
+        roamed.append(before - point.f)
+        assert point.f == pytest.approx(Incumbent(point.problem, point.y).f, rel=1e-10)
+
+    monkeypatch.setattr(DeviceSearch, "_roam", noted)
     instance = problem(6, n=48, m=30, kind="gradients", damping=0.02).instance
-    found = solve(instance, "search", device="cuda", parameters={"proof": 0, "patience": 3})
+    found = solve(instance, "search", device="cuda", parameters={"proof": 0, "patience": 1})
+    assert roamed and min(roamed) >= 0
     assert found.objective <= 1.02 * solve(instance, "search", device="cpu", parameters={"proof": 0}).objective
 
 
