@@ -69,13 +69,13 @@ def joint_loss(instance: Instance, pruned: ArrayLike) -> float:
     return predicted_loss(instance, best_update(instance, pruned) - instance.weights)
 
 
-def evaluate(instance: Instance, pruned: ArrayLike) -> Losses:
-    """Both losses and the updated weights."""
+def evaluate(instance: Instance, pruned: ArrayLike, device: str = "cpu", threads: int = 1) -> Losses:
+    """Both losses and the updated weights; `device` and `threads` as for `best_update`."""
     pruned = check_mask(instance, pruned)
     if not instance.curvature.is_convex:
         return Losses(selection_loss(instance, pruned), None, None)
     try:
-        weights = best_update(instance, pruned)
+        weights = best_update(instance, pruned, device, threads)
     except UnboundedError:
         return Losses(selection_loss(instance, pruned), None, None)
     selection = selection_loss(instance, pruned)

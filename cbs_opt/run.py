@@ -138,7 +138,7 @@ def run_solver(
             pruned = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
         losses = None
         if pruned is not None and pruned.shape == (instance.n,):
-            losses = evaluate(instance, pruned)
+            losses = evaluate(instance, pruned, context.device, context.workers)
             if status is not Status.OPTIMAL:
                 pruned, losses = _not_worse_than_known(solver, instance, context, pruned, losses)
     return Run(monitor, status, pruned, losses, error, build_seconds, solve_seconds, processor)
@@ -157,7 +157,7 @@ def _not_worse_than_known(
         before = losses.selection_loss if context.objective == "selection" else losses.joint_loss
         if context.objective == "selection" and selection_loss(instance, other) >= losses.selection_loss:
             continue
-        there = evaluate(instance, other)
+        there = evaluate(instance, other, context.device, context.workers)
         value = there.selection_loss if context.objective == "selection" else there.joint_loss
         if value is not None and (before is None or value < before):
             logger.info(f"solver '{solver.name}' was stopped early: a known selection is better than its own")

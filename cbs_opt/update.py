@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+
+import numpy as np
+
+from cbs_opt.device import Work, choose, or_on_cpu
 from cbs_opt.errors import UnboundedError
 from cbs_opt.instance import Instance
 from cbs_opt.typing import BoolArray, FloatArray
 
+logger = logging.getLogger("cbs_opt")
 
-def best_update(instance: Instance, pruned: BoolArray) -> FloatArray:
+
+def best_update(instance: Instance, pruned: BoolArray, device: str = "cpu", threads: int = 1) -> FloatArray:
     """Best weights once `pruned` are zero; CBS-U, eqs 10-12 of the CBS paper, with the first-order term.
 
     Parameters
     ----------
     instance : Instance
     pruned : bool (n,)
+    device : {"auto", "cpu", "cuda"}
+    threads : int
+        Cores of the CPU, for "auto".
 
     Returns
     -------
@@ -34,9 +44,41 @@ def best_update(instance: Instance, pruned: BoolArray) -> FloatArray:
     ----------
     Yu, Serra, Ramalingam, Zhe, "The Combinatorial Brain Surgeon", ICML 2022.
     """
-    if not instance.curvature.is_convex:
+    curvature, w = instance.curvature, instance.weights
+    if not curvature.is_convex:
         raise UnboundedError(
-            f"block {instance.curvature.indefinite_blocks[0]}: the update has no minimum, because the Hessian is "
-            "indefinite"
+            f"block {curvature.indefinite_blocks[0]}: the update has no minimum, because the Hessian is indefinite"
         )
-    return instance.curvature.best_weights(instance.weights, pruned, instance.linear)
+    if device != "cpu" and (card := choose(device, _work(instance, pruned), threads)) is not None:
+        with or_on_cpu("the update"):
+            from cbs_opt.curvature.device_update import best_weights
+
+            found = best_weights(curvature, w, pruned, instance.linear, card)
+            if np.isfinite(found).all():
+                return found
+            logger.warning("the update: the card gave what is not a number; on the CPU instead")
+    return curvature.best_weights(w, pruned, instance.linear)
+
+
+def _work(instance: Instance, pruned: BoolArray) -> Work:
+    """What the update costs: factorisations of the smaller side, or products of rows that share a Hessian."""
+    curvature, factor = instance.curvature, instance.curvature.as_factor()
+    sizes = curvature.block_sizes.astype(np.float64)
+    shared = curvature.number_of_stored < curvature.number_of_blocks
+    stored = float((sizes[: curvature.number_of_stored] ** 2).sum()) if shared else float((sizes**2).sum())
+    if factor is not None:
+        side = np.minimum(sizes, factor.m)
+        flops, stored = float((side**3 / 3 + factor.m * side * sizes).sum()), float(factor.gradients.size)
+    elif shared:
+        flops = float(np.minimum(sizes**3 / 3, 300.0 * sizes**2).sum())
+    else:
+        flops = float((sizes**3 / 3).sum())
+    largest = float(sizes.max())
+    return Work(
+        what=f"the update of {instance.n} weights",
+        flops64=flops,
+        upload=8.0 * stored,
+        moved=24.0 * stored,
+        launches=100.0 + 10.0 * np.unique(curvature.block_sizes).size,
+        memory=8.0 * (stored + 6.0 * (largest**2 if factor is None else float(factor.m) ** 2)),
+    )

@@ -76,7 +76,7 @@ class JointSearch(Solver):
 
     summary = "swap search on the loss after the update: backward elimination, descent, tabu"
     supports = Capabilities(
-        objectives=frozenset({"joint"}), bound=True, warm_start=True, not_worse_than_magnitude=True
+        objectives=frozenset({"joint"}), bound=True, device=True, warm_start=True, not_worse_than_magnitude=True
     )
     parameters_type = JointParameters
     parameters: JointParameters
@@ -96,6 +96,8 @@ class JointSearch(Solver):
             loading.request("layers_joint")
             self._layered = layered
             return
+        if context.device == "cuda":
+            logger.warning("joint: the search runs on the CPU, as no blocks share a Hessian; the update on a card")
         loading.request("joint")
         if provable:
             # The search itself reports what is wrong with an instance, and keeps its incumbent.

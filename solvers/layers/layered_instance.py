@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 
 from cbs_opt.budget import Budget
 from cbs_opt.curvature.base import SharedRows
+from cbs_opt.device import Card, Work, choose, is_plausible
 from cbs_opt.errors import InstanceError
 from cbs_opt.instance import Instance
 from cbs_opt.losses import selection_loss
@@ -15,9 +17,11 @@ from cbs_opt.result import Status
 from cbs_opt.solver import Context
 from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget
-from cbs_opt.solvers.layers.solve import solve_layers
+from cbs_opt.solvers.layers.solve import TABLEAU_COLUMNS, solve_layers
 from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
+
+logger = logging.getLogger("cbs_opt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,30 @@ class LayeredInstance:
     budget: LayerBudget
     index: list[IntArray]
     offset: float
+
+    def card_for(self, context: Context) -> Card | None:
+        """The card on which the layers are searched, if any; the log says why not."""
+        if context.device == "cpu" or (context.device == "auto" and not is_plausible()):
+            return None
+        rows, columns = (max(getattr(layer, name) for layer in self.layers) for name in ("rows", "columns"))
+        many = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"
+        what = f"{many} of up to {rows} × {columns} weights"
+        if self.objective != "joint" or columns <= TABLEAU_COLUMNS:
+            reason = "the selection objective" if self.objective != "joint" else "rows this short"
+            say = logger.warning if context.device == "cuda" else logger.info
+            say(f"{what}: on the CPU, which searches {reason} on its own tables")
+            return None
+        from cbs_opt.solvers.layers.device_wide import cost_on_cpu, memory_of
+
+        memory = memory_of(self.layers)
+        work = Work(
+            what=what, flops32=cost_on_cpu(self.layers), moved=200.0 * memory, upload=0.5 * memory, launches=1e4,
+            memory=memory,
+        )  # fmt: skip
+        card = choose(context.device, work, context.workers)
+        if card is not None:
+            context.extras["device"] = card.name
+        return card
 
     def expand(self, masks: list[BoolArray]) -> BoolArray:
         """The selection, bool (n,), of masks of the layers."""
@@ -73,13 +101,16 @@ class LayeredInstance:
             monitor.report_bound(self.offset + bound - 1e-13 * abs(self.offset))
 
         report_bound(0.0)
+        card = self.card_for(context)
         unit = f"layers_{self.objective}"
-        if not loading.is_loaded(unit):  # a first selection, at an upper bound of its loss, while kernels compile
+        if card is None and not loading.is_loaded(
+            unit
+        ):  # a first selection, at an upper bound of its loss, while kernels compile
             first = context.warm_start
             if first is None:
                 first = self.instance.budget.cheapest(np.abs(self.instance.weights), self.instance.fixed)
             monitor.report(selection_loss(self.instance, first), first, exact=False)
-        if not loading.wait(unit, should_stop=monitor.should_stop):
+        if card is None and not loading.wait(unit, should_stop=monitor.should_stop):
             return Status.CONVERGED
         limit = monitor.stop.max_iterations
         solution = solve_layers(
@@ -96,6 +127,7 @@ class LayeredInstance:
             bound_share=bound_share,
             max_rounds=limit,
             refit=False,
+            card=card,
         )
         if solution.compared:
             for known in self._known(context):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from cbs_opt.device import Card, or_on_cpu
 from cbs_opt.errors import InstanceError
 from cbs_opt.solvers.layers.bound import BoundSearch
 from cbs_opt.solvers.layers.incumbent import Incumbent, Report
@@ -55,6 +56,7 @@ def solve_layers(
     max_rounds: int | None = None,
     refit: bool = True,
     clock: Callable[[], float] = time.perf_counter,
+    card: Card | None = None,
 ) -> LayerSolution:
     """Prune layers whose rows share Hessians.
 
@@ -83,6 +85,8 @@ def solve_layers(
         Whether to compute the weights of the answer (after the clock); without, they are the masked weights.
     clock : callable
         Seconds, monotonic, for the limit and the history; `time.process_time` measures processor seconds.
+    card : Card, optional
+        Where the joint objective of layers of more than `TABLEAU_COLUMNS` columns is searched.
 
     Returns
     -------
@@ -111,7 +115,7 @@ def solve_layers(
 
     run = _Run(layers, budget, Incumbent(layers, report, report_bound, clock), stop, ends, threads, seed, clock)
     run.started = started
-    run.bound_share, run.max_rounds = bound_share, max_rounds
+    run.bound_share, run.max_rounds, run.card = bound_share, max_rounds, card
     if objective == "selection":
         run.selection(warm_start)
     else:
@@ -137,6 +141,7 @@ class _Run:
         self.started = clock()
         self.bound_share = 0.0
         self.max_rounds: int | None = None
+        self.card: Card | None = None
         self.round = 0
         self.compared = True
         self.columns = max(layer.columns for layer in layers)
@@ -147,6 +152,8 @@ class _Run:
         """Quick starts, elimination, search and bounds; see `solve_layers`."""
         magnitude = self.budget.cheapest(self.layers, [np.abs(layer.weights) for layer in self.layers])
         pending = [magnitude] if warm_start is None else [magnitude, warm_start]
+        if self.columns > TABLEAU_COLUMNS and self.card is not None and self._joint_on(self.card, pending):
+            return
         if self.columns > TABLEAU_COLUMNS:
             wide = WideSearch(
                 self.layers, self.budget, self.incumbent, self.stop, lambda: self.ends - self.clock(),
@@ -158,6 +165,21 @@ class _Run:
         self.incumbent.offer(self._zeroed_loss(magnitude), magnitude)  # a first answer at once
         with RowPool(self.threads, self.stop) as pool:
             self._joint_small(pending, pool)
+
+    def _joint_on(self, card: Card, pending: list[list[BoolArray]]) -> bool:
+        """The search on a card; False where it failed."""
+        from cbs_opt.solvers.layers.device_wide import DeviceWideSearch
+
+        failed: list[str] = []
+        with or_on_cpu("the layers", failed):
+            for masks in pending:
+                self.incumbent.offer(self._zeroed_loss(masks), masks)
+            search = DeviceWideSearch(
+                self.layers, self.budget, self.incumbent, self.stop, lambda: self.ends - self.clock(), card,
+                self.max_rounds,
+            )  # fmt: skip
+            self.compared = search.run(pending)
+        return not failed
 
     def _zeroed_loss(self, masks: list[BoolArray]) -> float:
         zeroed = [np.where(mask, 0.0, layer.weights) for layer, mask in zip(self.layers, masks, strict=True)]
