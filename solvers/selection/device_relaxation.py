@@ -5,16 +5,22 @@ Room: selection; the solvers `relax` and `search` use it where a card was chosen
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from cbs_opt.device import DeviceError
+from cbs_opt.device import Card, DeviceError, Work, choose
+from cbs_opt.result import Status
+from cbs_opt.solver import Context
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
-from cbs_opt.solvers.selection.device_columns import DeviceColumns
+from cbs_opt.solvers.selection.device_columns import DeviceColumns, DeviceIncumbent, columns_bytes
+from cbs_opt.solvers.selection.incumbent import candidate_swaps
 from cbs_opt.typing import FloatArray
+
+logger = logging.getLogger("cbs_opt")
 
 MOST_GROUPS = 64
 """Groups up to which this is offered: a projection costs a product of groups and variables."""
@@ -24,6 +30,8 @@ _SAFETY = 1.05
 _PRICES = 16  # tried at once in a projection
 _CUTS = 4  # rounds of that, after one around the last price
 _FLOOR = 1e-9  # of the largest Q_ii: no metric below it
+_AT_A_TIME = 200  # iterations between two bounds of the solver `relax`
+_EXPECTED = 1000.0  # iterations in all, for the cost model
 _CHECK = 10  # iterations between two looks at the progress and the clock
 
 
@@ -170,3 +178,47 @@ class DeviceRelaxation:
         """Group sums at prices (G, k): float64 (G, k)."""
         moved = (z[:, None] + price[self.group] / self.metric[:, None]).clamp(0.0, 1.0)
         return moved.sum(0, keepdim=True) if self.groups == 1 else self.member @ moved
+
+
+def card_for(problem: SelectionProblem, context: Context) -> Card | None:
+    """The card on which the relaxation is solved, if any; the log says why not."""
+    size = columns_bytes(problem.columns)
+    work = Work(
+        what=f"the relaxation of {problem.n} weights",
+        moved=2.0 * size * _EXPECTED,
+        upload=size,
+        launches=60.0 * _EXPECTED,
+        memory=size + 600.0 * problem.n,
+        cpu_seconds=size * 100.0 / 1e10,  # working sets touch few columns
+    )
+    if problem.budget.size > MOST_GROUPS:
+        logger.info(f"{work.what}: on the CPU, as a card takes at most {MOST_GROUPS} groups")
+        return None
+    return choose(context.device, work, context.workers)
+
+
+def relax_on(card: Card, problem: SelectionProblem, context: Context, tolerance: float) -> Status:
+    """The solver `relax` on a card: bounds and roundings every few hundred iterations."""
+    monitor = context.monitor
+    there = DeviceColumns(problem.columns, card)
+    relaxed = DeviceRelaxation(problem, there)
+    context.extras["device"] = card.name
+    point = DeviceIncumbent(problem, problem.cheapest(), there)
+    monitor.report(point.loss(), problem.expand(point.y))
+    while not monitor.should_stop():
+        made = relaxed.run(0.0, _AT_A_TIME, 0.01 * tolerance, monitor.should_stop)
+        monitor.advance(made)
+        x = relaxed.numpy()
+        monitor.report_bound(problem.certified_bound(x))
+        point = DeviceIncumbent(problem, problem.smallest(-x), there)
+        monitor.report(point.loss(), problem.expand(point.y))
+        if made < _AT_A_TIME:
+            break
+    x = relaxed.numpy()
+    context.extras["rounding"] = point.loss()
+    candidate_swaps(point, monitor.should_stop)
+    monitor.report(point.loss(), problem.expand(point.y))
+    context.extras["fractional"] = int(np.count_nonzero((x > 1e-6) & (x < 1 - 1e-6)))
+    context.extras["relaxed_objective"] = problem.from_units(relaxed.value())
+    context.extras["steps"] = relaxed.iterations
+    return Status.OPTIMAL if monitor.closed else Status.CONVERGED

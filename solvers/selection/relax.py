@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cbs_opt.device import Card, is_plausible, or_on_cpu
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.registry import register
@@ -41,7 +42,7 @@ class Relax(Solver):
     """
 
     summary = "convex relaxation: lower bound, rounding"
-    supports = Capabilities(bound=True, not_worse_than_magnitude=True)
+    supports = Capabilities(bound=True, device=True, not_worse_than_magnitude=True)
     parameters_type = RelaxParameters
     parameters: RelaxParameters
 
@@ -50,10 +51,20 @@ class Relax(Solver):
         loading.request("selection")
         warm_up_products(instance.curvature.as_factor() is not None)
         self._problem = SelectionProblem(instance, context.threads)
+        self._card: Card | None = None
+        if context.device == "cuda" or (context.device == "auto" and is_plausible()):
+            from cbs_opt.solvers.selection.device_relaxation import card_for
+
+            self._card = card_for(self._problem, context)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Solve, and report bound and rounding every few rounds."""
         problem, monitor = self._problem, context.monitor
+        if self._card is not None and problem.n:
+            with or_on_cpu("the relaxation"):
+                from cbs_opt.solvers.selection.device_relaxation import relax_on
+
+                return relax_on(self._card, problem, context, self.parameters.tolerance)
         relaxed = Relaxation(problem)
         rounded = Incumbent(problem, relaxed.x)
         monitor.report(problem.objective(rounded.y), problem.expand(rounded.y))

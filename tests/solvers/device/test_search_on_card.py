@@ -147,3 +147,15 @@ def test_what_a_card_does_not_take_runs_on_the_cpu(problem, card, caplog):
     instance = problem(6, n=24, m=30, kind="gradients", damping=0.02, groups="2:4").instance
     found = solve(instance, "search", device="cuda", parameters={"proof": 0})
     assert found.environment["device"] == "cpu" and "several groups share a block" in caplog.text
+
+
+def test_relax_on_a_card(problem, card):
+    instance = problem(6, n=48, m=30, kind="gradients", damping=0.02).instance
+    there, here = (solve(instance, "relax", device=device) for device in ("cuda", "cpu"))
+    assert there.environment["device"] == card.name
+    assert there.bound == pytest.approx(here.bound, rel=1e-3) and there.bound <= here.objective
+    assert there.objective <= 1.05 * here.objective
+    assert there.extras["relaxed_objective"] == pytest.approx(here.extras["relaxed_objective"], rel=1e-5)
+    assert there.extras.keys() == here.extras.keys()
+    stopped = solve(instance, "relax", device="cuda", stop=Stop(max_iterations=0))
+    assert instance.admits(stopped.pruned)
