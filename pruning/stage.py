@@ -181,9 +181,10 @@ def best(
             if should_stop():
                 break
             instance = budgeted(problem, budget, fixed)
-            result = solved(instance, method, seed, should_stop)
+            where = "cpu" if scorer.device.type == "cpu" else "auto"  # solvers without a card refuse "cuda"
+            result = solved(instance, method, seed, should_stop, where)
             if dense is not None and not should_stop():
-                result = _sequential(copy, dense, instance, result, samples, method, seed, should_stop)
+                result = _sequential(copy, dense, instance, result, samples, method, seed, should_stop, where)
                 copy.restore(before)
             try:
                 for choice in _applied(copy, before, problem, instance, result, method, scorer, samples):
@@ -209,12 +210,13 @@ def _sequential(
     method: Method,
     seed: int,
     should_stop: Callable[[], bool],
+    where: str,
 ) -> Result:
     """The result, refined layer by layer."""
     limit = None if method.time_limit is None else method.time_limit / max(len(copy.places), 1)
     own = replace(method, time_limit=limit)
     pruned, weights = one_by_one(
-        copy, dense, instance, result, samples, lambda layer: solved(layer, own, seed, should_stop)
+        copy, dense, instance, result, samples, lambda layer: solved(layer, own, seed, should_stop, where)
     )
     return replace(result, pruned=pruned, weights=weights if method.updates else None)
 

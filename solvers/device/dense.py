@@ -15,11 +15,13 @@ logger = logging.getLogger("cbs_opt")
 TILE = 2048
 """Variables of a program."""
 
+BRANCHES = 4
+"""Parts of the starts whose launches overlap: while one waits for its row, another streams."""
+
 LONGEST_TENURE = 16
 
 _SLOTS = 64  # at least two for every step that a variable can wait
 _GRAPH_STEPS = 32  # of a replay
-_BRANCHES = 4  # parts of the starts whose launches overlap
 _REFRESH_ROWS = 1 << 27  # bytes of Q that are converted to float64 at a time
 _REPLAYS = 8  # between two questions whether to stop
 
@@ -155,7 +157,7 @@ class DenseTabu:
         tiles = -(-n // TILE)
         still = torch.zeros(n, dtype=torch.bool, device=q.device) if still is None else still
         tenure = tenure.clamp(1, LONGEST_TENURE).to(torch.int32)
-        count = max(1, min(_BRANCHES, S // 4))
+        count = max(1, min(BRANCHES, S // 4))
         cuts = [S * k // count for k in range(count + 1)]
         self.branches = [
             _Branch(y[a:b], still, seeds[a:b].clone(), tenure[a:b].clone(), self.steps_at_once, tiles)
@@ -185,6 +187,18 @@ class DenseTabu:
         DeviceError
             When an objective is not a number.
         """
+        made = self.launch_all(should_stop)
+        self.refresh()
+        return made
+
+    def refresh(self) -> None:
+        """Take the best points from the lists of moves, which then begin anew; recompute costs in float64."""
+        for branch in self.branches:
+            branch.follow()
+            self.drift = max(self.drift, branch.restart(self.q, self.linear))
+
+    def launch_all(self, should_stop: Callable[[], bool] = lambda: False) -> int:
+        """The steps of `run` without the refresh, which must follow: the lists of moves are full."""
         made = 0
         if self.q.device.type == "cuda" and self.graph is None:
             made = self._record()
@@ -197,9 +211,6 @@ class DenseTabu:
                 torch.cuda.synchronize()
             if should_stop():
                 break
-        for branch in self.branches:
-            branch.follow()
-            self.drift = max(self.drift, branch.restart(self.q, self.linear))
         return made
 
     def _launch(self) -> None:

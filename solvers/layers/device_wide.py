@@ -114,13 +114,14 @@ class DeviceWideSearch:
         self.should_stop, self.remaining, self.device = should_stop, remaining, card.device
         self.rounds_left = np.inf if max_rounds is None else max_rounds
         self.spent: list[tuple[int, float]] = []
+        self.there: list[DeviceLayer] = []
 
     def run(self, starts: list[list[BoolArray]]) -> bool:
         """Search from feasible masks; False if it was stopped before all of these had been evaluated."""
         compared = False
         try:
             with interruptible(self.should_stop):
-                self.there = [DeviceLayer(layer, self.device) for layer in self.layers]
+                self.bring()
                 for masks in starts:
                     there = [torch.tensor(mask, device=self.device) for mask in masks]
                     weights = [layer.W for layer in self.there]
@@ -135,6 +136,10 @@ class DeviceWideSearch:
         except np.linalg.LinAlgError as error:
             logger.warning(f"layers: {error}; the search ends here")
         return compared
+
+    def bring(self) -> None:
+        """Bring the layers to the card."""
+        self.there = [DeviceLayer(layer, self.device) for layer in self.layers]
 
     def objective(self, weights: list[torch.Tensor]) -> float:
         """½ Σ s_r times the doubled losses of scaled weights; `DeviceError` where that is not a number."""
