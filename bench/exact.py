@@ -64,6 +64,7 @@ def configuration(
                     parameters,
                     objective,
                     tuple(sparsities),
+                    (),
                     (0,),
                     time_limit,
                     most,

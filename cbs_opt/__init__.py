@@ -59,6 +59,7 @@ from cbs_opt.monitor import Monitor  # noqa: E402
 from cbs_opt.networks import apply, export, masks, prune  # noqa: E402
 from cbs_opt.path import solve_path  # noqa: E402
 from cbs_opt.registry import get_solver, register, solver_names  # noqa: E402
+from cbs_opt.regression import from_regression, regression_coefficients  # noqa: E402
 from cbs_opt.result import Result, Status  # noqa: E402
 from cbs_opt.solution import Solution  # noqa: E402
 from cbs_opt.solve import solve  # noqa: E402
@@ -108,6 +109,7 @@ __all__ = [
     "best_update",
     "evaluate",
     "export",
+    "from_regression",
     "get_solver",
     "joint_loss",
     "library",
@@ -123,6 +125,7 @@ __all__ = [
     "read_solution",
     "register",
     "register_curvature",
+    "regression_coefficients",
     "selection_loss",
     "solve",
     "solve_path",

@@ -78,6 +78,7 @@ def export(
     path: Path | str | None = None,
     metadata: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    keep: int | None = None,
 ) -> Instance:
     """Turn a trained network into an instance.
 
@@ -101,7 +102,7 @@ def export(
         The part of a structured output that the loss is about, see `cbs_opt.instances.outputs`.
     source, curvature, blocks, batch, damping, relative_damping, dtype : optional
     sparsity, per_layer, nm, first_order, memory, keep_mask, nm_along, layers, keep_at_least : optional
-    fisher, seed : optional
+    fisher, seed, keep : optional
         See `cbs_opt.instances.recipe.Recipe`.
     exclude : sequence of str, optional
         Names or patterns of what is not to be pruned.
@@ -153,6 +154,7 @@ def export(
         keep_at_least,
         fisher,
         seed,
+        keep,
     )
     job = Export(
         model,

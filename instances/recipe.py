@@ -83,6 +83,8 @@ class Recipe:
         Labels that the gradients of kfac are taken for, see `fisher_terms`; empirical by default.
     seed : int
         Of the labels that `fisher` sampled draws.
+    keep : int, optional
+        Weights that stay, over all tensors together, instead of `sparsity`.
 
     Raises
     ------
@@ -108,6 +110,7 @@ class Recipe:
     keep_at_least: float | None = None
     fisher: Fisher | None = None
     seed: int = 0
+    keep: int | None = None
     form: Form = field(init=False)
     block_rule: str | int = field(init=False)
     entry: np.dtype[Any] = field(init=False)
@@ -129,6 +132,14 @@ class Recipe:
                 raise UsageError(f"`{name}` must be a finite number ≥ 0, got {value}")
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
             raise UsageError(f"`sparsity` must be between 0 and 1, got {self.sparsity}")
+        if self.keep is not None:
+            if isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 0:
+                raise UsageError(f"`keep` must be a whole number ≥ 0, got {self.keep!r}")
+            others = {"sparsity": self.sparsity is not None, "nm": self.nm is not None}
+            others |= {"per_layer": self.per_layer, "sparsity_per_layer": bool(self.layers)}
+            for name, given in others.items():
+                if given:
+                    raise UsageError(f"`keep` and `{name}` exclude each other: `keep` counts over all tensors")
         if self.nm is not None:
             N, M = self.nm
             if not 0 <= N <= M or M < 1:
@@ -194,6 +205,10 @@ class Recipe:
             return nm_budget(shapes, *self.nm, along=self.nm_along)
         sparsity = SPARSITY if self.sparsity is None else self.sparsity
         numbers = [int(np.prod(shape)) for shape in shapes]
+        if self.keep is not None:
+            if self.keep > sum(numbers):
+                raise UsageError(f"`keep` must be at most {sum(numbers)}, the number of weights, got {self.keep}")
+            return Budget(sum(numbers) - self.keep)
         if not self.per_layer:
             return Budget(number_of(sparsity, sum(numbers)))
         per_layer = np.array([number_of(sparsity, number) for number in numbers], dtype=np.int64)

@@ -96,6 +96,8 @@ class Method:
         Of the solver.
     memory : int, optional
         Bytes that the export may use.
+    keep : int, optional
+        Weights that stay in the end, instead of `sparsity`.
 
     Raises
     ------
@@ -135,6 +137,7 @@ class Method:
     seed: int = 0
     threads: int | None = None
     memory: int | None = None
+    keep: int | None = None
     own_batch: bool = field(init=False)
     dampings: tuple[float, ...] = field(init=False)
     scales: tuple[float, ...] = field(init=False)
@@ -287,6 +290,7 @@ class Method:
             fisher=(fisher or self.fisher) if self.source == "kfac" else None,
             seed=self.seed + stage - 1,
             memory=self.memory,
+            keep=self.keep,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -294,6 +298,8 @@ class Method:
         content = asdict(self)
         for name in ("own_batch", "dampings", "scales", "memory", "threads"):
             del content[name]
+        if self.keep is None:
+            del content["keep"]  # states of earlier versions have no such option
         return {
             name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
             for name, value in content.items()

@@ -4,7 +4,7 @@ Instances are paths relative to the file, with wildcards, or `library:NAME`, wit
 the settings of all solvers; each `[[solvers]]` may replace them::
 
     instances = ["library:mlp-output-*", "data/*.npz"]
-    sparsities = [0.5, "file"]
+    sparsities = [0.5, "file"]    # or keep = [5, 10], numbers of weights that stay
     seeds = [0, 1, 2]
     time_limit = 10.0
 
@@ -49,6 +49,8 @@ class SolverEntry:
         Canonical JSON of those that were given, converted to their types.
     objective : {"selection", "joint"}
     sparsities : tuple of float or "file"
+    keep : tuple of int
+        Numbers of weights that stay; further budgets, after those of `sparsities`.
     seeds : tuple of int
     time_limit : float or None
         Seconds.
@@ -61,6 +63,7 @@ class SolverEntry:
     parameters: str
     objective: str
     sparsities: tuple[Sparsity, ...]
+    keep: tuple[int, ...]
     seeds: tuple[int, ...]
     time_limit: float | None
     most_weights: int | None
@@ -106,6 +109,7 @@ _SETTINGS: dict[str, Check] = {
         lambda v: is_list(v, lambda s: s == "file" or is_number(s, 0, 1)),
         'a list of numbers between 0 and 1, or of "file" for the budget of the file',
     ),
+    "keep": (lambda v: is_list(v, lambda k: is_whole(k, 0)), "a list of whole numbers ≥ 0, of weights that stay"),
     "seeds": SEEDS,
     "time_limit": (lambda v: is_number(v, 1e-3, 1e9), "seconds, at least 0.001"),
     "objective": (lambda v: v in OBJECTIVES, "'selection' or 'joint'"),
@@ -126,7 +130,8 @@ _OF_SOLVER: dict[str, Check] = {
     **_SETTINGS,
 }
 _DEFAULTS: dict[str, Any] = {
-    "sparsities": ["file"],
+    "sparsities": None,
+    "keep": (),
     "seeds": [0],
     "time_limit": None,
     "objective": None,
@@ -195,7 +200,8 @@ class _Reader:
             label=table.get("label", name),
             parameters=json.dumps(given, sort_keys=True, separators=(",", ":")),
             objective=objective,
-            sparsities=tuple(settings["sparsities"]),
+            sparsities=tuple(_sparsities(settings)),
+            keep=tuple(settings["keep"]),
             seeds=tuple(settings["seeds"]),
             time_limit=None if settings["time_limit"] is None else float(settings["time_limit"]),
             most_weights=settings["most_weights"],
@@ -217,6 +223,13 @@ class _Reader:
 
     def _error(self, number: int | None, key: str | None, sentence: str) -> CbsError:
         return self.file.error(number, key, sentence)
+
+
+def _sparsities(settings: Mapping[str, Any]) -> list[Sparsity]:
+    """What is asked for; the budget of the file where neither sparsities nor numbers of kept weights are."""
+    if settings["sparsities"] is not None:
+        return list(settings["sparsities"])
+    return [] if settings["keep"] else ["file"]
 
 
 def unavailable(entry: SolverEntry) -> str | None:

@@ -7,7 +7,7 @@ import glob
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -129,10 +129,10 @@ def make_plan(configuration: Configuration) -> Plan:
         # One seed of every solver before the next seed: so workers that start together compile different kernels.
         for turn in range(max((len(entry.seeds) for entry in fitting), default=0)):
             for entry in (entry for entry in fitting if turn < len(entry.seeds)):
-                for budget in _budgets(instance, entry.sparsities):
+                for budget in _budgets(instance, entry):
                     task = _task(configuration, instance, entry, budget, entry.seeds[turn])
                     tasks.setdefault(task.key, task)
-        if instance.budget.groups is not None and any(set(entry.sparsities) != {"file"} for entry in entries):
+        if instance.budget.groups is not None and any(set(e.sparsities) != {"file"} or e.keep for e in entries):
             logger.info(f"{name} has a budget per group, and is solved with that only")
     if not tasks and not skipped:
         raise UsageError(f"{configuration.name}: no solver takes any of its instances")
@@ -168,14 +168,22 @@ def _task(configuration: Configuration, instance: Instance, entry: SolverEntry, 
     )
 
 
-def _budgets(instance: Instance, sparsities: Iterable[float | str]) -> list[int]:
-    """The different budgets, in the order of the sparsities; where there are groups only that of the file."""
+def _budgets(instance: Instance, entry: SolverEntry) -> list[int]:
+    """The different budgets, in the order of the entry; where there are groups only that of the file."""
+    if instance.budget.groups is not None:
+        return [instance.budget.total]
     found = []
-    for sparsity in sparsities:
-        if isinstance(sparsity, str) or instance.budget.groups is not None:
+    for sparsity in entry.sparsities:
+        if isinstance(sparsity, str):
             found.append(instance.budget.total)
         else:
             found.append(instance.with_sparsity(sparsity).budget.total)
+    for keep in entry.keep:
+        if keep > instance.n:
+            raise UsageError(
+                f"`keep` {keep} is more than the {instance.n} weights of {instance.path or 'an instance'}"
+            )
+        found.append(instance.with_kept(keep).budget.total)
     return list(dict.fromkeys(found))
 
 

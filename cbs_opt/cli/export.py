@@ -177,7 +177,7 @@ def _main(arguments: list[str]) -> int:
 
 def _share(job: Export, options: argparse.Namespace) -> str:
     """The share of the weights that are pruned, and whether it is the default."""
-    given = (options.sparsity, options.sparsity_per_layer, options.nm)
+    given = (options.sparsity, options.sparsity_per_layer, options.nm, options.keep)
     default = ", the default" if all(value is None for value in given) else ""
     return f"{job.budget.total / job.weights.size:.1%}{default}"
 
@@ -211,6 +211,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         fisher=options.fisher,
         seed=options.seed,
         memory=None if options.memory is None else int(options.memory * 1e9),
+        keep=options.keep,
     )
 
 

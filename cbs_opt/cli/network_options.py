@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbs_opt.cli.arguments import number_option, share_option
+from cbs_opt.cli.arguments import number_option, share_option, whole_option
 from cbs_opt.cli.common import Parser
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def add_budget_options(parser: Parser) -> None:
     """How many weights of which tensors are pruned."""
     add = parser.add_argument
     add("--sparsity", type=share_option, metavar="F", help="prune this fraction; default: 0.9")
+    add("--keep", type=whole_option(0), metavar="K", help="keep this many weights in all, instead of a sparsity")
     add(
         "--sparsity-per-layer",
         nargs="+",

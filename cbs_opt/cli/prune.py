@@ -234,6 +234,7 @@ def _method(options: argparse.Namespace) -> Method:
     rules = options.sparsity_per_layer
     return Method(
         sparsity=options.sparsity,
+        keep=options.keep,
         stages=options.stages,
         schedule=options.schedule,
         final_stages=options.final_stages,

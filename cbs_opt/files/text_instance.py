@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.files import instance_file
+from cbs_opt.files.instance_file import file_sha256
+from cbs_opt.files.instance_file import read_instance as read_archive
 from cbs_opt.files.paths import as_path
 from cbs_opt.files.qplib_text import read_qplib
 from cbs_opt.files.quadratic_text import QuadraticForm, read_qubo, read_ubqp
@@ -66,7 +67,7 @@ def read_instance(path: Path | str, budget: int | Callable[[int], int] | None = 
     """
     path = as_path(path)
     if not is_text(path):
-        instance = instance_file.read_instance(path)
+        instance = read_archive(path)
         return instance if budget is None else instance.with_budget(_number(budget, instance.n))
     form = read_form(path)
     try:
@@ -76,7 +77,7 @@ def read_instance(path: Path | str, budget: int | Callable[[int], int] | None = 
     except InstanceError as error:
         text = str(error) if budget is None else f"the budget does not fit: {error}"
         raise (InstanceError if budget is None else UsageError)(f"{path}: {text}") from None
-    return replace(instance, path=path, sha256=instance_file.file_sha256(path))
+    return replace(instance, path=path, sha256=file_sha256(path))
 
 
 def _number(budget: int | Callable[[int], int], n: int) -> int:

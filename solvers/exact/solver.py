@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cbs_opt.errors import OutputError, SolutionError, UsageError
+import numpy as np
+
+from cbs_opt.errors import OutputError, SolutionError, SolverError, UsageError
 from cbs_opt.files.atomic import check_writable
 from cbs_opt.instance import Instance
+from cbs_opt.losses import joint_loss
 from cbs_opt.monitor import Monitor
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.exact.kept_sets import PAIRS_PER_SECOND, KeptSets
+from cbs_opt.solvers.joint.rank_deficient import check_well_posed, is_rank_deficient
 from cbs_opt.solvers.joint.swap_search import JointSearch
 from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.problem.joint_problem import JointProblem
@@ -22,6 +27,10 @@ from cbs_opt.solvers.trees.prove import MAX_WEIGHTS, Prover, Report, check_size
 from cbs_opt.stop import Stop
 
 logger = logging.getLogger("cbs_opt")
+
+
+MOST_SECONDS = 600.0
+"""Estimated time up to which the kept sets of a singular problem are counted without a time limit."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +63,25 @@ class Exact(Solver):
     parameters: ExactParameters
 
     def check_supports(self, instance: Instance, context: Context) -> None:
-        """Refuse a singular Hessian for the joint problem, which needs its inverse."""
+        """Refuse a singular Hessian for the joint problem where too many weights are kept, or there are groups."""
         super().check_supports(instance, context)
-        if context.objective == "joint":
-            instance.curvature.check_regular()
+        if context.objective == "joint" and is_rank_deficient(instance):
+            check_well_posed(instance, self.name)
+            if instance.budget.groups is not None:
+                raise SolverError(
+                    "solver 'exact' cannot take the instance: the Hessian is singular, and with groups the kept "
+                    "sets are not counted: 'joint' searches, and a positive damping allows a proof"
+                )
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve, check sizes."""
         if self.parameters.certificate is not None:
             check_target(instance, self.parameters.certificate)
         check_size(instance, context.objective)
+        self._singular = context.objective == "joint" and is_rank_deficient(instance)
+        if self._singular:
+            loading.request("joint")
+            return
         problem = SelectionProblem(instance) if context.objective == "selection" else JointProblem(instance)
         self._prover = Prover(problem)
         heuristic = self.parameters.effort and problem.n >= self.parameters.heuristic
@@ -71,6 +89,11 @@ class Exact(Solver):
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Find a first incumbent, prove, and write the certificate if one is requested."""
+        if self._singular:
+            if self.parameters.certificate is not None:
+                context.extras["certificate"] = {"error": "the Hessian is singular"}
+                logger.warning("no certificate: the Hessian is singular, and the proof counts the kept sets")
+            return self._count(instance, context)
         status = self._prove(instance, context)
         if self.parameters.certificate is not None:
             self._certify(Path(self.parameters.certificate), instance, context)
@@ -85,6 +108,38 @@ class Exact(Solver):
         if self.parameters.effort and prover.problem.n >= self.parameters.heuristic:
             self._heuristic(instance, context)
         return prover.run(context)
+
+    def _count(self, instance: Instance, context: Context) -> Status:
+        """Search, then count all kept sets of a singular problem, if that takes no longer than what remains."""
+        monitor = context.monitor
+        steps = Stop(max_iterations=max(1, 10 * self.parameters.effort), should_stop=monitor.should_stop)
+        inner = replace(context, monitor=Monitor(steps), threads=1, extras={})
+        search = JointSearch()
+        search.check_supports(instance, inner)
+        search.prepare(instance, inner)
+        search.run(instance, inner)
+        if inner.monitor.pruned is not None:
+            monitor.report(joint_loss(instance, inner.monitor.pruned), inner.monitor.pruned)
+        monitor.report_bound(0.0)
+        sets = KeptSets(instance)
+        seconds = sets.work / PAIRS_PER_SECOND
+        allowed = MOST_SECONDS if monitor.stop.time_limit is None else 2.0 * monitor.remaining
+        if monitor.closed or seconds > allowed:
+            if not monitor.closed:
+                logger.info(
+                    "the Hessian is singular: only counting all kept sets proves an optimum, about "
+                    f"{seconds:.0f} s; a damping allows other bounds"
+                )
+            return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+        finished = sets.run(monitor.should_stop)
+        pruned = sets.mask()
+        if pruned is not None:
+            monitor.report(joint_loss(instance, pruned), pruned)
+        if finished and monitor.objective is not None:
+            whole = joint_loss(instance, np.ones(instance.n, dtype=bool))
+            least = whole - sets.gain - 1e-14 * whole / sets.least_pivot
+            monitor.report_bound(min(max(least, 0.0), monitor.objective))
+        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
     def _heuristic(self, instance: Instance, context: Context) -> None:
         """A first incumbent from a heuristic of the package, after a fixed number of its iterations."""

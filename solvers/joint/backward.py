@@ -25,6 +25,7 @@ from cbs_opt.solvers.joint.elimination import (
     Removal,
     UncoupledElimination,
 )
+from cbs_opt.solvers.joint.rank_deficient import check_well_posed, is_rank_deficient, search_singular
 from cbs_opt.solvers.joint.stages import Stages, complete
 from cbs_opt.solvers.kernels import loading
 from cbs_opt.typing import BoolArray, IntArray
@@ -61,23 +62,33 @@ class BackwardElimination(Solver):
     parameters: BackwardParameters
 
     def check_supports(self, instance: Instance, context: Context) -> None:
-        """Refuse a singular Hessian."""
+        """Refuse a singular Hessian with too many kept weights."""
         super().check_supports(instance, context)
-        instance.curvature.check_regular()
+        if is_rank_deficient(instance):
+            check_well_posed(instance, self.name)
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile."""
+        self._singular = is_rank_deficient(instance)
         loading.wait("joint", should_stop=context.monitor.should_stop)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Eliminate; when stopped early, the cheapest of the remaining weights complete the selection."""
         monitor = context.monitor
-        pruned = eliminate(
-            instance, self.parameters.stage, monitor.should_stop, context.workers, lambda: monitor.remaining
-        )
+        if self._singular:
+            status = search_singular(instance, context, self._eliminate)
+            monitor.advance(instance.budget.total)
+            return status
+        pruned = self._eliminate(instance, context)
         monitor.advance(instance.budget.total)
         monitor.report(joint_loss(instance, pruned), pruned)
         return Status.CONVERGED
+
+    def _eliminate(self, instance: Instance, context: Context) -> BoolArray:
+        monitor = context.monitor
+        return eliminate(
+            instance, self.parameters.stage, monitor.should_stop, context.workers, lambda: monitor.remaining
+        )
 
 
 _FASTER = 4.0  # single precision products of a stage, against an exact elimination, per operation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from cbs_opt.solvers.joint import backward
 from cbs_opt.solvers.joint.bulk_exchange import exchange_in_bulk
 from cbs_opt.solvers.joint.lagrangian_bound import improve_bound
 from cbs_opt.solvers.joint.moves import KEPT_LIMIT, JointMoves
+from cbs_opt.solvers.joint.rank_deficient import check_well_posed, is_rank_deficient, search_singular
 from cbs_opt.solvers.joint.tableau import Tableau
 from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
@@ -82,14 +84,19 @@ class JointSearch(Solver):
     parameters: JointParameters
 
     def check_supports(self, instance: Instance, context: Context) -> None:
-        """Refuse a singular Hessian."""
+        """Refuse a singular Hessian with too many kept weights."""
         super().check_supports(instance, context)
-        instance.curvature.check_regular()
+        if is_rank_deficient(instance):
+            check_well_posed(instance, self.name)
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile; find out whether the rows of layers share Hessians."""
         self._prover: prove.Prover | None = None
         self._layered: LayeredInstance | None = None
+        self._singular = is_rank_deficient(instance)
+        if self._singular:
+            loading.request("joint")
+            return
         sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
         provable = prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop)
         if not provable and (layered := layered_instance(instance, "joint")) is not None:
@@ -108,6 +115,8 @@ class JointSearch(Solver):
     def run(self, instance: Instance, context: Context) -> Status:
         """Start, descend, and search until told to stop."""
         monitor = context.monitor
+        if self._singular:
+            return search_singular(instance, context, self._eliminated, self._search_copy)
         if self._layered is not None:
             return self._layered.run(context, self.parameters.bound_share if self.parameters.bound_steps else 0.0)
         pruned = context.warm_start
@@ -156,6 +165,22 @@ class JointSearch(Solver):
         if self._prover is not None and not monitor.should_stop() and not monitor.closed:
             return prove.prove_within(self._prover, context)
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+
+    def _eliminated(self, copy: Instance, context: Context) -> BoolArray:
+        """Backward elimination of the damped copy of a singular instance."""
+        monitor = context.monitor
+        if not loading.wait("joint", should_stop=monitor.should_stop):
+            return copy.budget.cheapest(np.abs(copy.weights), copy.fixed)
+        return backward.eliminate(
+            copy, self.parameters.stage, monitor.should_stop, context.workers, lambda: monitor.remaining
+        )
+
+    def _search_copy(self, copy: Instance, context: Context) -> None:
+        """Descent and tabu search on the damped copy; its bounds would not hold."""
+        inner = JointSearch(dataclasses.asdict(self.parameters) | {"bound_steps": 0, "proof": 0})
+        inner.check_supports(copy, context)
+        inner.prepare(copy, context)
+        inner.run(copy, context)
 
     def _note_drift(self, moves: JointMoves, value: float, context: Context) -> None:
         """Keep the largest relative error of the doubled loss, and warn if it is not small.

@@ -11,6 +11,7 @@ from cbs_opt.errors import SolverError
 from cbs_opt.instance import Instance
 from cbs_opt.monitor import Monitor
 from cbs_opt.solver import Context
+from cbs_opt.solvers.joint.rank_deficient import is_rank_deficient
 from cbs_opt.solvers.joint.swap_search import JointSearch
 from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.kernels.warm_up import warm_up_products
@@ -62,8 +63,11 @@ def check_objective(instance: Instance, context: Context, formulation: str) -> N
     wrong = {"joint": "rlt", "selection": "perspective"}[context.objective]
     if formulation == wrong:
         raise SolverError(f"`formulation` '{wrong}' does not apply to the objective '{context.objective}'")
-    if context.objective == "joint":
-        instance.curvature.check_regular()
+    if context.objective == "joint" and is_rank_deficient(instance):
+        raise SolverError(
+            "the model of the joint objective needs a positive definite Hessian, this one is singular: a positive "
+            "damping is needed, or 'joint' and 'exact' for few kept weights"
+        )
 
 
 class Start:
