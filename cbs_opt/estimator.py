@@ -232,10 +232,10 @@ class BestSubsetRegressor(_BestSubset):
         ValueError
             One sentence, for data or parameters that do not fit.
         """
-        X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=2)
+        data, target = _samples(self, X, y)
         try:
             instance = from_regression(
-                X, y, self.ridge, keep=_checked_size(self.k, X.shape[1]), intercept=self.fit_intercept,
+                data, target, self.ridge, keep=_checked_size(self.k, data.shape[1]), intercept=self.fit_intercept,
                 standardize=self.standardize,
             )  # fmt: skip
             result = solve(
@@ -299,24 +299,24 @@ class BestSubsetRegressorCV(_BestSubset):
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Find the size by cross-validation and fit it on all samples; errors as `BestSubsetRegressor.fit`."""
-        X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=2)
-        folds = list(check_cv(self.cv).split(X, y))
+        data, target = _samples(self, X, y)
+        folds = list(check_cv(self.cv).split(data, target))
         options: dict[str, Any] = {
             "fit_intercept": self.fit_intercept, "standardize": self.standardize, "solver": self.solver,
             "time_limit": self.time_limit, "parameters": self.parameters, "seed": self.random_state,
             "threads": self.threads,
         }  # fmt: skip
         try:
-            sizes = self._sizes(X, folds)
+            sizes = self._sizes(data, folds)
             errors = []
             for train, test in folds:
-                path = best_subset_path(X[train], y[train], sizes, self.ridge, **options)
-                predicted = X[test] @ path.coefficients.T + path.intercepts
-                errors.append(((predicted - y[test][:, None]) ** 2).mean(axis=0))
+                path = best_subset_path(data[train], target[train], sizes, self.ridge, **options)
+                predicted = data[test] @ path.coefficients.T + path.intercepts
+                errors.append(((predicted - target[test][:, None]) ** 2).mean(axis=0))
             self.ks_, self.mse_path_ = path.keep, np.array(errors).T
             self.k_ = int(self.ks_[int(np.argmin(self.mse_path_.mean(axis=1)))])
             instance = from_regression(
-                X, y, self.ridge, keep=self.k_, intercept=self.fit_intercept, standardize=self.standardize
+                data, target, self.ridge, keep=self.k_, intercept=self.fit_intercept, standardize=self.standardize
             )
             del options["fit_intercept"], options["standardize"]
             stop = Stop(time_limit=options.pop("time_limit"))
@@ -337,6 +337,12 @@ class BestSubsetRegressorCV(_BestSubset):
             least = min(int(np.linalg.matrix_rank(X[train] - X[train].mean(axis=0))) for train, _ in folds)
             most = most if least == n else max(1, min(most, least - 1))
         return list(range(1, most + 1))
+
+
+def _samples(estimator: BaseEstimator, X: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """X (m, n) and y (m,) in float64, checked as scikit-learn does; at least two samples."""
+    data, target = validate_data(estimator, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=2)
+    return np.asarray(data, np.float64), np.asarray(target, np.float64)
 
 
 def _checked_size(k: Any, n: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cbs_opt.budget import Budget
 from cbs_opt.curvature import GradientFactor
 from cbs_opt.errors import UsageError
 from cbs_opt.files.quadratic_text import STATED
@@ -138,7 +139,7 @@ def from_regression(
         },
         STATED: {"sense": "minimize", "constant": constant_term},
     }
-    budget = 0 if keep is None else n - int(keep)
+    budget = Budget(0 if keep is None else n - int(keep))
     return Instance(w, GradientFactor(np.ascontiguousarray(rows), float(ridge)), budget, metadata=metadata)
 
 
