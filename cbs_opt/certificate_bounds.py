@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cbs_opt.certificate_counting import least_rise
 from cbs_opt.errors import SolutionError
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
@@ -48,6 +49,9 @@ class Part(Protocol):
 
     def floor(self) -> tuple[float, FloatArray]:
         """A cheap lower bound: a constant, and a price (m,) for every pruned weight."""
+
+    def counted(self, state: States, kept: int) -> float:
+        """A lower bound on the loss of all selections that keep this many of the open weights, by enumeration."""
 
     def undecided(self, state: States, frame_state: States) -> BoolArray:
         """The weights that a point at a node has an entry for, bool (m,)."""
@@ -91,6 +95,10 @@ class SelectionPart:
     def leaps(self, state: States) -> FloatArray:
         """Nothing."""
         return np.full(self.index.size, -np.inf)
+
+    def counted(self, state: States, kept: int) -> float:
+        """Not offered: trees of the selection problem have no counted leaves."""
+        raise SolutionError("only leaves of the joint problem can be counted")
 
     def floor(self) -> tuple[float, FloatArray]:
         """c, by Q ⪰ 0."""
@@ -232,6 +240,19 @@ class JointPart:
         out[rest] = loss + 0.5 * u**2 / inverse * (1.0 - 1e-12)
         return out
 
+    def reduced(self, state: States) -> tuple[IntArray, FloatArray, FloatArray, float]:
+        """The open weights with the kept ones eliminated: their places, Hessian, minimiser, and the loss there."""
+        is_open = state < 0
+        rest, L, s, u, loss = self.minimum(state, is_open)
+        first = rest.size - int(is_open.sum())
+        corner, s = L[first:, first:], s[first:]
+        return rest[first:], (corner @ corner.T) / s[:, None] / s, u[first:], loss
+
+    def counted(self, state: States, kept: int) -> float:
+        """The loss without a choice, plus the least rise among the open weights."""
+        _, M, v, loss = self.reduced(state)
+        return loss + least_rise(M, v, kept)
+
     def floor(self) -> tuple[float, FloatArray]:
         """What is pruned already."""
         return self.value(self.state), np.zeros(self.state.size)
@@ -252,13 +273,7 @@ class JointFrame:
     def __init__(self, part: JointPart, state: States, diagonal: FloatArray | None) -> None:
         if diagonal is None or not (diagonal > 0).all():
             raise SolutionError("a bound of the joint problem needs a positive diagonal")
-        is_open = state < 0
-        rest, L, s, u, self.extra = part.minimum(state, is_open)
-        m = int(is_open.sum())
-        self.at, self.v = rest[rest.size - m :], u[rest.size - m :]
-        s = s[rest.size - m :]
-        corner = L[rest.size - m :, rest.size - m :]
-        M = (corner @ corner.T) / s[:, None] / s
+        self.at, M, self.v, self.extra = part.reduced(state)
         self.d = diagonal  # of the open weights in their order
         self.R = M
         for back in (1e-13, 1e-11, 1e-9, 1e-6, 1e-4, 1e-2, 1.0):
@@ -297,6 +312,8 @@ def _solve(L: FloatArray, b: FloatArray, lower: bool) -> FloatArray:
 
 def _is_definite(R: FloatArray, diagonal: FloatArray) -> bool:
     """Whether R is positive definite beyond rounding, in units of `diagonal`."""
+    if not (np.diag(R) > 0).all():
+        return False
     s = 1.0 / np.sqrt(diagonal)
     unit = R * s[:, None] * s
     unit[np.diag_indices_from(unit)] -= _EPS * len(R)

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbs_opt.certificate_bounds import Frame, Part, States
+from cbs_opt.certificate_counting import MOST_OF_CERTIFICATE, selections
 from cbs_opt.errors import SolutionError
 from cbs_opt.files.certificate_file import (
+    COUNT,
     FRAME,
     INHERIT,
     LEAF,
@@ -96,6 +98,7 @@ class Streams:
     diagonal: int = 0
     code: int = 0
     number: int = 0
+    counted: int = 0  # selections of counted leaves
 
     def __post_init__(self) -> None:
         self.bits = np.unpackbits(self.certificate.codes)
@@ -185,8 +188,8 @@ class TreeCheck:
                 raise SolutionError("`diagonals` has NaN or infinite entries")
             context = _Context(part.frame(state, diagonal, self.left), state.copy(), None)
         how &= ~FRAME
-        if how not in (NOTHING, POINT, INHERIT, VALUE):
-            raise SolutionError(f"`how` must be one of 0 … 3 and {FRAME} … {FRAME + 3}, got {how}")
+        if how not in (NOTHING, POINT, INHERIT, VALUE, COUNT):
+            raise SolutionError(f"`how` must be one of 0 … 4 and {FRAME} … {FRAME + 4}, got {how}")
         if how == POINT:
             if context.frame is None:
                 context = _Context(part.frame(part.state, None, self.left), part.state, None)
@@ -255,10 +258,15 @@ class TreeCheck:
             if self._size > _CHUNK:
                 self._evaluate()
             return
+        forced_state = settled(state, self._open, self._group, self.left)
+        if how == COUNT:
+            if fixings or not closed:
+                raise SolutionError("only a leaf that decides nothing can be counted")
+            self.bound = min(self.bound, self._count(forced_state))
+            return
         if how != VALUE:
             self.bound = -np.inf
             return
-        forced_state = settled(state, self._open, self._group, self.left)
         if fixings:
             if any(value == 1 for _, value in fixings):
                 raise SolutionError("a node prunes a weight without a point that justifies it")
@@ -268,6 +276,18 @@ class TreeCheck:
                 self.bound = min(self.bound, self.part.value(forced_state))
         if closed:
             self.bound = min(self.bound, self.part.value(forced_state))
+
+    def _count(self, state: States) -> float:
+        """The least loss of the selections that a leaf leaves, in one group."""
+        free, need = counts(state, self._open, self._group, self.left)
+        undecided = np.flatnonzero(free)
+        if undecided.size != 1:
+            raise SolutionError("a counted leaf must leave a choice in exactly one group")
+        count, left = int(free[undecided[0]]), int(need[undecided[0]])
+        self.streams.counted += selections(count, left)
+        if self.streams.counted > MOST_OF_CERTIFICATE:
+            raise SolutionError(f"more than {MOST_OF_CERTIFICATE} selections are to be counted")
+        return self.part.counted(state, count - left)
 
     def _possible(self, state: States) -> bool:
         free, need = counts(state, self._open, self._group, self.left)

@@ -17,9 +17,9 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
 FORMAT = "cbs-certificate"
 VERSION = 1
 
-NOTHING, POINT, INHERIT, VALUE = range(4)
+NOTHING, POINT, INHERIT, VALUE, COUNT = range(5)
 """What bounds a node: no feasible selection, a point of its own, the last point above it, what its pruned weights
-cost."""
+cost, (leaves of the joint problem) all selections that are left, one by one."""
 FRAME = 16
 """Added if a node has a new diagonal, which holds for the nodes below it too."""
 LEAF, SINGLE = -1, -2

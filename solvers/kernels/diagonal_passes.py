@@ -32,27 +32,3 @@ def selection_pass(W, x, d, mu, col):
             Wk = W[k]
             for j in range(n):
                 Wk[j] += f * col[j]
-
-
-@entry_fast
-def joint_pass(W, d, omega, mu, low, col):
-    """One coordinate step each towards W_ii = ω_i / μ: ascent in Σ ω d + μ log det(M − D), d ≥ low."""
-    n = W.shape[0]
-    for i in range(n):
-        h = W[i, i]
-        a = min(max(omega[i] / (mu * h), 0.2), 5.0)
-        delta = (1.0 - 1.0 / a) / h
-        if d[i] + delta < low[i]:
-            delta = low[i] - d[i]
-            a = 1.0 / (1.0 - delta * h)
-        if abs(a - 1.0) < 1e-3:
-            continue
-        d[i] += delta
-        s = delta * a
-        for k in range(n):
-            col[k] = W[i, k]
-        for k in range(n):
-            f = s * col[k]
-            Wk = W[k]
-            for j in range(n):
-                Wk[j] += f * col[j]

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
+from cbs_opt.solvers.kernels.counting import count_node
 from cbs_opt.solvers.kernels.dense_numba import cholesky, entry, inner, invert_factor, kth_largest, solve
 from cbs_opt.solvers.kernels.perspective_relaxation import best_theta, relax
-from cbs_opt.solvers.kernels.stack_layout import BRANCH, FOUND, LEVEL, NODES, PENDING, POINT, QLEVEL, ROOT, VALUE
+from cbs_opt.solvers.kernels.stack_layout import (
+    BRANCH,
+    COUNTED,
+    FOUND,
+    LEVEL,
+    NODES,
+    PENDING,
+    POINT,
+    QLEVEL,
+    ROOT,
+    VALUE,
+)
 
 DONE, MORE, CROWDED = range(3)
 """What `run` returns: nothing left, the nodes are used up, no room for another level."""
@@ -259,9 +271,11 @@ def reduced_costs(u, y, d, kept, gone, gp, G, R, price, slack):
 def run(
     budget, tol, atol, shared, M0, c0, v0, const, extra, st, meta, TH, LB, U, Y, K, R,
     pool, off, gps, idx, dgs, ds, cs, sbest, best, S, A, B, sc, x, h, key, e, rd, point, gone,
-    sel, price, trial, loc,
+    sel, price, trial, loc, cap, work, vectors, chosen,
 ):  # fmt: skip
-    """As `selection_tree.run`. `extra` is what the columns outside have cost, const = extra + ½ vᵀMv.
+    """As `selection_tree.run`. Nodes of one group that leave few selections are enumerated, up to `cap` of a node.
+
+    `extra` is what the columns outside have cost, const = extra + ½ vᵀMv.
 
     sbest: 1 = kept. The relaxed point of the last node stays in `point`, over the columns of level st[POINT].
     """
@@ -348,6 +362,24 @@ def run(
                 q += 1
         if not alive:
             continue
+        if G == 1 and free > 0 and cap > 0:
+            settled, broken = count_node(
+                M, c, dg, d, u, y, kept, m, R[C, 0], const, thr, cap, work, vectors, loc, chosen, gone
+            )
+            if broken:
+                for i in range(n):
+                    sel[i] = 0
+                for i in range(m):
+                    sel[idx[q, i]] = gone[i]
+                fr = extra + kept_value(M0, c0, v0, sel, n, A, x, sc, S, e)
+                if fr < best[0] and fr < shared[0]:
+                    best[0] = fr
+                    st[FOUND] += 1
+                    for i in range(n):
+                        sbest[i] = sel[i]
+            if settled:
+                st[COUNTED] += 1
+                continue
         if free == 0 or pend == ROOT or st[NODES] % 16 == 0:
             fr = extra + round_value(u, d, kept, gp, G, R[C], idx[q], M0, c0, v0, n, sel, key, A, x, sc, S, e)
             if fr < best[0] and fr < shared[0]:

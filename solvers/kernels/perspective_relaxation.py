@@ -174,12 +174,18 @@ def best_prices(u, y, d, kept, gp, G, R, th, key):
 
 @entry
 def relax(u, y, M, c, dg, d, rd, kept, gp, G, R, th, const, thr, S, A, sc, x, h, key, price, trial):
-    """Improve u until the bound passes thr or settles.
+    """Improve u until the bound passes thr or settles; u stays where the descent only makes the bound worse.
 
     Returns the best bound and the last one, whose θ are in `price`. th: θ of the descent, a start for the next.
     """
     m = gp[G]
-    best = -np.inf
+    best_prices(u, y, d, kept, gp, G, R, price, key)
+    first = dual(u, y, c, d, kept, gp, G, R, price, const)
+    if first >= thr:
+        return first, first
+    first_u = u[:m].copy()
+    first_y = y[:m].copy()
+    best = first
     last = -np.inf
     lb = -np.inf
     for it in range(25 if G == 1 else 60):
@@ -201,4 +207,10 @@ def relax(u, y, M, c, dg, d, rd, kept, gp, G, R, th, const, thr, S, A, sc, x, h,
         if lb >= thr or (it > 0 and lb - last <= 0.01 * (thr - lb)):
             break
         last = lb
+    if lb < first:
+        for i in range(m):
+            u[i] = first_u[i]
+            y[i] = first_y[i]
+        best_prices(u, y, d, kept, gp, G, R, price, key)
+        lb = first
     return best, lb

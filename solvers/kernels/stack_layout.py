@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-LEVEL, NODES, FOUND, POINT = range(4)
+LEVEL, NODES, FOUND, POINT, COUNTED = range(5)
 """Entries of the state of a tree: top frame (−1: empty), nodes worked on, incumbents found.
 
-POINT, of joint trees only, is the level of the last relaxed point (−1: the last node had none).
+POINT and COUNTED are of joint trees only: the level of the last relaxed point (−1: the last node had none), and
+the nodes that were settled by enumeration.
 """
 
 QLEVEL, BRANCH, PENDING, VALUE = range(4)

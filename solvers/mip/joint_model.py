@@ -95,10 +95,9 @@ class ScaledJoint:
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         keep = (counts - self.budget).astype(np.int64)
         M = np.ascontiguousarray(self.M[np.ix_(order, order)])
-        A = np.ascontiguousarray(self.A[np.ix_(order, order)])
         v = self.v[order]
         size = max(self.value_limit, 1e-300)
-        d = best_diagonal(M, A, v, starts, keep, size) * (1 - _ROOM)
+        d = best_diagonal(M, v, starts, keep, size)[0] * (1 - _ROOM)
         c, whole = -M @ v, 0.5 * float(v @ M @ v)
         relaxation = PerspectiveRelaxation(starts)
         low, high = v - np.sqrt(2 * size), v + np.sqrt(2 * size)

@@ -17,17 +17,31 @@ from cbs_opt.typing import FloatArray, Int8Array
 _FIRST_SLICE = 40
 _SHARE_NODES = 400  # nodes after which a worker shares when others wait
 
-DIAGONAL_NODES = 2.0
-"""Nodes per variable after which another diagonal is tried: about what finding it costs."""
-
-DIAGONAL_GAIN = 0.15
-"""Share of the gap that another diagonal must close."""
-
 DIAGONAL_SIZE = 12
 """Open variables from which on another diagonal is tried."""
 
-DIVE_NODES = 50.0
-"""Nodes per variable after which a subproblem goes back to the queue."""
+
+class Patience:
+    """How long subproblems are worked on between two diagonals: short where diagonals pay, long where they do not.
+
+    It depends on bounds only, not on time, so that a tree of one thread is reproducible.
+    """
+
+    def __init__(self) -> None:
+        self._nodes = 4.0  # per variable
+
+    def before_diagonal(self, size: int) -> float:
+        """Nodes after which another diagonal is tried."""
+        return 0.5 * self._nodes * size
+
+    def of_dive(self, size: int) -> float:
+        """Nodes after which a subproblem goes back to the queue."""
+        return 2.0 * self._nodes * size
+
+    def is_better(self, gain: float, gap: float) -> bool:
+        """Whether a diagonal that closes `gain` of a gap is kept; learns from it."""
+        self._nodes = max(self._nodes / 1.5, 1.0) if gain > 0.05 * gap else min(2.0 * self._nodes, 25.0)
+        return gain > 0.01 * gap
 
 
 class Subproblem(NamedTuple):
@@ -77,8 +91,8 @@ class Worker(Protocol):
     def export(self) -> list[Subproblem]:
         """The open nodes; the tree is empty afterwards."""
 
-    def better_diagonal(self) -> FloatArray | None:
-        """Another diagonal for the subproblem, float64 (n,)."""
+    def better_relaxation(self) -> tuple[FloatArray, FloatArray | None] | None:
+        """Another diagonal for the subproblem, float64 (n,), and a point to start its relaxation from."""
 
 
 class BestFirst:
@@ -114,6 +128,7 @@ class BestFirst:
         self._stopping = False
         self._threads = 1
         self.nodes = self.diagonals = 0
+        self._patience = Patience()
         self._push(root)
 
     def new_worker(self, shared: FloatArray | None = None) -> Worker:
@@ -235,11 +250,11 @@ class BestFirst:
             if worker.crowded() or pause():
                 return
             if not tried:
-                if done >= DIAGONAL_NODES * size:
+                if done >= self._patience.before_diagonal(size):
                     tried, done = True, 0
                     sub = self._try_diagonal(worker, sub, me)
                     size = worker.size
-            elif done >= DIVE_NODES * size or (
+            elif done >= self._patience.of_dive(size) or (
                 done >= _SHARE_NODES and not self._heap and len(self._busy) < self._threads
             ):
                 return
@@ -247,15 +262,16 @@ class BestFirst:
 
     def _try_diagonal(self, worker: Worker, sub: Subproblem, me: int) -> Subproblem:
         """Another diagonal where it lifts the subproblem's bound enough; else the old open nodes go on."""
-        diagonal = worker.better_diagonal()
-        if diagonal is None:
+        better = worker.better_relaxation()
+        if better is None:
             return sub
+        diagonal, start = better
         before = worker.bound()
         left = worker.export()
-        worker.load(sub._replace(diagonal=diagonal))
+        worker.load(sub._replace(diagonal=diagonal, start=sub.start if start is None else start))
         more = worker.run(1)
         self._merge(worker, me)
-        if not more or worker.bound() - before > DIAGONAL_GAIN * (self.threshold - before):
+        if not more or self._patience.is_better(worker.bound() - before, self.threshold - before):
             self.diagonals += 1
             return sub
         worker.export()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cbs_opt.interrupt import Interrupted
 from cbs_opt.solvers.kernels import joint_tree
 from cbs_opt.solvers.kernels.stack_layout import FOUND
 from cbs_opt.solvers.kernels.tableau_elimination import eliminate
@@ -19,6 +20,17 @@ from cbs_opt.solvers.trees.stack import JointSnapshot, TreeWorker
 from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 _MOST_ENTRIES = 4 * 10**7  # of the stack of levels, where the worst case would take more
+
+
+_LARGEST_DIAGONAL = 400  # weights up to which a diagonal is fitted, in about two seconds there
+_COUNTING_ROOM = 10**5  # entries that enumeration may use where a tree is small
+_COUNTED_PER_NODE = 0.1  # sets looked at in about the time that a node takes, over the cube of its columns
+_MOST_COUNTED = 2 * 10**8  # of one node, so that a limit is kept
+
+
+def counted_sets(n: int) -> int:
+    """Sets that a node of n weights may enumerate instead of branching."""
+    return int(min(_COUNTED_PER_NODE * float(n) ** 3, _MOST_COUNTED))
 
 
 @dataclass
@@ -86,6 +98,10 @@ class JointWorker(TreeWorker):
         self._work, self._point = tuple(zeros(n + 2) for _ in range(6)), zeros(n + 2)
         self._marks = (zeros(n, np.int8), zeros(n, np.int8))
         self._prices = (zeros(G), zeros(G), zeros(n, np.int64))
+        self.most_counted = counted_sets(n)
+        self._counting = (
+            zeros(max(4 * n * n, _COUNTING_ROOM)), zeros((4, n + 2)), zeros((3, n + 2), np.int64)
+        )  # fmt: skip
         self._crowded = False
 
     def load(self, subproblem: Subproblem) -> None:
@@ -140,7 +156,7 @@ class JointWorker(TreeWorker):
             nodes, self._tolerance, self._rounding, self._shared, *self._data, self._state, self._entries,
             self._theta, self._bounds, self._U, self._Y, self._kept, self._R, self._pool, *self._levels,
             *self._level_data, found, self.best, self._S, self._A, self._B, *self._work, self._point, *self._marks,
-            *self._prices,
+            *self._prices, self.most_counted, *self._counting,
         )  # fmt: skip
         if self._state[FOUND] > before:
             self.selection = self._fixings.copy()
@@ -186,15 +202,19 @@ class JointWorker(TreeWorker):
         u[found[0]] = found[1]
         return u
 
-    def better_diagonal(self) -> FloatArray | None:
-        """A diagonal for the subproblem; zero on the weights that it decides."""
-        if self._root is None:
+    def better_relaxation(self) -> tuple[FloatArray, FloatArray] | None:
+        """A diagonal for the subproblem and a point to start from; zero on the weights that it decides."""
+        if self._root is None or self.size > _LARGEST_DIAGONAL:
             return None
-        open_, A, M, v, starts, keep, extra = self._root
+        open_, _, M, v, starts, keep, extra = self._root
         scale = max(self._shared[0] - extra, 1e-3 * self._shared[0])
-        full = np.zeros(self.problem.n)
-        full[open_] = best_diagonal(M, A, v, starts, keep, scale)
-        return full
+        scale = scale if np.isfinite(scale) else 0.5 * float(v @ M @ v)
+        full = np.zeros((2, self.problem.n))
+        try:
+            full[:, open_] = best_diagonal(M, v, starts, keep, scale)
+        except (np.linalg.LinAlgError, Interrupted):
+            return None
+        return full[0], full[1]
 
 
 @dataclass

@@ -13,15 +13,15 @@ from collections.abc import Callable
 import numpy as np
 
 from cbs_opt.certificate_bounds import Frame, Part, States
+from cbs_opt.certificate_counting import MOST_OF_CERTIFICATE, MOST_OF_LEAF, selections
 from cbs_opt.certificate_tree import counts, forced, least, settled
-from cbs_opt.files.certificate_file import NOTHING, POINT, VALUE
-from cbs_opt.solvers.kernels.stack_layout import ROOT
+from cbs_opt.files.certificate_file import COUNT, NOTHING, POINT, VALUE
+from cbs_opt.solvers.kernels.counting import SETS_BEFORE_PRICES
+from cbs_opt.solvers.kernels.stack_layout import COUNTED, ROOT
 from cbs_opt.solvers.problem.joint_problem import condition
 from cbs_opt.solvers.trees.best_first import (
-    DIAGONAL_GAIN,
-    DIAGONAL_NODES,
     DIAGONAL_SIZE,
-    DIVE_NODES,
+    Patience,
     Subproblem,
 )
 from cbs_opt.solvers.trees.joint_worker import JointWorker
@@ -65,6 +65,7 @@ class Recorder:
         self.part, self.left, self.threshold = part, left, threshold
         self.worker: SelectionWorker | JointWorker = worker
         self.place, self.unit, self.stiffness = place, unit, stiffness
+        self._patience = Patience()
         self.nodes = 0
         self.cut = False
         self.root_point: tuple[Frame, FloatArray] | None = None
@@ -99,10 +100,10 @@ class Recorder:
         tried = size < DIAGONAL_SIZE
         while self._step():
             done += 1
-            if not tried and done >= DIAGONAL_NODES * size:
+            if not tried and done >= self._patience.before_diagonal(size):
                 tried, done = True, 0
                 out += self._try_diagonal(sub, node, state)
-            elif worker.crowded() or done >= DIVE_NODES * size or self.nodes >= most or should_stop():
+            elif worker.crowded() or done >= self._patience.of_dive(size) or self.nodes >= most or should_stop():
                 break
         return out + self._export()
 
@@ -111,14 +112,15 @@ class Recorder:
     ) -> list[tuple[float, Subproblem, Node, States]]:
         """Start again with another diagonal where it closes enough of the gap; else the open nodes, but one."""
         worker = self.worker
-        diagonal = worker.better_diagonal()
-        if diagonal is None:
+        better = worker.better_relaxation()
+        if better is None:
             return []
+        sub = sub._replace(diagonal=better[0], start=sub.start if better[1] is None else better[1])
         before, left = worker.bound(), self._export()
         trial = Node()
-        if self._load(sub._replace(diagonal=diagonal), trial, state):
+        if self._load(sub, trial, state):
             more = self._step()
-            if more and worker.bound() - before <= DIAGONAL_GAIN * (worker.snapshot().limit - before):
+            if more and not self._patience.is_better(worker.bound() - before, worker.snapshot().limit - before):
                 worker.export()
                 left.sort(key=lambda old: old[0])
                 self._load(*left[0][1:])
@@ -269,9 +271,11 @@ class JointRecorder(Recorder):
 
     pruned_value = 0
     worker: JointWorker
+    _selections = _counted = 0
 
     def _load(self, sub: Subproblem, node: Node, state: States) -> bool:
         worker, problem = self.worker, self.worker.problem
+        worker.most_counted = min(worker.most_counted, MOST_OF_LEAF // SETS_BEFORE_PRICES)
         open_, A, v, extra = condition(problem.A, problem.w, sub.fixings)
         limit = float(worker.snapshot().shared[0])
         worker.load(sub)
@@ -298,6 +302,7 @@ class JointRecorder(Recorder):
 
     def _note(self, node: Node, state: States, at: int, level: int, pushed: bool) -> States:
         view = self.worker.snapshot()
+        counted, self._counted = int(view.state[COUNTED]) > self._counted, int(view.state[COUNTED])
         relaxed = view.relaxed_point()
         state = self._settled(state)
         after = state.copy()
@@ -327,8 +332,20 @@ class JointRecorder(Recorder):
                 after[i] = y
             after = self._settled(after)
             if not pushed:
-                node.only_child().bounded_by = VALUE
+                node.only_child().bounded_by = COUNT if counted and self._is_countable(after) else VALUE
         return after
+
+    def _is_countable(self, state: States) -> bool:
+        """Whether what a counted leaf leaves can be counted by the check; adds it up."""
+        free, need = self._counts(state)
+        at = np.flatnonzero(free)
+        if at.size != 1:
+            return False
+        found = selections(int(free[at[0]]), int(need[at[0]]))
+        self._selections += found
+        if self._selections > MOST_OF_CERTIFICATE // 2:
+            self.worker.most_counted = 0
+        return found <= MOST_OF_LEAF and self._selections <= MOST_OF_CERTIFICATE
 
     def _justified(
         self, state: States, point: FloatArray, candidates: IntArray, wanted: States | None

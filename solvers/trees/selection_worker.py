@@ -139,7 +139,7 @@ class SelectionWorker(TreeWorker):
         self._clear()
         return out
 
-    def better_diagonal(self) -> FloatArray | None:
+    def better_relaxation(self) -> tuple[FloatArray, None] | None:
         """A shift for the subproblem; zero on the weights that it decides."""
         open_, Q, c, starts, left = self._plain
         found = best_shift(Q, c, starts, left)
@@ -147,7 +147,7 @@ class SelectionWorker(TreeWorker):
             return None
         full = np.zeros(self.problem.n) if self._diagonal is None else self._diagonal.copy()
         full[open_] = found
-        return full
+        return full, None
 
     def root_point(self) -> FloatArray:
         """The relaxed point of the root frame, float64 (n,), after `run(1)`."""

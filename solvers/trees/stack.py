@@ -38,7 +38,7 @@ class Snapshot:
 
     Attributes
     ----------
-    state : int64 (4,)
+    state : int64 (5,)
     entries : int64 (N, 4)
         Rows of `StackEntry`.
     bounds : float64 (N,)
@@ -171,7 +171,7 @@ class TreeWorker:
         self.best, self.selection = np.array([np.inf]), np.zeros(n, np.int8)
         self.size = n
         self._shared = shared
-        self._state = np.zeros(4, np.int64)
+        self._state = np.zeros(5, np.int64)
         self._entries, self._bounds = np.zeros((n + 2, 4), np.int64), np.zeros(n + 2)
         self._clear()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from cbs_opt.solvers.trees.block_search import BlockSearch
-from cbs_opt.solvers.trees.joint_diagonal import best_diagonal
 from cbs_opt.solvers.trees.joint_worker import prepare_joint
 from cbs_opt.solvers.trees.selection_shift import best_shift
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE, prepare_selection
@@ -39,10 +38,9 @@ def selection_tables() -> None:
 
 def joint_tables() -> None:
     """The same for the joint loss."""
-    H, A, w = _problem()
+    _, A, w = _problem()
     inverse = np.asarray(np.linalg.inv(A[:3, :3]), np.float64)
     _join([JointTable(A[:3, :3], inverse, w[:3]) for _ in range(2)])
-    best_diagonal(H, A, w, np.array([0, w.size]), _BUDGET, 1.0, passes=1)
 
 
 _GROUP, _BUDGET = np.zeros(14, np.int64), np.array([7])

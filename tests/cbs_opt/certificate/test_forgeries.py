@@ -13,8 +13,9 @@ import pytest
 
 from cbs_opt import Budget, HessianBlocks, Instance, evaluate
 from cbs_opt import certificate as checking
+from cbs_opt import certificate_tree as checking_tree
 from cbs_opt.certificate import verify
-from cbs_opt.files.certificate_file import INHERIT, LEAF, NOTHING, POINT, SINGLE, VALUE
+from cbs_opt.files.certificate_file import COUNT, INHERIT, LEAF, NOTHING, POINT, SINGLE, VALUE
 
 KINDS = ("selection", "joint")
 
@@ -103,7 +104,7 @@ def test_leaves_that_leave_selections_out(kind, forging, bad):
     forging.refused(instance, forge(instance, kind, pruned, [(0, -1, [Node(NOTHING)])]))
     forging.refused(instance, forge(instance, kind, pruned, [(0, -1, [Node(INHERIT)])]))
     forging.refused(instance, forge(instance, kind, pruned, [(0, -1, [Node(VALUE)])]))
-    for code in (*range(4, 16), *range(20, 256)):
+    for code in (*range(5, 16), *range(21, 256)):
         forged = forge(
             instance, kind, pruned, [(0, -1, [Node(NOTHING, diagonal=diagonal if code & 16 else None)])]
         )
@@ -118,6 +119,36 @@ def test_leaves_that_leave_selections_out(kind, forging, bad):
     forging.refused(
         instance, forge(instance, kind, pruned, [(0, -1, forging.exhaustive(kind, range(4), [2], without=best))])
     )
+
+
+def test_counted_leaves(forging, monkeypatch):
+    """A leaf that is counted proves the optimum, and nothing else; it decides nothing and must have a choice."""
+    Node, forge = forging.Node, forging.forge
+    instance = forging.instance(3, n=5, budget=2)
+    every, values = forging.ranked(instance, "joint")
+    found = verify(instance, forge(instance, "joint", every[0], [(0, -1, [Node(COUNT)])]))
+    assert found.optimal
+    assert found.bound == pytest.approx(values[0], rel=1e-9)
+    for other in every[1:]:
+        forging.refused(instance, forge(instance, "joint", other, [(0, -1, [Node(COUNT)])]))
+    # Below a branch: what the other child would have to count is missing.
+    first = int(np.flatnonzero(every[0])[0])
+    forging.refused(instance, forge(instance, "joint", every[-1], [(0, -1, [Node(NOTHING, first), Node(COUNT),
+                    Node(NOTHING)])]))  # fmt: skip
+    one_fixing = [Node(COUNT, SINGLE, [(0, 0)]), Node(COUNT)]
+    forging.refused(instance, forge(instance, "joint", every[0], [(0, -1, one_fixing)]), "decides nothing")
+    decided = forging.exhaustive("joint", range(5), [2])
+    counted = [Node(COUNT) if node.how == VALUE else node for node in decided]
+    forging.refused(instance, forge(instance, "joint", every[0], [(0, -1, counted)]), "a choice in exactly one")
+    forging.refused(instance, forge(instance, "selection", every[0], [(0, -1, [Node(COUNT)])]), "of the joint")
+    grouped = forging.instance(3, n=5, budget=2, groups=(np.array([0, 0, 0, 1, 1]), np.array([1, 1])))
+    best = forging.ranked(grouped, "joint")[0][0]
+    forging.refused(grouped, forge(grouped, "joint", best, [(0, -1, [Node(COUNT)])]), "a choice in exactly one")
+    large = forging.instance(3, n=40, budget=20)
+    some = np.arange(40) < 20
+    forging.refused(large, forge(large, "joint", some, [(0, -1, [Node(COUNT)])]), "more than")
+    monkeypatch.setattr(checking_tree, "MOST_OF_CERTIFICATE", 9)
+    forging.refused(instance, forge(instance, "joint", every[0], [(0, -1, [Node(COUNT)])]), "more than 9")
 
 
 @pytest.mark.parametrize("kind", KINDS)
