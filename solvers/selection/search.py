@@ -220,29 +220,36 @@ class _Run:
         return self.problem.n == 0 or not self.problem.budget.any()
 
     def search_on(self, card: Card, context: Context) -> None:
-        """The search on a card: path, then visits of all blocks while the bound is improved."""
+        """The path on the CPU, then visits of all blocks on a card while the bound is improved."""
         from cbs_opt.solvers.selection.device_search import DeviceSearch
 
-        monitor, seed = self.monitor, int(self.rng.integers(2**62))
+        monitor, seed, large = self.monitor, int(self.rng.integers(2**62)), is_large(self.problem)
+        if monitor.should_stop() or not self._wait("selection", *("sweeps",) * large):
+            return
         found = DeviceSearch(self.problem, self.parameters, monitor, self._offer, seed, card)
         context.extras["device"] = card.name
-        found.path(PATH)
-        idle, patience = 0, self.parameters.patience or _VISITS_WITHOUT_GAIN
-        endless = self.parameters.patience is None and monitor.stop.limits_work
-        while not (monitor.should_stop() or monitor.closed):
-            before = monitor.objective
-            found.visit(self.point)
-            idle = 0 if self._improved(before) else idle + 1
-            found.tighten()
-            if idle >= patience and not endless:
-                if not self._polish():
-                    break
-                idle = 0
+        sweeps = self._sweeps() if self.split else None
+        if sweeps is not None:
+            sweeps.path(PATH)
+            found.start_from(sweeps.relaxed.x)
+        else:
+            tight = self._sweep() if large else self._path()
+            found.start_from(tight.x)
+            monitor.report_bound(tight.bound())
+
+        def tighten() -> bool:
+            if sweeps is not None:
+                sweeps.tighten()
+                return sweeps.settled
+            rounds = self._solve(tight, 0.0, 1e-7, _BOUND_ROUNDS)
+            monitor.report_bound(tight.bound())
+            return rounds < _BOUND_ROUNDS
+
+        patience = self.parameters.patience or (None if monitor.stop.limits_work else _VISITS_WITHOUT_GAIN)
+        found.search(lambda: self.point, self._improved, self._polish, tighten, patience)
         context.extras["drift"] = found.drift
-        logger.info(
-            f"{found.visits} visits of {found.starts} starts on {card.name}; objectives drifted by at most "
-            f"{found.drift:.1e} between two refreshes"
-        )
+        drift = f"objectives drifted by at most {found.drift:.1e} between two refreshes"
+        logger.info(f"{found.visits} visits of {found.starts} starts on {card.name}; {drift}")
 
     def _polish(self) -> bool:
         """Make the incumbent optimal for all swaps, not only for those of candidates; whether that gained."""

@@ -10,7 +10,7 @@ from cbs_opt import Budget, Stop, selection_loss, solve
 from cbs_opt.monitor import Monitor
 from cbs_opt.solvers.device.lanes import TritonEngine
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem, Storage
-from cbs_opt.solvers.selection import device_search
+from cbs_opt.solvers.selection import device_cores, device_roaming, device_search
 from cbs_opt.solvers.selection.device_columns import DeviceColumns, DeviceIncumbent
 from cbs_opt.solvers.selection.device_relaxation import DeviceRelaxation
 from cbs_opt.solvers.selection.device_search import DeviceSearch
@@ -78,15 +78,8 @@ def test_projection_meets_the_sums_and_leaves_points_of_the_set(problem, card):
         assert price.size < 2 or np.ptp(price) < 1e-5 * np.abs(price).max()
 
 
-@pytest.fixture
-def few(monkeypatch):
-    """Short relaxations, as the kernels are what is tested."""
-    for name, value in (("_PATH_ITERATIONS", 20), ("_TIGHT_ITERATIONS", 20), ("_HARDEN_ITERATIONS", 3)):
-        monkeypatch.setattr(device_search, name, value)
-
-
 @pytest.mark.parametrize(("blocks", "per_block"), [(1, False), (3, False), (2, True)])
-def test_search_on_a_card_finds_what_the_cpu_finds(problem, with_instance, card, few, blocks, per_block):
+def test_search_on_a_card_finds_what_the_cpu_finds(problem, with_instance, card, blocks, per_block):
     given = problem(6, n=48, m=30, kind="gradients", damping=0.02, blocks=blocks)
     if per_block:
         sizes = given.instance.curvature.block_sizes
@@ -103,9 +96,10 @@ def test_search_on_a_card_finds_what_the_cpu_finds(problem, with_instance, card,
     assert 0 <= there.extras["drift"] < 1e-9
 
 
-def test_a_visit_by_the_triton_kernels(problem, card, few, monkeypatch):
-    monkeypatch.setattr(device_search, "_RATIO", 30.0)  # two rounds of hardening
-    monkeypatch.setattr(device_search, "_DOUBLE", 0)  # single precision
+def test_a_visit_by_the_triton_kernels(problem, card, monkeypatch):
+    monkeypatch.setattr(device_cores, "_RATIO", 30.0)  # two rounds of hardening
+    monkeypatch.setattr(device_cores, "_CYCLES", 1)
+    monkeypatch.setattr(device_cores, "_DOUBLE", 0)  # single precision
     instance = problem(6, n=16, m=30, blocks=2, kind="gradients", damping=0.02).instance
     host, offered = SelectionProblem(instance), []
     search = DeviceSearch(
@@ -118,25 +112,27 @@ def test_a_visit_by_the_triton_kernels(problem, card, few, monkeypatch):
     assert instance.admits(host.expand(found.y))
 
 
-def test_cores_of_a_large_block(problem, card, few, monkeypatch):
+def test_cores_of_a_large_block(problem, card, monkeypatch):
     monkeypatch.setattr(device_search, "LARGEST", 16)
+    monkeypatch.setattr(device_roaming, "LARGEST", 16)
     monkeypatch.setattr(device_search, "_CORE", 16)
-    roamed, roam = [], DeviceSearch._roam
+    roamed, improve = [], device_roaming.Roaming.improve
 
-    def noted(self, point):
+    def noted(self, point, should_stop):
         before = point.f
-        roam(self, point)
+        made = improve(self, point, should_stop)
         roamed.append(before - point.f)
         assert point.f == pytest.approx(Incumbent(point.problem, point.y).f, rel=1e-10)
+        return made
 
-    monkeypatch.setattr(DeviceSearch, "_roam", noted)
+    monkeypatch.setattr(device_roaming.Roaming, "improve", noted)
     instance = problem(6, n=48, m=30, kind="gradients", damping=0.02).instance
     found = solve(instance, "search", device="cuda", parameters={"proof": 0, "patience": 1})
     assert roamed and min(roamed) >= 0
     assert found.objective <= 1.02 * solve(instance, "search", device="cpu", parameters={"proof": 0}).objective
 
 
-def test_limits_on_a_card(problem, card, few):
+def test_limits_on_a_card(problem, card):
     instance = problem(6, n=48, m=30, kind="gradients", damping=0.02).instance
     for stop in (Stop(max_iterations=0), Stop(time_limit=0.0), Stop(should_stop=lambda: True)):
         assert instance.admits(solve(instance, "search", device="cuda", parameters={"proof": 0}, stop=stop).pruned)
