@@ -20,6 +20,7 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _SMALLEST_PIVOT = 1e-7  # as on the CPU: below it a block is singular to working precision
 _BATCHED = 1024  # weights of a block up to which blocks of a gradient factor are formed, many at a time
+_PIECE_BYTES = 1 << 27  # of gradients in float64 that are used at a time
 _SHARE = 6.0  # matrices of the size of a batch that are alive at a time
 _INNER, _INNER_TOLERANCE, _TOLERANCE, _CORRECTIONS = 60, 1e-8, 1e-16, 5  # see `row_updates`
 
@@ -146,8 +147,11 @@ def _by_gradients(
     if linear is not None or int(kept.sum()) <= factor.m:
         return False
     pieces = []
-    for columns, piece in factor.pieces(part.start, part.stop, 1 << 27):
-        pieces.append((slice(columns.start - part.start, columns.stop - part.start), _tensor(piece, card)))
+    width = max(1, _PIECE_BYTES // (8 * factor.m))
+    for first in range(0, part.stop - part.start, width):  # in their own type, which may be smaller
+        columns = slice(first, min(first + width, part.stop - part.start))
+        raw = factor.gradients[:, part.start + columns.start : part.start + columns.stop]
+        pieces.append((columns, _tensor(raw, card).to(torch.float64)))
     removed = _tensor(np.where(kept, 0.0, w[part]), card)
     inside = _tensor(kept, card)
     M = torch.zeros(factor.m, factor.m, dtype=torch.float64, device=card.device)

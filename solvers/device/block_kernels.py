@@ -23,7 +23,7 @@ def _mix(state):
     return state, z ^ (z >> 31)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["clock", "steps", "stall"])
 def tabu_swaps(
     q,
     half,
@@ -104,7 +104,7 @@ def tabu_swaps(
         tl.store(rng + lane, rng_.to(tl.int64, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def pair_descent(q, curvature, shift, x, h, sizes, tolerance, done, steps, starts, P: tl.constexpr):
     """Second-order pairwise descent of the (possibly concave) box QP of all lanes.
 

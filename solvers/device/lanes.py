@@ -224,8 +224,12 @@ class TritonEngine:
     """One program for each lane."""
 
     @staticmethod
-    def _warps(padded: int) -> int:
-        return 1 if padded <= 256 else 4
+    def _options(lanes: Lanes) -> dict[str, Any]:
+        """Of a launch. In float64 no product is fused with a sum, so that the card rounds as the CPU does."""
+        options: dict[str, Any] = {"num_warps": 1 if lanes.padded <= 256 else 4}
+        if lanes.q.is_cuda and lanes.q.dtype == torch.float64:
+            options["enable_fp_fusion"] = False
+        return options
 
     def tabu(self, lanes: Lanes, state: TabuState, steps: int, stall: int, tenure: torch.Tensor) -> None:
         """See `Engine`."""
@@ -235,7 +239,7 @@ class TritonEngine:
         active = (state.idle < stall).to(torch.int8)
         tabu_swaps[(B * S,)](
             lanes.q, 0.5 * lanes.diagonal, state.y, state.h, state.release, state.best, state.f, state.f_best,
-            state.idle, state.rng, tenure, active, state.clock, steps, stall, S, P=P, num_warps=self._warps(P),
+            state.idle, state.rng, tenure, active, state.clock, steps, stall, S, P=P, **self._options(lanes),
         )  # fmt: skip
         state.clock += steps
 
@@ -255,6 +259,6 @@ class TritonEngine:
         done = torch.zeros(B, S, dtype=torch.int32, device=x.device)
         curvature = lanes.diagonal[:, None, :] - shift
         pair_descent[(B * S,)](
-            lanes.q, curvature, shift, x, h, lanes.sizes, tolerance, done, steps, S, P=P, num_warps=self._warps(P)
+            lanes.q, curvature, shift, x, h, lanes.sizes, tolerance, done, steps, S, P=P, **self._options(lanes)
         )
         return done

@@ -77,8 +77,12 @@ class DeviceObjective:
                     checkpoint()
                     matrices[k] = self.tensor(curvature.block(block)) * w[part, None] * w[part]
                     continue
-                for columns, piece in factor.pieces(part.start, part.stop, _PIECE_BYTES):
-                    rows = self.tensor(piece).T * (w[columns, None] / np.sqrt(factor.m))
+                width = max(1, _PIECE_BYTES // (8 * factor.m))
+                for first in range(part.start, part.stop, width):  # in their own type, which may be smaller
+                    checkpoint()
+                    columns = slice(first, min(first + width, part.stop))
+                    piece = self.tensor(factor.gradients[:, columns]).to(torch.float64)
+                    rows = piece.T * (w[columns, None] / np.sqrt(factor.m))
                     matrices[k, columns.start - part.start : columns.stop - part.start] = rows
             where = np.concatenate([np.arange(s.start, s.stop) for s in map(curvature.block_slice, blocks)])
             whole = where.size == where[-1] - where[0] + 1

@@ -75,8 +75,8 @@ class CombinatorialBrainSurgeon(Solver):
         if context.warm_start is not None:  # known before any limit can end the run
             context.monitor.report(self._evaluator.problem.value(context.warm_start), context.warm_start)
         draws = Draws(instance, self.parameters.rmp())
-        selections, _ = evaluate_draws(draws, self._evaluator, context)
-        starts = list(selections[: self.parameters.starts])
+        selections, _ = evaluate_draws(draws, self._evaluator, context, self.parameters.starts)
+        starts = list(selections)
         if context.warm_start is not None:
             starts.insert(0, context.warm_start)
         swaps = 0

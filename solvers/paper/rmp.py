@@ -17,7 +17,7 @@ from cbs_opt.solvers.paper.batch_evaluator import BatchEvaluator
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _DEFAULT_BATCH = 64
-_BATCH_ON_CARD = 256
+_BATCH_ON_CARD = 512
 _MOST_GROUPS = 64  # beyond which a card draws no faster
 _LARGE = 50_000  # weights from which on a draw takes 10 ms or more
 
@@ -55,18 +55,20 @@ class RandomizedMagnitudePruning(Solver):
     def run(self, instance: Instance, context: Context) -> Status:
         """Draw and evaluate batch by batch."""
         draws = Draws(instance, self.parameters)
-        evaluate_draws(draws, self._evaluator, context)
+        evaluate_draws(draws, self._evaluator, context, keep=0)
         return Status.CONVERGED
 
 
-def evaluate_draws(draws: Draws, evaluator: BatchEvaluator, context: Context) -> tuple[BoolArray, FloatArray]:
-    """Draw S selections and report each; returns them sorted by value, bool (S, n) and float64 (S,).
+def evaluate_draws(
+    draws: Draws, evaluator: BatchEvaluator, context: Context, keep: int
+) -> tuple[BoolArray, FloatArray]:
+    """Draw S selections and report each; returns the best `keep` of them, bool (k, n), and all values, sorted.
 
     On a card they are drawn there, by random numbers of torch; the first one is plain magnitude everywhere.
     """
     if evaluator.on_card is not None and len(draws.groups) <= _MOST_GROUPS:
         with or_on_cpu("the draws"):
-            return _draws_on_card(draws, evaluator, context)
+            return _draws_on_card(draws, evaluator, context, keep)
     rng, monitor = context.rng(), context.monitor
     limit = context.batch_size or _DEFAULT_BATCH
     selections: list[BoolArray] = []
@@ -85,10 +87,12 @@ def evaluate_draws(draws: Draws, evaluator: BatchEvaluator, context: Context) ->
         drawn += count
     all_values = np.concatenate(values)
     order = np.argsort(all_values, kind="stable")
-    return np.concatenate(selections)[order], all_values[order]
+    return np.concatenate(selections)[order[:keep]], all_values[order]
 
 
-def _draws_on_card(draws: Draws, evaluator: BatchEvaluator, context: Context) -> tuple[BoolArray, FloatArray]:
+def _draws_on_card(
+    draws: Draws, evaluator: BatchEvaluator, context: Context, keep: int
+) -> tuple[BoolArray, FloatArray]:
     import torch
 
     from cbs_opt.solvers.device.draws import DeviceDraws
@@ -126,7 +130,7 @@ def _draws_on_card(draws: Draws, evaluator: BatchEvaluator, context: Context) ->
         drawn += count
     all_values = np.concatenate(values)
     order = np.argsort(all_values, kind="stable")
-    ranked = torch.cat(selections)[torch.tensor(order, device=device)]
+    ranked = torch.cat(selections)[torch.tensor(order[:keep], device=device)]
     return np.asarray(host(ranked), dtype=bool), all_values[order]
 
 

@@ -132,9 +132,8 @@ class CoreSearch:
     def _tabu(self, lanes: Lanes, y: torch.Tensor, should_stop: Callable[[], bool]) -> torch.Tensor:
         """The best points of tabu search from starts, int8 (B, S, P)."""
         B, S = int(y.shape[0]), int(y.shape[1])
-        where = {"generator": self.generator, "device": y.device}
         seeds = torch.randint(1, 1 << 62, (B, S), generator=self.generator, device=y.device)
-        tenure = torch.randint(*_TENURE, (B, S), dtype=torch.int32, **where)
+        tenure = torch.randint(*_TENURE, (B, S), generator=self.generator, device=y.device).to(torch.int32)
         state = lanes.tabu_state(y, seeds)
         for _ in range(_TABU_CALLS):
             self.engine.tabu(lanes, state, _TABU_STEPS, self.stall, tenure)

@@ -100,7 +100,7 @@ def test_many_starts_are_searched_as_each_alone(problem, card):
 @pytest.mark.parametrize(
     ("budget", "epsilon", "swaps"),
     [
-        (3205, 1e-4, 23),
+        pytest.param(3205, 1e-4, 23, marks=pytest.mark.slow),
         (1780, 1e-4, 1),
         pytest.param(3205, 1e-8, 94, marks=pytest.mark.slow),
         pytest.param(1780, 1e-8, 173, marks=pytest.mark.slow),

@@ -103,7 +103,7 @@ def test_a_visit_by_the_triton_kernels(problem, card, monkeypatch):
     instance = problem(6, n=16, m=30, blocks=2, kind="gradients", damping=0.02).instance
     host, offered = SelectionProblem(instance), []
     search = DeviceSearch(
-        host, SearchParameters(stall=6), Monitor(Stop()), offered.append, 0, card, engine=TritonEngine()
+        host, SearchParameters(stall=3), Monitor(Stop()), offered.append, 0, card, engine=TritonEngine()
     )
     start = Incumbent(host, host.smallest(-host.columns.diagonal))
     found = search.visit(start)
