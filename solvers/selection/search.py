@@ -224,10 +224,10 @@ class _Run:
         from cbs_opt.solvers.selection.device_search import DeviceSearch
 
         monitor, seed, large = self.monitor, int(self.rng.integers(2**62)), is_large(self.problem)
+        context.extras["device"] = card.name
         if monitor.should_stop() or not self._wait("selection", *("sweeps",) * large):
             return
         found = DeviceSearch(self.problem, self.parameters, monitor, self._offer, seed, card)
-        context.extras["device"] = card.name
         sweeps = self._sweeps() if self.split else None
         if sweeps is not None:
             sweeps.path(PATH)

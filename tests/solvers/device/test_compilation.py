@@ -21,10 +21,9 @@ TYPES = {
     "block_kernels": {"y": "*i8", "best": "*i8", "active": "*i8", "release": "*i32", "idle": "*i32", "rng": "*i64",
                       "tenure": "*i32", "sizes": "*i32", "done": "*i32"},
     "dense_kernels": {"q": "*fp32", "cost": "*fp32", "state": "*i8", "drop_value": "*fp32", "add_value": "*fp32",
-                      "drop_index": "*i32", "add_index": "*i32", "dropped": "*i32", "gain": "*fp32",
-                      "clock": "*i32", "next_clock": "*i32", "tabu_index": "*i32", "tabu_release": "*i32", "seed": "*i64",
-                      "tenure": "*i32", "f": "*fp64", "f_best": "*fp64", "best_clock": "*i32", "moves": "*i32",
-                      "began": "*i32"},
+                      "gain": "*fp32", "seed": "*i64", "f": "*fp64", "f_best": "*fp64"}
+    | dict.fromkeys("drop_index add_index dropped clock next_clock tabu_index tabu_release tenure best_clock "
+                    "moves began".split(), "*i32"),
     "window_kernels": {"q": "*fp64", "row_start": "*i64", "block_first": "*i64", "block_size": "*i64",
                        "diagonal": "*fp64", "s": "*fp64", "x": "*i8", "P": "*i64", "C": "*i64", "cost": "*fp64",
                        "members": "*i64", "available": "*i8", "epsilon": "*fp64", "swaps": "*i64"},
