@@ -22,25 +22,31 @@ DIAGONAL_SIZE = 12
 
 
 class Patience:
-    """How long subproblems are worked on between two diagonals: short where diagonals pay, long where they do not.
+    """How long subproblems are worked on between two diagonals.
 
-    It depends on bounds only, not on time, so that a tree of one thread is reproducible.
+    The selection problem's diagonals cost many of its nodes: one is tried where a subproblem turns out large, and
+    kept if it closes 15 % of the gap. Those of the joint problem are `cheap`: they come the sooner the more they
+    have gained. All depends on bounds only, not on time, so that a tree of one thread is reproducible.
     """
 
-    def __init__(self) -> None:
-        self._nodes = 4.0  # per variable
+    def __init__(self, cheap: bool) -> None:
+        self._cheap = cheap
+        self._before, self._dive = (2.0, 8.0) if cheap else (2.0, 50.0)  # nodes per variable
+        self._factor = 1.0
 
     def before_diagonal(self, size: int) -> float:
         """Nodes after which another diagonal is tried."""
-        return 0.5 * self._nodes * size
+        return self._factor * self._before * size
 
     def of_dive(self, size: int) -> float:
         """Nodes after which a subproblem goes back to the queue."""
-        return 2.0 * self._nodes * size
+        return self._factor * self._dive * size
 
     def is_better(self, gain: float, gap: float) -> bool:
         """Whether a diagonal that closes `gain` of a gap is kept; learns from it."""
-        self._nodes = max(self._nodes / 1.5, 1.0) if gain > 0.05 * gap else min(2.0 * self._nodes, 25.0)
+        if not self._cheap:
+            return gain > 0.15 * gap
+        self._factor = max(self._factor / 1.5, 0.25) if gain > 0.05 * gap else min(2.0 * self._factor, 6.25)
         return gain > 0.01 * gap
 
 
@@ -107,6 +113,8 @@ class BestFirst:
         The incumbent, scaled so that its value is about 1.
     tolerance, rounding : float
         Only selections better by tolerance·|value| + rounding are looked for.
+    cheap_diagonals : bool
+        See `Patience`.
     """
 
     def __init__(
@@ -117,6 +125,7 @@ class BestFirst:
         value: float,
         tolerance: float,
         rounding: float,
+        cheap_diagonals: bool = False,
     ) -> None:
         self._make_worker = make_worker
         self.tolerance, self.rounding = tolerance, rounding
@@ -128,7 +137,7 @@ class BestFirst:
         self._stopping = False
         self._threads = 1
         self.nodes = self.diagonals = 0
-        self._patience = Patience()
+        self._patience = Patience(cheap_diagonals)
         self._push(root)
 
     def new_worker(self, shared: FloatArray | None = None) -> Worker:

@@ -313,5 +313,6 @@ def prepare_joint(
         condition(problem.A, problem.w, kept)[3],
         tolerance,
         1e-12,
+        cheap_diagonals=True,
     )
     return JointTree(order, problem, scale, queue, evaluate or by_kept_side)

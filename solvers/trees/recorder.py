@@ -65,7 +65,7 @@ class Recorder:
         self.part, self.left, self.threshold = part, left, threshold
         self.worker: SelectionWorker | JointWorker = worker
         self.place, self.unit, self.stiffness = place, unit, stiffness
-        self._patience = Patience()
+        self._patience = Patience(cheap=part.needs_diagonal)
         self.nodes = 0
         self.cut = False
         self.root_point: tuple[Frame, FloatArray] | None = None
