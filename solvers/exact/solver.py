@@ -23,10 +23,13 @@ from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.search import Search
-from cbs_opt.solvers.trees.prove import MAX_WEIGHTS, Prover, Report, check_size
+from cbs_opt.solvers.trees.prove import MAX_WEIGHTS, Prover, Report, check_size, prove_shortly
 from cbs_opt.stop import Stop
 
 logger = logging.getLogger("cbs_opt")
+
+_SMALL, _LONGEST = 500, 10  # weights below which a heuristic takes more iterations, and how many times more
+_SHARE = 0.1  # of the time limit, for the heuristic
 
 
 MOST_SECONDS = 600.0
@@ -37,8 +40,10 @@ MOST_SECONDS = 600.0
 class ExactParameters(Parameters):
     """The source of the first incumbent, and the certificate."""
 
-    heuristic: int = option(120, "number of weights from which a heuristic finds the first incumbent")
-    effort: int = option(12, "iterations of the heuristic: cycles for selection, tens of moves for joint")
+    heuristic: int = option(120, "number of weights from which a heuristic comes before any branching")
+    effort: int = option(
+        12, "iterations of the heuristic at least: cycles for selection, tens of moves for joint; 0 for none"
+    )
     certificate: str | None = option(None, "file for the proof of the bound, which `cbs-solve --check` verifies")
 
     def __post_init__(self) -> None:
@@ -51,8 +56,8 @@ class ExactParameters(Parameters):
 class Exact(Solver):
     """Branch and bound with proof, for both objectives, over one problem or many components under one budget.
 
-    For larger problems a short run of `search` or `joint` finds the first incumbent; then `trees.prove.Prover`
-    branches. An iteration is a node.
+    A run of `search` or `joint` finds the first incumbent, before any branching for larger problems, after a few
+    nodes for smaller ones; then `trees.prove.Prover` branches. An iteration is a node.
     """
 
     summary = "branch and bound: proven optima, valid bounds when stopped, blocks joined exactly"
@@ -84,8 +89,7 @@ class Exact(Solver):
             return
         problem = SelectionProblem(instance) if context.objective == "selection" else JointProblem(instance)
         self._prover = Prover(problem)
-        heuristic = self.parameters.effort and problem.n >= self.parameters.heuristic
-        loading.request(*(context.objective,) * bool(heuristic), *self._prover.kernels)
+        loading.request(*(context.objective,) * bool(self.parameters.effort), *self._prover.kernels)
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Find a first incumbent, prove, and write the certificate if one is requested."""
@@ -105,8 +109,13 @@ class Exact(Solver):
         if prover.problem.n and monitor.should_stop():
             return Status.CONVERGED
         context.extras |= {"nodes": 0, "open": 1}
-        if self.parameters.effort and prover.problem.n >= self.parameters.heuristic:
-            self._heuristic(instance, context)
+        if self.parameters.effort and prover.problem.n:
+            if prover.problem.n < self.parameters.heuristic:
+                prove_shortly(prover, context)
+            if not (monitor.closed or monitor.should_stop()):
+                self._heuristic(instance, context)
+            if monitor.closed or monitor.should_stop():
+                return Status.OPTIMAL if monitor.closed else Status.CONVERGED
         return prover.run(context)
 
     def _count(self, instance: Instance, context: Context) -> Status:
@@ -142,10 +151,19 @@ class Exact(Solver):
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
     def _heuristic(self, instance: Instance, context: Context) -> None:
-        """A first incumbent from a heuristic of the package, after a fixed number of its iterations."""
-        joint = context.objective == "joint"
-        steps = self.parameters.effort * (10 if joint else 1)
-        stop = Stop(max_iterations=steps, should_stop=context.monitor.should_stop)
+        """A first incumbent from a heuristic of the package.
+
+        It ends after a number of iterations without improvement, larger for small problems, whose iterations are
+        short, and at the latest after a tenth of the time limit.
+        """
+        joint, outer, n = context.objective == "joint", context.monitor, self._prover.problem.n
+        steps = int(self.parameters.effort * (10 if joint else 1) * np.clip(_SMALL / n, 1, _LONGEST))
+        until = np.inf if outer.stop.time_limit is None else outer.elapsed + _SHARE * outer.stop.time_limit
+        stop = Stop(
+            no_improvement=steps,
+            max_iterations=10 * steps,
+            should_stop=lambda: outer.should_stop() or outer.elapsed > until,
+        )
         inner = Context(context.objective, context.seed, Monitor(stop), context.warm_start, threads=1)
         solver: Solver = JointSearch({"bound_steps": 0, "proof": 0}) if joint else Search({"proof": 0})
         solver.prepare(instance, inner)

@@ -33,6 +33,9 @@ from cbs_opt.update import best_update
 logger = logging.getLogger("cbs_opt")
 
 _GAIN = 1e-9  # smallest improvement that counts, relative to the loss
+_PATIENCE = 400  # moves without improvement after which a search without a limit ends
+_PATIENCE_BEFORE_PROOF = 3000  # the same on the small problems that are proven next
+_FIRST_SHARE = 0.3  # of the time limit, for the search before the first proof
 _REFACTOR = 200  # moves between two fresh factorisations; more where the drift is small, up to sixteen times
 _WORTH_A_WORD = 1e-6  # relative error of the loss
 _SMALL_DRIFT, _LARGE_DRIFT = 1e-10, 1e-8  # relative errors that a fresh factorisation finds
@@ -44,7 +47,7 @@ class JointParameters(Parameters):
 
     tenure: int = option(10, "moves for which a weight that moved may not move again; a few more at random")
     patience: int | None = option(
-        None, "moves without improvement after which the search ends; 400 without a limit on time or iterations"
+        None, "moves without improvement after which the search ends; 400 without a limit, 3000 before a proof"
     )
     restart: int = option(60, "moves without improvement before a restart from the perturbed incumbent")
     bound_steps: int = option(200, "steps of the ascent to a lower bound, once a local optimum is found")
@@ -150,20 +153,31 @@ class JointSearch(Solver):
         least = KEPT_LIMIT if context.warm_start is None else 0
         pruned = exchange_in_bulk(instance, pruned, monitor, least, monitor.objective)
         threads = context.workers
+        self._rng, self._bounded = context.rng(), False
         with ThreadPoolExecutor(threads) as pool:
-            while not monitor.should_stop():
-                # The core of a large block is chosen again as long as this improves the loss.
-                moves = JointMoves(instance, pruned, pool if threads > 1 else None, threads)
+
+            def search(until: float | None) -> bool:
+                """Search from the incumbent on one core; whether another core may hold something better."""
+                assert monitor.pruned is not None
+                moves = JointMoves(instance, monitor.pruned, pool if threads > 1 else None, threads)
                 context.extras["blocks_without_swaps"] = len(moves.skipped)
                 before = moves.doubled
-                pruned = self._search(moves, context)
-                value = 2 * joint_loss(instance, pruned)
+                value = 2 * joint_loss(instance, self._search(moves, context, until))
                 self._note_drift(moves, value, context)
                 whole = sum(index.size for index in moves.weights_of) == instance.n
-                if self._prover is not None or whole or not moves.tableaux or value > before - _GAIN * abs(before):
-                    break
-        if self._prover is not None and not monitor.should_stop() and not monitor.closed:
-            return prove.prove_within(self._prover, context)
+                return not whole and bool(moves.tableaux) and value <= before - _GAIN * abs(before)
+
+            if not np.array_equal(pruned, monitor.pruned):
+                monitor.report(joint_loss(instance, pruned), pruned)
+            if self._prover is None:
+                # The core of a large block is chosen again as long as this improves the loss.
+                while not monitor.should_stop() and search(None):
+                    pass
+            elif not monitor.should_stop():
+                limit = monitor.stop.time_limit
+                search(None if limit is None else _FIRST_SHARE * limit)
+                if not (monitor.should_stop() or monitor.closed):
+                    return prove.prove_within(self._prover, context, search)
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
     def _eliminated(self, copy: Instance, context: Context) -> BoolArray:
@@ -204,20 +218,23 @@ class JointSearch(Solver):
             moves.instance, displacement, moves.doubled / 2, monitor, self.parameters.bound_steps, seconds
         )
 
-    def _search(self, moves: JointMoves, context: Context) -> BoolArray:
-        """Best-swap descent, then tabu search; returns the best selection."""
-        monitor, rng = context.monitor, context.rng()
+    def _search(self, moves: JointMoves, context: Context, until: float | None) -> BoolArray:
+        """Best-swap descent, then tabu search, at most until the clock shows `until`; returns the best selection.
+
+        It ends by itself only where no swap gains, tabu or not.
+        """
+        monitor, rng = context.monitor, self._rng
         patience = self.parameters.patience
-        if patience is None and (self._prover is not None or not monitor.stop.limits_work):
-            patience = 400
-        handover = monitor.stop.time_limit if self._prover is not None else None
+        if patience is None and (not monitor.stop.limits_work or (self._prover is not None and not self._bounded)):
+            patience = _PATIENCE if self._prover is None else _PATIENCE_BEFORE_PROOF
+        settled = np.inf  # the value at which every swap was tried last
         best, best_doubled = moves.pruned(), moves.doubled
         tabu: deque[tuple[int, int, int]] = deque()  # (free again at move, block, weight), in order
         count = idle = since = 0
         interval = _REFACTOR
         descending, at_best = True, True
         while not monitor.should_stop():
-            if handover is not None and monitor.elapsed > 0.5 * handover:
+            if until is not None and monitor.elapsed > until:
                 break
             move = moves.best_move()
             worth = move is not None and move.change < -_GAIN * abs(moves.doubled)
@@ -225,7 +242,8 @@ class JointSearch(Solver):
                 moves.refactor()  # a local optimum is declared only after recomputation
                 move = moves.best_move()
                 descending = move is not None and move.change < -_GAIN * abs(moves.doubled)
-                if not descending:
+                if not descending and not self._bounded:
+                    self._bounded = True
                     self._bound(moves, context)
                     if monitor.closed:
                         break
@@ -253,7 +271,16 @@ class JointSearch(Solver):
                 _, block, weight = tabu.popleft()
                 moves.forbid(block, weight, False)
             if patience is not None and idle >= patience:
-                break
+                if settled == best_doubled:
+                    break
+                settled, descending = best_doubled, True
+                while tabu:
+                    _, block, weight = tabu.popleft()
+                    moves.forbid(block, weight, False)
+                if not at_best:
+                    moves.go_back()
+                    at_best = True
+                continue
             if since >= interval:
                 error, since = moves.refactor(), 0
                 if error < _SMALL_DRIFT:

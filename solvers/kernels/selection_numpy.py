@@ -170,3 +170,31 @@ def tabu_swaps(
             best[:] = y
             idle = 0
     return f, f_best, clock, rng, idle
+
+
+def swap_descent(
+    q: Any,
+    q_start: Any,
+    block_start: Any,
+    block_cell: Any,
+    cell_start: Any,
+    cell_group: Any,
+    n_groups: Any,
+    half: Any,
+    y: Any,
+    h: Any,
+    gain: Any,
+    limit: Any,
+) -> Any:
+    """Best swaps over all pairs within a group."""
+    full, _ = _dense(q, q_start, block_start)
+    label = _groups(cell_start, cell_group)
+    for made in range(limit):
+        change = (half - h)[:, None] + (half + h)[None, :] - full
+        change[(y == 0)[:, None] | (y == 1)[None, :] | (label[:, None] != label[None, :])] = np.inf
+        i, j = np.unravel_index(int(np.argmin(change)), change.shape)
+        if not change[i, j] < -gain:
+            return made
+        y[i], y[j] = 0, 1
+        h += full[j] - full[i]
+    return limit

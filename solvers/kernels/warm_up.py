@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from cbs_opt.solvers.kernels import selection_numba as kernels
+from cbs_opt.solvers.kernels.swap_descent import swap_descent
 
 logger = logging.getLogger("cbs_opt")
 
@@ -45,5 +46,6 @@ def warm_up_selection() -> None:
     half, h = np.full(2, 0.5), np.array([1.0, 0.0])
     kernels.pair_descent(*layout, np.ones(2), np.zeros(2), np.array([1.0, 0.0]), h.copy(), 1, 1e-9)
     y = np.array([1, 0], dtype=np.int8)
+    swap_descent(*layout, half, y, h, 1e-9, 1)
     release = np.zeros(2, dtype=np.int64)
     kernels.tabu_swaps(*layout, half, y, h, 0.5, y.copy(), 0.5, release, 0, 1, 1, 1, np.uint64(1), 0)

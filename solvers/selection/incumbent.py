@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cbs_opt.solvers.kernels import selection_numba as kernels
+from cbs_opt.solvers.kernels.swap_descent import swap_descent
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.core import Core
 from cbs_opt.typing import FloatArray, IntArray
@@ -222,3 +223,13 @@ class CorePoint:
             f = self.value(z.astype(np.float64))
         y = best.astype(np.float64)
         return y, self.value(y), state
+
+    def swap(self, y: FloatArray) -> tuple[FloatArray, float]:
+        """The best swaps over all pairs of the core until none gains; the point and its objective."""
+        core = self.core
+        z = y.astype(np.int8)
+        h = core.product(y) + self._linear
+        gain = GAIN * abs(self.value(y))
+        swap_descent(*core.layout(), 0.5 * core.diagonal, z, h, gain, core.n)
+        y = z.astype(np.float64)
+        return y, self.value(y)

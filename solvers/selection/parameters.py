@@ -23,9 +23,9 @@ SMALL_BLOCK = 200
 class SearchParameters(Parameters):
     """Sizes and patience; all free of scale."""
 
-    core: int = option(700, "variables of a core at most")
+    core: int = option(1200, "variables of a core at most")
     working_set: int = option(256, "violating variables of a working set of the relaxation")
-    cycles: int = option(12, "cycles without improvement after which a new core is chosen")
+    cycles: int = option(20, "cycles without improvement after which a new core is chosen")
     stall: int = option(500, "tabu steps without improvement that end a cycle")
     proof: int = option(250, "weights of a component up to which branch and bound takes over; 0 for never")
     ratio: float = option(1.6, "growth of the concave weight while a point hardens")

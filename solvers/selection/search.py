@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,13 +16,13 @@ from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.kernels.warm_up import warm_up_products
 from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem, Storage
+from cbs_opt.solvers.selection.breeding import Breeding
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent, candidate_swaps
 from cbs_opt.solvers.selection.parameters import SearchParameters
 from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.solvers.selection.swaps import improve_by_all_swaps
 from cbs_opt.solvers.selection.sweep_search import SweepSearch, is_large, is_split
 from cbs_opt.solvers.trees import prove
-from cbs_opt.typing import FloatArray, IntArray
 
 logger = logging.getLogger("cbs_opt")
 
@@ -36,13 +37,6 @@ _DEEPEN_ROUNDS_LARGE = 4
 _STALE_BOUNDS = 5
 _BOUND_GAIN = 1e-4  # of the objective: a bound that rises by less is stale
 _BOUND_ROUNDS = 10  # of the plain relaxation after every epoch until it has converged
-_START = (1e-3, 3e-2)  # concave weight of a start from the relaxation, log-uniform
-_MELT = (5e-3, 0.2)  # concave weight after melting a binary point, log-uniform
-_MELT_WHOLE = (2e-2, 0.5)  # where a core holds every variable
-_NOISE = (0.3, 1.8)  # log-normal spread of the random concave weights, uniform
-_NOISE_WHOLE = (0.5, 2.0)
-_TENURE = (4, 15)
-_BLOCKS_OF_A_CORE = 8
 _UNPOLISHED = 20  # cycles without a gain after which all swaps are tried
 _VISITS_WITHOUT_GAIN = 8  # on a card, after which the search ends where nothing else limits it
 _HARDENINGS = 3  # of a large problem by sweeps, with rounds of the relaxation between them
@@ -52,10 +46,11 @@ _HARDENINGS = 3  # of a large problem by sweeps, with rounds of the relaxation b
 class Search(Solver):
     """Relaxation, concave continuation, tabu; an iteration is a cycle.
 
-    A cycle *melts* a binary point (relaxes it with a small weight on the concave term of `Relaxation`, with random
-    weights per variable), *hardens* it (that weight grows until the point is binary), rounds, and repairs by
-    drop/add tabu search. It works on a core: the variables closest to their threshold in the relaxation. Cycles on
-    one core form an epoch; an improvement is repaired by swaps over all variables with a recomputed gradient.
+    A cycle *melts* a binary point, or the middle of two (relaxes it with a small weight on the concave term of
+    `Relaxation`, with random weights per variable), *hardens* it (that weight grows until the point is binary),
+    rounds, and repairs by tabu search and swaps. It works on a core: the variables on which good points differ,
+    and those closest to their threshold in the relaxation. Cycles on one core form an epoch; an improvement is
+    repaired by swaps over all variables with a recomputed gradient. See `Breeding`.
     Between epochs the relaxation is continued, and gives a lower bound. A single component of up to 250 weights
     (100 without a time limit) is handed to branch and bound after two epochs, or eight from 160 weights on; its
     nodes then count as iterations. So are many such components under one budget, if their tables take at most
@@ -107,7 +102,7 @@ class Search(Solver):
         run.search(epochs=None if self._prover is None else before_proof)
         if self._prover is None or monitor.should_stop() or monitor.closed:
             return Status.OPTIMAL if monitor.closed else Status.CONVERGED
-        return prove.prove_within(self._prover, context)
+        return prove.prove_within(self._prover, context, run.resume)
 
     def _layers(self, instance: Instance, context: Context) -> LayeredInstance | None:
         """The layers of an instance whose rows share Hessians, unless it is small enough to be proven."""
@@ -136,10 +131,15 @@ class _Run:
         self.split = is_split(problem, parameters.large, parameters.many_blocks, parameters.small_block)
         self.monitor = context.monitor
         self.rng = context.rng()
-        self.state = np.uint64(self.rng.integers(1, 2**62))
+        self.breeding = Breeding(problem, parameters, self.monitor, self.rng, lambda: self.point, self._offer)
         cheapest = problem.cheapest()
         self.point = Incumbent(problem, cheapest)
         self.polished: Incumbent | None = None
+        self._relaxed: Relaxation | None = None
+        self._tight: Relaxation | None = None
+        self._settled = self._tightened = False
+        self._epoch = self._stale = 0
+        self._deepen = _DEEPEN_ROUNDS
         self._report()
         instance = problem.instance
         magnitude = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
@@ -164,6 +164,16 @@ class _Run:
         now, rounding = self.monitor.objective, 1e-15 * self.problem.scale
         return before is None or (now is not None and now < before - GAIN * abs(before) - rounding)
 
+    def resume(self, until: float) -> None:
+        """Take over a better incumbent, and go on until the clock shows `until`; polish only, if that is never."""
+        monitor, problem = self.monitor, self.problem
+        if monitor.pruned is not None:
+            self._offer(Incumbent(problem, problem.restrict(monitor.pruned)))
+        if not np.isfinite(until):
+            self._polish()
+        elif self._relaxed is not None:
+            self._epochs(self._relaxed, lambda: monitor.elapsed > until)
+
     def search(self, epochs: int | None = None) -> None:
         """Path, then epochs, as many as are asked for."""
         problem, monitor = self.problem, self.monitor
@@ -178,42 +188,50 @@ class _Run:
         if self.split:
             self._search_blocks()
             return
-        deepen = _DEEPEN_ROUNDS_LARGE if large else _DEEPEN_ROUNDS
         relaxed = self._sweep() if large else self._path()
         if monitor.should_stop():
             return
         monitor.report_bound(relaxed.bound())
+        self._relaxed = relaxed
+        self._deepen = _DEEPEN_ROUNDS_LARGE if large else _DEEPEN_ROUNDS
+        self._epochs(relaxed, lambda: epochs is not None and self._epoch >= epochs)
+
+    def _epochs(self, relaxed: Relaxation, enough: Callable[[], bool]) -> None:
+        """Epochs of cycles on cores, with rounds of the relaxation between them."""
+        problem, monitor = self.problem, self.monitor
         start = Incumbent(problem, problem.smallest(-relaxed.x))
-        tight: Relaxation | None = None
-        settled = bound_done = False
-        epoch = idle = stale = 0
-        while not (monitor.should_stop() or monitor.closed):
-            fresh = epoch % 2 == 0
+        idle = 0
+        while not (monitor.should_stop() or monitor.closed or enough()):
+            fresh = self._epoch % 2 == 0
             before, cycles = monitor.objective, monitor.iterations
-            self._epoch(relaxed, start if fresh else self.point, fresh, first=epoch == 0)
+            self.breeding.epoch(relaxed, PATH[-1], start if fresh else self.point, fresh, first=self._epoch == 0)
             idle = 0 if self._improved(before) else idle + monitor.iterations - cycles
-            epoch += 1
+            self._epoch += 1
             if idle >= _UNPOLISHED:
                 self._polish()
-            if not settled:
-                rounds = self._solve(relaxed, PATH[-1], _PATH_TOLERANCE, deepen)
-                settled = rounds < deepen
+            if not self._settled:
+                self._settled = self._solve(relaxed, PATH[-1], _PATH_TOLERANCE, self._deepen) < self._deepen
                 start = Incumbent(problem, problem.smallest(-relaxed.x))
-            if tight is None and epoch >= 2:
-                tight = relaxed.copy()
-            if tight is not None and not bound_done:
-                bound_done = self._solve(tight, 0.0, 1e-7, _BOUND_ROUNDS) < _BOUND_ROUNDS
-                old = monitor.bound if monitor.bound is not None else -np.inf
-                monitor.report_bound(tight.bound())
-                now = monitor.bound if monitor.bound is not None else -np.inf
-                stale = 0 if now - old > _BOUND_GAIN * abs(monitor.objective or 0.0) else stale + 1
-                bound_done |= stale >= _STALE_BOUNDS  # badly scaled problems may never converge
-            if self.patience is not None and idle >= self.patience and bound_done:
+            if self._epoch >= 2:
+                self._tighten(relaxed)
+            if self.patience is not None and idle >= self.patience and self._tightened:
                 if not self._polish():
                     return
                 idle = 0
-            if epochs is not None and epoch >= epochs:
-                return
+
+    def _tighten(self, relaxed: Relaxation) -> None:
+        """Rounds of the plain relaxation, for the bound."""
+        if self._tightened:
+            return
+        monitor = self.monitor
+        if self._tight is None:
+            self._tight = relaxed.copy()
+        done = self._solve(self._tight, 0.0, 1e-7, _BOUND_ROUNDS) < _BOUND_ROUNDS
+        old = monitor.bound if monitor.bound is not None else -np.inf
+        monitor.report_bound(self._tight.bound())
+        now = monitor.bound if monitor.bound is not None else -np.inf
+        self._stale = 0 if now - old > _BOUND_GAIN * abs(monitor.objective or 0.0) else self._stale + 1
+        self._tightened = done or self._stale >= _STALE_BOUNDS  # badly scaled problems may never converge
 
     def is_trivial(self) -> bool:
         """Whether there is nothing to choose."""
@@ -335,66 +353,13 @@ class _Run:
             self._solve(relaxed, t, _PATH_TOLERANCE, rounds)
             rounded = Incumbent(problem, problem.smallest(-relaxed.x))
             if t == _EARLY and not monitor.should_stop():
-                local = CorePoint(rounded, self._choose_core(relaxed, t, min(300, self.parameters.core)))
+                local = CorePoint(rounded, self.breeding.choose_core(relaxed, t, min(300, self.parameters.core)))
                 x = local.fit(relaxed.x[local.core.index])
-                y = local.harden(
-                    x, local.core.diagonal, t, self.parameters.ratio, self._tolerance(), monitor.should_stop
-                )
+                ratio, tolerance = self.parameters.ratio, self.breeding.tolerance()
+                y = local.harden(x, local.core.diagonal, t, ratio, tolerance, monitor.should_stop)
                 rounded.move(local.core.index, y)
                 candidate_swaps(rounded, monitor.should_stop)
             self._offer(rounded)
             if monitor.should_stop():
                 break
         return relaxed
-
-    def _tolerance(self) -> float:
-        return 1e-6 * max(abs(self.point.f), 1e-300)
-
-    def _choose_core(self, relaxed: Relaxation, t: float, size: int) -> IntArray:
-        """The variables nearest to their threshold, from a few blocks."""
-        problem = self.problem
-        h = relaxed.slope(t)
-        distance = np.abs(h - problem.threshold(h))
-        distance[(relaxed.x > 0) & (relaxed.x < 1)] = 0.0
-        starts = problem.columns.starts
-        at = np.arange(problem.n)
-        if starts.size - 1 > _BLOCKS_OF_A_CORE:
-            blocks = np.sort(self.rng.choice(starts.size - 1, _BLOCKS_OF_A_CORE, replace=False))
-            at = np.concatenate([np.arange(starts[b], starts[b + 1]) for b in blocks])
-        return np.sort(at[np.argsort(distance[at], kind="stable")[:size]])
-
-    def _epoch(self, relaxed: Relaxation, base: Incumbent, fresh: bool, first: bool) -> None:
-        """Cycles on one core, from the relaxation if `fresh`, else from the incumbent."""
-        monitor, parameters, rng = self.monitor, self.parameters, self.rng
-        size = int(np.clip(5 * relaxed.fractional, min(300, parameters.core), parameters.core))
-        local = CorePoint(base, self._choose_core(relaxed, PATH[-1], size))
-        core = local.core
-        melt, noise = (_MELT_WHOLE, _NOISE_WHOLE) if core.n == self.problem.n else (_MELT, _NOISE)
-        tolerance = self._tolerance()
-        current: FloatArray | None = None
-        value, idle = np.inf, 0
-        while idle < parameters.cycles and not monitor.should_stop():
-            if current is None and fresh:
-                x = local.fit(relaxed.x[core.index])
-                t = _log_uniform(rng, _START) if not first else _START[0]
-            else:
-                x = local.y if current is None else current
-                t = _log_uniform(rng, melt)
-            weight = core.diagonal * np.exp(rng.uniform(*noise) * rng.standard_normal(core.n))
-            y = local.harden(x, weight, t, parameters.ratio, tolerance, monitor.should_stop)
-            tenure = int(rng.integers(_TENURE[0], _TENURE[1] + 1))
-            y, f, self.state = local.tabu(y, parameters.stall, tenure, self.state, monitor.should_stop)
-            monitor.advance()
-            idle += 1
-            if current is None or f < value - GAIN * abs(value):
-                current, value, idle = y, f, 0
-                if f < self.point.f - GAIN * abs(self.point.f):
-                    everywhere = base.y.copy()
-                    everywhere[core.index] = y
-                    found = Incumbent(self.problem, everywhere)
-                    candidate_swaps(found, monitor.should_stop)
-                    self._offer(found)
-
-
-def _log_uniform(rng: np.random.Generator, limits: tuple[float, float]) -> float:
-    return float(limits[0] * (limits[1] / limits[0]) ** rng.random())

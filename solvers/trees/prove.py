@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -23,15 +24,24 @@ from cbs_opt.solvers.trees.tables import JointTable, SelectionTable, SeparableTa
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray, Int8Array
 
+logger = logging.getLogger("cbs_opt")
+
 MAX_WEIGHTS = 2000
 """Largest dense problem of one tree."""
 
 WITHOUT_LIMIT = 100
 """Largest component, in weights, without a time limit: most such blocks that we have are proven in a second."""
 
+LEAST_NODES = 20_000
+NODES_PER_ITERATION = 100
+"""Nodes after which a proof without any limit gives up: at least, and for each iteration of the search."""
+
+SHORT = 2000
+"""Nodes of a tree that is tried before a heuristic."""
+
 _TABLE_SPEED = 1e5  # squared component sizes, summed, of which a second of branch and bound proves most
 _TABLE_WORK = 1e6  # the same, as much as is taken on without a time limit
-_NODES = 10**6  # after which a proof without any limit gives up
+_FIRST_SHARE = 0.1  # of a time limit, for the proof that tells what it promises
 _FINEST = 1e-12  # tolerance of a tree
 _ATTEMPTS = 3
 _SLICE_WORK = 4e6  # nodes of a slice times squared variables: some milliseconds
@@ -276,32 +286,76 @@ def tables_of(problem: Provable) -> list[Table]:
     return [*tables, *(SelectionTable(Q, problem.linear[at]) for at, Q in problem.parts)]
 
 
-def prove_within(prover: Prover, context: Context) -> Status:
-    """Prove the incumbent that a heuristic has found, until a rule stops; without any, up to many nodes."""
+def prove_within(prover: Prover, context: Context, search: Callable[[float], object]) -> Status:
+    """Prove the incumbent that a heuristic has found, and go on searching where the gap promises no proof.
+
+    With a time limit the proof has a tenth of it first. The square of what it proved of the objective is its share
+    of what remains, and the search has the rest before that. Without any limit the proof ends after
+    `NODES_PER_ITERATION` nodes for each iteration of the search, and at least `LEAST_NODES`.
+
+    Parameters
+    ----------
+    prover : Prover
+    context : Context
+    search : callable
+        Searches until the clock of the context's monitor shows the given number of seconds; with infinity until no
+        swap gains.
+    """
     monitor = context.monitor
-    prover.run(context if monitor.stop.limits_work else replace(context, monitor=_limited_monitor(monitor)))
+    if monitor.stop.time_limit is None:
+        nodes = None if monitor.stop.limits_work else LEAST_NODES + NODES_PER_ITERATION * monitor.iterations
+        before = monitor.objective
+        _prove(prover, context, nodes=nodes)
+        if nodes is not None and not (monitor.closed or monitor.should_stop()):
+            logger.info(f"the proof ends after {nodes} nodes: without a limit it has no more for such a search")
+            if monitor.objective != before:
+                search(np.inf)
+        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+    first = _FIRST_SHARE * monitor.stop.time_limit
+    _prove(prover, context, seconds=first)
+    if not (monitor.closed or monitor.should_stop()):
+        proven = min(max(1.0 - (1.0 if monitor.gap is None else monitor.gap), 0.0), 1.0)
+        for_proof = proven**2 * monitor.remaining
+        if for_proof < first:
+            for_proof = 0.0
+        search(monitor.elapsed + monitor.remaining - for_proof)
+        if for_proof and not (monitor.closed or monitor.should_stop()):
+            _prove(prover, context)
     return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
 
-def _limited(size: int, stop: Stop) -> int:
-    """Nodes of a slice: no more than an iteration limit allows."""
-    return size if stop.max_iterations is None else max(1, min(size, stop.max_iterations))
-
-
-def _limited_monitor(outer: Monitor) -> Monitor:
-    """A monitor that starts from what `outer` has, passes everything on to it, and stops after some nodes."""
+def _prove(prover: Prover, context: Context, seconds: float | None = None, nodes: int | None = None) -> None:
+    """Run a prover for some seconds or nodes."""
+    outer = context.monitor
+    until = np.inf if seconds is None else outer.elapsed + seconds
     before = outer.iterations
 
-    def pass_on(inner: Monitor) -> None:
+    def count() -> None:
         outer.advance(before + inner.iterations - outer.iterations)
+
+    def pass_on(inner: Monitor) -> None:
+        count()
         if inner.objective is not None and inner.pruned is not None:
             outer.report(inner.objective, inner.pruned)
         if inner.bound is not None:
             outer.report_bound(inner.bound)
 
-    inner = Monitor(Stop(max_iterations=_NODES, should_stop=outer.should_stop), pass_on)
+    stop = Stop(max_iterations=nodes, should_stop=lambda: outer.should_stop() or outer.elapsed > until)
+    inner = Monitor(stop)
     if outer.objective is not None and outer.pruned is not None:
         inner.report(outer.objective, outer.pruned)
     if outer.bound is not None:
         inner.report_bound(outer.bound)
-    return inner
+    inner.callback = pass_on
+    prover.run(replace(context, monitor=inner))
+    count()
+
+
+def prove_shortly(prover: Prover, context: Context) -> None:
+    """A tree of a few nodes, before the work of a heuristic, which it may save."""
+    _prove(prover, context, nodes=SHORT)
+
+
+def _limited(size: int, stop: Stop) -> int:
+    """Nodes of a slice: no more than an iteration limit allows."""
+    return size if stop.max_iterations is None else max(1, min(size, stop.max_iterations))
