@@ -21,7 +21,7 @@ _SHORT = 32  # where looking up costs more
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _least(typing_context: Any, a: Any, b: Any) -> Any:
+def smaller(typing_context: Any, a: Any, b: Any) -> Any:
     """The smaller of two numbers, neither of them NaN; unlike `min`, it vectorises as a reduction."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -86,7 +86,7 @@ def _argmin(v: Any) -> Any:
     """First index of the least number."""
     m = np.inf
     for k in range(len(v)):
-        m = _least(v[k], m)
+        m = smaller(v[k], m)
     k = 0
     while k < len(v) - 1 and v[k] != m:
         k += 1
@@ -100,7 +100,7 @@ def _add_scaled(h: Any, row: Any, s: Any) -> Any:
 
 
 @inner_counted
-def _cells_of_groups(block_cell: Any, cell_group: Any, n_groups: Any) -> Any:
+def cells_of_groups(block_cell: Any, cell_group: Any, n_groups: Any) -> Any:
     """Block of every cell, and the cells of every group as (start, cells), ascending."""
     n_cells = len(cell_group)
     cell_block = np.empty(n_cells, np.int64)
@@ -121,7 +121,7 @@ def _cells_of_groups(block_cell: Any, cell_group: Any, n_groups: Any) -> Any:
 
 
 @inner_counted
-def _row(q: Any, q_start: Any, block_start: Any, b: Any, k: Any) -> Any:
+def row_of(q: Any, q_start: Any, block_start: Any, b: Any, k: Any) -> Any:
     """Row of the core matrix that belongs to variable k of block b."""
     size = block_start[b + 1] - block_start[b]
     o = q_start[b] + (k - block_start[b]) * size
@@ -154,8 +154,8 @@ def _costs(h: Any, drop: Any, add: Any, start: Any, first: Any, last: Any, out_d
         vd = np.inf
         va = np.inf
         for k in range(len(hc)):
-            vd = _least(dc[k] - hc[k], vd)
-            va = _least(ac[k] + hc[k], va)
+            vd = smaller(dc[k] - hc[k], vd)
+            va = smaller(ac[k] + hc[k], va)
         out_drop[c] = vd
         out_add[c] = va
 
@@ -175,7 +175,7 @@ def _exchange(h: Any, row: Any, other: Any, move: Any, cost: Any) -> Any:
         for k in range(len(hc)):
             v = hc[k] + move * (rc[k] - oc[k])
             hc[k] = v
-            m = _least(cc[k] + v, m)
+            m = smaller(cc[k] + v, m)
         if m < best:
             best = m
             at = s
@@ -203,7 +203,7 @@ def _partner(h: Any, x: Any, curvature: Any, row: Any, hi: Any, ci: Any, cap: An
             w = slope / a if a * w > slope else w
             v = w * (0.5 * a * w - slope)
             v = v if slope > tol else 0.0
-            m = _least(v, m)
+            m = smaller(v, m)
         if m < least:
             least = m
             at = s
@@ -248,7 +248,7 @@ def pair_descent(
     `steps` means that no pair violates optimality by more than `tol`.
     """
     n_cells = len(cell_group)
-    cell_block, group_start, group_cells = _cells_of_groups(block_cell, cell_group, n_groups)
+    cell_block, group_start, group_cells = cells_of_groups(block_cell, cell_group, n_groups)
     # Infinite where x cannot fall or rise.
     drop = np.empty(len(x))
     add = np.empty(len(x))
@@ -277,7 +277,7 @@ def pair_descent(
             i += 1
         cap = 1.0 - x[i]
         bi = cell_block[cell]
-        row = _row(q, q_start, block_start, bi, i)
+        row = row_of(q, q_start, block_start, bi, i)
         start = block_start[bi]
         stop = block_start[bi + 1]
         best = 0.0
@@ -322,7 +322,7 @@ def pair_descent(
             drop[j] = np.inf
         h[i] -= move * shift[i]
         h[j] += move * shift[j]
-        other = _row(q, q_start, block_start, bj, j)
+        other = row_of(q, q_start, block_start, bj, j)
         if bj == bi:
             m, k = _exchange(h[start:stop], row, other, move, add[start:stop])
             if n_cells == 1:
@@ -363,7 +363,7 @@ def _add_row(h: Any, row: Any, s: Any, cost: Any) -> Any:
         for k in range(len(hc)):
             v = hc[k] + s * rc[k]
             hc[k] = v
-            m = _least(cc[k] - s * v, m)
+            m = smaller(cc[k] - s * v, m)
         if m < best:
             best = m
             at = a
@@ -409,7 +409,7 @@ def tabu_swaps(
     """
     n_cells = len(cell_group)
     n_blocks = len(block_start) - 1
-    cell_block, group_start, group_cells = _cells_of_groups(block_cell, cell_group, n_groups)
+    cell_block, group_start, group_cells = cells_of_groups(block_cell, cell_group, n_groups)
     # Costs but for h, infinite where the move is not allowed; chains of tabu variables by the time of release.
     n = len(y)
     drop = np.empty(n)
@@ -487,7 +487,7 @@ def tabu_swaps(
         drop[i] = np.inf
         bi = cell_block[ci]
         hi = h[block_start[bi] : block_start[bi + 1]]
-        row = _row(q, q_start, block_start, bi, i)
+        row = row_of(q, q_start, block_start, bi, i)
         from_ = cell_start[ci]
         if n_groups == 1:
             high[ci], at = _add_row(hi, row, -1.0, add[block_start[bi] : block_start[bi + 1]])
@@ -510,7 +510,7 @@ def tabu_swaps(
         y[j] = 1
         bj = cell_block[cj]
         hj = h[block_start[bj] : block_start[bj + 1]]
-        row = _row(q, q_start, block_start, bj, j)
+        row = row_of(q, q_start, block_start, bj, j)
         if n_groups == 1:
             low[cj], at = _add_row(hj, row, 1.0, drop[block_start[bj] : block_start[bj + 1]])
             if n_blocks > 1:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cbs_opt.solvers.kernels.compilation import entry, inner
-from cbs_opt.solvers.kernels.selection_numba import _cells_of_groups, _least, _row
+from cbs_opt.solvers.kernels.selection_numba import cells_of_groups, row_of, smaller
 
 
 @inner
@@ -15,7 +15,7 @@ def _partner(add: Any, row: Any) -> Any:
     """The least add - row and its first index."""
     m = np.inf
     for k in range(len(add)):
-        m = _least(add[k] - row[k], m)
+        m = smaller(add[k] - row[k], m)
     k = 0
     while k < len(add) - 1 and add[k] - row[k] != m:
         k += 1
@@ -42,7 +42,7 @@ def swap_descent(
     y (int8) and h (gradient) change in place. O(c²) for each swap on a core of c variables.
     """
     n_cells = len(cell_group)
-    cell_block, group_start, group_cells = _cells_of_groups(block_cell, cell_group, n_groups)
+    cell_block, group_start, group_cells = cells_of_groups(block_cell, cell_group, n_groups)
     add = np.empty(len(y))
     low = np.empty(n_cells)
     cheapest = np.empty(n_cells, np.int64)
@@ -78,7 +78,7 @@ def swap_descent(
                     into = where
                 if cheapest[c] < 0:
                     continue
-                row = _row(q, q_start, block_start, b, i)
+                row = row_of(q, q_start, block_start, b, i)
                 o = block_start[b]
                 m, k = _partner(add[first:last], row[first - o : last - o])
                 if drop + m < best:
@@ -93,7 +93,7 @@ def swap_descent(
             b = 0
             while block_start[b + 1] <= k:
                 b += 1
-            row = _row(q, q_start, block_start, b, k)
+            row = row_of(q, q_start, block_start, b, k)
             part = h[block_start[b] : block_start[b + 1]]
             for t in range(len(part)):
                 part[t] += sign * row[t]
