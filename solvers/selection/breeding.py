@@ -129,13 +129,13 @@ class Breeding:
             idle = 0 if success else idle + 1
             best = min(best, f)
             if f < self.incumbent().f - GAIN * abs(self.incumbent().f):
-                found = Incumbent(self.problem, everywhere)
+                found = Incumbent(self.problem, everywhere.astype(np.float64))
                 candidate_swaps(found, monitor.should_stop)
                 self.offer(found)
                 elites.offer(found.y > 0.5, found.f)
         if fresh and elites.points:
-            for y, f in zip(elites.points, elites.values, strict=True):
-                self.elites.offer(y, f)
+            for point, value in zip(elites.points, elites.values, strict=True):
+                self.elites.offer(point, value)
             self.elites.offer(*elites.best(), force=True)
 
     def _start(self, local: CorePoint, x: FloatArray, elites: Elites, kind: int) -> tuple[FloatArray, float]:
