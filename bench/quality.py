@@ -50,7 +50,7 @@ CASES: dict[str, tuple[Case, ...]] = {
 
 def run_chita(instance: Instance, seconds: float, threads: int = 1, clock: str = "wall") -> Anytime:
     """Thresholding and coordinate descent for so many seconds; it is deterministic."""
-    with thread_limit(threads, batched=False):
+    with thread_limit(threads):
         method, taken = Chita(instance), Anytime()
         monitor = Monitor(Stop(time_limit=seconds), taken, CLOCKS[clock])
         monitor.start()
@@ -100,7 +100,7 @@ def quality(
                 runs = [run_chita(instance, max(times), threads, clock)]
             elif name in PEERS:
                 samplers = samplers or Samplers(instance)
-                with thread_limit(threads, batched=False):
+                with thread_limit(threads):
                     runs = [run_sampler(samplers, PEERS[name], times, seed) for seed in of]
             else:
                 given = {"objective": own, "threads": threads, "clock": clock}

@@ -3,7 +3,7 @@
 `run_solver` states for the whole run whom to ask; the loops over large matrices in `linalg`, `curvature` and
 the solvers call `checkpoint` between two pieces of work. Where nobody is to be asked a checkpoint does nothing,
 so that losses outside of a run are always computed to the end. Threads that a solver starts by itself are not
-covered.
+covered: hand them `question`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ def interruptible(should_stop: Callable[[], bool] | None) -> Iterator[None]:
         yield
     finally:
         _should_stop.reset(token)
+
+
+def question() -> Callable[[], bool]:
+    """The function that `checkpoint` would ask here, for threads, in which there is nobody to be asked."""
+    return _should_stop.get() or (lambda: False)
 
 
 def checkpoint() -> None:

@@ -22,7 +22,8 @@ class Losses:
     selection_loss : float
         Predicted increase of the loss when the kept weights do not change.
     joint_loss : float or None
-        The increase after the best update of the kept weights; None if the update has no minimum.
+        The increase after the best update of the kept weights; None if the update has no minimum, or
+        where a run had no time left for it.
     weights : float64 (n,) or None
         The weights after that update.
     """

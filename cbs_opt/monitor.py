@@ -53,13 +53,17 @@ class Monitor:
         self._last_improvement = 0
         self._reported: set[bytes] = set()
         self._clock = clock
-        self._started = clock()
+        self._started, self._spent, self._reserve = clock(), 0.0, 0.0
 
-    def start(self) -> None:
-        """Start the clock; preparation ends here, and what it took does not count against the time limit."""
-        self._started = self._clock()
-        if self.reason is Status.TIME_LIMIT:
+    def start(self, spent: float = 0.0) -> None:
+        """Start the clock; preparation ends here, and of the time limit it has used up `spent` seconds."""
+        self._started, self._spent = self._clock(), spent
+        if self.reason is Status.TIME_LIMIT and not spent:
             self.reason = None
+
+    def keep_back(self, seconds: float) -> None:
+        """End so much before the time limit, at most half of it, to evaluate the answer within the limit."""
+        self._reserve = min(seconds, 0.5 * (self.stop.time_limit or 0.0))
 
     @property
     def elapsed(self) -> float:
@@ -68,8 +72,9 @@ class Monitor:
 
     @property
     def remaining(self) -> float:
-        """Seconds until the time limit, infinity without one."""
-        return float("inf") if self.stop.time_limit is None else self.stop.time_limit - self.elapsed
+        """Seconds until the time limit, less what is kept back; infinity without one."""
+        limit = self.stop.time_limit
+        return float("inf") if limit is None else limit - self._spent - self._reserve - self.elapsed
 
     @property
     def pruned(self) -> BoolArray | None:
@@ -150,7 +155,7 @@ class Monitor:
             and self.iterations - self._last_improvement >= stop.no_improvement
         ):
             return Status.NO_IMPROVEMENT
-        if stop.time_limit is not None and self.elapsed >= stop.time_limit:
+        if self.remaining <= 0:
             return Status.TIME_LIMIT
         return None
 

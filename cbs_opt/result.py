@@ -68,11 +68,12 @@ class Result:
         The loss of `objective_kind`, recomputed by `cbs_opt.evaluate`.
     selection_loss : float
     joint_loss : float or None
+        None where the update has no minimum, or where a time limit left no time for it.
     bound : float or None
         Proven lower bound on the objective of every feasible selection.
     iterations : int
-    build_seconds, solve_seconds : float
-        Preparation (compilation, float64 copies), and the run itself.
+    build_seconds, solve_seconds, evaluate_seconds : float
+        Preparation (compilation, float64 copies), the run itself, and the losses of its answer.
     history : tuple of HistoryRow
     seed : int
     parameters : mapping
@@ -112,6 +113,7 @@ class Result:
     environment: Mapping[str, Any]
     extras: Mapping[str, Any] = field(default_factory=dict)
     instance: Mapping[str, Any] = field(default_factory=dict)
+    evaluate_seconds: float = 0.0
 
     @property
     def gap(self) -> float | None:
@@ -120,8 +122,12 @@ class Result:
 
     @property
     def runtime(self) -> dict[str, float]:
-        """Seconds of building and solving."""
-        return {"build_s": self.build_seconds, "solve_s": self.solve_seconds}
+        """Seconds of building, solving and evaluating."""
+        return {
+            "build_s": self.build_seconds,
+            "solve_s": self.solve_seconds,
+            "evaluate_s": self.evaluate_seconds,
+        }
 
     @property
     def pruned_count(self) -> int:

@@ -1,9 +1,9 @@
 """One run of a solver on an instance, for `solve` and for the benchmarks.
 
-Preparation is not part of the solving time, thread limits apply throughout, an error does not lose the incumbent,
-and the losses are recomputed by the package's evaluator. The answer is never worse than the warm start, nor, for
-solvers that promise it, than magnitude: where a limit ended the run before it had compared with these, they are
-compared here.
+A time limit holds for preparation, run and evaluation together; benchmarks start its clock after the preparation.
+Thread limits apply throughout, an error does not lose the incumbent, and the losses are recomputed by the
+evaluator. The answer is never worse than the warm start, nor, for solvers that promise it, than magnitude: where a
+limit ended the run before it had compared with these, they are compared here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from cbs_opt.convex_form import convex_form
 from cbs_opt.instance import Instance
-from cbs_opt.interrupt import Interrupted, interruptible
+from cbs_opt.interrupt import Interrupted, checkpoint, interruptible
 from cbs_opt.losses import Losses, evaluate, selection_loss
 from cbs_opt.monitor import Monitor
 from cbs_opt.result import Status
@@ -31,6 +31,9 @@ logger = logging.getLogger("cbs_opt")
 
 # Up to this size threads that share a block only wait for each other: seconds, where other processes are busy.
 _SMALL_BLOCK = 256
+
+# What a joint loss that is not the objective may take beyond the time limit: a share of it, and seconds at least.
+_GRACE, _LEAST_GRACE = 0.1, 0.25
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,11 @@ class Run:
     build_seconds : float
         Preparation: compilation, float64 copies.
     solve_seconds : float or None
-        The run itself; None where the preparation failed.
+        The run itself; None where the preparation failed or was stopped.
+    evaluate_seconds : float
+        The losses of the answer.
     processor_seconds : float
-        Of both.
+        Of preparation and run.
     """
 
     monitor: Monitor
@@ -65,11 +70,12 @@ class Run:
     error: Exception | None
     build_seconds: float
     solve_seconds: float | None
+    evaluate_seconds: float
     processor_seconds: float
 
 
 def run_solver(
-    solver: Solver, instance: Instance, context: Context, prepared: Callable[[], None] = lambda: None
+    solver: Solver, instance: Instance, context: Context, prepared: Callable[[], None] | None = None
 ) -> Run:
     """Prepare a solver, run it, and recompute the losses of its incumbent.
 
@@ -83,8 +89,8 @@ def run_solver(
         A fresh one; its monitor holds the rules of stopping, and its clock is the clock of the run. Without
         `threads` the libraries take one thread where all blocks are small, else all.
     prepared : callable, optional
-        Called after the preparation, outside the solver's clock: to wait for kernels that compile in the
-        background.
+        Called after the preparation: to wait for kernels that compile in the background. The time limit then
+        starts after it, and both losses are always computed, as benchmarks need it.
 
     Returns
     -------
@@ -106,17 +112,21 @@ def run_solver(
     build_seconds = solve_seconds = None
     processor = time.process_time()
     monitor.start()
-    with thread_limit(limit, solver.supports.batched):
+    with thread_limit(limit):
         try:
-            worked_on = convex_form(instance)
-            if worked_on is not instance:
-                blocks = text.count(len(instance.curvature.indefinite_blocks), "indefinite block")
-                logger.info(f"{blocks} of the Hessian made convex: a shift of the diagonal, the loss is the same")
-            solver.prepare(worked_on, context)
-            prepared()
+            with interruptible(monitor.should_stop if prepared is None else None):
+                worked_on = convex_form(instance)
+                if worked_on is not instance:
+                    blocks = text.count(len(instance.curvature.indefinite_blocks), "indefinite block")
+                    logger.info(
+                        f"{blocks} of the Hessian made convex: a shift of the diagonal, the loss is the same"
+                    )
+                solver.prepare(worked_on, context)
+            if prepared is not None:
+                prepared()
             build_seconds = monitor.elapsed
             status = Status.CONVERGED
-            monitor.start()
+            monitor.start(spent=build_seconds if prepared is None else 0.0)
             if monitor.reason is None:  # else stopped during the preparation
                 with interruptible(monitor.should_stop):
                     status = solver.run(worked_on, context)
@@ -136,16 +146,39 @@ def run_solver(
             pruned = context.warm_start
         elif pruned is None and error is None:  # magnitude always has a selection
             pruned = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
-        losses = None
+        losses, began = None, time.perf_counter()
         if pruned is not None and pruned.shape == (instance.n,):
-            losses = evaluate(instance, pruned, context.device, context.workers)
+            needs_both = prepared is not None or context.update or context.objective == "joint"
+            losses = _losses(instance, pruned, context, needs_both)
             if status is not Status.OPTIMAL:
-                pruned, losses = _not_worse_than_known(solver, instance, context, pruned, losses)
-    return Run(monitor, status, pruned, losses, error, build_seconds, solve_seconds, processor)
+                pruned, losses = _not_worse_than_known(solver, instance, context, pruned, losses, needs_both)
+        evaluate_seconds = time.perf_counter() - began
+    return Run(monitor, status, pruned, losses, error, build_seconds, solve_seconds, evaluate_seconds, processor)
+
+
+def _losses(instance: Instance, pruned: BoolArray, context: Context, needs_both: bool) -> Losses:
+    """Both losses; where a time limit has passed and not both are needed, perhaps without the joint loss."""
+    monitor, limit = context.monitor, context.monitor.stop.time_limit
+    if needs_both or limit is None:
+        return evaluate(instance, pruned, context.device, context.workers)
+    monitor.keep_back(0.0)
+    latest = -max(_GRACE * limit, _LEAST_GRACE)
+    try:
+        with interruptible(lambda: monitor.remaining < latest):
+            checkpoint()
+            return evaluate(instance, pruned, context.device, context.workers)
+    except Interrupted:
+        logger.info("the time limit has passed: the joint loss is not computed; `--update` asks for it")
+        return Losses(selection_loss(instance, pruned), None, None)
 
 
 def _not_worse_than_known(
-    solver: Solver, instance: Instance, context: Context, pruned: BoolArray, losses: Losses
+    solver: Solver,
+    instance: Instance,
+    context: Context,
+    pruned: BoolArray,
+    losses: Losses,
+    needs_both: bool,
 ) -> tuple[BoolArray, Losses]:
     """The incumbent, or the warm start or magnitude where that is better and the solver never got to it."""
     known = [] if context.warm_start is None else [context.warm_start]
@@ -157,7 +190,7 @@ def _not_worse_than_known(
         before = losses.selection_loss if context.objective == "selection" else losses.joint_loss
         if context.objective == "selection" and selection_loss(instance, other) >= losses.selection_loss:
             continue
-        there = evaluate(instance, other, context.device, context.workers)
+        there = _losses(instance, other, context, needs_both)
         value = there.selection_loss if context.objective == "selection" else there.joint_loss
         if value is not None and (before is None or value < before):
             logger.info(f"solver '{solver.name}' was stopped early: a known selection is better than its own")
@@ -167,22 +200,16 @@ def _not_worse_than_known(
 
 
 @contextmanager
-def thread_limit(threads: int | None, batched: bool) -> Iterator[None]:
-    """Limit BLAS, OpenMP and torch to `threads`; torch only where it is loaded or `batched` solvers will."""
+def thread_limit(threads: int | None) -> Iterator[None]:
+    """Limit BLAS, OpenMP and, where it is loaded, torch to `threads`."""
     if threads is None:
         yield
         return
     from threadpoolctl import threadpool_limits
 
-    with_torch = batched or "torch" in sys.modules
-    if with_torch:
-        try:
-            import torch  # before the limits, which hold for the libraries that are loaded
-        except ModuleNotFoundError:
-            with_torch = False  # a solver that needs it reports it
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(threads))
-        if with_torch:
+        if (torch := sys.modules.get("torch")) is not None:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
         yield

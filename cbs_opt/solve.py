@@ -102,7 +102,7 @@ def solve(
     if update and not instance.curvature.is_convex:
         raise UsageError(f"`update`: {indefinite_sentence(instance)}")
     monitor = Monitor(stop, callback)
-    context = Context(objective, seed, monitor, start, device, batch_size, threads)
+    context = Context(objective, seed, monitor, start, device, batch_size, threads, update)
     run = run_solver(chosen, instance, context)
     if run.error is not None:
         if run.pruned is None:
@@ -112,7 +112,14 @@ def solve(
         if not _in_range(instance):
             logger.warning(_RANGE)
         logger.error("solver '%s' failed; its incumbent is kept", solver, exc_info=run.error)
-    return _result(instance, context, run, solver, update, asdict(chosen.parameters))
+    result = _result(instance, context, run, solver, update, asdict(chosen.parameters))
+    if stop is not None and stop.time_limit is not None:
+        parts = result.build_seconds, result.solve_seconds, result.evaluate_seconds
+        logger.info(
+            f"time limit {stop.time_limit:g} s: {sum(parts):.2f} s used, {parts[0]:.2f} s building, "
+            f"{parts[1]:.2f} s solving, {parts[2]:.2f} s evaluating"
+        )
+    return result
 
 
 _RANGE = "the loss exceeds the range of float64: rescale the weights or the curvature"
@@ -180,6 +187,7 @@ def _result(
         environment=environment(context),
         extras=context.extras,
         instance=instance.identity(),
+        evaluate_seconds=run.evaluate_seconds,
     )
 
 

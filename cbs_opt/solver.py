@@ -96,6 +96,8 @@ class Context:
         Candidates per batch; None lets the solver choose.
     threads : int or None
         Threads that the run may use; None for all cores that the process may use, but one for a tree.
+    update : bool
+        Whether the updated weights are wanted, whatever the objective.
     extras : dict
         Entries for `Result.extras`; JSON types only.
     """
@@ -107,6 +109,7 @@ class Context:
     device: str = "auto"
     batch_size: int | None = None
     threads: int | None = None
+    update: bool = False
     extras: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -16,7 +16,9 @@ class Stop:
     Parameters
     ----------
     time_limit : float, optional
-        Seconds of solving, after reading and building.
+        Seconds of building, solving and evaluating together, after the instance is read. The selection loss,
+        and the joint loss where it is the objective or the update is wanted, are computed in any case; another
+        joint loss takes a tenth of the limit, or a quarter of a second, or is left out.
     max_iterations : int, optional
         Iterations as the solver counts them (draws, steps, nodes).
     no_improvement : int, optional

@@ -300,7 +300,7 @@ def _peer_row(task: Task, instance: Instance) -> Row:
     except MissingPeerError as error:
         raise _UnsupportedError(str(error)) from error
     build_s, clock = time.perf_counter() - clock, time.perf_counter()
-    with thread_limit(task.threads, batched=False):
+    with thread_limit(task.threads):
         taken: Anytime = run_sampler(samplers, PEERS[task.solver], [task.time_limit], task.seed)
     spent, processor = time.perf_counter() - clock, time.process_time() - processor
     losses = [evaluate(instance, pruned) for pruned in taken.selections]

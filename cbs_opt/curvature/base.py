@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -120,6 +120,13 @@ class Curvature(abc.ABC):
     def block_slice(self, k: int) -> slice:
         """The weights of block k."""
         return slice(int(self.offsets[k]), int(self.offsets[k + 1]))
+
+    def blocks_in_turn(self) -> Iterator[int]:
+        """The numbers of the blocks, with a `checkpoint` between large ones."""
+        for k in range(self.number_of_blocks):
+            if k and self.block_sizes[k] > LARGE_BLOCK:
+                checkpoint()
+            yield k
 
     def facts(self) -> text.Facts:
         """Names and values for display: the form, the blocks, and properties of the form."""
@@ -276,7 +283,7 @@ class Curvature(abc.ABC):
     def matmul(self, x: FloatArray) -> FloatArray:
         """H x over all blocks; `x` float64 (n,) or (n, r), the result has its shape."""
         out = np.empty(x.shape, dtype=np.float64)
-        for k in range(self.number_of_blocks):
+        for k in self.blocks_in_turn():
             part = self.block_slice(k)
             out[part] = self.block_matmul(k, x[part])
         return out
@@ -287,14 +294,12 @@ class Curvature(abc.ABC):
 
     def quadratic(self, x: FloatArray) -> float:
         """xᵀ H x over all blocks, float64 (n,); never negative unless a block is indefinite."""
-        return sum(self.block_quadratic(k, x[self.block_slice(k)]) for k in range(self.number_of_blocks))
+        return sum(self.block_quadratic(k, x[self.block_slice(k)]) for k in self.blocks_in_turn())
 
     def best_weights(self, w: FloatArray, pruned: BoolArray, linear: FloatArray | None) -> FloatArray:
         """The weights after the best update of all blocks (CBS-U), float64 (n,); see `best_update`."""
         updated = np.empty(self.n)
-        for k in range(self.number_of_blocks):
-            if k and self.block_sizes[k] > LARGE_BLOCK:
-                checkpoint()
+        for k in self.blocks_in_turn():
             part = self.block_slice(k)
             g = None if linear is None else linear[part]
             updated[part] = w[part] + self.best_update(k, w[part], pruned[part], g)

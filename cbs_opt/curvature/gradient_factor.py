@@ -13,12 +13,14 @@ from cbs_opt.curvature.flat import real_array
 from cbs_opt.curvature.registry import register_curvature
 from cbs_opt.errors import InstanceError, UnboundedError, UsageError
 from cbs_opt.interrupt import checkpoint
-from cbs_opt.linalg import solve_psd
+from cbs_opt.linalg import cholesky_lower, solve_psd
 from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
 from cbs_opt.view import text
 
 _CHUNK_BYTES = 1 << 26  # float64 copies of large gradients are made in chunks of this size
 _COPY_BYTES = 1 << 29  # and of smaller ones once and for all
+_CHUNK_PRODUCTS = 1 << 30  # multiplications between two checkpoints
+_SAMPLES = 16  # between two checkpoints
 _MOST_COMPONENTS = 1000  # of more than one weight, of one block; the rest is left together
 
 
@@ -91,12 +93,10 @@ class GradientFactor(Curvature):
     def pieces(self, start: int, stop: int, size: int | None = None) -> Iterator[tuple[slice, FloatArray]]:
         """Iterate over G's columns start … stop-1 in float64 chunks (m, c) of at most `size` bytes.
 
-        Without `size` a chunk costs no extra copy: all columns if a float64 copy is kept.
+        Without `size` a chunk is a view where a float64 copy is kept.
         """
-        if size is None:
-            size = _CHUNK_BYTES if self._float64 is None else 8 * self.m * max(stop - start, 1)
         source = self.gradients if self._float64 is None else self._float64
-        width = max(1, size // (8 * self.m))
+        width = max(1, (size or _CHUNK_BYTES) // (8 * self.m))
         for first in range(start, stop, width):
             if first > start:  # a checkpoint for every chunk but the first, so that small problems have none
                 checkpoint()
@@ -135,7 +135,7 @@ class GradientFactor(Curvature):
         """[H⁻¹]_ii, float64 (n,), by Woodbury where m < b_k: O(m³ + m² n) once; budgets share it."""
         if self._inverse_diagonal is None:
             out = np.empty(self.n)
-            for k in range(self.number_of_blocks):
+            for k in self.blocks_in_turn():
                 out[self.block_slice(k)] = self.conditional_inverse_diagonal(k, np.arange(self.block_sizes[k]))
             out.flags.writeable = False
             self._inverse_diagonal = out
@@ -143,19 +143,19 @@ class GradientFactor(Curvature):
 
     def conditional_inverse_diagonal(self, k: int, kept: IntArray) -> FloatArray:
         """[H_KK⁻¹]_ii on the kept weights, by Woodbury where they are more than m: O(m² q)."""
-        from scipy.linalg import cholesky, solve_triangular
+        from scipy.linalg import solve_triangular
 
         if kept.size <= self.m or self.damping == 0:
             return super().conditional_inverse_diagonal(k, kept)
         gram = np.zeros((self.m, self.m))
-        width = max(1, _CHUNK_BYTES // (8 * self.m))
+        width = self._products()
         chunks = [kept[first : first + width] for first in range(0, kept.size, width)]
         for number, chunk in enumerate(chunks):
             if number:
                 checkpoint()
             G = self.factor(k, chunk)
             gram += G @ G.T
-        L = cholesky(gram + self.m * self.damping * np.eye(self.m), lower=True)
+        L = self._factored(gram, k)
         out = []
         for number, chunk in enumerate(chunks):
             if number:
@@ -168,9 +168,20 @@ class GradientFactor(Curvature):
         """G Gᵀ of block k, float64 (m, m)."""
         part = self.block_slice(k)
         gram = np.zeros((self.m, self.m))
-        for _, piece in self.pieces(part.start, part.stop):
+        for _, piece in self.pieces(part.start, part.stop, 8 * self.m * self._products()):
             gram += piece @ piece.T
         return gram
+
+    def _products(self) -> int:
+        """Columns whose products G Gᵀ are worth a checkpoint: m² flops each."""
+        return max(1, min(_CHUNK_BYTES // (8 * self.m), _CHUNK_PRODUCTS // self.m**2))
+
+    def _factored(self, gram: FloatArray, k: int) -> FloatArray:
+        """L with LLᵀ = G Gᵀ + mλI."""
+        L = cholesky_lower(gram + self.m * self.damping * np.eye(self.m))
+        if L is None:
+            raise self._singular(k)
+        return L
 
     def block(self, k: int) -> FloatArray:
         """H of block k, formed: O(m b_k²) time, O(b_k²) memory."""
@@ -181,13 +192,13 @@ class GradientFactor(Curvature):
 
     def inverse_block(self, k: int) -> FloatArray:
         """H⁻¹ of block k, formed; by Woodbury where m < b_k: O(m³ + m b_k²)."""
-        from scipy.linalg import cholesky, solve_triangular
+        from scipy.linalg import solve_triangular
 
         from cbs_opt.linalg import inverse_pd
 
         b = int(self.block_sizes[k])
         if self.m < b and self.damping > 0:
-            L = cholesky(self._gram(k) + self.m * self.damping * np.eye(self.m), lower=True)
+            L = self._factored(self._gram(k), k)
             G = self.gradients[:, self.block_slice(k)].astype(np.float64)
             half = solve_triangular(L, G, lower=True)
             return np.asarray((np.eye(b) - half.T @ half) / self.damping)
@@ -242,7 +253,7 @@ class GradientFactor(Curvature):
         if linear is None and not pruned.any():
             return delta
         M = np.zeros((self.m, self.m))
-        for columns, piece in self.pieces(start, int(self.offsets[k + 1])):
+        for columns, piece in self.pieces(start, int(self.offsets[k + 1]), 8 * self.m * self._products()):
             G_K = piece[:, kept[columns.start - start : columns.stop - start]]
             M += G_K @ G_K.T
         M[np.diag_indices_from(M)] += self.m * self.damping
@@ -312,7 +323,9 @@ class GradientFactor(Curvature):
             touches = np.compress(np.isin(np.arange(index[0], index[-1] + 1), index), touches, axis=1)
         touched = touches.any(axis=0)  # on the others only the damping acts
         labels = np.arange(index.size)
-        for sample in touches:
+        for number, sample in enumerate(touches):
+            if number % _SAMPLES == _SAMPLES - 1:
+                checkpoint()
             joined = np.unique(labels[sample])
             if joined.size > 1:
                 name = np.arange(index.size)

@@ -73,11 +73,11 @@ class HessianBlocks(Curvature):
 
     def diagonal(self) -> FloatArray:
         """H_ii, float64 (n,)."""
-        return np.concatenate([self._raw(k).diagonal() for k in range(self.number_of_blocks)]).astype(float)
+        return np.concatenate([self._raw(k).diagonal() for k in self.blocks_in_turn()]).astype(float)
 
     def inverse_diagonal(self) -> FloatArray:
         """[H⁻¹]_ii, float64 (n,); O(Σ b_k³)."""
-        return np.concatenate([self.inverse_block(k).diagonal() for k in range(self.number_of_blocks)])
+        return np.concatenate([self.inverse_block(k).diagonal() for k in self.blocks_in_turn()])
 
     def block(self, k: int) -> FloatArray:
         """H of block k."""

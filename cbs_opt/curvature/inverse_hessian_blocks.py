@@ -61,7 +61,7 @@ class InverseHessianBlocks(Curvature):
 
     def inverse_diagonal(self) -> FloatArray:
         """[H⁻¹]_ii, float64 (n,)."""
-        return np.concatenate([self.inverse_block(k).diagonal() for k in range(self.number_of_blocks)])
+        return np.concatenate([self.inverse_block(k).diagonal() for k in self.blocks_in_turn()])
 
     def block(self, k: int) -> FloatArray:
         """H of block k; O(b_k³) the first time."""
@@ -79,7 +79,7 @@ class InverseHessianBlocks(Curvature):
 
     def diagonal(self) -> FloatArray:
         """H_ii, float64 (n,)."""
-        return np.concatenate([self.block(k).diagonal() for k in range(self.number_of_blocks)])
+        return np.concatenate([self.block(k).diagonal() for k in self.blocks_in_turn()])
 
     def columns(self, k: int, index: IntArray) -> FloatArray:
         """Columns of H of block k."""

@@ -11,6 +11,7 @@ from itertools import count
 
 import numpy as np
 
+from cbs_opt.curvature.base import LARGE_BLOCK
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.interrupt import Interrupted
@@ -136,7 +137,9 @@ def eliminate(
             stages.reduce_blocks(DENSE_LIMIT)
         if open_budget.any() and not should_stop():
             states: list[Elimination] = []
-            for k in range(curvature.number_of_blocks):
+            for k in curvature.blocks_in_turn():
+                if k and curvature.block_sizes[k] > LARGE_BLOCK and should_stop():
+                    raise Interrupted
                 states += _states(instance, k, pruned, coupled[k])
             if instance.budget.groups is None:
                 _merge_blocks(states, pruned, open_budget, should_stop, threads)

@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from cbs_opt.curvature.base import LARGE_BLOCK
 from cbs_opt.instance import Instance
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.solvers.joint.thinning import Thinning, thinning_of
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
@@ -62,6 +64,8 @@ class Stages:
         """Set the prices of block k."""
         began = time.perf_counter()
         part = self.instance.curvature.block_slice(k)
+        if part.stop - part.start > LARGE_BLOCK:
+            checkpoint()
         kept = np.flatnonzero(~self.pruned[part])
         if k not in self._states:
             self._states[k] = thinning_of(self.instance, k, kept, self.coupled[k])

@@ -13,6 +13,7 @@ import numpy as np
 
 from cbs_opt.errors import CbsError, UsageError
 from cbs_opt.instance import Instance
+from cbs_opt.interrupt import interruptible
 from cbs_opt.losses import joint_loss
 from cbs_opt.registry import register
 from cbs_opt.result import Status
@@ -131,7 +132,8 @@ class JointSearch(Solver):
         began = monitor.elapsed
         for first in (magnitude,) if pruned is None else (pruned, magnitude):
             monitor.report(joint_loss(instance, first), first)
-        evaluation = monitor.elapsed - began
+        evaluation = (monitor.elapsed - began) / (1 if pruned is None else 2)
+        monitor.keep_back(evaluation)
         if not loading.wait("joint", should_stop=monitor.should_stop):
             return Status.CONVERGED
 
@@ -141,9 +143,12 @@ class JointSearch(Solver):
 
         if pruned is None:
             stage, workers = self.parameters.stage, context.workers
-            pruned = backward.eliminate(
-                instance, stage, lambda: remaining() <= 0 or monitor.should_stop(), workers, remaining
-            )
+
+            def told() -> bool:
+                return remaining() <= 0 or monitor.should_stop()
+
+            with interruptible(told):
+                pruned = backward.eliminate(instance, stage, told, workers, remaining)
             monitor.report(joint_loss(instance, pruned), pruned)
         if monitor.should_stop():
             return Status.CONVERGED

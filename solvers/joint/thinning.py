@@ -8,9 +8,11 @@ import numpy as np
 
 from cbs_opt.curvature import Curvature, GradientFactor
 from cbs_opt.instance import Instance
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _CHUNK = 4096  # weights priced at a time
+_PRODUCTS = 1 << 30  # multiplications between two checkpoints
 
 
 class Thinning(Protocol):
@@ -65,8 +67,6 @@ class FactorThinning:
     def __init__(
         self, instance: Instance, curvature: GradientFactor, k: int, kept: IntArray, coupled: BoolArray
     ) -> None:
-        from scipy.linalg import blas
-
         self.coupled = coupled
         kept = kept[coupled[kept]]
         part = curvature.block_slice(k)
@@ -75,9 +75,8 @@ class FactorThinning:
         self.g = None if instance.linear is None else instance.linear[part]
         self.G = curvature.gradients[:, part]
         self._M = np.zeros((curvature.m, curvature.m), order="F")
-        for first in range(0, kept.size, _CHUNK):
-            G = curvature.factor(k, kept[first : first + _CHUNK])
-            self._M = blas.dsyrk(1.0, G, beta=1.0, c=self._M, lower=1, overwrite_c=1)
+        self._chunk = max(1, min(_CHUNK, _PRODUCTS // curvature.m**2))
+        self._add(1.0, kept)
         self._M[np.diag_indices(curvature.m)] += curvature.m * curvature.damping
 
     def prices(self, kept: IntArray) -> FloatArray:
@@ -99,8 +98,10 @@ class FactorThinning:
         single = L.astype(np.float32)
         out = x**2 * damping
         places = np.flatnonzero(self.coupled[kept])
-        for first in range(0, places.size, _CHUNK):
-            piece = places[first : first + _CHUNK]
+        for first in range(0, places.size, self._chunk):
+            if first:
+                checkpoint()
+            piece = places[first : first + self._chunk]
             G = np.asfortranarray(self.G[:, kept[piece]], dtype=np.float32)
             half = solve_triangular(single, G, lower=True, overwrite_b=True, check_finite=False)
             left = 1.0 - np.einsum("si,si->i", half, half, dtype=np.float64)
@@ -109,7 +110,14 @@ class FactorThinning:
 
     def drop(self, weights: IntArray) -> None:
         """Take the columns of these weights out of M."""
+        self._add(-1.0, weights[self.coupled[weights]])
+
+    def _add(self, sign: float, weights: IntArray) -> None:
+        """Add ±G Gᵀ of the columns of these weights to M."""
         from scipy.linalg import blas
 
-        G = self.curvature.factor(self.k, weights[self.coupled[weights]])
-        self._M = blas.dsyrk(-1.0, G, beta=1.0, c=self._M, lower=1, overwrite_c=1)
+        for first in range(0, weights.size, self._chunk):
+            if first:
+                checkpoint()
+            G = self.curvature.factor(self.k, weights[first : first + self._chunk])
+            self._M = blas.dsyrk(sign, G, beta=1.0, c=self._M, lower=1, overwrite_c=1)

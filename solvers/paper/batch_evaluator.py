@@ -1,12 +1,13 @@
-"""Objective values of many selections at once, with torch on CPU or on a card."""
+"""Objective values of many selections at once, with NumPy, or with torch on a card."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbs_opt.device import choose, in_batches, or_on_cpu
+from cbs_opt.device import choose, in_batches, is_plausible, or_on_cpu
 from cbs_opt.instance import Instance
 from cbs_opt.interrupt import checkpoint
 from cbs_opt.selection import SelectionObjective
@@ -43,49 +44,47 @@ class BatchEvaluator:
     """
 
     def __init__(self, instance: Instance, context: Context, selections: int = 50) -> None:
-        import torch
-
-        from cbs_opt.solvers.device.objective import DeviceObjective, evaluation_work
-
-        self._torch = torch
         self.problem = SelectionObjective(instance)
         self.on_card: DeviceObjective | None = None
         context.extras["device"] = "cpu"
+        if context.device != "cuda" and not is_plausible():
+            return  # torch, whose import takes seconds, has nothing to do here
+        with suppress(ModuleNotFoundError):
+            self._choose(context, selections)
+
+    def _choose(self, context: Context, selections: int) -> None:
+        """Bring the objective to the card if that pays."""
+        from cbs_opt.solvers.device.objective import DeviceObjective, evaluation_work
+
         card = choose(context.device, evaluation_work(self.problem, selections), context.workers)
         if card is not None:
             with or_on_cpu("the objective"):
                 self.on_card = DeviceObjective(self.problem, card)
                 context.extras["device"] = card.name
-        self._w = self._tensor(instance.weights)
-        self._c = self._tensor(self.problem.c)
-
-    def _tensor(self, array: FloatArray) -> torch.Tensor:
-        array = array if array.flags.writeable else array.copy()
-        return self._torch.from_numpy(array)
 
     def values(self, selections: BoolArray) -> FloatArray:
         """Objectives, float64 (R,), of selections, bool (R, n)."""
         if self.on_card is not None:
+            import torch
+
             with or_on_cpu("the objective"):
-                return self.values_on_card(self._torch.tensor(selections, device=self.on_card.device))
+                return self.values_on_card(torch.tensor(selections, device=self.on_card.device))
             self.on_card = None
-        torch = self._torch
         curvature, factor = self.problem.curvature, self.problem.curvature.as_factor()
-        x = torch.from_numpy(selections).to(torch.float64)
-        values = x @ self._c
-        moved = x * self._w
-        for k in range(curvature.number_of_blocks):
+        x = selections.astype(np.float64)
+        values, moved = x @ self.problem.c, x * self.problem.w
+        for k in curvature.blocks_in_turn():
             part = curvature.block_slice(k)
+            mine = moved[:, part]
             if factor is not None:
-                projected = torch.zeros(len(selections), factor.m, dtype=torch.float64)
+                projected = np.zeros((len(selections), factor.m))
                 for columns, piece in factor.pieces(part.start, part.stop, _PIECE_BYTES):
-                    projected += moved[:, columns] @ self._tensor(piece).T
+                    projected += moved[:, columns] @ piece.T
                 values += 0.5 * (projected**2).sum(1) / factor.m
-                values += 0.5 * factor.damping * (moved[:, part] ** 2).sum(1)
+                values += 0.5 * factor.damping * (mine**2).sum(1)
             else:
-                mine = moved[:, part]
-                values += 0.5 * ((mine @ self._tensor(curvature.block(k))) * mine).sum(1)
-        return np.asarray(values.numpy())
+                values += 0.5 * ((mine @ curvature.block(k)) * mine).sum(1)
+        return np.asarray(values)
 
     def values_on_card(self, selections: torch.Tensor) -> FloatArray:
         """Objectives, float64 (R,), of selections that are on the card, bool (R, n)."""

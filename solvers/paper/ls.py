@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,7 +129,7 @@ class LocalSearch:
             monitor.report(doubled / 2.0, start)
             if monitor.should_stop():
                 return 0
-            for x, value, taken in self.steps(start, doubled):
+            for x, value, taken in self.steps(start, doubled, monitor.should_stop):
                 monitor.advance()
                 if taken:
                     swaps += taken
@@ -138,7 +138,12 @@ class LocalSearch:
                         break
         return swaps
 
-    def steps(self, start: BoolArray, doubled: float | None = None) -> Iterator[tuple[BoolArray, float, int]]:
+    def steps(
+        self,
+        start: BoolArray,
+        doubled: float | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[tuple[BoolArray, float, int]]:
         """The steps of the search, each made when it is asked for.
 
         Parameters
@@ -146,6 +151,8 @@ class LocalSearch:
         start : bool (n,)
         doubled : float, optional
             Its doubled objective, where that is known.
+        should_stop : callable, optional
+            Asked for every pruned weight; True ends the step after the swaps that it has taken.
 
         Yields
         ------
@@ -160,14 +167,16 @@ class LocalSearch:
             # The gradient is recomputed in each step: many small updates of s would accumulate rounding errors.
             s = 2.0 * problem.gradient(x.astype(np.float64))
             epsilon = self.parameters.threshold(doubled)
-            taken = sum(self._step(x, s, members, epsilon) for members in self.groups)
+            taken = sum(self._step(x, s, members, epsilon, should_stop) for members in self.groups)
             if taken:
                 doubled = 2.0 * problem.value(x)
             yield x, doubled, taken
             if taken == 0:
                 return
 
-    def _step(self, x: BoolArray, s: FloatArray, members: IntArray, epsilon: float) -> int:
+    def _step(
+        self, x: BoolArray, s: FloatArray, members: IntArray, epsilon: float, should_stop: Callable[[], bool]
+    ) -> int:
         """One step within one group, applied to x and s; returns the number of swaps."""
         A_ii, rho, tau = self.problem.diagonal, self.parameters.rho, self.parameters.tau
         inside, outside = members[x[members]], members[~x[members]]
@@ -182,6 +191,8 @@ class LocalSearch:
         available = np.ones(C.size, dtype=bool)
         taken = failures = 0
         for k, i in enumerate(P):
+            if k and should_stop():
+                break
             # The first pair is tried alone; if it does not gain, the search has converged.
             window = np.arange(max(1, k - rho), min(k + rho, C.size)) if k else np.zeros(1, dtype=np.int64)
             window = window[available[window]]

@@ -19,6 +19,7 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 _DEFAULT_BATCH = 64
 _BATCH_ON_CARD = 512
 _MOST_GROUPS = 64  # beyond which a card draws no faster
+_BATCH_ENTRIES = 1 << 22  # entries of a batch, draws by weights: less where a draw takes long
 _LARGE = 50_000  # weights from which on a draw takes 10 ms or more
 
 
@@ -70,12 +71,13 @@ def evaluate_draws(
         with or_on_cpu("the draws"):
             return _draws_on_card(draws, evaluator, context, keep)
     rng, monitor = context.rng(), context.monitor
-    limit = context.batch_size or _DEFAULT_BATCH
+    limit = context.batch_size or max(1, min(_DEFAULT_BATCH, _BATCH_ENTRIES // draws.magnitude.size))
     selections: list[BoolArray] = []
     values: list[FloatArray] = []
     drawn = 0
     while drawn < draws.parameters.draws and not (drawn and monitor.should_stop()):
-        count = min(limit, draws.parameters.draws - drawn)
+        # Small batches first, so that a limit of any length finds a selection.
+        count = min(limit if context.batch_size else max(1, drawn), limit, draws.parameters.draws - drawn)
         if monitor.stop.max_iterations is not None:
             count = max(1, min(count, monitor.stop.max_iterations - monitor.iterations))
         batch = np.stack([draws.draw(rng if drawn + r else None) for r in range(count)])

@@ -11,6 +11,7 @@ import numpy as np
 
 from cbs_opt.curvature import GradientFactor
 from cbs_opt.instance import Instance
+from cbs_opt.interrupt import checkpoint, question
 from cbs_opt.solvers.kernels import selection_numba as kernels
 from cbs_opt.solvers.kernels import sweeps_numba as sweep_kernels
 from cbs_opt.solvers.kernels.threads import run_tasks
@@ -25,6 +26,9 @@ PARALLEL_PRODUCT = 50_000
 
 DOUBLE_BYTES = 1 << 30
 """Rows of a gradient factor are kept in float64 up to this size in all, in float32 beyond."""
+
+
+_PIECE = 1 << 22  # entries of gradients that are transposed at a time
 
 
 class Block(Protocol):
@@ -202,14 +206,22 @@ def columns_of(
     blocks: list[Block] = [DiagonalBlock(np.zeros(0))] * len(components)
 
     def make(k: int, halted: Callable[[], bool]) -> None:
-        blocks[k] = _block(instance, components[k], scale, expanded, double)
+        blocks[k] = _block(instance, components[k], scale, expanded, double, halted)
 
     # Dense blocks are multiplied by BLAS, which has threads of its own.
-    run_tasks(1 if expanded else threads, [partial(make, k) for k in range(len(components))], lambda: False)
+    run_tasks(1 if expanded else threads, [partial(make, k) for k in range(len(components))], question())
+    checkpoint()
     return Columns(blocks, threads)
 
 
-def _block(instance: Instance, component: Component, scale: float, expanded: bool, double: bool) -> Block:
+def _block(
+    instance: Instance,
+    component: Component,
+    scale: float,
+    expanded: bool,
+    double: bool,
+    halted: Callable[[], bool],
+) -> Block:
     curvature = instance.curvature
     if not component.coupled:
         return DiagonalBlock(np.zeros(component.index.size))
@@ -221,12 +233,27 @@ def _block(instance: Instance, component: Component, scale: float, expanded: boo
         whole = local.size == part.stop - part.start
         H = curvature.block(component.block) if whole else curvature.submatrix(component.block, local, local)
         return DenseBlock(H * w[:, None] * (w / scale))
-    rows = _rows(gradients, component.block, local, w / np.sqrt(gradients.m * scale), double)
+    rows = _rows(gradients, component.block, local, w / np.sqrt(gradients.m * scale), double, halted)
     factor = FactorBlock(rows, gradients.damping * w**2 / scale)
     return DenseBlock(factor.submatrix(np.arange(w.size))) if expanded else factor
 
 
-def _rows(curvature: GradientFactor, k: int, local: IntArray, factor: FloatArray, double: bool) -> RealArray:
+def _rows(
+    curvature: GradientFactor,
+    k: int,
+    local: IntArray,
+    factor: FloatArray,
+    double: bool,
+    halted: Callable[[], bool],
+) -> RealArray:
+    """Rows w_i g_i of the weights `local`, in pieces between which it may be told to break off."""
     rows = np.empty((local.size, curvature.m), np.float64 if double else np.float32)
-    sweep_kernels.scaled_transpose(curvature.gradients, local + curvature.offsets[k], factor, rows)
+    width = max(1, _PIECE // curvature.m)
+    for first in range(0, local.size, width):
+        if first and halted():
+            break
+        piece = slice(first, first + width)
+        sweep_kernels.scaled_transpose(
+            curvature.gradients, local[piece] + curvature.offsets[k], factor[piece], rows[piece]
+        )
     return rows

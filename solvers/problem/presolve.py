@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cbs_opt.curvature.base import LARGE_BLOCK
 from cbs_opt.instance import Instance
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.selection import SelectionObjective
 from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
@@ -117,6 +119,8 @@ def _components(instance: Instance, diagonal: FloatArray, is_open: BoolArray) ->
     coupled: list[Component] = []
     for k in range(curvature.number_of_blocks):
         part = curvature.block_slice(k)
+        if k and part.stop - part.start > LARGE_BLOCK:
+            checkpoint()
         local = np.flatnonzero(is_open[part])
         nothing = diagonal[part][local] == 0
         if nothing.any():

@@ -16,6 +16,7 @@ from cbs_opt import (
     registry,
     solve,
 )
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.run import run_solver
 from cbs_opt.solver import Capabilities
 
@@ -149,13 +150,60 @@ def test_errors_of_the_package_are_kept_as_they_are(told):
     assert isinstance(told(refuse)[1].error, InstanceError)
 
 
-def test_a_long_preparation_does_not_use_up_the_time_limit(told):
+def test_the_preparation_counts_as_part_of_the_time_limit(told):
+    now = [0.0]
+
+    def prepare(instance, monitor):
+        now[0] = 7.0
+
+    def ask(instance, monitor):
+        assert (monitor.elapsed, monitor.remaining) == (0.0, 3.0)
+        now[0] = 11.0
+        assert monitor.should_stop()
+
+    assert told(prepare, ask, Stop(time_limit=10.0), clock=lambda: now[0])[1].status is Status.TIME_LIMIT
+
+
+def test_a_preparation_ends_at_the_time_limit(told):
+    now = [0.0]
+
+    def prepare(instance, monitor):
+        now[0] = 7.0
+        checkpoint()
+
+    instance, run = told(prepare, fail, Stop(time_limit=5.0), clock=lambda: now[0])
+    assert (run.status, run.error) == (Status.TIME_LIMIT, None)
+    assert np.array_equal(run.pruned, instance.budget.cheapest(np.abs(instance.weights)))
+
+
+def test_the_time_limit_of_a_benchmark_starts_after_the_preparation(problem, monkeypatch):
     now = [0.0]
 
     def prepare(instance, monitor):
         now[0] = 7.0
         assert monitor.should_stop()  # a wait for kernels ends
+        checkpoint()
 
-    _, run = told(prepare, report, Stop(time_limit=5.0), clock=lambda: now[0])
-    assert run.status is Status.CONVERGED
-    assert run.monitor.objective == 1.0
+    monkeypatch.setattr(Told, "before", staticmethod(prepare))
+    monkeypatch.setattr(Told, "during", staticmethod(report))
+    monitor = Monitor(Stop(time_limit=5.0), clock=lambda: now[0])
+    run = run_solver(Told(), problem(2).instance, Context(monitor=monitor), lambda: None)
+    assert (run.status, run.monitor.objective) == (Status.CONVERGED, 1.0)
+
+
+def test_a_joint_loss_that_is_not_the_objective_is_left_out_after_the_limit(told, problem, monkeypatch):
+    now = [0.0]
+
+    def late(instance, monitor):
+        report(instance, monitor)
+        now[0] = 20.0
+
+    _, run = told(during=late, stop=Stop(time_limit=10.0), clock=lambda: now[0])
+    assert run.losses.joint_loss is None
+    assert run.losses.selection_loss > 0
+    for wanted in ({"update": True}, {"objective": "joint"}):
+        now[0] = 0.0
+        monkeypatch.setattr(Told, "supports", Capabilities(objectives=frozenset({"selection", "joint"})))
+        monitor = Monitor(Stop(time_limit=10.0), clock=lambda: now[0])
+        run = run_solver(Told(), problem(2).instance, Context(monitor=monitor, **wanted))
+        assert run.losses.joint_loss is not None
