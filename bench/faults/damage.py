@@ -93,7 +93,9 @@ def _swap(data: bytearray, rng: Generator) -> str:
 def _number(data: bytearray, rng: Generator) -> str:
     """A length or an offset of a header becomes very large, negative or zero."""
     at, width = _at(data, rng), int(rng.choice([2, 4, 8]))
-    value = int(rng.choice([0, 1, (1 << 8 * width) - 1, 1 << (8 * width - 1), (1 << (8 * width - 1)) - 1]))
+    top = 1 << 8 * width
+    values = [0, 1, top - 1, top // 2, top // 2 - 1]
+    value = values[int(rng.integers(len(values)))]
     data[at : at + width] = value.to_bytes(width, "little")[: len(data[at : at + width])]
     return f"the number {value} of {width} bytes at {at}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import importlib
 import io
@@ -234,7 +233,9 @@ def _become(
         traceback.print_exc()
     finally:
         try:
-            atexit._run_exitfuncs()
+            # Not the other functions of `atexit`, which would remove temporary folders of the parent.
+            if (loading := sys.modules.get("cbs_opt.solvers.kernels.loading")) is not None:
+                loading.end_jobs()
             sys.stdout.flush()
             sys.stderr.flush()
         finally:

@@ -45,6 +45,10 @@ class Finding:
         """Whether it is one of those that may not happen."""
         return self.verdict in FAULTS
 
+    def where(self, text: str) -> Finding:
+        """The same with what was being done, if it is a fault."""
+        return Finding(self.verdict, f"{text}: {self.text}") if self.is_fault else self
+
 
 FINE = Finding()
 

@@ -82,6 +82,11 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
             raise
         _complain(f"{program}: out of memory")
         return EXIT_SOLVER
+    except ImportError as error:  # as without memory for a shared library
+        if "--debug" in given:
+            raise
+        _complain(f"{program}: a library cannot be loaded: {error}")
+        return EXIT_SOLVER
     except OSError as error:
         if "--debug" in given:
             raise

@@ -240,7 +240,7 @@ def _start(units: Sequence[str]) -> _Job:
 
 
 @atexit.register
-def _end_jobs() -> None:
+def end_jobs() -> None:
     """End all processes, and threads in the compiler before its library is unloaded."""
     for job in _started:
         job.end()

@@ -95,6 +95,8 @@ class LayeredInstance:
 
         def report(objective: float, masks: list[BoolArray]) -> None:
             monitor.advance()
+            if self.objective == "joint" and monitor.objective is None:  # as long as the evaluation will take
+                monitor.keep_back(monitor.elapsed - began)
             monitor.report(self.offset + objective, self.expand(masks), exact=False)
 
         def report_bound(bound: float) -> None:
@@ -110,8 +112,10 @@ class LayeredInstance:
             if first is None:
                 first = self.instance.budget.cheapest(np.abs(self.instance.weights), self.instance.fixed)
             monitor.report(selection_loss(self.instance, first), first, exact=False)
-        if card is None and not loading.wait(unit, should_stop=monitor.should_stop):
+        ready = card is not None or loading.wait(unit, should_stop=monitor.should_stop)
+        if not ready or monitor.remaining <= 0:
             return Status.CONVERGED
+        began = monitor.elapsed
         limit = monitor.stop.max_iterations
         solution = solve_layers(
             self.layers,

@@ -75,7 +75,7 @@ class JointProblem:
         fixed, self.base, self.budget = decide(instance)
         self.offset, self.scale = 0.0, 1.0
         self.blocks: list[JointBlock] = []
-        for k in range(curvature.number_of_blocks):
+        for k in curvature.blocks_in_turn():
             part = curvature.block_slice(k)
             if (fixed[part] >= 0).any() or instance.linear is not None:
                 self._reduce(k, fixed[part])
