@@ -139,7 +139,7 @@ def _raise(solver: str, error: Exception) -> NoReturn:
     """Raise what a run that failed before it had a selection raises."""
     if isinstance(error, InstanceError):  # valid, but not for this solver
         raise SolverError(f"solver '{solver}' cannot take the instance: {error}") from error
-    if isinstance(error, CbsError):
+    if isinstance(error, CbsError | MemoryError):
         raise error
     if isinstance(error, ModuleNotFoundError):
         raise SolverError(f"solver '{solver}' {missing(error)}") from error

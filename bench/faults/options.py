@@ -12,8 +12,8 @@ from cbs_opt.bench.faults.verdict import Finding
 _VALUES = (
     "", "-1", "0", "nan", "inf", "-inf", "1e999", "1e-320", "99999999999999999999", "0x10", "１", "½", "a b",
     "\x1b[31m", "../..", "/", "/proc/self/mem", "none", "true", "[]", "{}", "=", "x=y", "re:(",
-    "re:(a+)+$", "é" * 300, "no/such/folder/file.npz", "\n", "library:", "library:nothing", "--", "-", "1:2", "4:2",
-    "0:0", "9" * 400,
+    "re:(a+)+$", "é" * 300, "no/such/folder/file.npz", "\n", "library:", "library:nothing", "--", "-", "1:2",
+    "4:2", "0:0", "9" * 400,
 )  # fmt: skip
 
 _OPTIONS = {
@@ -24,8 +24,9 @@ _OPTIONS = {
     ),
     "info": ("--solution", "--picture", "--json", "--export", "--verify"),
     "export": (
-        "--checkpoint", "--data", "--samples", "--batch", "--source", "--fisher", "--curvature", "--blocks", "--loss",
-        "--metric", "--damping", "--relative-damping", "--sparsity", "--nm", "--tensors", "--exclude", "-o",
+        "--checkpoint", "--data", "--samples", "--batch", "--source", "--fisher", "--curvature", "--blocks",
+        "--loss", "--metric", "--damping", "--relative-damping", "--sparsity", "--nm", "--tensors", "--exclude",
+        "-o",
     ),
     "apply": ("--checkpoint", "--data", "-o", "--network", "--picture", "--update-scale", "--max-drop", "--onnx"),
     "bench": ("-o", "--engine", "--workers", "--time-limit", "--fail-above", "--json", "--title", "--profile"),

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import cbs_opt
 from cbs_opt.bench.faults.verdict import FINE, Finding, Verdict
 
 COMMANDS = ("solve", "info", "export", "apply", "prune", "bench")
@@ -28,7 +29,9 @@ PATIENCE = 120.0
 
 _CODES = (0, 1, 2, 3, 4, 130)
 _POLL = 0.004
+_STOPPED = 2.0  # seconds between two polls
 _MEMORY = 1 << 30  # that a reader of a small file may ask for
+_ROOT = f'File "{Path(cbs_opt.__file__).resolve().parent.parent}{os.sep}'
 _UNEXPECTED = ("Traceback (most recent call last)", "please report it")
 _NO_ROOT_CAPABILITIES = 28, 0b11  # PR_SET_SECUREBITS: a process of uid 0 has no power, and keeps none
 
@@ -62,7 +65,7 @@ class Finished:
         for word in _UNEXPECTED:
             at = max(self.err.find(word), self.out.find(word))
             # Of the interpreter itself there may be one, before it has come to the package.
-            if at >= 0 and (word != _UNEXPECTED[0] or "cbs_opt" in self.err[at:] + self.out):
+            if at >= 0 and (word != _UNEXPECTED[0] or _ROOT in self.err[at:] + self.out):
                 return Finding(Verdict.TRACEBACK, shown)
         if self.code < 0 and -self.code in self.sent:
             return FINE
@@ -249,11 +252,15 @@ def _wait(process: int, there: Surroundings) -> tuple[int, bool, tuple[int, ...]
     due = began + waiting[0][0] if waiting else float("inf")
     sent: list[int] = []
     ends = began + there.patience
+    last = began
     while True:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status), False, tuple(sent)
         now = time.monotonic()
+        if now - last > _STOPPED:  # this process, and then the other one too, was stopped meanwhile
+            ends += now - last
+        last = now
         if now >= due:
             number = waiting.pop(0)[1]
             os.kill(process, number)

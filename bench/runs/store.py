@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
 from cbs_opt.errors import CbsError
+from cbs_opt.files.paths import real_path
 from cbs_opt.result import relative_gap
 from cbs_opt.version import __version__
 
@@ -336,7 +337,7 @@ class Store:
             raise StoreError(f"{self.path}: there is no such store")
         if self.path.is_dir():
             raise StoreError(f"{self.path}: is a directory, a store is a file")
-        address = self.path.resolve().as_uri()
+        address = real_path(self.path).as_uri()
         # A reader too may have to undo the last, half-written row of a process that was killed.
         mode = "rwc" if self.mode == "w" else "rw"
         try:
@@ -410,7 +411,7 @@ def _lock(path: Path) -> sqlite3.Connection:
     """Become the only writer: an exclusive lock of a file next to the store, released with the process."""
     if path.is_dir():
         raise StoreError(f"{path}: is a directory, a store is a file")
-    target = path.resolve()  # a store has one lock, whatever links lead to it
+    target = real_path(path)  # a store has one lock, whatever links lead to it
     place = target.with_name(f".{target.name}.lock")
     if not target.parent.is_dir():
         raise StoreError(f"{path}: cannot be written: there is no directory {path.parent}")

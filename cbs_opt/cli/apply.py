@@ -29,6 +29,7 @@ from cbs_opt.cli.scoring import (
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files import read_instance, read_solution
 from cbs_opt.files.library_file import resolve
+from cbs_opt.files.paths import real_path
 from cbs_opt.instance import Instance
 from cbs_opt.solution import Solution
 
@@ -321,7 +322,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
     if folder and options.output.exists() and not options.output.is_dir():
         raise UsageError(f"{options.output}: must be a folder, as the checkpoint is one of shards")
     source = options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent
-    if folder and options.output.resolve() == source.resolve():
+    if folder and real_path(options.output) == real_path(source):
         raise UsageError(f"{options.output}: is an input; the output would overwrite it")
     common.check_outputs(
         (options.instance, *options.solution, options.checkpoint, options.data),

@@ -217,6 +217,7 @@ def _paper(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     common.start_logging(options.quiet, options.verbose)
+    common.check_outputs((options.store,), (options.profile, options.proofs))
     from cbs_opt.bench.reports.report import profile_picture, write_proofs, write_report
     from cbs_opt.bench.runs.store import Store
 
@@ -240,6 +241,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     common.start_logging(options.quiet, options.verbose)
+    common.check_outputs((options.old, options.new), (None if options.json == "-" else options.json,))
     import dataclasses
 
     from cbs_opt.bench.runs.compare import compare_stores, comparison_text

@@ -17,6 +17,7 @@ from typing import NoReturn
 from cbs_opt import early_signals
 from cbs_opt.errors import CbsError, OutputError, UsageError
 from cbs_opt.files.atomic import check_writable
+from cbs_opt.files.paths import real_path
 from cbs_opt.optional import missing
 from cbs_opt.version import __version__
 
@@ -160,12 +161,12 @@ def check_outputs(inputs: Iterable[Path | str | None], outputs: Iterable[Path | 
     OutputError
         For one that cannot be written.
     """
-    taken = {Path(path).resolve() for path in inputs if path is not None}
+    taken = {real_path(path) for path in inputs if path is not None}
     seen: set[Path] = set()
     for path in outputs:
         if path is None:
             continue
-        resolved = Path(path).resolve()
+        resolved = real_path(path)
         if resolved in taken:
             raise UsageError(f"{path}: is an input; the output would overwrite it")
         if resolved in seen:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cbs_opt.errors import UsageError
+
+
+def real_path(path: Path | str) -> Path:
+    """The path without links, also where these form a loop, on which `Path.resolve` fails."""
+    return Path(os.path.realpath(path))
 
 
 def as_path(path: object) -> Path:

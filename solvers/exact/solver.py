@@ -10,6 +10,7 @@ import numpy as np
 
 from cbs_opt.errors import OutputError, SolutionError, SolverError, UsageError
 from cbs_opt.files.atomic import check_writable
+from cbs_opt.files.paths import real_path
 from cbs_opt.instance import Instance
 from cbs_opt.losses import joint_loss
 from cbs_opt.monitor import Monitor
@@ -192,6 +193,6 @@ class Exact(Solver):
 
 def check_target(instance: Instance, certificate: str) -> None:
     """Refuse a certificate that would overwrite the instance or cannot be written."""
-    if instance.path is not None and Path(certificate).resolve() == instance.path.resolve():
+    if instance.path is not None and real_path(certificate) == real_path(instance.path):
         raise OutputError(f"{certificate}: is an input; the certificate would overwrite it")
     check_writable(certificate)

@@ -24,6 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from cbs_opt.solver import usable_threads
 from cbs_opt.solvers.kernels.compilation import is_ready, kernel_folder, mark_ready
 
@@ -55,6 +57,7 @@ UNITS = {
 }
 
 _POLL = 0.02  # seconds
+_HEADROOM = 1 << 27  # bytes that must be there before kernels are loaded
 _LEAVING = 5.0  # seconds that the end of the process waits for a compilation in a thread to notice
 
 _loaded: set[str] = set()
@@ -120,6 +123,7 @@ def finish() -> None:
 
 def _load(unit: str) -> None:
     """Call every kernel of a unit once, in this process."""
+    np.empty(_HEADROOM, dtype=np.uint8)  # MemoryError here, where LLVM would end the process
     _function(unit)()
     _loaded.add(unit)
     _jobs.pop(unit, None)

@@ -167,6 +167,8 @@ def test_a_busy_store_is_refused(config, here, run, tmp_path):
         (["run", "bench.toml", "-o", "bench.toml"], 3, "bench.toml: cannot be read as a store"),
         (["compare", "bench.toml", "none"], 3, "bench.toml: cannot be read as a store"),
         (["compare", "none", "none"], 3, "none: there is no such store"),
+        (["compare", "none", "bench.toml", "--json", "./bench.toml"], 2, "is an input"),
+        (["report", "bench.toml", "--profile", "bench.toml"], 2, "is an input"),
         ([], 2, "run | paper | report | compare"),
     ],
 )
