@@ -206,12 +206,12 @@ def _damaged_json(text: str, rng: Generator) -> str:
         content = json.loads(text)
     except ValueError:
         return text[::-1]
-    values = [None, True, -1, 0, 1e300, 10**30, "x" * 1000, [], {}, [[[]]], [1, "a"], {"a": {"b": []}}, "\x1b[2J"]
-    place, trail = content, ""
+    values: list[Any] = [
+        None, True, -1, 0, 1e300, 10**30, "x" * 1000, [], {}, [[[]]], [1, "a"], {"a": {"b": []}}, "\x1b[2J",
+    ]  # fmt: skip
+    place = content
     while isinstance(place, dict | list) and place:
-        key = rng.choice([*place]) if isinstance(place, dict) else int(rng.integers(len(place)))
-        key = str(key) if isinstance(place, dict) else key
-        trail += f"/{key}"
+        key: Any = str(rng.choice([*place])) if isinstance(place, dict) else int(rng.integers(len(place)))
         if not isinstance(place[key], dict | list) or rng.random() < 0.4:
             place[key] = values[int(rng.integers(len(values)))]
             break

@@ -218,8 +218,8 @@ def _become(
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for number, file in ((1, out), (2, err)):
             os.dup2(file.fileno(), number)
         sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), encoding="utf-8")

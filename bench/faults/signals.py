@@ -219,7 +219,7 @@ def _readable(path: Path) -> Finding:
     return FINE
 
 
-def _refuse(path: Path) -> None:
+def _refuse(path: Path) -> bool:
     raise ValueError(f"{path.name} has no end")
 
 

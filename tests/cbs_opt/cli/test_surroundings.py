@@ -119,8 +119,8 @@ def test_a_damaged_index_of_the_library_stops_nothing(text, tmp_path, monkeypatc
     assert "best known values are not available" in err
 
 
-def test_an_output_that_is_a_loop_of_links_is_written(instance_file, tmp_path, capsys):
+def test_an_output_that_is_a_loop_of_links_is_written(instance_file, tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    assert main([str(instance_file), "--solver", "obd", "-q", "--json", str(loop)]) == 0
+    assert solve.main([str(instance_file), "--solver", "obd", "-q", "--json", str(loop)]) == 0
     assert loop.is_file()
