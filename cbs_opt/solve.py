@@ -60,7 +60,8 @@ def solve(
     stop : Stop, optional
         Without one the solver runs to its own end.
     seed : int
-        The same seed, instance, parameters and iteration limit give the same history.
+        The same seed, instance, parameters, number of threads and iteration limit give the same history; with
+        another number of threads sums are rounded differently, and a search may take another way.
     parameters : mapping, optional
         Parameters of the solver by name.
     update : bool

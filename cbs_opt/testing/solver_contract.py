@@ -22,6 +22,7 @@ from cbs_opt.solver import OBJECTIVES, Capabilities, Solver
 from cbs_opt.stop import Stop
 from cbs_opt.testing.contract import Check, require, require_close, run_all
 from cbs_opt.testing.problems import CASES, Problem, make_problem
+from cbs_opt.testing.statuses import require_true_status
 from cbs_opt.typing import BoolArray
 
 _ENDS: Mapping[str, Stop] = {
@@ -119,6 +120,7 @@ class _Contract:
         families: list[tuple[str, int, Callable[[Problem], None], tuple[str, ...]]] = [
             ("result", 17, self.result_against_enumeration, tuple(cases)),
             ("same seed, same history", 5, self.same_seed_same_history, some),
+            ("stop rules", 7, self.statuses_are_true, ("gradients",)),
             ("stopped at once", 6, self.feasible_when_stopped_at_once, ("gradients", "everything", "2:4")),
             ("warm start", 8, self.never_worse_than_its_start, starts if self.solver.supports.warm_start else ()),
         ]
@@ -265,6 +267,18 @@ class _Contract:
             (first.iterations, first.status) == (second.iterations, second.status),
             "the same seed and iteration limit must give the same iterations and status",
         )
+
+    def statuses_are_true(self, problem: Problem) -> None:
+        """A run that says which rule ended it says the truth, and no rule that holds is passed over for long."""
+        whole = self.solve(problem.instance)
+        target = whole.objective + 1e-6 * problem.scale()
+        rules: list[dict[str, Any]] = [
+            {"target": target}, {"gap": 0.5}, {"max_iterations": 1}, {"no_improvement": 1}, {"time_limit": 1e-9},
+        ]  # fmt: skip
+        for stop in (Stop(**rule) for rule in rules):
+            result = self.solve(problem.instance, stop)
+            self._require_feasible(problem, result.pruned)
+            require_true_status(result, stop)
 
     def feasible_when_stopped_at_once(self, problem: Problem) -> None:
         """Every rule that ends a run before its start leaves a feasible selection."""
