@@ -444,6 +444,10 @@ def _trace(text: str | None) -> Trace | None:
 
 def _row(values: tuple[Any, ...]) -> Row:
     row = Row(*values)
+    texts = row.instance_sha256, row.solver, row.parameters, row.objective_kind, row.label, row.kind
+    numbers = (row.budget, row.seed, row.sparsity, *(value for value in values[12:23] if value is not None))
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(n, int | float) for n in numbers):
+        raise ValueError("a row whose entries are of other types: the file is damaged")
     row.time_limit, row.trace = _limit(values[6]), _trace(values[-2])
     row.scores = None if row.scores is None else json.loads(str(row.scores))
     return row

@@ -243,3 +243,16 @@ def test_what_sqlite_reports_is_a_sentence(tmp_path, monkeypatch):
         store._execute("INSERT INTO environments (content) VALUES (?)", ("{damaged",))
         with pytest.raises(StoreError, match="cannot be read as a store"):
             store.environments()
+
+
+def test_rows_of_other_types_are_refused(tmp_path):
+    path = tmp_path / "store.sqlite"
+    with Store(path, "w") as store:
+        store.add(FULL)
+        for column, value in (("instance_sha256", None), ("budget", "many"), ("objective", "small")):
+            before = store._fetch(f"SELECT {column} FROM rows")[0][0]
+            store._execute(f"UPDATE rows SET {column} = ?", (value,))
+            with pytest.raises(StoreError, match="entries are of other types"):
+                store.rows()
+            store._execute(f"UPDATE rows SET {column} = ?", (before,))
+        assert len(store.rows()) == 1
