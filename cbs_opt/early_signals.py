@@ -8,7 +8,7 @@ import sys
 import threading
 from types import FrameType
 
-_COMMANDS = {"cbs-solve", "cbs-info", "cbs-export", "cbs-apply", "cbs-bench"}
+_COMMANDS = {"cbs-solve", "cbs-info", "cbs-export", "cbs-apply", "cbs-prune", "cbs-bench"}
 """The commands, as in `project.scripts`."""
 
 

@@ -18,6 +18,7 @@ from cbs_opt.budget import Budget, number_of
 from cbs_opt.errors import OutputError, UsageError
 from cbs_opt.instances.budgets import budget_of_layers
 from cbs_opt.instances.curvature import Shape, block_sizes, cut, working_bytes
+from cbs_opt.memory import available_bytes
 from cbs_opt.typing import IntArray
 
 logger = logging.getLogger("cbs_opt")
@@ -375,10 +376,9 @@ def nm_budget(shapes: Sequence[Shape], keep: int, of: int, *, along: Along = "in
 
 def available_memory() -> int:
     """Bytes of memory that are free for a new program, or 4 GB where the system does not tell."""
+    if (known := available_bytes()) < float("inf"):
+        return int(known)
     try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return 4_000_000_000

@@ -16,6 +16,7 @@ from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.interrupt import Interrupted
 from cbs_opt.losses import joint_loss
+from cbs_opt.memory import require_bytes
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
@@ -137,6 +138,8 @@ def eliminate(
             stages.reduce_blocks(DENSE_LIMIT)
         if open_budget.any() and not should_stop():
             states: list[Elimination] = []
+            left = [int((~pruned[curvature.block_slice(k)] & coupled[k]).sum()) for k in range(len(coupled))]
+            require_bytes(sum(8.0 * size**2 for size in left), "the inverses of all blocks at once")
             for k in curvature.blocks_in_turn():
                 if k and curvature.block_sizes[k] > LARGE_BLOCK and should_stop():
                     raise Interrupted

@@ -12,6 +12,7 @@ import numpy as np
 from cbs_opt.curvature import GradientFactor
 from cbs_opt.instance import Instance
 from cbs_opt.interrupt import checkpoint, question
+from cbs_opt.memory import require_bytes
 from cbs_opt.solvers.kernels import selection_numba as kernels
 from cbs_opt.solvers.kernels import sweeps_numba as sweep_kernels
 from cbs_opt.solvers.kernels.threads import run_tasks
@@ -202,6 +203,8 @@ def columns_of(
     factor = instance.curvature.as_factor()
     sizes = [component.index.size for component in components if component.coupled]
     expanded = factor is None or sum(8 * size**2 for size in sizes) <= dense_bytes
+    if factor is None:
+        require_bytes(sum(8.0 * size**2 for size in sizes), "all dense blocks at once")
     double = expanded or (factor is not None and 8 * sum(sizes) * factor.m <= double_bytes)
     blocks: list[Block] = [DiagonalBlock(np.zeros(0))] * len(components)
 

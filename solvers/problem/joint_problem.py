@@ -8,6 +8,7 @@ import numpy as np
 
 from cbs_opt.instance import Instance
 from cbs_opt.losses import joint_loss
+from cbs_opt.memory import require_bytes
 from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
@@ -75,6 +76,8 @@ class JointProblem:
         fixed, self.base, self.budget = decide(instance)
         self.offset, self.scale = 0.0, 1.0
         self.blocks: list[JointBlock] = []
+        sizes = curvature.block_sizes.astype(np.float64)
+        require_bytes(16.0 * float((sizes**2).sum()), "all blocks and their inverses at once")
         for k in curvature.blocks_in_turn():
             part = curvature.block_slice(k)
             if (fixed[part] >= 0).any() or instance.linear is not None:
