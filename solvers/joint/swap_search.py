@@ -263,10 +263,10 @@ class JointSearch(Solver):
                     at_best = False
                 moved = moves.apply(move)
                 if not descending:
-                    until = count + self.parameters.tenure + int(rng.integers(5))
+                    free_at = count + self.parameters.tenure + int(rng.integers(5))
                     for block, weight in moved:
                         moves.forbid(block, weight, True)
-                        tabu.append((until, block, weight))
+                        tabu.append((free_at, block, weight))
             if moves.doubled < best_doubled - _GAIN * abs(best_doubled):
                 best, best_doubled, idle, at_best = moves.pruned(), moves.doubled, 0, True
                 monitor.report(best_doubled / 2.0, best)
