@@ -91,8 +91,11 @@ def made(rng: np.random.Generator, n: int, m: int, sizes: list[int]) -> Instance
     return Instance(rng.normal(size=n), curvature, Budget(int(SPARSITY * n)))
 
 
-def layer(rows: int, columns: int, device: torch.device, seed: int) -> Layer:
-    """Random weights and a Hessian XXᵀ of inputs whose spectrum falls like 1/k, with scales per column."""
+def layer(rows: int, columns: int, device: torch.device, seed: int) -> tuple[Layer, float]:
+    """Random weights and a Hessian XXᵀ of inputs whose spectrum falls like 1/k, with scales per column.
+
+    Also the loss of removing everything, with which errors are compared.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     rank = columns
     spectrum = torch.arange(1, rank + 1, dtype=torch.float32, device=device) ** -0.5
@@ -101,7 +104,10 @@ def layer(rows: int, columns: int, device: torch.device, seed: int) -> Layer:
     S = A @ A.T
     S.diagonal().add_(0.01 * float(S.diagonal().mean()))
     weights = torch.randn(rows, columns, generator=generator, device=device) / columns**0.5
-    return Layer(_host(weights), _host(0.5 * (S + S.T)))
+    S = 0.5 * (S + S.T)
+    W = weights.to(torch.float64)
+    size = 0.5 * float(((W @ S.to(torch.float64)) * W).sum())
+    return Layer(_host(weights), _host(S)), size
 
 
 def _host(tensor: torch.Tensor) -> FloatArray:

@@ -24,13 +24,13 @@ PARTS = {
     "make": ("solver_parts:make", 80.0),
     "card": ("parts:card", 45.0),
     "blocks": ("parts:blocks", 45.0),
+    "tests": ("parts:tests", 90.0),
     "dense": ("parts:dense_blocks", 60.0),
     "mlpnet": ("solver_parts:mlpnet", 60.0),
-    "search": ("solver_parts:search", 75.0),
-    "layers": ("solver_parts:layers", 75.0),
+    "search": ("solver_parts:search", 85.0),
+    "layers": ("solver_parts:layers", 100.0),
     "update": ("solver_parts:update", 40.0),
     "export": ("solver_parts:export", 60.0),
-    "tests": ("parts:tests", 100.0),
 }
 """The function of each part, and the seconds that it may take at most."""
 

@@ -80,19 +80,22 @@ class _Branch:
         """Costs and objectives from scratch, in float64; returns the largest relative drift since then."""
         from cbs_opt.solvers.device.dense_kernels import first_candidates
 
-        y = (self.state & 1).to(torch.float64)
-        product = linear.repeat(self.S, 1)
+        # The present points and the best ones, in one pass over Q.
+        y = torch.cat([self.state & 1, self.best]).to(torch.float64)
+        product = linear.repeat(2 * self.S, 1)
         diagonal = q.diagonal().to(torch.float64)
         rows = max(1, _REFRESH_ROWS // (8 * self.n))
         for first in range(0, self.n, rows):
             part = slice(first, min(first + rows, self.n))
             product[:, part] += y @ q[part].to(torch.float64).T
         f = 0.5 * (y * (product + linear)).sum(1)
-        if not bool(torch.isfinite(self.f).all() & torch.isfinite(f).all()):
+        kept = torch.cat([self.f, self.f_best])
+        if not bool(torch.isfinite(kept).all() & torch.isfinite(f).all()):
             raise DeviceError("an objective of the tabu search is not a number")
-        drift = float(((self.f - f).abs() / f.abs().clamp_min(1e-300)).max())
-        self.f.copy_(f)
-        self.cost.copy_(0.5 * diagonal + (1.0 - 2.0 * y) * product)
+        drift = float(((kept - f).abs() / f.abs().clamp_min(1e-300)).max())
+        self.f.copy_(f[: self.S])
+        self.f_best.copy_(f[self.S :])
+        self.cost.copy_(0.5 * diagonal + (1.0 - 2.0 * y[: self.S]) * product[: self.S])
         self.begin.copy_(self.state & 1)
         self.began.copy_(self.clock[:1])
         self.best_clock.copy_(self.clock)
@@ -166,7 +169,6 @@ class DenseTabu:
         self.drift = 0.0
         for branch in self.branches:
             branch.restart(q, linear)
-            branch.f_best.copy_(branch.f)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @property

@@ -35,10 +35,10 @@ def smallest(cost: torch.Tensor, counts: torch.Tensor, locked: torch.Tensor | No
     high = torch.full_like(counts, _LARGEST)  # at least `counts` are at most `high`
     for _ in range(33):
         middle = (low + high) // 2
-        enough = (keys <= middle[:, None]).sum(1) >= counts
+        enough = (keys <= middle[:, None].to(torch.int32)).sum(1) >= counts
         high = torch.where(enough, middle, high)
         low = torch.where(enough, low, middle)
-    threshold = high[:, None]
+    threshold = high[:, None].to(torch.int32)
     below = keys < threshold
     equal = keys == threshold
     left = (counts - below.sum(1))[:, None]

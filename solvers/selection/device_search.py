@@ -32,6 +32,7 @@ _STARTS = 64
 _LANES = 2048  # that fill a card
 _REPLICAS = 16  # cores of one block at a time, at most
 _CORE = LARGEST  # variables of a core of a larger block
+_SWAPS = 60  # over all variables, after a visit
 _NOISE = 0.7  # log-normal, of what cores are chosen by
 _SLOPE = 1e-3  # concave weight of the slopes of the relaxation by which they are chosen
 
@@ -225,7 +226,7 @@ class DeviceSearch:
         if len(self.coupled) > 1:
             trade(better, stop, rounds=3)
         if self.core < max(self.problem.component_sizes, default=0):
-            candidate_swaps(better, stop)
+            candidate_swaps(better, stop, limit=_SWAPS)
         self.offer(better.copy())
         return better
 
