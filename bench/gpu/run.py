@@ -19,6 +19,7 @@ from cbs_opt.bench.gpu import table
 from cbs_opt.bench.gpu.table import COMMAND
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.device import EMULATE
+from cbs_opt.errors import UsageError
 
 PARTS = {
     "make": ("solver_parts:make", 80.0),
@@ -37,6 +38,15 @@ PARTS = {
 CORES = ("mlpnet", "resnet20")
 """Instances that one core works on beside the other parts."""
 
+_ASK_FOR_THE_CARD = """
+import torch
+name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+try:
+    from triton import __version__ as triton
+except ModuleNotFoundError:
+    triton = "is missing"
+print(f"{name}, compute capability {capability[0]}.{capability[1]}, torch {torch.__version__}, Triton {triton}")
+"""
 _END = 12.0  # seconds that the table and the end of processes may take
 _LAST_LINES = 4  # of what a part printed that are shown when it failed
 
@@ -150,6 +160,9 @@ def _measure(names: list[str], device: str, tiny: bool, seconds: float, output: 
     from cbs_opt.bench.startup import machine
 
     began = time.monotonic()
+    name = _card_name(device)
+    if name is None:
+        raise UsageError("no CUDA card answers here; `--device cpu --tiny` shows that everything runs, emulated")
     rows: list[Row] = []
     cores: list[_Part] = []
     running: list[_Part] = []
@@ -190,9 +203,8 @@ def _measure(names: list[str], device: str, tiny: bool, seconds: float, output: 
             for part in running:
                 part.end()
     rows += table.comparisons(rows, tiny)
-    about = (
-        f"{_card_name(device)}; {machine()}; {time.strftime('%Y-%m-%d')}; {time.monotonic() - began:.0f} s in all"
-    )
+    spent = time.monotonic() - began
+    about = f"{name}; {machine()}; {time.strftime('%Y-%m-%d')}; {spent:.0f} s in all"
     about += "; tiny sizes, which say nothing about speed" if tiny else ""
     if output is None and device == "cuda" and not tiny:
         output = Path(__file__).resolve().parents[1] / "results"
@@ -205,19 +217,18 @@ def _measure(names: list[str], device: str, tiny: bool, seconds: float, output: 
     return 0 if any(row.value is not None for row in rows) else 4
 
 
-def _card_name(device: str) -> str:
-    """The card, asked for by a child, as this process keeps away from it."""
+def _card_name(device: str) -> str | None:
+    """The card, asked for by a child, as this process keeps away from it; None without one."""
     if device == "cpu":
         return "no card: emulated on the CPU"
-    code = "import torch, triton; print(torch.cuda.get_device_name(), '; torch', torch.__version__, '; Triton', "
-    code += "triton.__version__, '; compute capability', *torch.cuda.get_device_capability())"
+    code = _ASK_FOR_THE_CARD
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
         )
     except subprocess.TimeoutExpired:
-        return "a card that does not answer"
-    return done.stdout.strip() or "no card was found"
+        return None
+    return done.stdout.strip() or None
 
 
 def _say(text: str) -> None:

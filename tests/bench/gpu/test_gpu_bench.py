@@ -6,6 +6,7 @@ import csv
 import io
 
 import pytest
+import torch
 
 from cbs_opt.bench.gpu import run, table
 from cbs_opt.bench.gpu.measure import Bench, Row, read_rows
@@ -84,6 +85,14 @@ def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
 def test_bad_options(arguments, words, capsys):
     assert run.main([*arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA is meant")
+def test_without_a_card_nothing_is_written(repository, capsys):
+    page = repository / "bench" / "results" / "gpu.md"
+    before = page.read_bytes()
+    assert run.main([]) == 2 and "no CUDA card answers here" in capsys.readouterr().err
+    assert page.read_bytes() == before
 
 
 def test_the_page_says_whether_it_was_run(repository):
