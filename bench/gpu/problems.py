@@ -19,14 +19,14 @@ SPARSITY = 0.9
 
 
 def images(count: int, shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ten blurred patterns with noise, zero at the border as digits are; inputs (count, …) and labels (count,)."""
+    """Ten blurred patterns under noise, zero at the border as digits are; inputs (count, …), labels (count,)."""
     generator = torch.Generator().manual_seed(seed)
     patterns = torch.randn(10, *shape, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, 10, (count,), generator=generator)
     kernel = torch.ones(1, 1, 5, 5) / 25
     flat = patterns.view(-1, 1, *shape[-2:])
     blurred = torch.nn.functional.conv2d(flat, kernel, padding=2).view(10, *shape)
-    inputs = 3 * blurred[labels] + 0.3 * torch.randn(count, *shape, generator=generator)
+    inputs = 2.0 * blurred[labels] + 2.0 * torch.randn(count, *shape, generator=generator)
     border = torch.zeros(shape[-2:])
     border[4:-4, 4:-4] = 1.0
     return inputs.clamp_min(0) * border, labels
