@@ -16,6 +16,7 @@ import numpy as np
 from cbs_opt import Budget, HessianBlocks, Instance, InverseHessianBlocks, read_instance, write_instance
 from cbs_opt.cli.common import Parser, run_main, say
 from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.files.atomic import check_writable
 from cbs_opt.typing import FloatArray
 
 SPARSITY = 0.8
@@ -142,6 +143,7 @@ def _main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if (options.network is None) != (options.images is None):
         raise UsageError("`--network` and `--images` go together")
+    check_writable(options.output / "blocks-200x16.npz")
     made = [("blocks-200x16", small_blocks())]
     if options.network is not None:
         made += network_blocks(options.network, options.images)

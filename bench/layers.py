@@ -25,7 +25,7 @@ from cbs_opt.bench.layer_pictures import Course, draw
 from cbs_opt.bench.startup import machine
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.files.atomic import atomic_write
+from cbs_opt.files.atomic import atomic_write, check_writable
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution
 from cbs_opt.solvers.layers.solve import solve_layers
 from cbs_opt.solvers.layers.warm_up import layers_joint, layers_selection
@@ -295,6 +295,10 @@ def _main(arguments: list[str]) -> int:
     add("--clock", choices=tuple(CLOCKS), default="processor", help="default: processor")
     add("-o", "--output", type=Path, metavar="FILE.md", help="also write the tables to a file")
     options = parser.parse_args(arguments)
+    if options.output is not None:
+        check_writable(options.output)
+    if options.picture is not None:
+        check_writable(options.picture)
     if options.seconds <= 0 or any(not 0 < s < 1 for s in options.sparsities):
         raise UsageError("`--seconds` must be positive and `--sparsities` between 0 and 1")
     if min(options.shape) < 4 or options.shape[1] % 4:

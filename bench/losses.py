@@ -18,7 +18,7 @@ from cbs_opt.bench.runs.store import Row
 from cbs_opt.bench.runs.task import Task, run_on
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.errors import CbsError
-from cbs_opt.files.atomic import atomic_write
+from cbs_opt.files.atomic import atomic_write, check_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,6 +140,7 @@ def _main(arguments: list[str]) -> int:
     add("--clock", choices=tuple(CLOCKS), default="wall", help="default: wall")
     add("-o", "--output", type=Path, required=True, metavar="FILE.png")
     options = parser.parse_args(arguments)
+    check_writable(options.output)
     instance = read_instance(options.instance)
     if options.damping is not None:
         instance = instance.with_damping(options.damping)

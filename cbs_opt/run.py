@@ -21,7 +21,7 @@ from cbs_opt.convex_form import convex_form
 from cbs_opt.instance import Instance
 from cbs_opt.interrupt import Interrupted, checkpoint, interruptible
 from cbs_opt.losses import Losses, evaluate, selection_loss
-from cbs_opt.monitor import Monitor
+from cbs_opt.monitor import OPTIMAL_GAP, Monitor
 from cbs_opt.result import Status
 from cbs_opt.solver import Context, Solver
 from cbs_opt.typing import BoolArray
@@ -152,6 +152,7 @@ def run_solver(
             losses = _losses(instance, pruned, context, needs_both)
             if status is not Status.OPTIMAL:
                 pruned, losses = _not_worse_than_known(solver, instance, context, pruned, losses, needs_both)
+            status = _within_precision(instance, context, pruned, losses, status)
         evaluate_seconds = time.perf_counter() - began
     return Run(monitor, status, pruned, losses, error, build_seconds, solve_seconds, evaluate_seconds, processor)
 
@@ -170,6 +171,29 @@ def _losses(instance: Instance, pruned: BoolArray, context: Context, needs_both:
     except Interrupted:
         logger.info("the time limit has passed: the joint loss is not computed; `--update` asks for it")
         return Losses(selection_loss(instance, pruned), None, None)
+
+
+def _within_precision(
+    instance: Instance, context: Context, pruned: BoolArray, losses: Losses, status: Status
+) -> Status:
+    """The status that the precision of the stored curvature can carry; `extras` and the log say what it is.
+
+    A bound is lowered by the error, and nothing is called optimal where that exceeds `OPTIMAL_GAP`.
+    """
+    if context.objective != "selection":
+        return status
+    error = instance.curvature.relative_error(np.where(pruned, instance.weights, 0.0))
+    if not error > OPTIMAL_GAP:
+        return status
+    context.extras["relative_error"] = error
+    logger.warning(
+        f"the stored inverse Hessian is so ill-conditioned that losses hold only to about {error:.1g}, relative: "
+        "no optimum can be claimed. Blocks of H itself (`hessian`) or a larger damping would help"
+    )
+    monitor = context.monitor
+    if monitor.bound is not None:
+        monitor.bound -= min(error, 1.0) * abs(losses.selection_loss)
+    return Status.CONVERGED if status is Status.OPTIMAL else status
 
 
 def _not_worse_than_known(

@@ -262,6 +262,17 @@ class Curvature(abc.ABC):
     def check_regular(self) -> None:  # noqa: B027
         """Raise `InstanceError`, with a remedy, if H is known to be singular. Dense blocks detect this later."""
 
+    def relative_error(self, delta: FloatArray) -> float:
+        """An estimate, from above, of the relative error of δᵀHδ that comes from the form in which H is stored.
+
+        Dense blocks of H and gradients give it to the rounding of sums: 0.
+
+        Parameters
+        ----------
+        delta : float64 (n,)
+        """
+        return 0.0
+
     def diagonal_split(self, should_stop: Callable[[], bool] = lambda: False) -> FloatArray | None:
         """A diagonal D > 0 with H − D positive semidefinite, float64 (n,), or None if none is known.
 

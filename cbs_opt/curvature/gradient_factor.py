@@ -349,16 +349,19 @@ class GradientFactor(Curvature):
         """Without damping a block of more weights than gradients is singular."""
         largest = int(self.block_sizes.max())
         if self.damping == 0 and self.m < largest:
-            mean = float(self.diagonal().mean())
-            advice = (
-                f"a damping of {1e-3 * mean:.1g} (a thousandth of the mean diagonal of H) would do"
-                if mean > 0
-                else "all its gradients are zero"
-            )
             raise InstanceError(
                 f"the joint problem is singular: {self.m} gradients, a block of {largest} weights and no damping; "
-                + advice
+                + self.damping_advice()
             )
+
+    def damping_advice(self) -> str:
+        """A damping that makes H regular, as the end of a sentence, or why none can be named."""
+        mean = float(self.diagonal().mean())
+        if mean == 0:
+            return "all its gradients are zero"
+        if not 1e-3 * mean >= np.finfo(np.float64).tiny:
+            return "its gradients are too small for float64: rescale them"
+        return f"a damping of {1e-3 * mean:.1g} (a thousandth of the mean diagonal of H) would do"
 
     def diagonal_split(self, should_stop: Callable[[], bool] = lambda: False) -> FloatArray | None:
         """λI."""

@@ -75,11 +75,9 @@ def check_well_posed(instance: Instance, solver: str) -> None:
         return
     curvature = instance.curvature
     remedy = "a positive damping is needed"
-    if curvature.as_factor() is not None:
-        mean = float(curvature.diagonal().mean())
-        remedy = "all its gradients are zero"
-        if mean > 0:
-            remedy = f"a damping of {1e-3 * mean:.1g} (a thousandth of the mean diagonal of H) would do"
+    factor = curvature.as_factor()
+    if factor is not None:
+        remedy = factor.damping_advice()
     reason = (
         "with a first-order term the losses may have no minimum"
         if instance.linear is not None

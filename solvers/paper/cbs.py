@@ -9,6 +9,7 @@ from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.solvers.paper.all_swaps import improve_by_all_pairs
 from cbs_opt.solvers.paper.batch_evaluator import BatchEvaluator
 from cbs_opt.solvers.paper.ls import LocalSearch, LocalSearchParameters
 from cbs_opt.solvers.paper.rmp import Draws, RmpParameters, evaluate_draws
@@ -51,8 +52,9 @@ class CbsParameters(Parameters):
 class CombinatorialBrainSurgeon(Solver):
     """CBS-S of the paper: RMP, then local search from its best draws, and from a warm start where there is one.
 
-    CBS-U, the update of the kept weights, follows in `cbs_opt.solve` if it is requested. An iteration is a
-    draw or a step of the local search.
+    Where no ε is given, swaps over all pairs follow, so that none improves the result. CBS-U, the update of the
+    kept weights, follows in `cbs_opt.solve` if it is requested. An iteration is a draw or a step of the local
+    search.
     """
 
     summary = "the paper's method: RMP, local search from the best draws; CBS-U with --update"
@@ -88,5 +90,8 @@ class CombinatorialBrainSurgeon(Solver):
             if context.monitor.should_stop():
                 break
             swaps += self._search.walk(start, context)
+        monitor, given = context.monitor, self.parameters
+        if given.epsilon is None and given.epsilon_relative is None and monitor.pruned is not None:
+            swaps += improve_by_all_pairs(self._search, monitor.pruned, monitor)
         context.extras["swaps"] = swaps
         return Status.CONVERGED

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from cbs_opt.device import Card, is_plausible, or_on_cpu
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
@@ -17,6 +19,7 @@ from cbs_opt.solvers.selection.incumbent import Incumbent, candidate_swaps
 from cbs_opt.solvers.selection.relaxation import Relaxation
 
 _ROUNDS_AT_A_TIME = 8
+_STALE = 5  # times that many rounds without a better point or bound, after which rounding hides what is left
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Relax(Solver):
         rounded = Incumbent(problem, relaxed.x)
         monitor.report(problem.objective(rounded.y), problem.expand(rounded.y))
         done = problem.n == 0 or not loading.wait("selection", should_stop=monitor.should_stop)
+        stale, value = 0, np.inf
         while not done and not monitor.should_stop():
             rounds = relaxed.solve(
                 size=self.parameters.working_set,
@@ -76,9 +80,10 @@ class Relax(Solver):
                 rounds=_ROUNDS_AT_A_TIME,
                 should_stop=monitor.should_stop,
             )
-            done = rounds < _ROUNDS_AT_A_TIME
             monitor.advance(rounds)
-            monitor.report_bound(relaxed.bound())
+            better = monitor.report_bound(relaxed.bound()) or relaxed.value() < value - 1e-14 * abs(value)
+            stale, value = 0 if better else stale + 1, min(value, relaxed.value())
+            done = rounds < _ROUNDS_AT_A_TIME or stale >= _STALE
             rounded = Incumbent(problem, problem.smallest(-relaxed.x))
             monitor.report(problem.objective(rounded.y), problem.expand(rounded.y))
         monitor.report_bound(relaxed.bound())

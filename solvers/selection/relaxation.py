@@ -112,7 +112,7 @@ class Relaxation:
         return rounds
 
     def _round(self, t: float, size: int, steps: int, tolerance: float, should_stop: Callable[[], bool]) -> float:
-        """One round; returns the violation found before it."""
+        """One round; returns the violation found before it, 0 where the round changes nothing."""
         index, worst = self._working_set(t, size)
         if worst <= tolerance or index.size < 2:
             return worst
@@ -132,6 +132,8 @@ class Relaxation:
             if (attempt and done < 20) or core.newton(x, h, shift, should_stop) == 0:
                 break
         moved = np.flatnonzero(x != before)
+        if not moved.size:  # rounding hides what is left, and the next round would be the same
+            return worst if should_stop() else 0.0
         problem.columns.add_product(core.index[moved], (x - before)[moved], self.g)
         self.x[core.index] = x
         return worst

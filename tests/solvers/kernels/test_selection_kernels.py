@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cbs_opt.solvers.kernels import selection_numba, selection_numpy
+from cbs_opt.solvers.kernels import selection_numba, selection_numpy, swap_descent
 from cbs_opt.solvers.kernels.warm_up import warm_up_selection
 from cbs_opt.solvers.problem.columns import Columns, DenseBlock, DiagonalBlock, FactorBlock
 from cbs_opt.solvers.selection.core import Core
@@ -178,3 +178,21 @@ def test_blocks_agree_with_their_matrix(dtype):
     for block, matrix in zip(columns.blocks, (Q, Q, np.diag(ridge)), strict=True):
         np.testing.assert_allclose(block.submatrix(rows), matrix[np.ix_(rows, rows)], rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(block.cross(rows, other), matrix[np.ix_(rows, other)], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("blocks", "groups"), SHAPES)
+def test_swap_descent(seed, blocks, groups):
+    core, rng = random_core(seed, blocks, groups)
+    start = feasible(rng, core, np.bincount(core.group) // 2)
+    linear, Q, outcomes = rng.standard_normal(core.n), whole_matrix(core), []
+    for descent in (swap_descent.swap_descent, selection_numpy.swap_descent):
+        y, h = start.astype(np.int8), Q @ start + linear
+        made = descent(*core.layout(), 0.5 * core.diagonal, y, h, 1e-9, 100)
+        np.testing.assert_allclose(h, Q @ y + linear, atol=1e-9)
+        assert np.bincount(core.group, y).tolist() == np.bincount(core.group, start).tolist()
+        outcomes.append((made, y.tolist()))
+    assert outcomes[0] == outcomes[1]
+    change = (0.5 * core.diagonal - h)[:, None] + (0.5 * core.diagonal + h) - Q
+    allowed = (y == 1)[:, None] & (y == 0) & (core.group[:, None] == core.group)
+    assert not (change[allowed] < -1e-8).any()

@@ -1,6 +1,8 @@
 """The relaxation: its bound never exceeds the optimum, and it says what it found."""
 
 import itertools
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +18,13 @@ from cbs_opt import (
     Status,
     Stop,
     UsageError,
+    read_instance,
     selection_loss,
     solve,
 )
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
+from cbs_opt.solvers.selection.relaxation import Relaxation
+from cbs_opt.testing import make_problem
 
 KINDS = ("hessian", "inverse_hessian", "gradients")
 SHAPES = (
@@ -165,3 +170,19 @@ def test_degenerate_instances(case):
         assert result.bound <= oracle + 1e-12
         assert result.objective == selection_loss(instance, result.pruned)
     assert result.objective == pytest.approx(oracle, abs=1e-12)
+
+
+def test_it_ends_where_rounding_hides_what_is_left():
+    """Scales so far apart that no round changes anything, although optimality seems violated."""
+    instance = read_instance(Path(__file__).with_name("relax-without-end.npz"))
+    started = time.process_time()
+    result = solve(instance, "relax", stop=Stop(should_stop=lambda: time.process_time() > started + 30))
+    assert result.status is Status.CONVERGED
+    assert result.bound <= result.objective
+
+
+def test_it_ends_where_rounds_go_in_circles(monkeypatch):
+    """As many rounds as were asked for, again and again, without a better point or bound."""
+    monkeypatch.setattr(Relaxation, "solve", lambda self, **given: given["rounds"])
+    made = make_problem(1, n=9, kind="gradients")
+    assert solve(made.instance, "relax").iterations <= 100

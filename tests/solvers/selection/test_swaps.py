@@ -79,3 +79,32 @@ def test_a_stop_is_kept():
     problem = SelectionProblem(made.instance)
     point = Incumbent(problem, problem.smallest(np.arange(problem.n, dtype=float)))
     assert swaps.improve_by_all_swaps(point, lambda: True) == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(sorted(SHAPES)),
+    st.sampled_from(["gradients", "hessian", "inverse_hessian"]),
+    st.sampled_from(["search", "cbs"]),
+)
+def test_no_result_has_a_swap_that_gains(seed, shape, kind, solver):
+    made = make_problem(seed, kind=kind, **SHAPES[shape])
+    parameters = {"proof": 0, "patience": 3, "cycles": 1} if solver == "search" else {"draws": 3, "starts": 1}
+    result = solve(made.instance, solver, seed=seed, parameters=parameters)
+    assert result.status in ("converged", "optimal")
+    limit = -2 * GAIN * abs(result.objective) - 1e-12 * made.scale()
+    assert best_change(made.instance, result.pruned) >= limit
+
+
+def test_the_windows_of_the_paper_leave_swaps_that_gain():
+    """What `cbs` does beyond them has an effect."""
+    parameters = {"draws": 1, "starts": 1, "rho": 1, "tau": 0}
+    better = 0
+    for seed in range(8):
+        made = make_problem(seed, n=40, kind="gradients", m=20)
+        published = solve(made.instance, "cbs", parameters=parameters | {"epsilon_relative": 1e-6})
+        result = solve(made.instance, "cbs", parameters=parameters)
+        assert result.objective <= published.objective
+        better += result.objective < published.objective
+    assert better
