@@ -8,6 +8,7 @@ shape; `slices` never mixes shapes. `call` runs a model on any of them.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from cbs_opt.device import release_memory
 from cbs_opt.errors import InstanceError
+
+logger = logging.getLogger("cbs_opt")
 
 
 class Samples(Protocol):
@@ -220,3 +224,30 @@ def reason(error: BaseException) -> str:
     """An error of external code in one line."""
     text = (str(error).strip().splitlines() or [""])[0][:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def by_memory(
+    route: Callable[[Any, Any], Tensor], model: nn.Module, inputs: Any, targets: Any, part: slice, divisible: bool
+) -> Tensor:
+    """Rows for some samples, on the CPU; by halves, if `divisible`, where the memory of a card is short.
+
+    Raises
+    ------
+    InstanceError
+        Where it is too short for one sample.
+    """
+    count = part.stop - part.start
+    try:
+        return route(placed(inputs[part], model), moved(targets[part], next(model.parameters()).device)).cpu()
+    except torch.OutOfMemoryError as error:
+        release_memory()
+        if not divisible:
+            raise
+        if count < 2:
+            raise InstanceError(
+                "the memory of the card is too short for the gradients of one sample: `--device cpu` has more"
+            ) from error
+        logger.info(f"the memory of the card is short: gradients of {count // 2} samples at a time, not {count}")
+    middle = part.start + count // 2
+    halves = slice(part.start, middle), slice(middle, part.stop)
+    return torch.cat([by_memory(route, model, inputs, targets, half, divisible) for half in halves])

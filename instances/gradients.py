@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from cbs_opt.errors import InstanceError
-from cbs_opt.instances.batches import Bundle, Samples, arguments, call, leaves_of, moved, placed, reason, slices
+from cbs_opt.instances.batches import (
+    Bundle,
+    Samples,
+    arguments,
+    by_memory,
+    call,
+    leaves_of,
+    moved,
+    placed,
+    reason,
+    slices,
+)
 from cbs_opt.instances.layers import columns, layer_gradients, layer_of, tapped
 from cbs_opt.instances.losses import LossLike, SampleLoss, declared
 from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
@@ -190,7 +201,7 @@ def gradient_rows(
             rows: Tensor | None = None
             for part in row:
                 try:
-                    piece = route(placed(inputs[part], model), moved(targets[part], device)).cpu()
+                    piece = by_memory(route, model, inputs, targets, part, batch == 1)
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as error:  # an operator without a derivative, shapes that do not fit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from cbs_opt.solvers.device.objective import DeviceObjective
+
+logger = logging.getLogger("cbs_opt")
 
 _PIECE_BYTES = 1 << 26  # of the matrix that is converted at a time
 _ON_CARD = 256  # selections evaluated together there
@@ -49,8 +51,10 @@ class BatchEvaluator:
         context.extras["device"] = "cpu"
         if context.device != "cuda" and not is_plausible():
             return  # torch, whose import takes seconds, has nothing to do here
-        with suppress(ModuleNotFoundError):
+        try:
             self._choose(context, selections)
+        except ModuleNotFoundError as error:
+            logger.warning(f"the losses of selections: on the CPU, as {error.name} is not installed")
 
     def _choose(self, context: Context, selections: int) -> None:
         """Bring the objective to the card if that pays."""

@@ -233,3 +233,23 @@ def test_a_trial_chooses_the_route_of_a_recurrent_network(slow, route, caplog, m
     with caplog.at_level(logging.DEBUG, "cbs_opt"):
         assert_same(rows_of(model, x, y, names), by_loop(model, x, y, names))
     assert f"gradients: by {route}" in caplog.text
+
+
+def test_short_memory_of_a_card_makes_smaller_pieces(caplog):
+    from cbs_opt.instances.batches import by_memory
+
+    caplog.set_level(logging.INFO, "cbs_opt")
+    model, x, y, most = nn.Linear(2, 2), torch.arange(22.0).reshape(11, 2), torch.arange(11), 3
+
+    def route(inputs, targets):
+        if len(inputs) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inputs + targets[:, None]
+
+    assert by_memory(route, model, x, y, slice(1, 11), True).tolist() == (x + y[:, None])[1:].tolist()
+    assert "gradients of 5 samples at a time, not 10" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        by_memory(route, model, x, y, slice(1, 11), False)
+    most = 0
+    with pytest.raises(InstanceError, match="too short for the gradients of one sample"):
+        by_memory(route, model, x, y, slice(0, 3), True)
