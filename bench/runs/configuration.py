@@ -30,6 +30,7 @@ from typing import Any
 
 from cbs_opt.bench.peers import PEERS
 from cbs_opt.bench.runs.toml_file import SEEDS, WHOLE, Check, TomlFile, is_list, is_number, is_whole, open_toml
+from cbs_opt.bench.subset_peers import SUBSET_PEERS, unavailable_peer
 from cbs_opt.errors import CbsError, SolverError, UsageError
 from cbs_opt.registry import get_solver, solver_names
 from cbs_opt.solver import OBJECTIVES, parse_parameters
@@ -176,12 +177,12 @@ class _Reader:
         settings = _DEFAULTS | {key: value for key, value in {**top, **table}.items() if key in _DEFAULTS}
         name, objective = table["name"], settings["objective"]
         given: Mapping[str, Any] = table.get("parameters", {})
-        if name in PEERS:
+        if name in PEERS or name in SUBSET_PEERS:
             if given:
                 raise self._error(number, next(iter(given)), f"peer '{name}' has no parameters")
-            objectives: frozenset[str] = frozenset({"selection"})
+            objectives: frozenset[str] = frozenset({"selection" if name in PEERS else "joint"})
         elif name not in solver_names():
-            known = ", ".join([*solver_names(), *PEERS])
+            known = ", ".join([*solver_names(), *PEERS, *SUBSET_PEERS])
             raise self._error(number, "name", f"there is no solver '{name}'; known: {known}")
         else:
             try:
@@ -237,6 +238,8 @@ def unavailable(entry: SolverEntry) -> str | None:
     from cbs_opt.bench.runs.warm_up import tiny_instance
     from cbs_opt.solver import Context
 
+    if entry.name in SUBSET_PEERS:
+        return unavailable_peer(entry.name)
     if entry.name in PEERS:
         import importlib.util
 

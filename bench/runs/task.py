@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +23,8 @@ from cbs_opt.bench.peers import PEERS, MissingPeerError, Samplers, run_sampler
 from cbs_opt.bench.runs import store
 from cbs_opt.bench.runs.store import Key, Row, Trace
 from cbs_opt.bench.runs.warm_up import SECONDS, tiny_instance
+from cbs_opt.bench.subset_peers import SUBSET_PEERS, solve_subset
+from cbs_opt.budget import Budget
 from cbs_opt.compilation import finish_compilation
 from cbs_opt.errors import CbsError, InstanceError, SolverError
 from cbs_opt.files import read_instance
@@ -139,7 +141,9 @@ def _make(task: Task, read: Callable[[], Instance], should_stop: Callable[[], bo
         _warm_up(task.solver, task.parameters, task.objective, read().curvature.kind, task.threads)
         clock = time.perf_counter()
         instance = read()
-        if task.solver in PEERS:
+        if task.solver in SUBSET_PEERS:
+            row, device = _subset_row(task, instance), "cpu"
+        elif task.solver in PEERS:
             row, device = _peer_row(task, instance), "cpu"
         else:
             row, device = _solver_row(task, instance, should_stop)
@@ -313,6 +317,22 @@ def _peer_row(task: Task, instance: Instance) -> Row:
     return row
 
 
+def _subset_row(task: Task, instance: Instance) -> Row:
+    """The row of a peer of best-subset selection: it proves nothing, and ends by itself."""
+    processor, clock = time.process_time(), time.perf_counter()
+    try:
+        with thread_limit(task.threads, batched=False):
+            pruned = solve_subset(task.solver, instance, task.time_limit)
+    except MissingPeerError as error:
+        raise _UnsupportedError(str(error)) from error
+    spent, processor = time.perf_counter() - clock, time.process_time() - processor
+    losses = evaluate(instance, pruned)
+    row = judge(task, instance, pruned, losses)
+    row.status, row.build_s, row.solve_s, row.cpu_s = str(Status.CONVERGED), 0.0, spent, processor
+    row.trace = [(spent, _finite(losses.joint_loss), None)]
+    return row
+
+
 def thinned(events: Trace) -> Trace:
     """The events, of several within `TRACE_STEP` seconds the last, with numbers that JSON can hold."""
     kept: Trace = []
@@ -340,6 +360,9 @@ def _warm_up(solver: str, parameters: str, objective: str, kind: str, threads: i
         tiny = tiny_instance(kind)
         if solver in PEERS:
             Samplers(tiny)  # loads the packages
+            return
+        if solver in SUBSET_PEERS:
+            solve_subset(solver, replace(tiny, linear=None, fixed=None, budget=Budget(tiny.n - 1)), SECONDS)
             return
         context = Context(objective, 0, Monitor(Stop(time_limit=SECONDS)), threads=threads)
         chosen = get_solver(solver)(json.loads(parameters))
