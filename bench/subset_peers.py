@@ -92,7 +92,7 @@ def solve_subset(name: str, instance: Instance, time_limit: float | None) -> Boo
         One of `SUBSET_PEERS`.
     instance : Instance
     time_limit : float or None
-        Seconds, for l0bnb: for each penalty of its path. The others have no limit.
+        Seconds, for l0bnb: shared equally by the penalties of its path. The others have no limit.
 
     Raises
     ------
@@ -178,7 +178,7 @@ def _l0bnb(data: Regression, keep: int, time_limit: float | None) -> IntArray:
     """The path of penalised problems of l0bnb up to this number of columns: its last one that is not larger."""
     from l0bnb import fit_path
 
-    options: dict[str, Any] = {} if time_limit is None else {"time_limit": time_limit}
+    options: dict[str, Any] = {} if time_limit is None else {"time_limit": time_limit / max(keep, 1)}
     with _old_infinity(), contextlib.redirect_stdout(io.StringIO()):
         path = fit_path(
             data.X, data.y, lambda_2=0.5 * len(data.y) * data.ridge, max_nonzeros=keep, intercept=False,

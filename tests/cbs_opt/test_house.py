@@ -75,6 +75,14 @@ def test_rooms_import_only_whom_they_may(room, repository):
     assert wrong == []
 
 
+def test_nobody_imports_the_estimator(repository):
+    """It needs scikit-learn, which is an extra."""
+    for room in ROOMS:
+        for path in sources(repository, room):
+            found = [module for module, _, _ in imports(ast.parse(path.read_text(encoding="utf-8")))]
+            assert not [module for module in found if module.startswith("cbs_opt.estimator")], path
+
+
 def test_the_check_above_sees_imports_of_every_form():
     tree = ast.parse(
         "import cbs_opt.bench\n"

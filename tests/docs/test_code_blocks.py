@@ -17,7 +17,7 @@ from cbs_opt.curvature import registry as curvature_registry
 
 EXECUTED = {
     "README.md",
-    *(f"docs/{name}.md" for name in ("extending", "format", "guide", "index", "transformers")),
+    *(f"docs/{name}.md" for name in ("best-subset", "extending", "format", "guide", "index", "transformers")),
 }
 """Pages with Python blocks; each has a test, below or in a file of its own."""
 
@@ -50,6 +50,15 @@ def test_every_page_with_python_is_executed(repository, markdown):
 def test_no_fence_is_left_open(repository):
     for page in [repository / "README.md", *(repository / "docs").glob("*.md")]:
         assert len(re.findall(r"^```", page.read_text(encoding="utf-8"), re.MULTILINE)) % 2 == 0, page
+
+
+def test_best_subset_page(here, markdown, repository, capsys):
+    pytest.importorskip("sklearn", reason="NOT TESTED: scikit-learn is not installed")
+    names = markdown.run(repository / "docs" / "best-subset.md")
+    shown = [line.split("# ")[-1] for block in markdown.blocks(repository / "docs" / "best-subset.md")
+             for line in block.code.splitlines() if line.startswith("print(")]  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == shown
+    assert names["intercept"] == pytest.approx(5, abs=0.2) and names["chosen"].k_ >= 3
 
 
 def test_helper_runs_blocks_and_writes_files(here, markdown):
