@@ -321,7 +321,7 @@ def _subset_row(task: Task, instance: Instance) -> Row:
     """The row of a peer of best-subset selection: it proves nothing, and ends by itself."""
     processor, clock = time.process_time(), time.perf_counter()
     try:
-        with thread_limit(task.threads, batched=False):
+        with thread_limit(task.threads):
             pruned = solve_subset(task.solver, instance, task.time_limit)
     except MissingPeerError as error:
         raise _UnsupportedError(str(error)) from error
