@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NEVER = tl.constexpr(2147483647)  # release of what pads a block
-
 
 @triton.jit
 def _mix(state):

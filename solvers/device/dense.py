@@ -57,7 +57,6 @@ class _Branch:
         self.seed, self.tenure = seeds, tenure
         self.f, self.f_best = (make(S, dtype=torch.float64) for _ in range(2))
         self.moves = make(steps, S, 2, fill=-1)
-        self.graph: torch.cuda.CUDAGraph | None = None
 
     def steps(self, q: torch.Tensor, count: int) -> None:
         """Launch so many steps."""

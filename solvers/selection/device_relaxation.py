@@ -1,7 +1,7 @@
 """The relaxation of the selection problem on a card: accelerated projected gradients, scaled by the diagonal.
 
-Room: selection; the solver `relax` uses it where a card was chosen. Where Q is badly conditioned the working sets
-of the CPU need less time: the search takes its relaxation from there.
+Room: selection; the solver `relax` uses it where a card was chosen, and the search on large problems. Where Q is
+badly conditioned the working sets of the CPU need less time: the search takes that of smaller problems from there.
 """
 
 from __future__ import annotations

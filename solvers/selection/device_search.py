@@ -1,6 +1,6 @@
 """The selection search on a card: hardening and tabu search of many cores and many starts of each at once.
 
-Room: selection; `search` uses it where a card was chosen, after its relaxation on the CPU.
+Room: selection; `search` uses it where a card was chosen.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cbs_opt.solvers.device.lanes import LARGEST, Engine, Lanes, engine_for, pad
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.device_columns import DeviceColumns, DeviceIncumbent, columns_bytes
 from cbs_opt.solvers.selection.device_cores import CoreSearch, fitted
+from cbs_opt.solvers.selection.device_relaxation import DeviceRelaxation
 from cbs_opt.solvers.selection.device_roaming import Roaming
 from cbs_opt.solvers.selection.incumbent import GAIN, Incumbent, candidate_swaps
 from cbs_opt.solvers.selection.parameters import SearchParameters
@@ -27,6 +28,11 @@ from cbs_opt.typing import FloatArray, IntArray
 
 logger = logging.getLogger("cbs_opt")
 
+_PATH_ITERATIONS = 200  # of the relaxation at each weight of a path
+_TIGHT_ITERATIONS = 300  # between two bounds
+_PATIENT_VISITS = 40  # after which a bound that hardly rises is settled
+_HARDEN = tuple(float(t) for t in np.geomspace(0.01, 1.2, 12))
+_HARDEN_ITERATIONS = 30
 _BOUND_EVERY = 4  # visits
 _STARTS = 64
 _LANES = 2048  # that fill a card
@@ -130,6 +136,7 @@ class DeviceSearch:
         generator.manual_seed(seed)
         self.rng = np.random.default_rng(seed)
         self.relaxed: Relaxed | None = None
+        self.relaxation: DeviceRelaxation | None = None
         self.visits = 0
         self.coupled = [k for k, component in enumerate(problem.components) if component.coupled]
         sizes = problem.component_sizes
@@ -160,6 +167,46 @@ class DeviceSearch:
         distance = np.abs(slope - problem.threshold(slope))
         distance[(x > 0) & (x < 1)] = 0.0
         self.relaxed = Relaxed(x.copy(), distance, problem.smallest(-x))
+
+    def path(self, weights: tuple[float, ...]) -> None:
+        """Follow concave weights down to a relaxation on the card, and harden what is found at its ends."""
+        stop = self.monitor.should_stop
+        relaxation = self.relaxation = DeviceRelaxation(self.problem, self.there)
+        for number, t in enumerate(weights):
+            relaxation.run(t, _PATH_ITERATIONS, 1e-6, stop)
+            if stop():
+                return
+            if number in (0, len(weights) - 1):
+                self._harden(relaxation)
+        self.start_from(relaxation.numpy())
+        self.monitor.report_bound(self.problem.certified_bound(relaxation.numpy()))
+
+    def _harden(self, relaxation: DeviceRelaxation) -> None:
+        """Offer what the point of a relaxation hardens to; the relaxation is where it was afterwards."""
+        stop, x = self.monitor.should_stop, relaxation.x
+        for t in _HARDEN:
+            relaxation.run(t, _HARDEN_ITERATIONS, 1e-7, stop)
+            if stop():
+                break
+        point = self.incumbent(self.problem.smallest(-relaxation.numpy()))
+        relaxation.x = x
+        self.offer(point.copy())
+        if not stop():
+            trade(point, stop, rounds=3)
+            candidate_swaps(point, stop, limit=_SWAPS)
+            self.offer(point)
+
+    def tighten(self) -> bool:
+        """More iterations of the relaxation of `path`, and its bound; True when that settles."""
+        if self.relaxation is None:
+            return True
+        before = self.monitor.bound
+        made = self.relaxation.run(0.0, _TIGHT_ITERATIONS, 1e-9, self.monitor.should_stop)
+        x = self.relaxation.numpy()
+        self.monitor.report_bound(self.problem.certified_bound(x))
+        gained = (self.monitor.bound or 0.0) - (before or 0.0)
+        stale = self.visits > _PATIENT_VISITS and gained <= 1e-4 * abs(self.monitor.objective or 0.0)
+        return made < _TIGHT_ITERATIONS or stale
 
     def incumbent(self, y: FloatArray) -> DeviceIncumbent:
         """A point whose gradients come from the card."""

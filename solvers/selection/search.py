@@ -238,27 +238,27 @@ class _Run:
         return self.problem.n == 0 or not self.problem.budget.any()
 
     def search_on(self, card: Card, context: Context) -> None:
-        """The path on the CPU, then visits of all blocks on a card while the bound is improved."""
+        """The path, then visits of all blocks on a card while the bound is improved.
+
+        The path of a large problem is followed on the card; working sets on the CPU take less time on others.
+        """
         from cbs_opt.solvers.selection.device_search import DeviceSearch
 
         monitor, seed, large = self.monitor, int(self.rng.integers(2**62)), is_large(self.problem)
         context.extras["device"] = card.name
-        if monitor.should_stop() or not self._wait("selection", *("sweeps",) * large):
+        if monitor.should_stop() or not (large or self._wait("selection")):
             return
         found = DeviceSearch(self.problem, self.parameters, monitor, self._offer, seed, card)
-        sweeps = self._sweeps() if self.split else None
-        if sweeps is not None:
-            sweeps.path(PATH)
-            found.start_from(sweeps.relaxed.x)
+        tight = None if large else self._path()
+        if tight is None:
+            found.path(PATH)
         else:
-            tight = self._sweep() if large else self._path()
             found.start_from(tight.x)
             monitor.report_bound(tight.bound())
 
         def tighten() -> bool:
-            if sweeps is not None:
-                sweeps.tighten()
-                return sweeps.settled
+            if tight is None:
+                return found.tighten()
             rounds = self._solve(tight, 0.0, 1e-7, _BOUND_ROUNDS)
             monitor.report_bound(tight.bound())
             return rounds < _BOUND_ROUNDS

@@ -11,6 +11,7 @@ from cbs_opt.monitor import Monitor
 from cbs_opt.solvers.device.lanes import TritonEngine
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem, Storage
 from cbs_opt.solvers.selection import device_cores, device_roaming, device_search
+from cbs_opt.solvers.selection import search as search_module
 from cbs_opt.solvers.selection.device_columns import DeviceColumns, DeviceIncumbent
 from cbs_opt.solvers.selection.device_relaxation import DeviceRelaxation
 from cbs_opt.solvers.selection.device_search import DeviceSearch
@@ -94,6 +95,18 @@ def test_search_on_a_card_finds_what_the_cpu_finds(problem, with_instance, card,
     assert there.objective == pytest.approx(selection_loss(instance, there.pruned), rel=1e-12)
     assert there.bound is not None and there.bound <= here.objective
     assert 0 <= there.extras["drift"] < 1e-9
+
+
+def test_large_problems_are_relaxed_on_the_card(problem, card, monkeypatch):
+    for name, value in (("_PATH_ITERATIONS", 40), ("_TIGHT_ITERATIONS", 40), ("_HARDEN_ITERATIONS", 4)):
+        monkeypatch.setattr(device_search, name, value)
+    monkeypatch.setattr(device_search, "_BOUND_EVERY", 1)
+    monkeypatch.setattr(search_module, "is_large", lambda *arguments: True)
+    instance = problem(6, n=48, m=30, kind="gradients", damping=0.02, blocks=3).instance
+    there = solve(instance, "search", device="cuda", parameters={"proof": 0, "patience": 2})
+    here = solve(instance, "search", device="cpu", parameters={"proof": 0, "patience": 40})
+    assert there.objective <= here.objective * 1.001 and there.bound is not None
+    assert 0.8 * here.bound <= there.bound <= here.objective
 
 
 def test_a_visit_by_the_triton_kernels(problem, card, monkeypatch):
