@@ -25,7 +25,7 @@ class Row:
         None where it could not be measured.
     unit : str
     target : str
-        What issue 16 asks for; empty where it asks for nothing.
+        The value to reach; empty where there is none.
     met : bool or None
     note : str
     """
