@@ -25,9 +25,13 @@ SAFE_PIVOT = 1e-7
 """Smallest pivot, relative to the diagonal before any elimination, at which values are trusted to 1e-9."""
 
 
+CANCELLATION = 1e-8
+"""The same, over the share of all that the loss is: kept sets give it as a difference."""
+
+
 @inner_fast
-def eliminate(M, b, diagonal, first, m, pivot, N, e):
-    """N, e: M and b on first ≤ j < m without column `pivot` < first; whether all pivots are safe."""
+def eliminate(M, b, floor, first, m, pivot, N, e):
+    """N, e: upper triangle of M, and b, from `first` on without column `pivot`; whether all pivots are safe."""
     row = M[pivot]
     scale = 1.0 / row[pivot]
     gain = b[pivot] * scale
@@ -36,29 +40,73 @@ def eliminate(M, b, diagonal, first, m, pivot, N, e):
         f = row[i] * scale
         Mi = M[i]
         Ni = N[i]
-        for j in range(first, m):
+        for j in range(i, m):
             Ni[j] = Mi[j] - f * row[j]
         e[i] = b[i] - gain * row[i]
-        safe = safe and Ni[i] > diagonal[i]
+        safe = safe and Ni[i] > floor[i]
     return safe
 
 
 @inner_fast
-def best_pair(row, h, b, floor, i, first, last, limit, sign):
-    """Largest excess of ½ b_Tᵀ H_TT⁻¹ b_T over a limit, in the pairs T = {i, j}, times a positive number.
+def best_second(row, other, f, h, b, i, first, last, limit, sign):
+    """Largest excess over a limit of what the second member of the pairs {i, j} adds to b_Tᵀ H_TT⁻¹ b_T.
 
-    Also the least pivot less its floor, times H_ii.
+    Row i of H is row − f·other. With q = b_i / H_ii the excess is (b_j − q H_ij)² − limit (H_jj − H_ij² / H_ii),
+    times a positive number.
     """
-    hi = h[i]
-    bi = b[i]
+    q = b[i] / h[i]
+    linear = -2.0 * q * sign
+    square = (q * q + limit / h[i]) * sign
     best = -np.inf
-    safe = np.inf
     for j in range(first, last):
-        cross = b[j] * hi - row[j] * bi
-        det = hi * h[j] - row[j] * row[j]
-        best = max(best, sign * (cross * cross - limit * hi * det))
-        safe = min(safe, det - floor[j] * hi)
-    return best, safe
+        x = row[j] - f * other[j]
+        best = max(best, x * (x * square + linear * b[j]) + sign * (b[j] * b[j] - limit * h[j]))
+    return best
+
+
+@inner_fast
+def seconds_are_safe(row, other, f, h, floor, i, first, last):
+    """Whether the second pivots of the pairs {i, j} are above their floor."""
+    least = np.inf
+    for j in range(first, last):
+        x = row[j] - f * other[j]
+        least = min(least, h[i] * h[j] - x * x - floor[j] * h[i])
+    return least >= 0.0
+
+
+@inner_fast
+def search_pairs(M, pivot, b, h, base, need, prices, start, m, record, sign, floor, checked, pair):
+    """The best pair of columns from `start` on beyond the record, after column `pivot` (−1: none) is eliminated.
+
+    b, h: what is left of the linear term and the diagonal. Returns pairs looked at, whether the record was broken,
+    and whether all pivots were safe.
+    """
+    seen = 0
+    found = False
+    other = M[max(pivot, 0)]
+    scale = 0.0 if pivot < 0 else 1.0 / other[pivot]
+    for k in range(start, m - 1):
+        rest = need - prices[k]
+        if prices[k + 1] <= rest:
+            break
+        last = last_allowed(prices, k + 1, m, rest)
+        own = base + 0.5 * b[k] * b[k] / h[k]
+        f = other[k] * scale
+        row = M[k]
+        if checked and not seconds_are_safe(row, other, f, h, floor, k, k + 1, last):
+            return seen, found, False
+        seen += last - k - 1
+        if best_second(row, other, f, h, b, k, k + 1, last, 2.0 * (record[0] - own), sign) > 0.0:
+            for j in range(k + 1, last):
+                x = row[j] - f * other[j]
+                cross = b[j] * h[k] - x * b[k]
+                value = own + 0.5 * cross * cross / (h[k] * (h[k] * h[j] - x * x))
+                if sign * (value - record[0]) > 0.0:
+                    record[0] = value
+                    found = True
+                    pair[0] = k
+                    pair[1] = j
+    return seen, found, True
 
 
 @inner_fast
@@ -76,12 +124,15 @@ def last_allowed(prices, first, m, need):
 
 
 @entry_fast
-def best_set(H, b, prices, need, r, m, record, sign, cap, floor, room, vectors, h, sums, chosen, best, at):
+def best_set(
+    H, b, prices, need, r, m, record, sign, cap, floor, checked, room, vectors, h, sums, chosen, best, at
+):  # fmt: skip
     """The set T of r of m columns with the largest (sign = 1) or least (−1) ½ b_Tᵀ H_TT⁻¹ b_T beyond `record`.
 
     Parameters
     ----------
     H, b : float64 (m, m), (m,)
+        Only the upper triangle is read.
     prices : float64 (m,), falling
         Sets whose prices sum to `need` or less cannot beat the record.
     r : int
@@ -89,9 +140,9 @@ def best_set(H, b, prices, need, r, m, record, sign, cap, floor, room, vectors, 
         Value to beat; updated with `best`.
     cap : int
         Sets to look at before giving up.
-    floor : float64 (m,)
-        Smallest safe pivots.
-    room, vectors : float64 (max(r − 2, 0), m, m), (max(r − 2, 0), m)
+    floor, checked : float64 (m,), bool
+        Smallest safe pivots, and whether those of the last members are compared with them.
+    room, vectors : float64 (max(r − 3, 0), m, m), (max(r − 3, 0), m)
     h, sums : float64 (m,), (m + 1,)
     chosen, best : int64 (r,)
     at : int64 (r,)
@@ -107,6 +158,7 @@ def best_set(H, b, prices, need, r, m, record, sign, cap, floor, room, vectors, 
     seen = 0
     found = False
     outcome = DONE
+    e = np.empty(m)
     gains = np.zeros(r + 1)
     spent = np.zeros(r + 1)
     depth = 0
@@ -116,44 +168,60 @@ def best_set(H, b, prices, need, r, m, record, sign, cap, floor, room, vectors, 
         c = b if depth == 0 else vectors[depth - 1]
         left = r - depth
         i = at[depth] + 1
-        if left <= 2:
-            for j in range(i, m):
-                h[j] = M[j, j]
+        if left <= 3:
             base = gains[depth]
+            rest = need - spent[depth]
             if left == 1:
-                last = last_allowed(prices, i, m, need - spent[depth])
+                last = last_allowed(prices, i, m, rest)
                 for j in range(i, last):
-                    value = base + 0.5 * c[j] * c[j] / h[j]
+                    value = base + 0.5 * c[j] * c[j] / M[j, j]
                     if sign * (value - record[0]) > 0.0:
                         record[0] = value
                         found = True
-                        for k in range(depth):
-                            best[k] = chosen[k]
                         best[depth] = j
+                        for t in range(depth):
+                            best[t] = chosen[t]
                 seen += last - i
+            elif left == 2:
+                for j in range(i, m):
+                    h[j] = M[j, j]
+                count, broken, safe = search_pairs(
+                    M, -1, c, h, base, rest, prices, i, m, record, sign, floor, checked, best[depth:]
+                )
+                seen += count
+                found = found or broken
+                outcome = DONE if safe else UNSAFE
+                for t in range(depth if broken else 0):
+                    best[t] = chosen[t]
             else:
-                for k in range(i, m - 1):
-                    rest = need - spent[depth] - prices[k]
-                    if prices[k + 1] <= rest:
+                for p in range(i, m - 2):
+                    if sums[p + 3] - sums[p] <= rest:
                         break
-                    last = last_allowed(prices, k + 1, m, rest)
-                    own = base + 0.5 * c[k] * c[k] / h[k]
-                    excess, safe = best_pair(M[k], h, c, floor, k, k + 1, last, 2.0 * (record[0] - own), sign)
-                    if safe < 0.0:
+                    own = base + 0.5 * c[p] * c[p] / M[p, p]
+                    if sign < 0.0 and own >= record[0]:
+                        continue
+                    scale = 1.0 / M[p, p]
+                    safe = True
+                    for j in range(p + 1, m):
+                        e[j] = c[j] - c[p] * scale * M[p, j]
+                        h[j] = M[j, j] - M[p, j] * M[p, j] * scale
+                        safe = safe and h[j] > floor[j]
+                    if safe:
+                        count, broken, safe = search_pairs(
+                            M, p, e, h, own, rest - prices[p], prices, p + 1, m, record, sign, floor, checked,
+                            best[depth + 1 :],
+                        )  # fmt: skip
+                        seen += count + m - p
+                        found = found or broken
+                        if broken:
+                            best[depth] = p
+                            for t in range(depth):
+                                best[t] = chosen[t]
+                    if not safe:
                         outcome = UNSAFE
-                    seen += last - k - 1
-                    if excess > 0.0:
-                        for j in range(k + 1, last):
-                            cross = c[j] * h[k] - M[k, j] * c[k]
-                            det = h[k] * h[j] - M[k, j] * M[k, j]
-                            value = own + 0.5 * cross * cross / (h[k] * det)
-                            if sign * (value - record[0]) > 0.0:
-                                record[0] = value
-                                found = True
-                                for t in range(depth):
-                                    best[t] = chosen[t]
-                                best[depth] = k
-                                best[depth + 1] = j
+                        break
+                    if seen > cap:
+                        break
             if outcome == DONE and seen > cap:
                 outcome = TOO_MANY
             if outcome != DONE:
@@ -213,7 +281,7 @@ def subsets(m, r):
 
 
 @entry
-def count_node(M, c, diagonal, d, u, y, kept, m, R, const, thr, cap, work, vectors, order, chosen, sel):
+def count_node(M, c, diagonal, d, u, y, kept, m, R, const, thr, cap, least, work, vectors, order, chosen, sel):
     """Try all selections of a node with R of its free columns kept, where they are few.
 
     Parameters
@@ -225,8 +293,10 @@ def count_node(M, c, diagonal, d, u, y, kept, m, R, const, thr, cap, work, vecto
         The loss is ½ uᵀMu + cᵀu + const; only selections below `thr` count.
     cap : int
         About as many sets, at most `SETS_BEFORE_PRICES` times as many before prices, are looked at.
+    least : float
+        No pivot of kept weights is smaller, relative to `diagonal`; 0 where that is not known.
     work : float64 (w,)
-        For max(r − 1, 1) + 1 matrices of the free columns, and one of all.
+        For one matrix of all columns and max(r − 2, 1) of the free ones.
     vectors : float64 (4, n + 2)
     order, chosen : int64 (n + 2,), (3, n + 2)
     sel : int8 (n,)
@@ -243,7 +313,7 @@ def count_node(M, c, diagonal, d, u, y, kept, m, R, const, thr, cap, work, vecto
     keeps = f - R >= R
     r = R if keeps else f - R
     sets = subsets(f, r)
-    matrices = max(r - 1, 1)
+    matrices = max(r - 2, 1)
     if cap <= 0 or sets > SETS_BEFORE_PRICES * cap or m * m + matrices * f * (f + 1) > work.size:
         return False, False
     price, h, sums, rest = vectors[0], vectors[1], vectors[2], vectors[3]
@@ -275,13 +345,15 @@ def count_node(M, c, diagonal, d, u, y, kept, m, R, const, thr, cap, work, vecto
                 a -= 1
             order[a] = i
             t += 1
+    safe = max(SAFE_PIVOT, CANCELLATION * const / thr) if thr > 0.0 else SAFE_PIVOT
+    checked = not keeps or least <= safe
     N = work[: m * m].reshape(m, m)
     for a in range(m):
         row = M[order[a]]
         for b in range(m):
             N[a, b] = row[order[b]]
         h[a] = -c[order[a]]
-        sums[a] = SAFE_PIVOT * diagonal[order[a]]
+        sums[a] = safe * diagonal[order[a]]
     loss = const
     for a in range(k):
         if N[a, a] < sums[a]:
@@ -303,7 +375,7 @@ def count_node(M, c, diagonal, d, u, y, kept, m, R, const, thr, cap, work, vecto
         b[i] = h[k + i]
         floor[i] = sums[k + i]
         for j in range(f):
-            S[i, j] = N[k + i, k + j]
+            S[i, j] = N[k + min(i, j), k + max(i, j)]
     record = np.empty(1)
     sign = 1.0
     if keeps:
@@ -326,7 +398,7 @@ def count_node(M, c, diagonal, d, u, y, kept, m, R, const, thr, cap, work, vecto
         outcome, found = DONE, sign * record[0] < 0.0
     else:
         outcome, _, found = best_set(
-            S, b, price, need, r, f, record, sign, cap, floor, levels, V, np.empty(f), np.empty(f + 1),
+            S, b, price, need, r, f, record, sign, cap, floor, checked, levels, V, np.empty(f), np.empty(f + 1),
             chosen[0], chosen[1], chosen[2],
         )  # fmt: skip
     if found:

@@ -271,7 +271,7 @@ def reduced_costs(u, y, d, kept, gone, gp, G, R, price, slack):
 def run(
     budget, tol, atol, shared, M0, c0, v0, const, extra, st, meta, TH, LB, U, Y, K, R,
     pool, off, gps, idx, dgs, ds, cs, sbest, best, S, A, B, sc, x, h, key, e, rd, point, gone,
-    sel, price, trial, loc, cap, work, vectors, chosen,
+    sel, price, trial, loc, cap, least, work, vectors, chosen,
 ):  # fmt: skip
     """As `selection_tree.run`. Nodes of one group that leave few selections are enumerated, up to `cap` of a node.
 
@@ -364,7 +364,7 @@ def run(
             continue
         if G == 1 and free > 0 and cap > 0:
             settled, broken = count_node(
-                M, c, dg, d, u, y, kept, m, R[C, 0], const, thr, cap, work, vectors, loc, chosen, gone
+                M, c, dg, d, u, y, kept, m, R[C, 0], const, thr, cap, least, work, vectors, loc, chosen, gone
             )
             if broken:
                 for i in range(n):

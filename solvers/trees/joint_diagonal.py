@@ -58,6 +58,12 @@ def is_definite(M: FloatArray) -> bool:
     return True
 
 
+def least_pivot(H: FloatArray) -> float:
+    """A lower bound on the pivots of all elimination orders, relative to the diagonal: the least eigenvalue."""
+    s = 1 / np.sqrt(np.diag(H))
+    return 0.9 * float(np.linalg.eigvalsh(H * s[:, None] * s)[0])
+
+
 def safe_diagonal(A: FloatArray) -> FloatArray:
     """diag(1 / A_ii) over the largest eigenvalue of A scaled to a unit diagonal: never more than A⁻¹."""
     s = 1 / np.sqrt(np.diag(A))

@@ -14,7 +14,7 @@ from cbs_opt.solvers.kernels.stack_layout import FOUND
 from cbs_opt.solvers.kernels.tableau_elimination import eliminate
 from cbs_opt.solvers.problem.joint_problem import condition
 from cbs_opt.solvers.trees.best_first import BestFirst, Subproblem
-from cbs_opt.solvers.trees.joint_diagonal import best_diagonal, safe_diagonal
+from cbs_opt.solvers.trees.joint_diagonal import best_diagonal, least_pivot, safe_diagonal
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE
 from cbs_opt.solvers.trees.stack import JointSnapshot, TreeWorker
 from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
@@ -47,12 +47,15 @@ class DenseJoint:
     group : int64 (n,), increasing
     keep : int64 (G,)
         Weights of each group that stay.
+    least_pivot : float
+        See `joint_diagonal.least_pivot`; 0 where it is not known.
     """
 
     A: FloatArray
     w: FloatArray
     group: IntArray
     keep: IntArray
+    least_pivot: float = 0.0
 
     @property
     def n(self) -> int:
@@ -156,7 +159,7 @@ class JointWorker(TreeWorker):
             nodes, self._tolerance, self._rounding, self._shared, *self._data, self._state, self._entries,
             self._theta, self._bounds, self._U, self._Y, self._kept, self._R, self._pool, *self._levels,
             *self._level_data, found, self.best, self._S, self._A, self._B, *self._work, self._point, *self._marks,
-            *self._prices, self.most_counted, *self._counting,
+            *self._prices, self.most_counted, self.problem.least_pivot, *self._counting,
         )  # fmt: skip
         if self._state[FOUND] > before:
             self.selection = self._fixings.copy()
@@ -304,7 +307,7 @@ def prepare_joint(
     best = int(np.argmin(values))
     kept, value = candidates[best], values[best]
     scale = value if value > 0 else 1.0
-    problem = DenseJoint(A_, w_ / np.sqrt(scale), group_, keep)
+    problem = DenseJoint(A_, w_ / np.sqrt(scale), group_, keep, least_pivot(H_))
     root = Subproblem(0.0, np.full(n, -1, np.int8), None, None)
     queue = BestFirst(
         lambda tol, atol, shared: JointWorker(problem, tol, atol, shared),

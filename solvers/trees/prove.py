@@ -18,6 +18,13 @@ from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.trees.block_search import BlockSearch
+from cbs_opt.solvers.trees.enumeration import (
+    MOST_SETS,
+    SETS_PER_SECOND,
+    Enumeration,
+    nodes_before,
+    number_of_sets,
+)
 from cbs_opt.solvers.trees.joint_worker import JointTree, prepare_joint
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE, SelectionTree, prepare_selection
 from cbs_opt.solvers.trees.tables import JointTable, SelectionTable, SeparableTable, Table
@@ -195,10 +202,43 @@ class Prover:
             extras.update({"nodes": queue.nodes, "open": queue.open, "diagonals": queue.diagonals})
             return monitor.should_stop()
 
-        size = int(np.clip(_SLICE_WORK / problem.n**2, 1, 200))
-        queue.run(progress, context.tree_workers, _limited(size, monitor.stop))
+        size = _limited(int(np.clip(_SLICE_WORK / problem.n**2, 1, 200)), monitor.stop)
+        if self._is_countable(context):
+            first = nodes_before(problem.n, int(problem.budget.sum()))
+            queue.run(lambda: progress() or queue.nodes >= first, context.tree_workers, size)
+            wanted = not queue.finished() and not monitor.should_stop() and self._is_countable(context)
+            if wanted and self._count(context, report, tolerance):
+                return
+        queue.run(progress, context.tree_workers, size)
         progress()
         report.bound(problem.from_units(tree.bound()), last=True)
+
+    def _is_countable(self, context: Context) -> bool:
+        """Whether all selections can be looked at in the time that is left: few weights are kept, or pruned."""
+        problem, monitor = self.problem, context.monitor
+        if not isinstance(problem, JointProblem) or problem.budget.size != 1 or monitor.stop.max_iterations:
+            return False
+        number = number_of_sets(problem.n, int(problem.budget[0]))
+        if number > MOST_SETS or not 0 < problem.budget[0] < problem.n:
+            return False
+        return number / SETS_PER_SECOND / context.workers < 0.8 * monitor.remaining
+
+    def _count(self, context: Context, report: Report, tolerance: float) -> bool:
+        """Look at all selections; whether that is a proof."""
+        problem, monitor = self.problem, context.monitor
+        assert isinstance(problem, JointProblem) and monitor.objective is not None
+        A, H, w = problem.matrices()
+        value = monitor.objective - problem.offset
+        enumeration = Enumeration(A, H, w, int(problem.keep[0]), value)
+        pruned = enumeration.run(monitor.should_stop, context.workers)
+        if pruned is not None:
+            report.selection(problem.expand(pruned))
+        if not enumeration.complete:
+            return False
+        value = monitor.objective - problem.offset
+        report.bound(problem.from_units(value - tolerance * abs(value)))
+        context.extras["counted"] = number_of_sets(problem.n, int(problem.keep[0]))
+        return True
 
     def _tables(self, context: Context, report: Report, tolerance: float) -> None:
         """A table for every component under one budget."""

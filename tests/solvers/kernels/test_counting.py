@@ -24,11 +24,11 @@ def value(H, b, chosen):
 
 def call(H, b, r, record, sign, prices=None, need=-1.0, cap=10**6):
     """`best_set` with its workspaces: outcome, whether the record was broken, the record, the set."""
-    m, levels = b.size, max(r - 2, 0)
+    m, levels = b.size, max(r - 3, 0)
     prices = np.zeros(m) if prices is None else prices
     found, best = np.array([record]), np.zeros(r, np.int64)
     outcome, _, broken = best_set(
-        H, b, prices, need, r, m, found, sign, cap, SAFE_PIVOT * np.diag(H), np.zeros((levels, m, m)),
+        H, b, prices, need, r, m, found, sign, cap, SAFE_PIVOT * np.diag(H), True, np.zeros((levels, m, m)),
         np.zeros((levels, m)), np.zeros(m), np.zeros(m + 1), np.zeros(r, np.int64), best,
         np.zeros(r + 1, np.int64),
     )  # fmt: skip
@@ -44,7 +44,7 @@ def test_best_set_is_the_best_among_those_that_prices_allow(seed, m, r, sign, pr
     prices = np.sort(rng.random(m))[::-1].copy() if priced else np.zeros(m)
     need = float(rng.random() * r) if priced else -1.0
     allowed = [T for T in itertools.combinations(range(m), r) if prices[list(T)].sum() > need]
-    outcome, broken, record, best = call(H, b, r, -sign * np.inf, sign, prices, need)
+    outcome, broken, record, best = call(H, b, r, -sign * 1e3, sign, prices, need)
     assert outcome == DONE
     assert broken == bool(allowed)
     if allowed:
@@ -57,12 +57,12 @@ def test_best_set_is_the_best_among_those_that_prices_allow(seed, m, r, sign, pr
 def test_best_set_gives_up_at_the_cap_and_at_small_pivots():
     rng = np.random.default_rng(0)
     H, b = definite(rng, 12), rng.standard_normal(12)
-    assert call(H, b, 5, -np.inf, 1.0, cap=20)[0] == TOO_MANY
+    assert call(H, b, 5, -1.0, 1.0, cap=20)[0] == TOO_MANY
     H[:, 1] = H[:, 0]
     H[1] = H[0]
     H[1, 1] = H[0, 0] * (1 + 1e-12)
-    assert call(H, b, 2, -np.inf, 1.0)[0] == UNSAFE
-    assert call(H, b, 3, -np.inf, 1.0)[0] == UNSAFE
+    assert call(H, b, 2, -1.0, 1.0)[0] == UNSAFE
+    assert call(H, b, 3, -1.0, 1.0)[0] == UNSAFE
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,10 +83,11 @@ def test_a_node_is_settled_as_by_enumeration(seed, m, data):
         at = np.sort([*np.flatnonzero(kept), *T])
         losses[tuple(at)] = 0.5 * float(v @ M @ v) - value(M, M @ v, at)
     best = min(losses.values())
+    least = data.draw(st.sampled_from([0.0, 1.0]))
     for threshold in (best * 1.01, best * 0.99):
         sel = np.zeros(m, np.int8)
         settled, found = count_node(
-            M, c, np.diag(M).copy(), d, u, M @ u + c, kept, m, R, 0.5 * float(v @ M @ v), threshold, 10**6,
+            M, c, np.diag(M).copy(), d, u, M @ u + c, kept, m, R, 0.5 * float(v @ M @ v), threshold, 10**6, least,
             np.zeros(20 * m * m), np.zeros((4, m + 2)), np.zeros(m + 2, np.int64), np.zeros((3, m + 2), np.int64),
             sel,
         )  # fmt: skip
