@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +12,9 @@ from numpy.typing import ArrayLike
 from cbs_opt.errors import InstanceError
 from cbs_opt.linalg import SYMMETRY_TOLERANCE, is_positive
 from cbs_opt.typing import IntArray, RealArray
+
+_IN_MEMORY = 1 << 29  # bytes of a memory-mapped array up to which a copy is made in memory
+_CHUNK = 1 << 24
 
 
 def flatten(blocks: Sequence[ArrayLike]) -> tuple[RealArray, IntArray]:
@@ -41,9 +46,9 @@ def check_flat(
 
     With `definite` every block must be positive definite, else blocks may be indefinite.
 
-    A block that is symmetric up to rounding only is replaced by its symmetric part (in a copy of `flat`), so
-    that every route to a loss sees the same matrix. Raises `InstanceError` naming the block; O(Σ b_k³) time
-    at most, memory of one block unless a copy is made.
+    A block that is symmetric up to rounding only is replaced by its symmetric part (in a copy of `flat`; that of
+    a large memory-mapped array lies in a temporary file), so that every route to a loss sees the same matrix.
+    Raises `InstanceError` naming the block; O(Σ b_k³) time at most, memory of one block unless a copy is made.
     """
     flat = real_array(name, flat)
     expected = int((block_sizes**2).sum())
@@ -70,13 +75,35 @@ def check_flat(
         if asymmetry > 0:
             block = (block + block.T) / 2
             if not copied:
-                flat, copied = real_array(name, np.array(flat)), True
+                flat, copied = _writable_copy(name, flat), True
             flat[part] = block.ravel()
         if not is_positive(block, definite=definite, precision=precision):
             if definite:
                 raise InstanceError(f"`{name}`: block {k} must be positive definite, but it is indefinite")
             indefinite.append(k)
     return flat, indefinite
+
+
+def _writable_copy(name: str, flat: RealArray) -> RealArray:
+    """A copy, of a large memory-mapped array in a temporary file that ends with it."""
+    source: object = flat
+    while isinstance(source, np.ndarray) and not isinstance(source, np.memmap):
+        source = source.base
+    if not isinstance(source, np.memmap) or flat.nbytes <= _IN_MEMORY:
+        return real_array(name, np.array(flat))
+    try:
+        with tempfile.TemporaryFile() as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, flat.nbytes)
+            copy: RealArray = np.memmap(file, flat.dtype, "r+" if file.seek(0, 2) else "w+", shape=flat.shape)
+    except OSError as error:
+        raise InstanceError(
+            f"`{name}`: a matrix is symmetric only up to rounding, and its {flat.nbytes / 1e9:.1f} GB cannot be "
+            f"copied to a temporary file: {error.strerror or error}; TMPDIR names another folder"
+        ) from None
+    for first in range(0, flat.size, _CHUNK):
+        copy[first : first + _CHUNK] = flat[first : first + _CHUNK]
+    return copy
 
 
 def real_array(name: str, values: ArrayLike) -> RealArray:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cbs_opt import GradientFactor, HessianBlocks, InstanceError, InverseHessianBlocks, UsageError
+from cbs_opt.curvature import flat
 from cbs_opt.selection import SelectionObjective
 
 KINDS = ("hessian", "inverse_hessian", "gradients")
@@ -197,3 +198,27 @@ def test_big_endian_arrays_are_taken(problem):
     given = problem(10, n=5)
     swapped = GradientFactor(given.instance.curvature.gradients.astype(">f8"), 1e-3)
     assert swapped.diagonal() == pytest.approx(given.H.diagonal())
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_a_large_mapped_matrix_that_is_nearly_symmetric_is_copied_to_a_file(tmp_path, monkeypatch, dtype):
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((12, 12))
+    blocks = [(A @ A.T + 1e-6 * rng.standard_normal((12, 12))).astype(dtype), np.eye(12, dtype=dtype)]
+    np.concatenate([block.ravel() for block in blocks]).tofile(tmp_path / "flat")
+    mapped = np.memmap(tmp_path / "flat", dtype, "r")
+    expected = HessianBlocks(np.array(mapped), [12, 12])
+    monkeypatch.setattr(flat, "_IN_MEMORY", 0)
+    monkeypatch.setattr(flat, "_CHUNK", 7)
+    found = HessianBlocks(mapped, [12, 12])
+    assert isinstance(found.flat, np.memmap)
+    np.testing.assert_array_equal(found.flat, expected.flat)
+    np.testing.assert_array_equal(found.block(0), found.block(0).T)
+    assert (tmp_path / "flat").read_bytes() == mapped.tobytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(flat.os, "posix_fallocate", full)
+    with pytest.raises(InstanceError, match=r"symmetric only up to rounding, .* No space left .* TMPDIR"):
+        HessianBlocks(mapped, [12, 12])
