@@ -399,7 +399,8 @@ class Store:
         except sqlite3.IntegrityError:
             raise
         except (sqlite3.Error, ValueError, TypeError, LookupError) as error:
-            raise StoreError(f"{self.path}: cannot be {done}: {error}") from None
+            reason = " ".join(str(error).split())[:200]  # it may quote what is damaged
+            raise StoreError(f"{self.path}: cannot be {done}: {reason}") from None
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -256,3 +256,13 @@ def test_rows_of_other_types_are_refused(tmp_path):
                 store.rows()
             store._execute(f"UPDATE rows SET {column} = ?", (before,))
         assert len(store.rows()) == 1
+
+
+def test_a_message_that_quotes_damage_is_one_line(tmp_path):
+    path = tmp_path / "store.sqlite"
+    with Store(path, "w") as store:
+        store.add(FULL)
+        store._execute("UPDATE rows SET label = CAST(x'0a880a' AS TEXT)", ())
+        with pytest.raises(StoreError, match="Could not decode") as caught:
+            store.rows()
+    assert "\n" not in str(caught.value)
