@@ -106,7 +106,7 @@ def _leaf(certificate: Certificate, rng: Generator) -> tuple[Certificate, str]:
     """Cut a tree off below one of its nodes, which becomes a leaf."""
     branch = np.array(certificate.branch)
     inner = np.flatnonzero(branch != -1)
-    if inner.size == 0:
+    if inner.size == 0 or not _is_even(certificate):
         return certificate, "no inner node"
     at = int(rng.choice(inner))
     ends, open_ = at, 1
@@ -159,7 +159,7 @@ def _claim(certificate: Certificate, rng: Generator) -> tuple[Certificate, str]:
 def _drop_tree(certificate: Certificate, rng: Generator) -> tuple[Certificate, str]:
     """Leave a whole tree out."""
     sizes = certificate.tree_nodes
-    if sizes.size < 2:
+    if sizes.size < 2 or not _is_even(certificate):
         return certificate, "one tree only"
     tree = int(rng.integers(sizes.size))
     start = int(sizes[:tree].sum())
@@ -172,6 +172,13 @@ def _drop_tree(certificate: Certificate, rng: Generator) -> tuple[Certificate, s
         tree_piece=certificate.tree_piece[others], tree_count=certificate.tree_count[others],
     )  # fmt: skip
     return made, f"without tree {tree}"
+
+
+def _is_even(certificate: Certificate) -> bool:
+    """Whether all arrays of nodes, and those of trees, have the same length."""
+    nodes = {certificate.branch.size, certificate.how.size, certificate.fixed_counts.size}
+    trees = {certificate.tree_nodes.size, certificate.tree_piece.size, certificate.tree_count.size}
+    return len(nodes) == len(trees) == 1 and bool((certificate.tree_nodes >= 0).all())
 
 
 def _replaced(certificate: Certificate, name: str, array: Any) -> Certificate:
