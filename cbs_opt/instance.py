@@ -138,7 +138,11 @@ class Instance:
 
     def with_damping(self, damping: float) -> Instance:
         """The same problem with another λ; raises `UsageError` unless the curvature is a gradient factor."""
-        return replace(self, curvature=self.curvature.with_damping(damping))
+        curvature = self.curvature.with_damping(damping)
+        # A stated objective, such as that of a regression, is one of the former damping.
+        keep = damping == self.curvature.damping
+        metadata = {key: value for key, value in self.metadata.items() if keep or key != "stated_objective"}
+        return replace(self, curvature=curvature, metadata=metadata)
 
     def admits(self, pruned: NDArray[np.bool_]) -> bool:
         """Whether `pruned`, bool (n,), meets the budget and `fixed`."""

@@ -94,6 +94,14 @@ def test_the_loss_is_the_excess_over_the_full_model(seed, m, n, ridge, standardi
     assert cbs_opt.joint_loss(instance, ~kept) + constant == pytest.approx(value, rel=1e-7, abs=1e-10)
 
 
+def test_another_damping_has_no_stated_objective():
+    X, y = data(1, 20, 5)
+    instance = cbs_opt.from_regression(X, y, 0.1, keep=2)
+    assert "stated_objective" in instance.with_damping(0.1).metadata
+    changed = instance.with_damping(0.2)
+    assert "stated_objective" not in changed.metadata and "regression" in changed.metadata
+
+
 def test_bad_data_is_one_sentence():
     X, y = data(0, 8, 4)
     for arguments, words in (
