@@ -92,6 +92,9 @@ class SelectionProblem:
         indefiniteness = instance.curvature.indefiniteness()[self.index] * instance.weights[self.index] ** 2
         indefiniteness[self.uncoupled] = 0.0
         self._indefiniteness: FloatArray = indefiniteness
+        ridge = np.zeros(self.n) if factor is None else factor.damping * instance.weights[self.index] ** 2
+        ridge[self.uncoupled] = 0.0
+        self._ridge: FloatArray = ridge
         self._decided_terms = 1e14 * self.rounding(self.base) if self.base.any() else 0.0
         sizes = np.bincount(self.group, minlength=self.budget.size)
         self._first = np.cumsum(sizes) - sizes
@@ -283,9 +286,11 @@ class SelectionProblem:
 
         Convexity gives ½yᵀQy + cᵀy ≥ −½xᵀQx + (Qx + c)ᵀy over the open weights, and the right side is smallest
         where y takes the smallest entries of Qx + c that the budget allows. Q is zero for the uncoupled weights,
-        whose cost c is exact. Computed in float64 from the instance itself, so that single-precision rows do not
-        enter, and reduced by a bound on the rounding of the sums. Any multiple of x would do: the better of x and
-        of the multiple that is best for its y is taken. O(m n) for a gradient factor.
+        whose cost c is exact. The damping of a gradient factor adds a diagonal D to Q, whose cost ½Dᵢyᵢ² = ½Dᵢyᵢ
+        is exact, too: Q − D and c + ½D take the places of Q and c. Computed in float64 from the instance itself,
+        so that single-precision rows do not enter, and reduced by a bound on the rounding of the sums. Any
+        multiple of x would do: the better of x and of the multiple that is best for its y is taken. O(m n) for a
+        gradient factor.
         """
         full = np.zeros(self.base.size)
         full[self.index] = x
@@ -295,6 +300,7 @@ class SelectionProblem:
         else:
             product = self._factor.product(full)
         x, Qx, c = full[self.index], product[self.index], self.scale * self.linear
+        Qx, c = Qx - self._ridge * x, c + 0.5 * self._ridge
         square = float(x @ Qx)
         y = self.smallest(Qx + c) > 0
         best = max(float(Qx[y].sum()), 0.0) / square if square > 0 else 0.0
@@ -306,7 +312,8 @@ class SelectionProblem:
         gradient = length * Qx + c
         y = self.smallest(gradient) > 0
         bound = self.offset - 0.5 * length**2 * square + float(gradient[y].sum())
-        rounding = length**2 * float(np.abs(x * Qx).sum()) + float(np.abs(gradient[y]).sum())
+        lost = float(np.abs(x * Qx).sum()) + float(self._ridge @ x**2)  # Qx has lost what the ridge has cancelled
+        rounding = length**2 * lost + float(np.abs(gradient[y]).sum() + 2.0 * length * (self._ridge * x)[y].sum())
         # Blocks that came in single precision may be indefinite by their rounding: (y−x)ᵀQ(y−x) ≥ −Σ λ w²(y−x)².
         farthest = np.maximum(np.abs(length * x), np.abs(1.0 - length * x))
         indefinite = 0.5 * float(self._indefiniteness @ farthest**2)

@@ -16,6 +16,9 @@ from cbs_opt.typing import FloatArray, IntArray
 
 ELITES = 8
 
+EXPONENT = 0.5
+"""Of the relative diagonal in the concave weights, in some cycles; 0 in the others."""
+
 _APART = 16  # variables in which elites differ at least; fewer on small cores
 _START = (1e-3, 3e-2)  # concave weight of a start from the relaxation, log-uniform
 _MELT = (5e-3, 0.5)  # concave weight after melting binary points, log-uniform
@@ -60,7 +63,7 @@ class Breeding:
         self.state = np.uint64(rng.integers(1, 2**62))
         self.apart = int(np.clip(problem.n // 64, 2, _APART))
         self.elites = Elites(ELITES, self.apart)
-        self.noise, self.kind = Roulette(len(_NOISE)), Roulette(3)
+        self.noise, self.kind = Roulette(2 * len(_NOISE)), Roulette(3)  # of noise with either exponent
         self.kind.learn(_CROSSED, True)  # what is best on most instances
 
     def tolerance(self) -> float:
@@ -148,9 +151,9 @@ class Breeding:
     def _cycle(self, local: CorePoint, start: FloatArray, t: float, level: int | None) -> tuple[FloatArray, float]:
         """Melt, harden, round and repair; the point on the core and its objective."""
         core, rng, parameters, should_stop = local.core, self.rng, self.parameters, self.monitor.should_stop
-        weight = core.diagonal
+        weight = local.weights(EXPONENT if level is None or level >= len(_NOISE) else 0.0)
         if level is not None:
-            weight = weight * np.exp(_log_uniform(rng, _NOISE[level]) * rng.standard_normal(core.n))
+            weight = weight * np.exp(_log_uniform(rng, _NOISE[level % len(_NOISE)]) * rng.standard_normal(core.n))
         y = local.harden(start, weight, t, parameters.ratio, self.tolerance(), should_stop)
         tenure = int(rng.integers(_TENURE[0], _TENURE[1] + 1))
         y, _, self.state = local.tabu(y, parameters.stall, tenure, self.state, should_stop)

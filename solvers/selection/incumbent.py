@@ -18,6 +18,8 @@ GAIN = 1e-9
 _HARDEN_STEPS = 2000
 _TABU_STEPS = 4000  # per call of the kernel
 _TABU_CALLS = 25
+_SMALL = 0.1  # quantile of the diagonal
+_LEAST_RELATIVE = 1e-4  # of a diagonal entry and that quantile
 _LAST_WEIGHT = 1.2  # concave weight at which a point is binary but for ties
 
 
@@ -147,6 +149,19 @@ class CorePoint:
         y = np.zeros(core.n)
         y[order[np.arange(core.n) - first[label] < self.count[label]]] = 1.0
         return y
+
+    def weights(self, exponent: float) -> FloatArray:
+        """Concave weights Q_ii (Q_ii / q)^exponent, where q is a small quantile of Q_ii; float64 (c,).
+
+        With a positive exponent the variables of large Q_ii become binary first, and those of small Q_ii, which
+        change the objective by little, make up for their rounding.
+        """
+        d = self.core.diagonal
+        positive = d[d > 0]
+        if not positive.size:
+            return d
+        relative = np.clip(d / np.quantile(positive, _SMALL), _LEAST_RELATIVE, 1.0 / _LEAST_RELATIVE)
+        return np.asarray(d * relative**exponent)
 
     def harden(
         self,

@@ -16,7 +16,7 @@ from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.kernels.warm_up import warm_up_products
 from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem, Storage
-from cbs_opt.solvers.selection.breeding import Breeding
+from cbs_opt.solvers.selection.breeding import EXPONENT, Breeding
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent, candidate_swaps
 from cbs_opt.solvers.selection.parameters import SearchParameters
 from cbs_opt.solvers.selection.relaxation import Relaxation
@@ -356,7 +356,7 @@ class _Run:
                 local = CorePoint(rounded, self.breeding.choose_core(relaxed, t, min(300, self.parameters.core)))
                 x = local.fit(relaxed.x[local.core.index])
                 ratio, tolerance = self.parameters.ratio, self.breeding.tolerance()
-                y = local.harden(x, local.core.diagonal, t, ratio, tolerance, monitor.should_stop)
+                y = local.harden(x, local.weights(EXPONENT), t, ratio, tolerance, monitor.should_stop)
                 rounded.move(local.core.index, y)
                 candidate_swaps(rounded, monitor.should_stop)
             self._offer(rounded)

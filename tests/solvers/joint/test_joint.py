@@ -272,3 +272,10 @@ def test_same_seed_and_iteration_limit_give_the_same_history():
     instance = Instance(rng.standard_normal(30), HessianBlocks.from_blocks([positive_definite(rng, 30, 1e-4)]), 20)
     runs = [solve(instance, "joint", stop=Stop(max_iterations=500), seed=3) for _ in range(2)]
     assert [row[1:] for row in runs[0].history] == [row[1:] for row in runs[1].history]
+
+
+def test_no_damping_is_named_that_is_zero():
+    """The mean diagonal, a thousandth of which is no positive number any more."""
+    G = np.full((2, 3), 1e-161)
+    with pytest.raises(InstanceError, match="too small for float64: rescale"):
+        GradientFactor(G, 0.0).check_regular()

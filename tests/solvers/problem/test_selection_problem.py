@@ -9,6 +9,7 @@ import pytest
 
 from cbs_opt import Budget, HessianBlocks, Instance
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
+from cbs_opt.testing import make_problem
 
 
 def exact_loss(instance, pruned):
@@ -83,3 +84,16 @@ def test_ties_go_to_the_lower_index_of_the_instance(grouped):
             members = np.flatnonzero(problem.group == group)
             limit = np.sort(value[members])[int(count) - 1]
             assert (problem.threshold(value)[members] == limit).all()
+
+
+@pytest.mark.parametrize("shape", [{}, {"blocks": 2}, {"linear": True}, {"fixed": True}])
+@pytest.mark.parametrize("damping", [1e-3, 1.0, 30.0])
+def test_the_bound_counts_a_damping_exactly(shape, damping):
+    rng = np.random.default_rng(3)
+    for seed in range(4):
+        made = make_problem(seed, n=10, kind="gradients", damping=damping, **shape)
+        problem, optimum = SelectionProblem(made.instance, 1), made.optimum("selection")
+        for x in (np.zeros(problem.n), rng.random(problem.n)):
+            assert problem.certified_bound(x) <= optimum + 1e-12 * made.scale()
+        if damping == 30.0 and not shape:  # hardly anything else is left
+            assert problem.certified_bound(np.zeros(problem.n)) >= 0.8 * optimum

@@ -76,10 +76,12 @@ def test_bound_rounding_and_extras(problem, kind, shape):
     extras = result.extras
     assert 0 <= extras["fractional"] <= made.instance.n
     assert extras["steps"] >= 0
-    # The relaxed minimum lies between the bound and the optimum, and was solved to a small tolerance. Newton
-    # steps keep the group sums to 1e-4 only where Q_ii spans 16 orders of magnitude.
+    # The relaxed minimum lies below the optimum, and was solved to a small tolerance: the bound lies below it by
+    # no more, and above it where it counts a damping. Newton steps keep the group sums to 1e-4 only where Q_ii
+    # spans 16 orders of magnitude.
     slack = rounding + (1e-3 if "weights" in shape else 1e-6) * abs(optimum)
-    assert result.bound - slack <= extras["relaxed_objective"] <= optimum + slack
+    assert extras["relaxed_objective"] <= optimum + slack
+    assert kind == "gradients" or result.bound - slack <= extras["relaxed_objective"]
     assert extras["relaxed_objective"] - result.bound <= 1e-4 * abs(extras["relaxed_objective"]) + slack
     assert result.objective <= extras["rounding"] + rounding
     if result.status is Status.OPTIMAL:
