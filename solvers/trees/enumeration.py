@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +19,7 @@ MOST_SETS = 3 * 10**10
 SETS_PER_SECOND = 8e8
 """Roughly, in one thread, before prices exclude any."""
 
+_PIECE = 10**8  # sets that a call of the kernel may look at: it cannot be interrupted
 _NODE_SECONDS = 4e-10  # of a node of the tree, over the cube of its weights
 _LARGEST_PRICED = 400  # weights up to which the relaxation that gives prices is quickly solved
 
@@ -72,6 +74,7 @@ class Enumeration:
         self._checked = not self._kept_side or least_pivot(H) <= least
         self.safe, self.complete = True, False
         self._best: tuple[int, ...] | None = None
+        self._lock = threading.Lock()
 
     def _set_prices(self, H: FloatArray, w: FloatArray, keep: int, value: float) -> None:
         """No selection that keeps T costs less than a constant minus its prices; with a margin for rounding."""
@@ -102,30 +105,58 @@ class Enumeration:
 
     def _piece(self, i: int, should_stop: Callable[[], bool]) -> bool:
         """All sets whose first member is i; False when told to stop."""
+        M, b, floor = self._matrix, self._linear, self._floor
+        return self._grow(M, b, floor, self._prices, self._need, 0.0, (), i, should_stop)
+
+    def _grow(
+        self,
+        M: FloatArray,
+        b: FloatArray,
+        floor: FloatArray,
+        prices: FloatArray,
+        need: float,
+        base: float,
+        chosen: tuple[int, ...],
+        i: int,
+        should_stop: Callable[[], bool],
+    ) -> bool:
+        """All sets that start with `chosen` and then column i of what is left; False when told to stop."""
         if should_stop() or not self.safe:
             return False
-        M, b, r, floor = self._matrix, self._linear, self.members - 1, self._floor
-        own, sign = 0.5 * float(b[i] ** 2 / M[i, i]), 1.0 if self._kept_side else -1.0
-        rest = slice(i + 1, None)
-        if self._prices[i : i + self.members].sum() <= self._need or (not self._kept_side and own >= self._record):
+        sign = 1.0 if self._kept_side else -1.0
+        first = self._n - b.size
+        own, r = base + 0.5 * float(b[i] ** 2 / M[i, i]), self.members - len(chosen) - 1
+        if prices[i : i + r + 1].sum() <= need or (not self._kept_side and own >= self._record):
             return True
+        chosen = (*chosen, first + i)
         if r == 0:
-            if sign * (own - self._record) > 0:
-                self._record, self._best = own, (i,)
+            self._offer(own, chosen)
             return True
+        rest = slice(i + 1, None)
         S = np.ascontiguousarray(M[rest, rest] - np.outer(M[i, rest], M[i, rest] / M[i, i]))
         slope = b[rest] - M[i, rest] * (b[i] / M[i, i])
+        floor, need, prices = floor[rest], need - float(prices[i]), prices[rest]
         m, levels = slope.size, max(r - 3, 0)
-        if m and not (np.diag(S) > floor[rest]).all():
+        if not (np.diag(S) > floor).all():
             self.safe = False
             return False
+        if number_of_sets(m, r) > _PIECE:
+            return all(
+                self._grow(S, slope, floor, prices, need, own, chosen, j, should_stop) for j in range(m - r + 1)
+            )
         record, best = np.array([self._record - own]), np.zeros(r, np.int64)
         outcome, _, found = best_set(
-            S, slope, self._prices[rest], self._need - float(self._prices[i]), r, m, record, sign, MOST_SETS,
-            floor[rest], self._checked, np.empty((levels, m, m)), np.empty((levels, m)), np.empty(m),
-            np.empty(m + 1), np.zeros(r, np.int64), best, np.zeros(r + 1, np.int64),
+            S, slope, prices, need, r, m, record, sign, MOST_SETS, floor, self._checked, np.empty((levels, m, m)),
+            np.empty((levels, m)), np.empty(m), np.empty(m + 1), np.zeros(r, np.int64), best,
+            np.zeros(r + 1, np.int64),
         )  # fmt: skip
-        if found and sign * (float(record[0]) + own - self._record) > 0:  # another thread may have found better
-            self._record, self._best = float(record[0]) + own, (i, *(int(j) + i + 1 for j in best))
+        if found:
+            self._offer(float(record[0]) + own, (*chosen, *(self._n - m + int(j) for j in best)))
         self.safe = self.safe and outcome == DONE
         return self.safe
+
+    def _offer(self, value: float, members: tuple[int, ...]) -> None:
+        """Keep a set if it is the best so far; another thread may have found a better one."""
+        with self._lock:
+            if (value - self._record) * (1.0 if self._kept_side else -1.0) > 0:
+                self._record, self._best = value, members

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbs_opt import Budget, HessianBlocks, Instance, Status, joint_loss, solve
+from cbs_opt.solvers.trees import enumeration
 from cbs_opt.solvers.trees.enumeration import Enumeration, number_of_sets
 
 
@@ -44,8 +45,10 @@ def test_finds_what_beats_the_incumbent_and_nothing_else(seed, n, data):
 
 
 @pytest.mark.parametrize("keep", [3, 13])
-def test_prices_exclude_no_optimum(keep):
-    """Of 16 weights: the root's relaxation prices the sets, on both sides."""
+@pytest.mark.parametrize("piece", [10**8, 3])
+def test_prices_exclude_no_optimum(keep, piece, monkeypatch):
+    """Of 16 weights: the root's relaxation prices the sets, on both sides, in large and small pieces."""
+    monkeypatch.setattr(enumeration, "_PIECE", piece)
     H, w = problem(5, 16)
     every = losses(H, w, keep)
     best = min(every.values())
