@@ -9,6 +9,7 @@ in float64.
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from cbs_opt.bench import layer_peers as peers
 from cbs_opt.bench.anytime import CLOCKS, load
+from cbs_opt.bench.large_layers import DAMPING, generate
 from cbs_opt.bench.layer_peers import Pattern
 from cbs_opt.bench.layer_pictures import Course, draw
 from cbs_opt.bench.startup import machine
@@ -32,11 +34,10 @@ from cbs_opt.solvers.layers.warm_up import layers_joint, layers_selection
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+PEERS = ("magnitude, refit", "SparseGPT, refit", "ALPS")
 LARGE = (512, 2048, 4096)
 """Rows, columns and samples of the generated layer."""
 GAP_SPARSITIES = (0.5, 0.8, 0.9)
-DAMPING = 0.01
-"""Of the mean of the diagonal."""
 
 
 @dataclass
@@ -93,18 +94,21 @@ class Case:
         found = [objective for at, objective, _ in solution.history if at <= seconds and objective is not None]
         return 2 * min(found, default=np.inf) / self.reference
 
-    def peers(self, count: int | None, pattern: tuple[int, int] | None = None) -> dict[str, Timed]:
-        """Magnitude and SparseGPT with an exact refit, and ALPS."""
+    def peers(
+        self, count: int | None, pattern: tuple[int, int] | None = None, names: Sequence[str] = PEERS
+    ) -> dict[str, Timed]:
+        """Magnitude and SparseGPT with an exact refit, and ALPS; or those of them that are named."""
         W, S = self.weights, self.hessian
 
         def refitted(mask: BoolArray) -> FloatArray:
             return peers.refit(W, S, mask)
 
-        return {
-            "magnitude, refit": self.timed(lambda: refitted(peers.magnitude(W, S, count, pattern))),
-            "SparseGPT, refit": self.timed(lambda: refitted(peers.sparsegpt(W, S, count, pattern)[0])),
-            "ALPS": self.timed(lambda: peers.alps(W, S, count, pattern)[1]),
+        methods = {
+            "magnitude, refit": lambda: refitted(peers.magnitude(W, S, count, pattern)),
+            "SparseGPT, refit": lambda: refitted(peers.sparsegpt(W, S, count, pattern)[0]),
+            "ALPS": lambda: peers.alps(W, S, count, pattern)[1],
         }
+        return {name: self.timed(method) for name, method in methods.items() if name in names}
 
 
 def read_layer(path: Path, clock: Callable[[], float], threads: int) -> Case:
@@ -123,18 +127,8 @@ def peak_memory() -> float:
 
 
 def generated_layer(rows: int, columns: int, samples: int, clock: Callable[[], float], threads: int) -> Case:
-    """Gaussian weights, and inputs whose spectrum falls like 1/k in a random basis; the generator has the seed 0.
-
-    S = XᵀX/m of m `samples` with independent entries of variance 1/k in the k-th direction, plus a hundredth of
-    its mean diagonal; the weights have variance 1/K.
-    """
-    generator = np.random.default_rng(0)
-    X = generator.standard_normal((samples, columns), dtype=np.float32)
-    X *= np.sqrt(1.0 / np.arange(1, columns + 1)).astype(np.float32)
-    X = X @ np.linalg.qr(generator.standard_normal((columns, columns), dtype=np.float32))[0]
-    S = (X.T @ X / samples).astype(np.float64)
-    S[np.diag_indices(columns)] += DAMPING * float(np.mean(np.diag(S)))
-    W = generator.standard_normal((rows, columns)) / np.sqrt(columns)
+    """Gaussian weights, and inputs whose spectrum falls like 1/k; see `large_layers.generate`."""
+    W, S = generate(rows, columns, samples)
     return Case(f"generated {rows} × {columns}, m = {samples}", W, S, clock, threads)
 
 
@@ -146,13 +140,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def joint_rows(
-    case: Case, sparsities: Sequence[float], seconds: float, times: float = 10.0, patterns: Sequence[Pattern] = ()
+    case: Case,
+    sparsities: Sequence[float],
+    seconds: float,
+    times: float = 10.0,
+    patterns: Sequence[Pattern] = (),
+    names: Sequence[str] = PEERS,
 ) -> list[list[object]]:
     """One row for each sparsity or N:M: the peers, our error at their time, at `times` that, and at the end."""
     counts = [(f"{s:g}", int(np.ceil(s * case.weights.size)), None) for s in sparsities]
     out: list[list[object]] = []
     for name, count, pattern in [*counts, *((f"{p[0]}:{p[1]}", None, p) for p in patterns)]:
-        found = case.peers(count, pattern)
+        found = case.peers(count, pattern, names)
         best = min(found.values(), key=lambda timed: timed.error)
         solution = case.solve(LayerBudget(total=count, pattern=pattern), max(seconds, times * best.seconds))
         errors = [case.error_at(solution, t) for t in (best.seconds, times * best.seconds, np.inf)]
@@ -162,29 +161,51 @@ def joint_rows(
 
 
 def gap_rows(
-    case: Case, sparsities: Sequence[float], seconds: float, courses: dict[float, list[Course]] | None = None
+    case: Case,
+    sparsities: Sequence[float],
+    seconds: float,
+    courses: dict[float, list[Course]] | None = None,
+    kept: Path | None = None,
 ) -> list[list[object]]:
     """Objective, bound and gap after the given number of seconds.
 
-    courses : by sparsity, receives the history of the run and the other methods.
+    courses : by sparsity, receives the history of the run and the other methods. kept : see `kept_course`.
     """
     out: list[list[object]] = []
     for sparsity in sparsities:
-        count = int(np.ceil(sparsity * case.weights.size))
-        solution = case.solve(LayerBudget(total=count), seconds, bound_share=0.8)
-        bound = 2 * (solution.bound or 0.0) / case.reference
-        gap = f"{100 * (solution.gap or 1.0):.1f} %"
+        course = kept_course(case, sparsity, seconds, kept)
+        (error, bound) = (float(value or 0.0) for value in course.history[-1][1:])
         if courses is not None:
-            found = {name: (peer.seconds, peer.error) for name, peer in case.peers(count).items()}
-            history = [
-                (at, None if loss is None else 2 * loss / case.reference, 2 * (low or 0.0) / case.reference)
-                for at, loss, low in solution.history
-            ]
-            courses.setdefault(sparsity, []).append(
-                Course(f"{case.name}, sparsity {sparsity:g}", found, history, seconds)
-            )
-        out.append([case.name, f"{sparsity:g}", f"{case.error(solution.weights[0]):.4e}", f"{bound:.4e}", gap])
+            courses.setdefault(sparsity, []).append(course)
+        gap = f"{100 * (1 - bound / error):.1f} %"
+        out.append([case.name, f"{sparsity:g}", f"{error:.4e}", f"{bound:.4e}", gap])
     return out
+
+
+def kept_course(case: Case, sparsity: float, seconds: float, kept: Path | None) -> Course:
+    """One run with bounds, and the other methods; from a file of finished ones, or new and added to it.
+
+    The file holds a JSON object a line.
+    """
+    title = f"{case.name}, sparsity {sparsity:g}"
+    if kept is not None and kept.exists():
+        for line in kept.read_text(encoding="utf-8").splitlines():
+            course = Course(**json.loads(line))
+            if (course.title, course.seconds) == (title, seconds):
+                return course
+    count = int(np.ceil(sparsity * case.weights.size))
+    solution = case.solve(LayerBudget(total=count), seconds, bound_share=0.8)
+    found = {name: (peer.seconds, peer.error) for name, peer in case.peers(count).items()}
+    history = [
+        (at, None if loss is None else 2 * loss / case.reference, 2 * (low or 0.0) / case.reference)
+        for at, loss, low in solution.history
+    ]
+    history.append((seconds, case.error(solution.weights[0]), 2 * (solution.bound or 0.0) / case.reference))
+    course = Course(title, found, history, seconds)
+    if kept is not None:
+        with kept.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(course.__dict__) + "\n")
+    return course
 
 
 def selection_rows(case: Case, sparsities: Sequence[float], seconds: float) -> list[list[object]]:
@@ -226,6 +247,9 @@ def report(
     clock: str,
     shape: tuple[int, int, int] = LARGE,
     courses: dict[float, list[Course]] | None = None,
+    kept: Path | None = None,
+    patterns: Sequence[Pattern] = ((2, 4),),
+    names: Sequence[str] = PEERS,
 ) -> Iterator[str]:
     """The tables, one piece after the other as they are made."""
     gaps_at = [sparsity for sparsity in sparsities if sparsity in GAP_SPARSITIES] or sparsities
@@ -255,14 +279,15 @@ def report(
         rows = [row for case in cases for row in selection_rows(case, (0.5, 0.6), seconds)]
         yield f"\n## Selection: budgets for each row, fixed weights\n\n{table(header, rows)}"
     if "gap" in parts:
-        rows = [row for case in cases for row in gap_rows(case, gaps_at, gap_seconds, courses)]
+        rows = [row for case in cases for row in gap_rows(case, gaps_at, gap_seconds, courses, kept)]
         header = ["layer", "sparsity", "error", "bound", "gap"]
         yield f"\n## Certified gaps after {gap_seconds:g} s\n\n{table(header, rows)}"
     if "large" in parts:
-        header = ["layer", "sparsity", "magnitude, refit", "SparseGPT, refit", "ALPS"]
+        header = ["layer", "sparsity", *names]
         header += ["ours at the best peer's time", f"after {seconds:g} s or that time"]
         case = generated_layer(*shape, CLOCKS[clock], threads)
-        rows = [row[:-1] for row in joint_rows(case, sparsities, seconds, 1.0, [(2, 4)])]
+        found = joint_rows(case, sparsities, seconds, 1.0, patterns, names)
+        rows = [[*row[:-2], row[-1]] for row in found]
         memory = f"Peak memory of the process: {peak_memory():.1f} GB."
         yield f"\n## A generated layer\n\n{table(header, rows)}\n{memory}\n"
 
@@ -286,11 +311,14 @@ def _main(arguments: list[str]) -> int:
         "--shape", type=int, nargs=3, default=list(LARGE), metavar=("ROWS", "COLUMNS", "SAMPLES"),
         help="of the generated layer of the part `large`; default: %(default)s",
     )  # fmt: skip
+    add("--patterns", nargs="*", default=["2:4"], metavar="N:M", help="of the part `large`; default: %(default)s")
+    add("--peers", choices=PEERS, nargs="+", default=list(PEERS), metavar="NAME", help="of the part `large`")
     add("--seconds", type=float, default=20.0, metavar="S", help="of our own runs")
     add("--gap-seconds", type=float, metavar="S", help="of the runs for gaps; default: three times --seconds")
     add(
         "--picture", type=Path, metavar="FILE.png", help="draw error and bound over time at .8; needs the part gap"
     )
+    add("--rows", type=Path, metavar="FILE", help="keep finished runs of the part gap here, and go on from them")
     add("--threads", type=int, default=1, metavar="N")
     add("--clock", choices=tuple(CLOCKS), default="processor", help="default: processor")
     add("-o", "--output", type=Path, metavar="FILE.md", help="also write the tables to a file")
@@ -320,6 +348,9 @@ def _main(arguments: list[str]) -> int:
         options.clock,
         tuple(options.shape),
         courses,
+        options.rows,
+        [_pattern(text) for text in options.patterns],
+        options.peers,
     ):
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -332,6 +363,13 @@ def _main(arguments: list[str]) -> int:
         with atomic_write(options.picture) as file:
             figure.savefig(file, format=options.picture.suffix.lstrip(".") or "png")
     return 0
+
+
+def _pattern(text: str) -> Pattern:
+    n, colon, m = text.partition(":")
+    if not (colon and n.isdecimal() and m.isdecimal() and int(n) <= int(m)):
+        raise UsageError(f"`--patterns` are of the form N:M, such as 2:4, got '{text[:40]}'")
+    return int(n), int(m)
 
 
 if __name__ == "__main__":

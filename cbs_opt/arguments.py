@@ -43,6 +43,10 @@ _KINDS: dict[str, Kind] = {
     "device": (lambda v: isinstance(v, str) and v in DEVICES, "'auto', 'cpu' or 'cuda'"),
     "threads": (is_integer, "a whole number"),
     "batch_size": (is_integer, "a whole number"),
+    "engine": (
+        lambda v: isinstance(v, str) or callable(getattr(v, "run", None)),
+        "'serial', 'processes', 'ray' or an Engine",
+    ),
     "callback": (callable, "a callable that takes a Monitor"),
 }
 _REQUIRED = ("seed", "update", "device")

@@ -135,6 +135,20 @@ class Budget:
         for g in range(self.number_of_groups):
             yield self._order_by_group[ends[g - 1] if g else 0 : ends[g]]
 
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether every group is a run of consecutive weights, and the runs are in the order of the groups."""
+        return self.groups is not None and bool((self.groups[1:] >= self.groups[:-1]).all())
+
+    @cached_property
+    def cell(self) -> tuple[int, int] | None:
+        """(n, m) where the groups are m consecutive weights each and prune n of them, as in N:M; else None."""
+        if self.groups is None or self.group_budgets is None or not self.in_order or not self.groups.size:
+            return None
+        n, m = int(self.group_budgets[0]), self.groups.size // self.number_of_groups
+        same = (self.group_budgets == n).all() and (self.group_sizes(self.groups.size) == m).all()
+        return (n, m) if same else None
+
     def with_total(self, total: int) -> Budget:
         """The same budget for another number of weights in all.
 
@@ -206,16 +220,49 @@ class Budget:
         Returns
         -------
         bool (n,)
-            True where pruned. O(n log n) time.
+            True where pruned. O(n log n) time; O(n) without groups.
         """
         n = scores.size
+        if self.groups is None:
+            return self._cheapest_of_all(scores, fixed)
         rank = np.zeros(n) if fixed is None else -np.sign(np.asarray(fixed, dtype=np.float64))
+        if self.cell is not None:
+            count, size = self.cell
+            cells = scores.reshape(-1, size)
+            if fixed is None:
+                order = np.argsort(cells, axis=1, kind="stable")[:, :count]
+            else:
+                order = np.lexsort((cells, rank.reshape(-1, size)), axis=1)[:, :count]
+            chosen = np.zeros((n // size, size), dtype=bool)
+            np.put_along_axis(chosen, order, True, axis=1)
+            return chosen.ravel()
         group = self.group_of(n)
         order = np.lexsort((scores, rank, group))
         first = np.cumsum(self.group_sizes(n)) - self.group_sizes(n)
         position = np.arange(n) - first[group[order]]
         pruned = np.zeros(n, dtype=bool)
         pruned[order] = position < self.per_group[group[order]]
+        return pruned
+
+    def _cheapest_of_all(self, scores: FloatArray, fixed: ArrayLike | None) -> BoolArray:
+        """`cheapest` without groups, by selection in place of sorting."""
+        pruned = np.zeros(scores.size, dtype=bool)
+        free = None
+        if fixed is not None:
+            pruned = np.asarray(fixed) > 0
+            free = np.flatnonzero(np.asarray(fixed) == 0)
+        left = scores if free is None else scores[free]
+        count = self.total - int(pruned.sum())
+        if count <= 0:
+            return pruned
+        if count >= left.size:
+            chosen = np.ones(left.size, dtype=bool)
+        else:
+            last = np.partition(left, count - 1)[count - 1]
+            chosen = left < last
+            ties = np.flatnonzero(left == last)
+            chosen[ties[: count - int(chosen.sum())]] = True
+        pruned[slice(None) if free is None else free] = chosen
         return pruned
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from cbs_opt.errors import InstanceError, UnboundedError
 from cbs_opt.instance import Instance
 from cbs_opt.typing import BoolArray, FloatArray
-from cbs_opt.update import best_update
+from cbs_opt.update import best_update, update_from
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,14 @@ class Losses:
         where a run had no time left for it.
     weights : float64 (n,) or None
         The weights after that update.
+    complete : bool
+        False where the update was stopped: `joint_loss` is that of `weights`, but better ones exist.
     """
 
     selection_loss: float
     joint_loss: float | None
     weights: FloatArray | None
+    complete: bool = True
 
 
 def predicted_loss(instance: Instance, delta: FloatArray) -> float:
@@ -70,18 +75,39 @@ def joint_loss(instance: Instance, pruned: ArrayLike) -> float:
     return predicted_loss(instance, best_update(instance, pruned) - instance.weights)
 
 
-def evaluate(instance: Instance, pruned: ArrayLike, device: str = "cpu", threads: int = 1) -> Losses:
-    """Both losses and the updated weights; `device` and `threads` as for `best_update`."""
+def evaluate(
+    instance: Instance,
+    pruned: ArrayLike,
+    device: str = "cpu",
+    threads: int = 1,
+    *,
+    start: NDArray[Any] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Losses:
+    """Both losses and the updated weights.
+
+    Parameters
+    ----------
+    instance : Instance
+    pruned : bool (n,)
+    device, threads
+        As for `best_update`.
+    start : float (n,), optional
+        Weights near the best ones, as a solver has them: they save time on long rows that share a Hessian. The
+        residual is computed from the data, and corrected as far as without them.
+    should_stop : callable, optional
+        True ends the update of such rows; the weights are then those that there are, and so is the loss.
+    """
     pruned = check_mask(instance, pruned)
     if not instance.curvature.is_convex:
         return Losses(selection_loss(instance, pruned), None, None)
     try:
-        weights = best_update(instance, pruned, device, threads)
+        weights, complete = update_from(instance, pruned, start, should_stop, device, threads)
     except UnboundedError:
         return Losses(selection_loss(instance, pruned), None, None)
     selection = selection_loss(instance, pruned)
     joint = predicted_loss(instance, weights - instance.weights)
-    return Losses(selection, min(joint, selection), weights)
+    return Losses(selection, min(joint, selection), weights, complete)
 
 
 def check_mask(instance: Instance, pruned: ArrayLike) -> BoolArray:

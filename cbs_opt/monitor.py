@@ -6,8 +6,10 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cbs_opt.result import HistoryRow, Status, relative_gap
 from cbs_opt.stop import Stop
@@ -34,6 +36,11 @@ class Monitor:
     callback : callable, optional
     clock : callable
         Seconds, monotonic.
+
+    Attributes
+    ----------
+    weights : float (n,) or None
+        Set by a solver: weights near the best ones of the incumbent, from which the evaluator starts.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class Monitor:
         self.bound: float | None = None
         self.reason: Status | None = None
         self._pruned: BoolArray | None = None
+        self.weights: NDArray[Any] | None = None
         self._history: list[HistoryRow] = []
         self._last_improvement = 0
         self._reported: set[bytes] = set()
@@ -111,7 +119,7 @@ class Monitor:
             self._reported.add(_key(pruned))
         if not np.isfinite(objective) or (self.objective is not None and objective >= self.objective):
             return False
-        self.objective, self._pruned = objective, np.array(pruned, dtype=bool)
+        self.objective, self._pruned, self.weights = objective, np.array(pruned, dtype=bool), None
         self._last_improvement = self.iterations
         self._record()
         return True

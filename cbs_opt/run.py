@@ -161,13 +161,13 @@ def _losses(instance: Instance, pruned: BoolArray, context: Context, needs_both:
     """Both losses; where a time limit has passed and not both are needed, perhaps without the joint loss."""
     monitor, limit = context.monitor, context.monitor.stop.time_limit
     if needs_both or limit is None:
-        return evaluate(instance, pruned, context.device, context.workers)
+        return _evaluate(instance, pruned, context)
     monitor.keep_back(0.0)
     latest = -max(_GRACE * limit, _LEAST_GRACE)
     try:
         with interruptible(lambda: monitor.remaining < latest):
             checkpoint()
-            return evaluate(instance, pruned, context.device, context.workers)
+            return _evaluate(instance, pruned, context)
     except Interrupted:
         logger.info("the time limit has passed: the joint loss is not computed; `--update` asks for it")
         return Losses(selection_loss(instance, pruned), None, None)
@@ -194,6 +194,22 @@ def _within_precision(
     if monitor.bound is not None:
         monitor.bound -= min(error, 1.0) * abs(losses.selection_loss)
     return Status.CONVERGED if status is Status.OPTIMAL else status
+
+
+def _evaluate(instance: Instance, pruned: BoolArray, context: Context) -> Losses:
+    """The losses, from the solver's weights where it has some; an interrupt ends the update of long rows."""
+    monitor = context.monitor
+    losses = evaluate(
+        instance,
+        pruned,
+        context.device,
+        context.workers,
+        start=monitor.weights if pruned is monitor.pruned else None,
+        should_stop=monitor.stop.should_stop,
+    )
+    if not losses.complete:
+        logger.warning("interrupted: the kept weights are not the best ones yet, and the loss is that of these")
+    return losses
 
 
 def _not_worse_than_known(

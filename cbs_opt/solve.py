@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from cbs_opt.arguments import as_instance, as_selection, as_solver, check_arguments
+from cbs_opt.engines import Engine, Serial, make_engine
 from cbs_opt.errors import CbsError, InstanceError, SolverError, UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.monitor import Callback, Monitor
@@ -44,6 +45,7 @@ def solve(
     device: str = "auto",
     threads: int | None = None,
     batch_size: int | None = None,
+    engine: Engine | str | None = None,
     callback: Callback | None = None,
 ) -> Result:
     """Choose the weights to prune.
@@ -74,6 +76,9 @@ def solve(
         Threads that linear algebra and kernels may use; without it one where all blocks are small, else all.
     batch_size : int, optional
         Candidates per batch.
+    engine : {"serial", "processes", "ray"} or Engine, optional
+        Whose workers solve the layers of an instance with shared blocks, one task each: see `cbs_opt.engines`.
+        `threads` are then those of each worker. "serial", and nothing, is this process.
     callback : callable, optional
         Called with the `Monitor` at each improvement.
 
@@ -92,7 +97,7 @@ def solve(
     """
     check_arguments(
         objective=objective, stop=stop, seed=seed, parameters=parameters, update=update,
-        device=device, threads=threads, batch_size=batch_size, callback=callback,
+        device=device, threads=threads, batch_size=batch_size, engine=engine, callback=callback,
     )  # fmt: skip
     chosen_type = as_solver(DEFAULT_SOLVERS[objective or "selection"] if solver is None else solver)
     chosen, solver = chosen_type(parameters), chosen_type.name
@@ -103,7 +108,9 @@ def solve(
     if update and not instance.curvature.is_convex:
         raise UsageError(f"`update`: {indefinite_sentence(instance)}")
     monitor = Monitor(stop, callback)
-    context = Context(objective, seed, monitor, start, device, batch_size, threads, update)
+    workers = make_engine(engine, threads=threads or 1) if isinstance(engine, str) else engine
+    workers = None if isinstance(workers, Serial) else workers
+    context = Context(objective, seed, monitor, start, device, batch_size, threads, update, workers)
     run = run_solver(chosen, instance, context)
     if run.error is not None:
         if run.pruned is None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cbs_opt.engines import Engine
 from cbs_opt.errors import SolverError, UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.monitor import Monitor
@@ -41,6 +42,8 @@ class Capabilities:
         Whether it works on batches, so that `batch_size` has an effect, and on a card.
     device : bool
         Whether it runs on a card, so that `device` has an effect; so do all that are `batched`.
+    engines : bool
+        Whether it can give parts of an instance to the workers of an engine.
     warm_start : bool
         Whether it can start from a selection.
     not_worse_than_magnitude : bool
@@ -57,6 +60,7 @@ class Capabilities:
     bound: bool = False
     batched: bool = False
     device: bool = False
+    engines: bool = False
     warm_start: bool = False
     not_worse_than_magnitude: bool = False
 
@@ -98,6 +102,8 @@ class Context:
         Threads that the run may use; None for all cores that the process may use, but one for a tree.
     update : bool
         Whether the updated weights are wanted, whatever the objective.
+    engine : Engine or None
+        Whose workers solve the parts of the instance; None for this process alone.
     extras : dict
         Entries for `Result.extras`; JSON types only.
     """
@@ -110,6 +116,7 @@ class Context:
     batch_size: int | None = None
     threads: int | None = None
     update: bool = False
+    engine: Engine | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -172,6 +179,7 @@ class Solver(abc.ABC):
             (context.warm_start is not None and not supports.warm_start, "a warm start"),
             (context.device == "cuda" and not supports.on_card, "the device 'cuda': it runs on the CPU only"),
             (context.batch_size is not None and not supports.batched, "a batch size: it has no batches"),
+            (context.engine is not None and not supports.engines, "an engine: it runs in this process"),
         ]
         for applies, what in refused:
             if applies:

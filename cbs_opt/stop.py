@@ -44,6 +44,11 @@ class Stop:
     should_stop: Callable[[], bool] | None = None
 
     @property
+    def limits_iterations(self) -> bool:
+        """Whether a rule counts iterations: a run then does not depend on how long anything takes."""
+        return self.max_iterations is not None or self.no_improvement is not None
+
+    @property
     def limits_work(self) -> bool:
         """Whether a rule ends every run; a target or a gap may never be reached."""
         return any(rule is not None for rule in (self.time_limit, self.max_iterations, self.no_improvement))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cbs_opt.device import Work, choose, or_on_cpu
 from cbs_opt.errors import UnboundedError
@@ -44,6 +47,27 @@ def best_update(instance: Instance, pruned: BoolArray, device: str = "cpu", thre
     ----------
     Yu, Serra, Ramalingam, Zhe, "The Combinatorial Brain Surgeon", ICML 2022.
     """
+    return update_from(instance, pruned, None, None, device, threads)[0]
+
+
+def update_from(
+    instance: Instance,
+    pruned: BoolArray,
+    start: NDArray[Any] | None,
+    should_stop: Callable[[], bool] | None,
+    device: str = "cpu",
+    threads: int = 1,
+) -> tuple[FloatArray, bool]:
+    """`best_update` from weights near the best ones; also whether it was completed.
+
+    Parameters
+    ----------
+    instance, pruned, device, threads
+        As for `best_update`, which also says what is raised.
+    start : float (n,), optional
+    should_stop : callable, optional
+        Asked during the update of long rows on the CPU; True leaves their weights as they are.
+    """
     curvature, w = instance.curvature, instance.weights
     if not curvature.is_convex:
         raise UnboundedError(
@@ -55,9 +79,11 @@ def best_update(instance: Instance, pruned: BoolArray, device: str = "cpu", thre
 
             found = best_weights(curvature, w, pruned, instance.linear, card)
             if np.isfinite(found).all():
-                return found
+                return found, True
             logger.warning("the update: the card gave what is not a number; on the CPU instead")
-    return curvature.best_weights(w, pruned, instance.linear)
+    if start is None and should_stop is None:
+        return curvature.best_weights(w, pruned, instance.linear), True
+    return curvature.improved_weights(w, pruned, instance.linear, start, should_stop or (lambda: False))
 
 
 def _work(instance: Instance, pruned: BoolArray) -> Work:

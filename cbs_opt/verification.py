@@ -116,7 +116,7 @@ def verify(instance: Instance | Path | str, solution: Solution | Result | BoolAr
             "or `fixed` of the instance"
         )
     feasible = not problems
-    losses = evaluate(instance, pruned)
+    losses = evaluate(instance, pruned, start=solution.weights)
     weights_loss = None
     if solution.weights is not None:
         if np.any(solution.weights[pruned] != 0):
@@ -124,7 +124,7 @@ def verify(instance: Instance | Path | str, solution: Solution | Result | BoolAr
         weights_loss = predicted_loss(instance, solution.weights - instance.weights)
     found = {
         "selection_loss": losses.selection_loss,
-        "joint_loss": losses.joint_loss,
+        "joint_loss": _joint_claimed(solution.result, losses.joint_loss, weights_loss),
         "pruned_count": count,
     }
     return Verification(
@@ -136,6 +136,14 @@ def verify(instance: Instance | Path | str, solution: Solution | Result | BoolAr
         weights_loss=weights_loss,
         problems=(*problems, *_wrong_claims(solution.result, found)),
     )
+
+
+def _joint_claimed(claims: Mapping[str, Any], best: float | None, held: float | None) -> float | None:
+    """What a file may state as the joint loss: an interrupted run states that of the weights which it holds."""
+    claimed = claims.get("joint_loss")
+    if best is None or held is None or claimed is None or not _is_number(claimed) or claimed <= best:
+        return best
+    return held if abs(claimed - held) <= TOLERANCE * abs(held) else best
 
 
 def _as_solution(instance: Instance, solution: object) -> Solution:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from cbs_opt.engines import make_engine
 from cbs_opt.errors import UsageError
 from cbs_opt.instances.recipe import Along, Fisher, Form, Recipe, Source, one_of
 from cbs_opt.pruning.schedule import SCHEDULES
@@ -94,6 +95,10 @@ class Method:
     seed : int
     threads : int, optional
         Of the solver.
+    engine : {"serial", "processes", "ray"}
+        Whether the workers of an engine solve the layers, see `cbs_opt.solve`; for reconstruction and kfac.
+    workers : int, optional
+        Of the engine.
     memory : int, optional
         Bytes that the export may use.
     keep : int, optional
@@ -136,6 +141,8 @@ class Method:
     keep_mask: bool = False
     seed: int = 0
     threads: int | None = None
+    engine: str = "serial"
+    workers: int | None = None
     memory: int | None = None
     keep: int | None = None
     own_batch: bool = field(init=False)
@@ -160,6 +167,14 @@ class Method:
         if self.split != "global" and (self.nm or self.layers or self.per_layer):
             raise UsageError("`split` divides one budget over the layers: it goes without `nm`, `layers` and "
                              "`per_layer`")  # fmt: skip
+        if self.workers is not None and self.engine == "serial":
+            raise UsageError("`workers` needs the engine processes or ray")
+        if self.engine != "serial" and self.source == "fisher":
+            raise UsageError(
+                f"the engine {self.engine} divides layers whose rows share a Hessian: `source` reconstruction or "
+                "kfac, got fisher"
+            )
+        make_engine(self.engine, self.workers)
         self._set_source()
         self._set_solver()
         self._set_grids()
@@ -296,7 +311,7 @@ class Method:
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON types, defaults included."""
         content = asdict(self)
-        for name in ("own_batch", "dampings", "scales", "memory", "threads"):
+        for name in ("own_batch", "dampings", "scales", "memory", "threads", "engine", "workers"):
             del content[name]
         if self.keep is None:
             del content["keep"]  # states of earlier versions have no such option

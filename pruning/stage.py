@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cbs_opt.budget import Budget
+from cbs_opt.engines import make_engine
 from cbs_opt.instance import Instance
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.scores import Score, evaluate
@@ -133,6 +134,7 @@ def solved(
         update=method.updates,
         device="auto" if device == "auto" else device,
         threads=method.threads,
+        engine=make_engine(method.engine, method.workers, method.threads or 1),
     )
 
 

@@ -1,1 +1,1 @@
-"""Benchmark runs: configurations, engines, the store of rows, comparison of two stores."""
+"""Benchmark runs: configurations, the store of rows, comparison of two stores."""

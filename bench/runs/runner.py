@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from cbs_opt.bench.reports.metrics import slack
 from cbs_opt.bench.runs import store as kinds
 from cbs_opt.bench.runs.configuration import Configuration, SolverEntry, unavailable
-from cbs_opt.bench.runs.engines import Engine, Serial, never
 from cbs_opt.bench.runs.store import Key, Row, Store, StoredInstance
 from cbs_opt.bench.runs.task import Made, Task, run_task, thinned
+from cbs_opt.engines import Engine, Serial, never
 from cbs_opt.errors import UsageError
 from cbs_opt.files import library_names, library_path, read_instance
 from cbs_opt.files.library_file import PREFIX

@@ -11,6 +11,7 @@ from typing import Any
 from cbs_opt.arguments import MOST_THREADS
 from cbs_opt.budget import number_of
 from cbs_opt.cli.common import Parser
+from cbs_opt.engines import ENGINES, Engine, make_engine
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files.toml_text import read_toml
 from cbs_opt.solve import DEFAULT_SOLVERS
@@ -67,6 +68,7 @@ def solve_parser() -> Parser:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--threads", type=whole_option(1, MOST_THREADS), metavar="N", help="threads; default: all cores")
     add("--batch-size", type=whole_option(1), metavar="R", help="candidates per batch")
+    add_engine_options(parser)
     add(
         "--set",
         action="append",
@@ -96,6 +98,38 @@ def solve_parser() -> Parser:
     )
     add("-v", "--verbose", action="store_true", help="log more")
     return parser
+
+
+def add_engine_options(parser: Parser) -> None:
+    """`--engine` and `--workers`; of `cbs-solve` and `cbs-prune`."""
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="serial",
+        help="for layers whose rows share a Hessian: solve them as tasks in processes of this machine or on a Ray "
+        "cluster; --threads are then those of a worker, 1 by default; default: serial, in this process",
+    )
+    parser.add_argument(
+        "--workers",
+        type=whole_option(1),
+        metavar="N",
+        help="tasks of the engine at a time; default: as fit the cores",
+    )
+
+
+def engine_of(options: argparse.Namespace) -> Engine | None:
+    """The engine that the options name; None for this process.
+
+    Raises
+    ------
+    UsageError
+        For workers without an engine.
+    """
+    if options.engine == "serial":
+        if options.workers is not None:
+            raise UsageError("`--workers` needs `--engine processes` or `--engine ray`")
+        return None
+    return make_engine(options.engine, options.workers, options.threads or 1)
 
 
 def add_loss_options(parser: Parser) -> None:

@@ -113,10 +113,10 @@ def _run(options: argparse.Namespace) -> int:
     with common.Interrupts(_INTERRUPTED) as interrupts:
         common.start_logging(options.quiet, options.verbose)
         from cbs_opt.bench.runs.configuration import read_configuration
-        from cbs_opt.bench.runs.engines import make_engine
         from cbs_opt.bench.runs.runner import due, make_plan, run_plan, summary
         from cbs_opt.bench.runs.show import duration, progress
         from cbs_opt.bench.runs.store import OK, Store
+        from cbs_opt.engines import make_engine
 
         configuration = read_configuration(options.configuration, options.time_limit)
         name = options.engine or ("serial" if options.workers in (None, 1) else "processes")
@@ -162,10 +162,10 @@ def _paper(options: argparse.Namespace) -> int:
     from cbs_opt.bench.paper import rows
     from cbs_opt.bench.paper.study_file import read_study
     from cbs_opt.bench.paper.subject import Files
-    from cbs_opt.bench.runs.engines import make_engine
     from cbs_opt.bench.runs.runner import due, run_plan, summary
     from cbs_opt.bench.runs.show import duration, progress
     from cbs_opt.bench.runs.store import OK, Store
+    from cbs_opt.engines import make_engine
 
     whole = read_study(options.study)
     study = rows.restricted(whole, options.seeds, options.sparsities, options.methods)

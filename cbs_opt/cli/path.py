@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cbs_opt.cli import common
-from cbs_opt.cli.arguments import kept_of
+from cbs_opt.cli.arguments import engine_of, kept_of
 from cbs_opt.cli.report import result_json, write_json
 from cbs_opt.errors import CbsError, OutputError, UsageError
 from cbs_opt.files import write_solution
@@ -100,6 +100,7 @@ def run_path(
             device=options.device,
             threads=options.threads,
             batch_size=options.batch_size,
+            engine=engine_of(options),
         )
     except CbsError as error:
         if not results:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cbs_opt.cli import common
-from cbs_opt.cli.arguments import add_loss_options, number_option, whole_option
+from cbs_opt.cli.arguments import add_engine_options, add_loss_options, number_option, whole_option
 from cbs_opt.cli.network_options import (
     add_budget_options,
     add_log_options,
@@ -130,6 +130,7 @@ def prune_parser() -> common.Parser:
     add_loss_options(parser)
     add("--seed", type=whole_option(0), default=0, metavar="N", help="of all draws; default: 0")
     add("--threads", type=whole_option(1), metavar="N", help="of the solver; default: all cores")
+    add_engine_options(parser)
     add("--memory", type=number_option(0), metavar="GB", help="memory to use; default: half of the free memory")
     add("--test-data", metavar="PATH", help="score the dense and the pruned network on the test split of this")
     add("--state", type=Path, metavar="FILE", help="written after every stage; the same command continues from it")
@@ -265,6 +266,8 @@ def _method(options: argparse.Namespace) -> Method:
         keep_mask=options.keep_mask,
         seed=options.seed,
         threads=options.threads,
+        engine=options.engine,
+        workers=options.workers,
         memory=None if options.memory is None else int(options.memory * 1e9),
     )
 

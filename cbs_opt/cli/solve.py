@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from cbs_opt.cli import common
-from cbs_opt.cli.arguments import budget_in, parse_solve
+from cbs_opt.cli.arguments import budget_in, engine_of, parse_solve
 from cbs_opt.cli.path import check_path, run_path
 from cbs_opt.cli.progress import ProgressTable
 from cbs_opt.cli.report import result_json, result_text, write_history, write_json
@@ -56,6 +56,7 @@ def _main(arguments: list[str]) -> int:
             # Wrong names or parameters are reported before a large file is read.
             chosen = get_solver(options.solver)
             parse_parameters(options.solver, chosen.parameters_type, options.set)
+            engine_of(options)
         started = time.perf_counter()
         instance = _read(options)
         read_seconds = time.perf_counter() - started
@@ -102,6 +103,7 @@ def _solve(instance: Instance, options: argparse.Namespace, interrupts: common.I
         device=options.device,
         threads=options.threads,
         batch_size=options.batch_size,
+        engine=engine_of(options),
         callback=table,
     )
     table.finish(result.solve_seconds, result.iterations, result.objective, result.bound, result.gap)

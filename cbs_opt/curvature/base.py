@@ -317,6 +317,20 @@ class Curvature(abc.ABC):
         updated[pruned] = 0.0
         return updated
 
+    def improved_weights(
+        self,
+        w: FloatArray,
+        pruned: BoolArray,
+        linear: FloatArray | None,
+        start: NDArray[Any] | None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> tuple[FloatArray, bool]:
+        """`best_weights` from weights near the best ones, float (n,), where that takes less time.
+
+        Returns the weights, float64 (n,), and whether they are the best: not where `should_stop` ended the work.
+        """
+        return self.best_weights(w, pruned, linear), True
+
     def best_update(self, k: int, w: FloatArray, pruned: BoolArray, linear: FloatArray | None) -> FloatArray:
         """The δ that minimises gᵀδ + ½ δᵀHδ with δ = −w on the pruned weights of block k (CBS-U).
 

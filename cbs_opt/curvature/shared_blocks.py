@@ -178,7 +178,14 @@ class SharedBlocks(Curvature):
 
     def quadratic(self, x: FloatArray) -> float:
         """xᵀ H x over all blocks; negative rounding errors of a block count as 0."""
-        return float(self.block_quadratics(x).sum())
+        sizes = zip(self._rows, self.stored.block_sizes, strict=True)
+        if not any(rows.size >= b > LARGE_BLOCK for rows, b in sizes):
+            return float(self.block_quadratics(x).sum())
+        total = 0.0  # tr S XᵀX: half the multiplications of a product with S
+        for s, index, rows, scales in self._each():
+            X = x[index].reshape(rows, -1) * np.sqrt(scales)[:, None]
+            total += max(0.0, float(np.einsum("ij,ij->", self.stored.block(s), X.T @ X)))
+        return total
 
     def block_quadratics(self, x: FloatArray) -> FloatArray:
         """xᵀ H x of each block, never negative, float64 (K,); one matrix product per stored block."""
@@ -195,7 +202,18 @@ class SharedBlocks(Curvature):
 
     def best_weights(self, w: FloatArray, pruned: BoolArray, linear: FloatArray | None) -> FloatArray:
         """The weights after the best update; small blocks that share a stored one are solved in batches."""
-        updated = np.zeros(self.n)
+        return self.improved_weights(w, pruned, linear, None)[0]
+
+    def improved_weights(
+        self,
+        w: FloatArray,
+        pruned: BoolArray,
+        linear: FloatArray | None,
+        start: NDArray[Any] | None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> tuple[FloatArray, bool]:
+        """That of all kinds; long rows start from `start`, and may be stopped. See `row_updates.update_rows`."""
+        updated, complete = np.zeros(self.n), True
         for s, index, rows, scales in self._each():
             b = int(self.stored.block_sizes[s])
             W, P = w[index].reshape(rows, b), pruned[index].reshape(rows, b)
@@ -203,17 +221,21 @@ class SharedBlocks(Curvature):
             done = _in_batches(self.stored.block(s), W, P) if G is None and b <= _BATCH_LARGEST < rows else None
             if done is None:
                 done, left = W.copy(), np.arange(rows)
-                if G is None and (long := long_rows(P)).any():
-                    index_of = np.flatnonzero(long)
-                    done[index_of], failed = update_rows(self.stored.block(s), W[index_of], P[index_of])
-                    left = np.concatenate([np.flatnonzero(~long), index_of[failed]])
+                if (long := long_rows(P)).any():
+                    at = slice(None) if long.all() else np.flatnonzero(long)  # a slice copies nothing
+                    begin = None if start is None else start[index].reshape(rows, b)[at]
+                    found = update_rows(
+                        self.stored.block(s), W[at], P[at], None if G is None else G[at], begin, should_stop
+                    )
+                    done[at], complete = found.weights, complete and not found.stopped
+                    left = np.concatenate([np.flatnonzero(~long), np.arange(rows)[at][found.failed]])
                 for position, r in enumerate(left.tolist()):
                     if position and b > LARGE_BLOCK:
                         checkpoint()
                     done[r] = W[r] + self.stored.best_update(s, W[r], P[r], None if G is None else G[r])
             updated[index] = done.ravel()
         updated[pruned] = 0.0
-        return updated
+        return updated, complete
 
     def conditional_inverse_diagonal(self, k: int, kept: IntArray) -> FloatArray:
         """[H_KK⁻¹]_ii on the kept weights K of block k."""

@@ -21,12 +21,14 @@ from cbs_opt.typing import FloatArray
 
 FORMAT = "cbs-instance"
 VERSION = 2
-_MANY_WEIGHTS = 1 << 20
-"""The newest version; instances without shared blocks are written as version 1."""
+"""The newest version; what does not need it is written as version 1."""
+
+_MANY_WEIGHTS = 1 << 20  # from here on weights and groups are written in fewer bytes
 
 _REQUIRED = {"format", "version", "weights", "block_sizes", "budget", "metadata"}
-_OPTIONAL = {"groups", "group_budgets", "linear", "fixed"}
+_OPTIONAL = {"groups", "group_sizes", "group_budgets", "linear", "fixed"}
 _SHARING = {"shared", "block_scale"}
+_SECOND = {"shared", "block_scale", "group_sizes"}  # members of version 2
 
 
 def read_instance(path: Path | str) -> Instance:
@@ -95,7 +97,7 @@ def _read(path: Path, outline: bool) -> Instance:
             return Instance(
                 weights=arrays["weights"],
                 curvature=(_outline if outline else _curvature)(npz, kind, block_sizes),
-                budget=Budget(npz.integer("budget"), arrays.get("groups"), arrays.get("group_budgets")),
+                budget=_budget(npz.integer("budget"), arrays, n),
                 linear=arrays.get("linear"),
                 fixed=arrays.get("fixed"),
                 metadata=npz.json_object("metadata"),
@@ -126,9 +128,13 @@ def _kind(npz: NpzReader, kinds: dict[str, type[Curvature]]) -> type[Curvature]:
                 raise InstanceError(
                     f"{npz.path}: `{key}` is required with `{other.kind}` and not allowed otherwise; {problem}"
                 )
-    sharing = sorted(_SHARING & npz.headers.keys())
-    if sharing and npz.integer("version") < 2:
-        raise InstanceError(f"{npz.path}: `{sharing[0]}` needs `version` 2, got 1")
+    newer = sorted(_SECOND & npz.headers.keys())
+    if newer and npz.integer("version") < 2:
+        raise InstanceError(f"{npz.path}: `{newer[0]}` needs `version` 2, got 1")
+    if {"groups", "group_sizes"} <= npz.headers.keys():
+        raise InstanceError(f"{npz.path}: `groups` and `group_sizes` exclude each other")
+    if "group_sizes" in npz.headers and "group_budgets" not in npz.headers:
+        raise InstanceError(f"{npz.path}: `group_sizes` is allowed only with `group_budgets`")
     if "block_scale" in npz.headers and "shared" not in npz.headers:
         raise InstanceError(f"{npz.path}: `block_scale` is allowed only with `shared`")
     return kind
@@ -144,6 +150,7 @@ def _check_shapes(npz: NpzReader, n: int) -> None:
         "linear": ("float", (n,)),
         "fixed": ("int8", (n,)),
         "groups": ("integer", (n,)),
+        "group_sizes": ("integer", (None,)),
         "group_budgets": ("integer", (None,)),
         "shared": ("integer", (blocks,)),
         "block_scale": ("float", (blocks,)),
@@ -151,11 +158,39 @@ def _check_shapes(npz: NpzReader, n: int) -> None:
     for key, (type_, shape) in optional.items():
         if key in npz.headers:
             npz.expect(key, type_, shape)
-    groups = npz.headers["group_budgets"].shape[0] if "group_budgets" in npz.headers else 0
-    if groups > n:
-        raise InstanceError(
-            f"{npz.path}: `group_budgets` must have at most {n} entries, one a weight, got {groups}"
-        )
+    for key in ("group_sizes", "group_budgets"):
+        groups = npz.headers[key].shape[0] if key in npz.headers else 0
+        if groups > n:
+            raise InstanceError(f"{npz.path}: `{key}` must have at most {n} entries, one a weight, got {groups}")
+
+
+def _budget(total: int, arrays: dict[str, NDArray[Any]], n: int) -> Budget:
+    """The budget; with `group_sizes` the groups are that many consecutive weights each."""
+    counts, sizes = arrays.get("group_budgets"), arrays.get("group_sizes")
+    if sizes is None or counts is None:
+        return Budget(total, arrays.get("groups"), counts)
+    if sizes.size == 0 or sizes.min() < 1 or sizes.max() > n:
+        raise InstanceError(f"`group_sizes` must hold numbers between 1 and {n}")
+    sizes = sizes.astype(np.int64)
+    if sizes.size == 1:
+        sizes = np.full(n // int(sizes[0]), sizes[0])
+    if int(sizes.sum()) != n:
+        raise InstanceError(f"`group_sizes` must sum to {n}, or be one number that divides it")
+    if counts.size not in (1, sizes.size):
+        raise InstanceError(f"`group_budgets` must have 1 or {sizes.size} entries, got {counts.size}")
+    groups = np.repeat(np.arange(sizes.size), sizes)
+    return Budget(total, groups, np.broadcast_to(counts, sizes.shape))
+
+
+def _group_arrays(budget: Budget) -> dict[str, NDArray[Any]]:
+    """The members that state the groups: of many weights in consecutive runs only their sizes."""
+    if budget.groups is None or budget.group_budgets is None:
+        return {}
+    sizes, counts = budget.group_sizes(budget.groups.size), budget.group_budgets
+    if budget.groups.size < _MANY_WEIGHTS or not budget.in_order or sizes.min() < 1:
+        return {"groups": budget.groups, "group_budgets": counts}
+    sizes, counts = (array[:1] if (array == array[0]).all() else array for array in (sizes, counts))
+    return {"group_sizes": sizes, "group_budgets": counts}
 
 
 def _block_sizes(npz: NpzReader, n: int) -> NDArray[np.int64]:
@@ -220,16 +255,17 @@ def write_instance(path: Path | str, instance: Instance) -> None:
 def instance_arrays(instance: Instance) -> dict[str, NDArray[Any]]:
     """The members of an instance file, in their order; raises `InstanceError` as `write_instance` does."""
     curvature = instance.curvature
+    groups = _group_arrays(instance.budget)
+    version = max(curvature.format_version, 2 if "group_sizes" in groups else 1)
     arrays: dict[str, NDArray[Any]] = {
         "format": np.array(FORMAT),
-        "version": np.array(curvature.format_version, dtype=np.int64),
+        "version": np.array(version, dtype=np.int64),
         "weights": _short_weights(instance.weights),
         "block_sizes": curvature.block_sizes,
         "budget": np.array(instance.budget.total, dtype=np.int64),
     }
     arrays |= curvature.arrays()
-    if instance.budget.groups is not None and instance.budget.group_budgets is not None:
-        arrays |= {"groups": instance.budget.groups, "group_budgets": instance.budget.group_budgets}
+    arrays |= groups
     if instance.linear is not None:
         arrays["linear"] = instance.linear
     if instance.fixed is not None:

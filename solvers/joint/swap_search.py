@@ -25,7 +25,7 @@ from cbs_opt.solvers.joint.moves import KEPT_LIMIT, JointMoves
 from cbs_opt.solvers.joint.rank_deficient import check_well_posed, is_rank_deficient, search_singular
 from cbs_opt.solvers.joint.tableau import Tableau
 from cbs_opt.solvers.kernels import loading
-from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
+from cbs_opt.solvers.layers.layered_instance import LayeredInstance, check_engine, layered_instance
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.trees import prove
 from cbs_opt.typing import BoolArray
@@ -82,7 +82,12 @@ class JointSearch(Solver):
 
     summary = "swap search on the loss after the update: backward elimination, descent, tabu"
     supports = Capabilities(
-        objectives=frozenset({"joint"}), bound=True, device=True, warm_start=True, not_worse_than_magnitude=True
+        objectives=frozenset({"joint"}),
+        bound=True,
+        device=True,
+        engines=True,
+        warm_start=True,
+        not_worse_than_magnitude=True,
     )
     parameters_type = JointParameters
     parameters: JointParameters
@@ -103,9 +108,11 @@ class JointSearch(Solver):
             return
         sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
         provable = prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop)
-        if not provable and (layered := layered_instance(instance, "joint")) is not None:
+        if context.engine is not None or not provable:
+            self._layered = layered_instance(instance, "joint")
+        check_engine(context, self._layered)
+        if self._layered is not None:
             loading.request("layers_joint")
-            self._layered = layered
             return
         if context.device == "cuda":
             logger.warning("joint: the search runs on the CPU, as no blocks share a Hessian; the update on a card")

@@ -18,6 +18,7 @@ _SHARE = 0.03  # of a row's kept weights that one exchange may move at first
 _MOST = 256  # weights of a row that one exchange may move
 _ROWS = 256  # that are refitted together
 _SAMPLES = 4  # rows whose exact prices calibrate the estimates
+_ITERATIONS = 80  # of a refit
 _REFIT = 1e-7  # relative energy of the residual at which a refit ends
 
 
@@ -41,7 +42,7 @@ class BulkExchange:
         Exchanges stay inside of each m columns.
     pruned : bool (rows, K)
     start : float32 (rows, K), optional
-        Scaled weights to start the refit from.
+        Scaled weights to start the refit from; rows that are refitted already take one product.
 
     Raises
     ------
@@ -55,7 +56,7 @@ class BulkExchange:
         self.wide, self.layer, self.pattern = wide, wide.layer, pattern
         self.pruned = pruned.copy()
         self.moves = np.maximum(1, _SHARE * (~pruned).sum(1)).astype(np.int64)
-        self.X = refit_rows(wide, pruned, start, 80)
+        self.X = refit_rows(wide, pruned, start, _ITERATIONS)
         self.losses = wide.losses(self.X)
         factor = cholesky_lower(wide.S)
         if factor is None:
@@ -160,6 +161,15 @@ def refit_rows(
         begin = None if start is None else start[part]
         out[part] = refit_by_gradients(wide.S, W[part], pruned[part], begin, iterations, _REFIT, checkpoint_only)
     return out
+
+
+def refit_in_place(wide: WideLayer, pruned: BoolArray, X: Single) -> None:
+    """Refit scaled weights, (rows, K), 256 rows at a time: what is done when the run is stopped is kept."""
+    for first in range(0, X.shape[0], _ROWS):
+        part = slice(first, first + _ROWS)
+        X[part] = refit_by_gradients(
+            wide.S, wide.W[part], pruned[part], X[part], _ITERATIONS, _REFIT, checkpoint_only
+        )
 
 
 def checkpoint_only() -> bool:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cbs_opt.budget import Budget
 from cbs_opt.curvature.base import SharedRows
 from cbs_opt.device import Card, Work, choose, is_plausible
-from cbs_opt.errors import InstanceError
+from cbs_opt.errors import InstanceError, SolverError
 from cbs_opt.instance import Instance
 from cbs_opt.losses import selection_loss
 from cbs_opt.result import Status
 from cbs_opt.solver import Context
 from cbs_opt.solvers.kernels import loading
-from cbs_opt.solvers.layers.problem import Layer, LayerBudget
+from cbs_opt.solvers.layers.distributed import solve_distributed
+from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution
 from cbs_opt.solvers.layers.solve import TABLEAU_COLUMNS, solve_layers
 from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
@@ -78,6 +81,13 @@ class LayeredInstance:
             pruned[at] = mask
         return pruned
 
+    def _spread(self, weights: list[FloatArray]) -> NDArray[Any]:
+        """Weights of the layers as one array, float32 (n,)."""
+        out = np.zeros(self.instance.n, dtype=np.float32)
+        for at, W in zip(self.index, weights, strict=True):
+            out[at] = W
+        return out
+
     def restrict(self, pruned: BoolArray) -> list[BoolArray]:
         """Masks of the layers of a selection, bool (n,)."""
         return [pruned[at] for at in self.index]
@@ -103,47 +113,99 @@ class LayeredInstance:
             monitor.report_bound(self.offset + bound - 1e-13 * abs(self.offset))
 
         report_bound(0.0)
-        card = self.card_for(context)
-        unit = f"layers_{self.objective}"
-        if card is None and not loading.is_loaded(
-            unit
-        ):  # a first selection, at an upper bound of its loss, while kernels compile
-            first = context.warm_start
-            if first is None:
-                first = self.instance.budget.cheapest(np.abs(self.instance.weights), self.instance.fixed)
-            monitor.report(selection_loss(self.instance, first), first, exact=False)
-        ready = card is not None or loading.wait(unit, should_stop=monitor.should_stop)
-        if not ready or monitor.remaining <= 0:
+        began = monitor.elapsed
+        options: dict[str, Any] = {
+            "objective": self.objective,
+            "report": report,
+            "report_bound": report_bound,
+            "should_stop": monitor.should_stop,
+            "seed": context.seed,
+            "bound_share": bound_share,
+            "max_rounds": monitor.stop.max_iterations,
+        }
+        card = None if context.engine is not None else self.card_for(context)
+        unit, known = f"layers_{self.objective}", context.warm_start
+        if card is None and self._needs_kernels and not loading.is_loaded(unit):
+            known = self._while_compiling(unit, context, options)
+            if not loading.wait(unit, should_stop=monitor.should_stop):
+                return Status.CONVERGED
+        if monitor.remaining <= 0:
             return Status.CONVERGED
         began = monitor.elapsed
-        limit = monitor.stop.max_iterations
+        options["warm_start"] = None if known is None else self.restrict(known)
+        options["time_limit"] = monitor.remaining if np.isfinite(monitor.remaining) else None
+        if context.engine is None:
+            solution = solve_layers(
+                self.layers, self.budget, threads=context.workers, refit=False, card=card, **options
+            )
+        else:
+            solution = solve_distributed(
+                self.layers,
+                self.budget,
+                context.engine,
+                threads=context.threads or 1,
+                **options,
+            )
+        self._hand_over(solution, context)
+        monitor.should_stop()  # the rows keep the limit by themselves: let the monitor note which rule ended them
+        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+
+    @property
+    def _needs_kernels(self) -> bool:
+        """Whether the search uses compiled kernels; that of long rows does not."""
+        return self.objective == "selection" or max(la.columns for la in self.layers) <= TABLEAU_COLUMNS
+
+    def _while_compiling(self, unit: str, context: Context, options: dict[str, Any]) -> BoolArray | None:
+        """What can be found without kernels until they are compiled; the warm start of what follows.
+
+        Within a time limit and for the joint objective: the search for long rows. Else only a first selection, so
+        that a run without a time limit does not depend on how long the compilation takes.
+        """
+        monitor, first = context.monitor, context.warm_start
+        if first is None:
+            first = self.instance.budget.cheapest(np.abs(self.instance.weights), self.instance.fixed)
+        monitor.report(selection_loss(self.instance, first), first, exact=False)
+        limited = np.isfinite(monitor.remaining) and not monitor.stop.limits_iterations
+        if self.objective == "selection" or not limited or context.engine is not None:
+            return context.warm_start
         solution = solve_layers(
             self.layers,
             self.budget,
-            objective=self.objective,
-            warm_start=None if context.warm_start is None else self.restrict(context.warm_start),
-            report=report,
-            report_bound=report_bound,
-            should_stop=monitor.should_stop,
-            time_limit=monitor.remaining if np.isfinite(monitor.remaining) else None,
             threads=context.workers,
-            seed=context.seed,
-            bound_share=bound_share,
-            max_rounds=limit,
             refit=False,
-            card=card,
+            wide=True,
+            warm_start=self.restrict(first),
+            time_limit=monitor.remaining,
+            **{**options, "should_stop": lambda: loading.is_loaded(unit) or monitor.should_stop()},
         )
+        self._hand_over(solution, context)
+        return self.expand(solution.pruned)
+
+    def _hand_over(self, solution: LayerSolution, context: Context) -> None:
+        """Weights for the evaluator, and which selections the incumbent is known to be no worse than."""
+        monitor = context.monitor
+        if solution.near and self.objective == "joint":
+            pruned = self.expand(solution.pruned)
+            if monitor.pruned is not None and np.array_equal(monitor.pruned, pruned):  # else of another incumbent
+                monitor.weights = self._spread(solution.weights)
         if solution.compared:
             for known in self._known(context):
                 monitor.note(known)
-        monitor.should_stop()  # the rows keep the limit by themselves: let the monitor note which rule ended them
-        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
     def _known(self, context: Context) -> list[BoolArray]:
         """The selections that `solve_layers` starts from: magnitude, and the warm start."""
         weights = [np.abs(layer.weights) for layer in self.layers]
         masks = self.expand(self.budget.cheapest(self.layers, weights))
         return [masks] if context.warm_start is None else [masks, context.warm_start]
+
+
+def check_engine(context: Context, layered: LayeredInstance | None) -> None:
+    """Refuse an engine where there are no layers to give to its workers; raises `SolverError`."""
+    if context.engine is not None and layered is None:
+        raise SolverError(
+            "an engine divides an instance by layers whose rows share a Hessian, with one budget, a budget for "
+            "each row, or N:M: this instance has no such form; leave the engine out"
+        )
 
 
 def layered_instance(instance: Instance, objective: str) -> LayeredInstance | None:
@@ -189,6 +251,12 @@ def _budget(budget: Budget, index: list[IntArray]) -> LayerBudget | None:
     """The budget of an instance for layers with these weights, or None where it has another form."""
     if budget.groups is None or budget.group_budgets is None:
         return LayerBudget(total=budget.total)
+    columns = {at.shape[1] for at in index}
+    if budget.cell is not None and all(width % budget.cell[1] == 0 for width in columns):  # in order: no search
+        n, m = budget.cell
+        if columns != {m}:
+            return LayerBudget(pattern=(n, m))
+        return LayerBudget(per_row=tuple(np.full(at.shape[0], n) for at in index))
     groups, counts = np.asarray(budget.groups), np.asarray(budget.group_budgets)
     sizes = np.bincount(groups, minlength=counts.size)
     of_rows = [groups[at] for at in index]
@@ -196,7 +264,8 @@ def _budget(budget: Budget, index: list[IntArray]) -> LayerBudget | None:
     if all((of == of[:, :1]).all() for of in of_rows) and np.unique(heads).size == heads.size:
         return LayerBudget(per_row=tuple(counts[of[:, 0]] for of in of_rows))
     m, n = int(sizes[groups[0]]), int(counts[groups[0]])
-    if (sizes[np.unique(groups)] != m).any() or (counts[np.unique(groups)] != n).any():
+    used = sizes > 0
+    if (sizes[used] != m).any() or (counts[used] != n).any():
         return None
     for of in of_rows:
         if of.shape[1] % m or (of.reshape(of.shape[0], -1, m) != of[:, ::m, None]).any():

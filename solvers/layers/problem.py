@@ -183,6 +183,8 @@ class LayerSolution:
     compared : bool
         Whether the loss of magnitude and of the warm start was computed, so that `objective` is not larger. A
         limit may end the run on large layers before that.
+    near : bool
+        Whether `weights` are the best ones of the masks, or near them, in place of the original ones.
     """
 
     pruned: list[BoolArray]
@@ -191,6 +193,7 @@ class LayerSolution:
     bound: float | None
     history: tuple[tuple[float, float | None, float | None], ...] = ()
     compared: bool = True
+    near: bool = True
 
     @property
     def gap(self) -> float | None:

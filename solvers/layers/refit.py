@@ -41,14 +41,19 @@ def _solve(S: FloatArray, b: FloatArray, kept: IntArray) -> FloatArray:
     return out
 
 
-def refit_layer(layer: Layer, pruned: BoolArray) -> FloatArray:
-    """Exact refit of all rows, float64 (rows, K): by factorisations, or by gradients where rows are long."""
+def refit_layer(layer: Layer, pruned: BoolArray, start: FloatArray | None = None) -> FloatArray:
+    """Exact refit of all rows, float64 (rows, K): by factorisations, or by gradients where rows are long.
+
+    start : float (rows, K), optional, weights near the best ones, for long rows.
+    """
     b = layer.weights @ layer.hessian
     out, rest = np.empty_like(layer.weights), np.arange(layer.rows)
     if (long := long_rows(pruned)).any():
         index = np.flatnonzero(long)
-        out[index], failed = update_rows(layer.hessian, layer.weights[index], pruned[index])
-        rest = np.concatenate([np.flatnonzero(~long), index[failed]])
+        begin = None if start is None else start[index]
+        found = update_rows(layer.hessian, layer.weights[index], pruned[index], start=begin)
+        out[index] = found.weights
+        rest = np.concatenate([np.flatnonzero(~long), index[found.failed]])
     for r in rest.tolist():
         out[r] = _solve(layer.hessian, b[r], np.flatnonzero(~pruned[r]))
     return out

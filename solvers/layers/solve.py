@@ -20,6 +20,7 @@ from cbs_opt.solvers.layers.refit import brief_refit, quick_refit, refit_layer
 from cbs_opt.solvers.layers.selection import SelectionSearch
 from cbs_opt.solvers.layers.starts import admm, swept_weights
 from cbs_opt.solvers.layers.wide import WideSearch
+from cbs_opt.solvers.layers.wide_admm import column_norms
 from cbs_opt.typing import BoolArray, FloatArray
 
 logger = logging.getLogger("cbs_opt")
@@ -55,6 +56,7 @@ def solve_layers(
     bound_share: float = 0.0,
     max_rounds: int | None = None,
     refit: bool = True,
+    wide: bool = False,
     clock: Callable[[], float] = time.perf_counter,
     card: Card | None = None,
 ) -> LayerSolution:
@@ -83,6 +85,8 @@ def solve_layers(
         Rounds of search over all rows at most; without a limit of time the search ends when a round gains little.
     refit : bool
         Whether to compute the weights of the answer (after the clock); without, they are the masked weights.
+    wide : bool
+        Whether to search short rows as long ones, for the joint objective: that needs no compiled kernels.
     clock : callable
         Seconds, monotonic, for the limit and the history; `time.process_time` measures processor seconds.
     card : Card, optional
@@ -116,6 +120,7 @@ def solve_layers(
     run = _Run(layers, budget, Incumbent(layers, report, report_bound, clock), stop, ends, threads, seed, clock)
     run.started = started
     run.bound_share, run.max_rounds, run.card = bound_share, max_rounds, card
+    run.wide = wide or run.columns > TABLEAU_COLUMNS
     if objective == "selection":
         run.selection(warm_start)
     else:
@@ -143,6 +148,7 @@ class _Run:
         self.max_rounds: int | None = None
         self.card: Card | None = None
         self.round = 0
+        self.wide = False
         self.compared = True
         self.columns = max(layer.columns for layer in layers)
 
@@ -154,7 +160,7 @@ class _Run:
         pending = [magnitude] if warm_start is None else [magnitude, warm_start]
         if self.columns > TABLEAU_COLUMNS and self.card is not None and self._joint_on(self.card, pending):
             return
-        if self.columns > TABLEAU_COLUMNS:
+        if self.wide:
             wide = WideSearch(
                 self.layers, self.budget, self.incumbent, self.stop, lambda: self.ends - self.clock(),
                 self.max_rounds, self.clock,
@@ -318,13 +324,25 @@ class _Run:
     def solution(self, objective: str, refit: bool) -> LayerSolution:
         """The incumbent with its weights and recomputed objective."""
         pruned = self.incumbent.pruned
+        starts = self._unscaled()
         weights: list[FloatArray] = []
-        for layer, mask in zip(self.layers, pruned, strict=True):
-            if objective == "selection" or not refit:
-                weights.append(np.where(mask, 0.0, layer.weights))
-            else:
+        for k, (layer, mask) in enumerate(zip(self.layers, pruned, strict=True)):
+            if objective == "joint" and refit:
                 with threadpool_limits(self.threads):
-                    weights.append(refit_layer(layer, mask))
+                    weights.append(refit_layer(layer, mask, None if starts is None else starts[k]))
+            elif starts is not None:
+                weights.append(starts[k])
+            else:
+                weights.append(np.where(mask, 0.0, layer.weights))
         value = layer_losses(self.layers, weights) if refit else self.incumbent.objective
         history = tuple(self.incumbent.history)
-        return LayerSolution(pruned, weights, value, self.incumbent.bound, history, self.compared)
+        return LayerSolution(
+            pruned, weights, value, self.incumbent.bound, history, self.compared, refit or starts is not None
+        )
+
+    def _unscaled(self) -> list[FloatArray] | None:
+        """The weights that the search on long rows has for its incumbent, float32, in the units of the layers."""
+        if self.incumbent.weights is None:
+            return None
+        found = zip(self.layers, self.incumbent.weights, self.incumbent.pruned, strict=True)
+        return [np.where(mask, np.float32(0), x / column_norms(la).astype(x.dtype)) for la, x, mask in found]

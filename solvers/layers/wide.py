@@ -13,14 +13,19 @@ import numpy as np
 
 from cbs_opt.interrupt import Interrupted, interruptible
 from cbs_opt.solvers.layers.incumbent import Incumbent
-from cbs_opt.solvers.layers.large import BulkExchange, refit_rows
+from cbs_opt.solvers.layers.large import BulkExchange, refit_in_place, refit_rows
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget
 from cbs_opt.solvers.layers.wide_admm import Single, WideAdmm, WideLayer
 from cbs_opt.typing import BoolArray
 
 logger = logging.getLogger("cbs_opt")
 
-_FIRST_REFITS = (4, 20)  # iterations of conjugate gradients on a start, each followed by an answer
+Found = tuple[list[BoolArray], list[Single], float]
+"""Masks, scaled weights and their loss."""
+
+_BRIEF, _LONGER = 4, 20  # iterations of conjugate gradients on a start: for a first answer, and near its refit
+_FAR = 0.5  # of the loss of a start after the first of these, which the others lower by a tenth or two
+_PRODUCTS_OF_REFIT, _PRODUCTS_OF_EVALUATION = 45, 25  # in single precision, or what takes that long
 _QUICK = 3  # iterations of the first ADMM between two changes of ρ
 _LONGEST = 64  # iterations between two changes of ρ in the second run
 _WITHOUT_LIMIT = 16  # the same, without a limit on time
@@ -32,9 +37,10 @@ _GAIN = 1e-5  # relative gain of a round of exchanges below which the search has
 class WideSearch:
     """Layers with more columns than a tableau of every row allows, under one budget.
 
-    A first answer stands at once: magnitude, at the upper bound ½ Σ_r s_r (Σ_i |w_i| √S_ii)² of its loss; then its
-    refit, that of the warm start, and ADMM (`WideAdmm`). A second ADMM spends most of the remaining time: the more
-    iterations between two changes of ρ, the better. Exchanges (`BulkExchange`) follow until a round gains less
+    A first answer stands at once: magnitude, at the upper bound ½ Σ_r s_r (Σ_i |w_i| √S_ii)² of its loss; then
+    after a few iterations of its refit and that of the warm start, and ADMM (`WideAdmm`). Where it does not halve
+    the loss, the refits are finished. A second ADMM spends most of the remaining time: the more iterations
+    between two changes of ρ, the better. A refit and exchanges (`BulkExchange`) follow until a round gains less
     than 1e-5.
 
     Parameters
@@ -69,24 +75,35 @@ class WideSearch:
         """Search from feasible masks; False if it was stopped before all of these had been evaluated."""
         for masks in starts:
             self.incumbent.offer(self._loss_bound(masks), masks)
-        compared = False
+        self._to_beat = 0.0  # loss from which a search is better than all starts, whatever their refit gives
         try:
             with interruptible(self.should_stop):
                 wide = [WideLayer(layer) for layer in self.layers]
+                known = []  # masks, their weights after a few iterations, and the loss of these
                 for masks in starts:
-                    weights: list[Single | None] = [None] * len(wide)
-                    for iterations in _FIRST_REFITS:
+                    weights = [refit_rows(w, mask, None, _BRIEF) for w, mask in zip(wide, masks, strict=True)]
+                    known.append((masks, weights, value := self._objective(wide, weights)))
+                    self.incumbent.offer(value, masks, weights)
+                self._to_beat = _FAR * min(value for *_, value in known)
+                found = self._first(wide)
+                for masks, weights, _ in known:
+                    if found is None or found[2] > self._to_beat:
                         parts = zip(wide, masks, weights, strict=True)
-                        refitted = [refit_rows(w, mask, x, iterations) for w, mask, x in parts]
-                        self.incumbent.offer(self._objective(wide, refitted), masks)
-                        weights = list(refitted)
-                compared = True
-                self._search(wide)
+                        weights = [refit_rows(w, mask, x, _LONGER) for w, mask, x in parts]
+                        self.incumbent.offer(self._objective(wide, weights), masks, weights)
+                self._to_beat = np.inf
+                if found is not None:
+                    self.incumbent.offer(found[2], *found[:2])
+                    self._search(wide, found)
         except Interrupted:
             pass
         except np.linalg.LinAlgError as error:
             logger.warning(f"layers: {error}; the search ends here")
-        return compared
+        return self.incumbent.objective <= self._to_beat
+
+    def _offer(self, value: float, masks: list[BoolArray], weights: list[Single]) -> None:
+        if value <= self._to_beat:  # else a start may be better, which is not known yet
+            self.incumbent.offer(value, masks, weights)
 
     def _loss_bound(self, masks: list[BoolArray]) -> float:
         total = 0.0
@@ -99,37 +116,50 @@ class WideSearch:
         pairs = zip(wide, weights, strict=True)
         return 0.5 * sum(float(w.layer.scale @ w.losses(x)) for w, x in pairs)
 
-    def _search(self, wide: list[WideLayer]) -> None:
-        admm = WideAdmm(wide, self.budget, self.incumbent.offer, self.clock)
+    def _first(self, wide: list[WideLayer]) -> Found | None:
+        """The first ADMM: masks, scaled weights, loss; None without a round for it."""
+        self._admm = WideAdmm(wide, self.budget, self._offer, self.clock)
         if self.rounds_left < 1:
-            return
+            return None
         self.rounds_left -= 1
-        best, weights = admm.run(_QUICK)
-        value = admm.objective(weights)
-        self.incumbent.offer(value, best)
+        masks, weights = self._admm.run(_QUICK)
+        value = self._admm.objective(weights)
+        self._offer(value, masks, weights)
+        return masks, weights, value
+
+    def _search(self, wide: list[WideLayer], best: Found) -> None:
+        """A second ADMM, a refit, and exchanges; time is left for the refit and for the evaluation."""
+        product = self._admm.seconds_of_products / self._admm.iterations
         hold = _WITHOUT_LIMIT
         if np.isfinite(self.remaining()):
-            hold = int(min(_LONGEST, admm.affordable(_SHARE * self.remaining())))
+            left = self.remaining() - (_PRODUCTS_OF_REFIT + _PRODUCTS_OF_EVALUATION) * product
+            hold = int(min(_LONGEST, self._admm.affordable(_SHARE * left)))
         if hold >= _WORTHWHILE and self.rounds_left >= 1:
             self.rounds_left -= 1
-            masks, found = admm.run(hold)
-            if (reached := admm.objective(found)) < value:
-                best, weights, value = masks, found, reached
-            self.incumbent.offer(reached, masks)
-        self._exchange(wide, best, weights)
+            masks, weights = self._admm.run(hold)
+            value = self._admm.objective(weights)
+            self.incumbent.offer(value, masks, weights)
+            if value < best[2]:
+                best = masks, weights, value
+        if self.rounds_left >= 1:
+            self._exchange(wide, best, _PRODUCTS_OF_EVALUATION * product)
 
-    def _exchange(self, wide: list[WideLayer], masks: list[BoolArray], weights: list[Single]) -> None:
-        if self.rounds_left < 1:
-            return
+    def _exchange(self, wide: list[WideLayer], start: Found, reserve: float) -> None:
+        masks, weights, _ = start
+        self.incumbent.adopt(masks, weights)
+        for w, mask, x in zip(wide, masks, weights, strict=True):
+            refit_in_place(w, mask, x)
         engines = [
             BulkExchange(w, self.budget.pattern, mask, x) for w, mask, x in zip(wide, masks, weights, strict=True)
         ]
         value = sum(engine.objective for engine in engines)
-        self.incumbent.offer(value, [engine.pruned for engine in engines])
+        self.incumbent.offer(value, [e.pruned for e in engines], [e.X for e in engines])
         while self.rounds_left >= 1 and any((engine.moves > 0).any() for engine in engines):
+            if self.remaining() < reserve:
+                return
             self.rounds_left -= 1
             improved = sum(engine.round() for engine in engines)
             before, value = value, sum(engine.objective for engine in engines)
-            self.incumbent.offer(value, [engine.pruned for engine in engines])
+            self.incumbent.offer(value, [e.pruned for e in engines], [e.X for e in engines])
             if improved and before - value < _GAIN * before:
                 return

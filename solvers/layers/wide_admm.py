@@ -45,7 +45,7 @@ class WideLayer:
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self.norm = np.sqrt(np.maximum(np.diag(layer.hessian), 1e-300))
+        self.norm = column_norms(layer)
         inverse = (1.0 / self.norm).astype(np.float32)
         self.S: Single = layer.hessian.astype(np.float32)
         self.S *= inverse[:, None]
@@ -63,6 +63,11 @@ class WideLayer:
         """Doubled losses of scaled weights X of some rows, less the scale of the row, float64 (rows,)."""
         change = X - self.W[rows]
         return np.asarray(np.einsum("rk,rk->r", change, self.product(change), dtype=np.float64))
+
+
+def column_norms(layer: Layer) -> FloatArray:
+    """√S_ii, positive, float64 (K,)."""
+    return np.asarray(np.sqrt(np.maximum(np.diag(layer.hessian), 1e-300)))
 
 
 def rows_times(X: Single, S: Single) -> Single:
@@ -88,7 +93,8 @@ class WideAdmm:
     layers : list of WideLayer
     budget : LayerBudget
     offer : callable
-        Receives masks and the objective of the thresholded weights, an upper bound of that of the masks.
+        Receives the objective of the thresholded weights, an upper bound of that of the masks, the masks, and
+        these weights, scaled.
     clock : callable
 
     Notes
@@ -100,7 +106,7 @@ class WideAdmm:
         self,
         layers: list[WideLayer],
         budget: LayerBudget,
-        offer: Callable[[float, list[BoolArray]], object],
+        offer: Callable[[float, list[BoolArray], list[Single]], object],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.layers, self.budget, self.offer, self.clock = layers, budget, offer, clock
@@ -140,7 +146,7 @@ class WideAdmm:
             changed = sum(int((mask != old).sum()) for mask, old in zip(masks, before, strict=True))
             before = masks
             if step >= _FIRST_OFFER:
-                self.offer(self.objective(D), masks)
+                self.offer(self.objective(D), masks, D)
             if step >= _WARM and changed <= 1e-4 * kept:
                 break
             factor = 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1 if changed else 1.0
@@ -160,11 +166,15 @@ class WideAdmm:
         self.changes += 1
         self.seconds_of_changes += self.clock() - began
 
+    @property
+    def seconds_of_products(self) -> float:
+        """Of all iterations, without the changes of ρ."""
+        return max(self.seconds - self.seconds_of_changes, 1e-9)
+
     def affordable(self, seconds: float) -> float:
         """Iterations between two changes of ρ that a run of that many seconds has time for."""
         change = self.seconds_of_changes / self.changes
-        iteration = (self.seconds - self.seconds_of_changes) / self.iterations
-        return (seconds / _CHANGES - change) / max(iteration, 1e-9)
+        return (seconds / _CHANGES - change) * self.iterations / self.seconds_of_products
 
     def objective(self, X: list[Single]) -> float:
         """½ Σ s_r (x − w)ᵀ S (x − w) of scaled weights."""

@@ -14,7 +14,7 @@ from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Solver
 from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.kernels.warm_up import warm_up_products
-from cbs_opt.solvers.layers.layered_instance import LayeredInstance, layered_instance
+from cbs_opt.solvers.layers.layered_instance import LayeredInstance, check_engine, layered_instance
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem, Storage
 from cbs_opt.solvers.selection.breeding import EXPONENT, Breeding
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent, candidate_swaps
@@ -58,13 +58,14 @@ class Search(Solver):
     """
 
     summary = "relaxation, concave continuation on cores, tabu swaps; with a lower bound"
-    supports = Capabilities(bound=True, device=True, warm_start=True, not_worse_than_magnitude=True)
+    supports = Capabilities(bound=True, device=True, engines=True, warm_start=True, not_worse_than_magnitude=True)
     parameters_type = SearchParameters
     parameters: SearchParameters
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile, presolve, build columns; or find out that the rows of layers share Hessians."""
         self._layered = self._layers(instance, context)
+        check_engine(context, self._layered)
         if self._layered is not None:
             loading.request("layers_selection")
             return
@@ -107,7 +108,8 @@ class Search(Solver):
     def _layers(self, instance: Instance, context: Context) -> LayeredInstance | None:
         """The layers of an instance whose rows share Hessians, unless it is small enough to be proven."""
         sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
-        if prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop):
+        provable = prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop)
+        if provable and context.engine is None:
             return None
         return layered_instance(instance, "selection")
 

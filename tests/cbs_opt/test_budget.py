@@ -44,6 +44,24 @@ def test_cheapest_against_enumeration(case):
     assert budget.is_met_by(best[1])
 
 
+@given(st.integers(1, 4), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_cells_choose_like_groups_in_another_order(size, number, random):
+    """The selection within equal runs of weights is that of the same groups under other names."""
+    n = size * number
+    count = random.randint(0, size)
+    scores = np.array([random.randint(-2, 2) for _ in range(n)], dtype=float)
+    fixed = np.zeros(n, dtype=np.int8)
+    for g in range(number):
+        choice = [1] * random.randint(0, count) + [-1] * random.randint(0, size - count)
+        fixed[g * size : g * size + len(choice)] = choice
+    groups = np.repeat(np.arange(number), size)
+    cells = Budget(count * number, groups, np.full(number, count))
+    names = np.array(random.sample(range(number), number))
+    renamed = Budget(count * number, names[groups], np.full(number, count))
+    assert cells.cell == (count, size)
+    assert cells.cheapest(scores, fixed).tolist() == renamed.cheapest(scores, fixed).tolist()
+
+
 @pytest.mark.parametrize("total", [0, 1, 3, 5])
 def test_cheapest_without_groups_sorts(total):
     scores = np.array([0.3, -1.0, 7.0, 0.3, 0.0])

@@ -31,10 +31,10 @@ from cbs_opt import (
 from cbs_opt.bench.anytime import CLOCKS
 from cbs_opt.bench.reports.metrics import slack
 from cbs_opt.bench.runs.configuration import read_configuration
-from cbs_opt.bench.runs.engines import Processes, Serial
 from cbs_opt.bench.runs.runner import due, make_plan, refute, run_plan, summary
 from cbs_opt.bench.runs.store import Row, Store, StoreError
 from cbs_opt.bench.runs.task import TRACE_STEP, Task, run_on, run_task, thinned
+from cbs_opt.engines import Processes, Serial
 from cbs_opt.solver import Capabilities
 
 

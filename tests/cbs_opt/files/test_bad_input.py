@@ -45,7 +45,17 @@ def dense(index, value):
     return flat
 
 
+SIZED = {"version": np.array(2), "groups": REMOVE, "group_sizes": np.array([2, 2])}
+
 BAD = {
+    "group sizes in version 1": (SIZED | {"version": np.array(1)}, "`group_sizes` needs `version` 2"),
+    "group sizes and groups": ({"version": np.array(2), "group_sizes": np.array([4])}, "exclude each other"),
+    "group sizes alone": (SIZED | {"group_budgets": REMOVE}, "`group_sizes` is allowed only with `group_budgets`"),
+    "group sizes of zero": (SIZED | {"group_sizes": np.array([0, 4])}, "must hold numbers between 1 and 4"),
+    "group sizes with another sum": (SIZED | {"group_sizes": np.array([2, 1])}, "`group_sizes` must sum to 4"),
+    "a group size that does not divide": (SIZED | {"group_sizes": np.array([3])}, "one number that divides it"),
+    "group sizes of many": (SIZED | {"group_sizes": np.ones(5, np.int64)}, "at most 4 entries"),
+    "group sizes of other budgets": (SIZED | {"group_budgets": np.array([1, 1, 0])}, "must have 1 or 2 entries"),
     "format missing": ({"format": REMOVE}, "`format` is missing"),
     "format of a solution": ({"format": np.array("cbs-solution")}, "`format` must be 'cbs-instance'"),
     "format no text": ({"format": np.array(3)}, "`format` must be one text"),

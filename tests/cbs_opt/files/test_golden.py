@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbs_opt import evaluate, read_instance, read_solution, solve
+from cbs_opt import evaluate, read_instance, read_solution, solve, write_instance
+from cbs_opt.files import instance_file
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "v1"
 WEIGHTS = [1.0, -0.5, 0.25, 2.0]
@@ -115,3 +116,24 @@ def test_version_2_inverse_blocks():
     assert curvature.stored.flat.tolist() == [4.0, -1.0, -1.0, 0.5]
     assert (curvature.shared.tolist(), curvature.block_scale.tolist()) == ([0, 0], [1.0, 1.0])
     assert curvature.block(1) == pytest.approx(np.array([[0.5, 1.0], [1.0, 4.0]]))
+
+
+def test_version_2_groups_by_their_sizes(monkeypatch, tmp_path):
+    folder = FOLDER.with_name("v2")
+    instance = read_instance(folder / "pattern.npz")
+    assert instance.sha256 == "f79d6e1ecab3f94a28ddd85d8259a776681f3ae3e843af470c33675d33f9c96a"
+    assert instance.budget.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert instance.budget.group_budgets.tolist() == [1, 1, 1, 1]
+    assert instance.budget.cell == (1, 2)
+    assert np.flatnonzero(solve(instance, "brute").pruned).tolist() == [1, 2, 5, 7]
+    other = read_instance(folder / "group-sizes.npz")
+    assert other.budget.groups.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert (other.budget.group_budgets.tolist(), other.budget.cell) == ([1, 3], None)
+    monkeypatch.setattr(instance_file, "_MANY_WEIGHTS", 8)
+    for name, again in (("pattern.npz", instance), ("group-sizes.npz", other)):
+        write_instance(tmp_path / name, again)
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    monkeypatch.setattr(instance_file, "_MANY_WEIGHTS", 9)
+    write_instance(tmp_path / "whole.npz", other)  # few weights are written as ever
+    with np.load(tmp_path / "whole.npz") as file:
+        assert file["groups"].tolist() == other.budget.groups.tolist() and "group_sizes" not in file

@@ -1,12 +1,16 @@
 """Layers with many columns: masks, refits and limits of the search without a tableau, on small layers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cbs_opt import HessianBlocks, SharedBlocks
+import cbs_opt
+from cbs_opt import Budget, HessianBlocks, Instance, SharedBlocks, evaluate
 from cbs_opt.curvature import row_updates
+from cbs_opt.losses import predicted_loss
 from cbs_opt.solvers.layers import large, solve, wide_admm
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, layer_losses, row_losses
 from cbs_opt.solvers.layers.refit import refit_layer
@@ -121,9 +125,9 @@ def test_rows_are_updated_like_by_factorisations(monkeypatch):
     rng = np.random.default_rng(0)
     pruned = rng.random(layer.weights.shape) < rng.uniform(0, 1, (11, 1))
     pruned[0], pruned[1] = True, False
-    found, failed = row_updates.update_rows(layer.hessian, layer.weights, pruned)
-    slow = refit_layer(layer, pruned)
-    assert failed.size == 0
+    updated = row_updates.update_rows(layer.hessian, layer.weights, pruned)
+    found, slow = updated.weights, refit_layer(layer, pruned)
+    assert updated.failed.size == 0 and not updated.stopped
     assert (found[pruned] == 0).all()
     np.testing.assert_allclose(found, slow, rtol=1e-6, atol=1e-6)
     assert (row_losses(layer, found) <= row_losses(layer, slow) * (1 + 1e-11) + 1e-20).all()
@@ -143,6 +147,82 @@ def test_a_row_that_does_not_converge_is_left_to_a_factorisation(monkeypatch):
     S = S.T @ S
     W, pruned = rng.standard_normal((5, 60)), rng.random((5, 60)) < 0.3
     monkeypatch.setattr(row_updates, "_CORRECTIONS", 2)
-    found, failed = row_updates.update_rows(S, W, pruned)
-    assert failed.tolist() == [0, 1, 2, 3, 4]
-    assert np.isfinite(found).all()
+    found = row_updates.update_rows(S, W, pruned)
+    assert found.failed.tolist() == [0, 1, 2, 3, 4]
+    assert np.isfinite(found.weights).all()
+
+
+@pytest.fixture
+def long_instance(monkeypatch):
+    """An instance with one wide layer whose rows the evaluator updates by gradients, and counts its iterations."""
+    monkeypatch.setattr(row_updates, "_LONG", 1)
+    monkeypatch.setattr(row_updates, "_WORTH", 0.1)
+    counted, plain = [0], row_updates.solve_on_support
+
+    def counting(S, right, pruned, iterations, tolerance, should_stop):
+        def asked():
+            counted[0] += 1
+            return should_stop()
+
+        return plain(S, right, pruned, iterations, tolerance, asked)
+
+    monkeypatch.setattr(row_updates, "solve_on_support", counting)
+    layer = random_layer(8, rows=9, columns=40)
+    shared = SharedBlocks(HessianBlocks(layer.hessian.ravel(), [40]), np.zeros(9, dtype=np.int64), layer.scale)
+    linear = np.random.default_rng(0).standard_normal(360) * 0.1
+    return Instance(layer.weights.ravel(), shared, Budget(200), linear=linear), counted
+
+
+def test_the_evaluator_starts_from_the_weights_of_the_solver(long_instance, monkeypatch):
+    instance, counted = long_instance
+    spent = []
+
+    def counting(*arguments):
+        counted[0] = 0
+        losses = evaluate(*arguments)
+        spent.append(counted[0])
+        return losses
+
+    monkeypatch.setattr("cbs_opt.run.evaluate", counting)
+    result = cbs_opt.solve(instance, "joint", objective="joint", parameters={"proof": 0})
+    plain = counting(instance, result.pruned)
+    warm, cold = spent[0], spent[-1]  # between them magnitude, where the first-order term hides it
+    assert result.joint_loss == pytest.approx(plain.joint_loss, rel=1e-10)
+    assert result.weights == pytest.approx(plain.weights, abs=1e-6)
+    assert 0 < warm < 0.8 * cold
+    wrong = np.random.default_rng(1).standard_normal(360).astype(np.float32)  # of a start nothing is assumed
+    assert evaluate(instance, result.pruned, wrong).joint_loss == pytest.approx(plain.joint_loss, rel=1e-10)
+    row = slice(80, 120)
+    step = instance.curvature.best_update(2, instance.weights[row], result.pruned[row], instance.linear[row])
+    assert plain.weights[row] == pytest.approx(instance.weights[row] + step, abs=1e-6)
+
+
+def test_an_interrupted_evaluation_states_the_loss_of_weights_that_exist(long_instance):
+    instance, _ = long_instance
+    pruned = instance.budget.cheapest(np.abs(instance.weights))
+    best = evaluate(instance, pruned)
+    for questions in (0, 3, 20):
+        losses = evaluate(instance, pruned, should_stop=AtQuestion(questions))
+        assert not losses.complete and best.complete
+        assert (losses.weights[pruned] == 0).all()
+        assert losses.joint_loss == pytest.approx(predicted_loss(instance, losses.weights - instance.weights))
+        assert best.joint_loss < losses.joint_loss <= losses.selection_loss
+    assert evaluate(instance, pruned, should_stop=lambda: False).joint_loss == best.joint_loss
+
+
+def test_a_solution_of_an_interrupted_run_is_valid(long_instance, caplog):
+    instance, _ = long_instance
+    asked = [False]
+
+    def interrupt(monitor):
+        asked[0] = monitor.iterations >= 2
+
+    stop = cbs_opt.Stop(should_stop=lambda: asked[0])
+    result = cbs_opt.solve(
+        instance, "joint", objective="joint", parameters={"proof": 0}, stop=stop, callback=interrupt
+    )
+    assert result.status == "interrupted"
+    assert "not the best ones yet" in caplog.text
+    assert cbs_opt.verify(instance, result).valid
+    worse = dataclasses.replace(result, joint_loss=2 * result.joint_loss, objective=2 * result.objective)
+    assert not cbs_opt.verify(instance, worse).valid

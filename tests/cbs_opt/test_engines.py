@@ -8,7 +8,7 @@ import time
 import pytest
 
 from cbs_opt import UsageError
-from cbs_opt.bench.runs.engines import TRIES, Processes, Ray, Serial, make_engine
+from cbs_opt.engines import TRIES, Processes, Ray, Serial, make_engine
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are killed by signals of Unix")
 

@@ -1,4 +1,6 @@
-"""Execution of benchmark runs: in this process, in processes of this machine, or on a Ray cluster.
+"""Execution of independent tasks: in this process, in processes of this machine, or on a Ray cluster.
+
+Room: the core; layers of an instance and the rows of benchmarks are such tasks.
 
 An engine takes tasks and a function, and gives back the results as they come. A worker that is killed, for
 example by the system because of its memory, loses only the task that it was running; that task is tried again.
@@ -15,7 +17,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from cbs_opt.errors import SolverError, UsageError
@@ -38,6 +41,15 @@ def never() -> bool:
 
 class Engine(Protocol):
     """Runs tasks."""
+
+    @property
+    def workers(self) -> int:
+        """Tasks at a time."""
+        ...  # pragma: no cover
+
+    def kept(self) -> AbstractContextManager[Engine]:
+        """The same engine, for several runs: where it starts workers, they live until the end of the context."""
+        ...  # pragma: no cover
 
     def run(
         self, tasks: Sequence[T], work: Callable[[T], R], should_stop: Callable[[], bool] = never
@@ -65,6 +77,16 @@ class Engine(Protocol):
 @dataclass(frozen=True)
 class Serial:
     """One task after the other, in this process."""
+
+    @property
+    def workers(self) -> int:
+        """1."""
+        return 1
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[Engine]:
+        """Itself."""
+        yield self
 
     def run(
         self, tasks: Sequence[T], work: Callable[[T], R], should_stop: Callable[[], bool] = never
@@ -94,13 +116,24 @@ class Processes:
     workers: int
     threads: int = 1
     tries: int = TRIES
+    pool: list[Any] | None = field(default=None, repr=False, compare=False)  # of executors, see `kept`
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[Engine]:
+        """See `Engine.kept`."""
+        pool: list[Any] = []
+        try:
+            yield replace(self, pool=pool)
+        finally:
+            for executor in pool:  # they are idle, and need not end by themselves
+                executor.shutdown(wait=True, kill_workers=True)
 
     def run(
         self, tasks: Sequence[T], work: Callable[[T], R], should_stop: Callable[[], bool] = never
     ) -> Iterator[tuple[T, R | None]]:
         """See `Engine.run`."""
         waiting = collections.deque((task, 1) for task in tasks)
-        idle = [self._executor() for _ in range(min(self.workers, len(tasks)))]
+        idle = [self.pool.pop() if self.pool else self._executor() for _ in range(min(self.workers, len(tasks)))]
         busy: dict[concurrent.futures.Future[R], tuple[Any, T, int]] = {}
         try:
             while (waiting or busy) and not should_stop():
@@ -118,7 +151,7 @@ class Processes:
                         executor.shutdown(wait=False, kill_workers=True)
                         idle.append(self._executor())
                         if trial < self.tries:
-                            logger.warning(f"a worker was killed; its row is run again (try {trial + 1})")
+                            logger.warning(f"a worker was killed; its task is run again (try {trial + 1})")
                             waiting.appendleft((task, trial + 1))
                         else:
                             yield task, None
@@ -128,6 +161,9 @@ class Processes:
         finally:
             for executor, *_ in busy.values():
                 executor.shutdown(wait=True, kill_workers=True)
+            if self.pool is not None:
+                self.pool.extend(idle)
+                idle = []
             for executor in idle:
                 executor.shutdown(wait=True)
 
@@ -179,6 +215,12 @@ class Ray:
     threads: int = 1
     tries: int = TRIES
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[Engine]:
+        """See `Engine.kept`."""
+        with self._cluster(_ray()):
+            yield self
+
     def run(
         self, tasks: Sequence[T], work: Callable[[T], R], should_stop: Callable[[], bool] = never
     ) -> Iterator[tuple[T, R | None]]:
@@ -200,11 +242,11 @@ class Ray:
                         result = ray.get(reference)
                     except ray.exceptions.RayTaskError as error:
                         reason = str(error).strip().splitlines()[-1]
-                        raise SolverError(f"a worker of Ray cannot make rows: {reason}") from None
+                        raise SolverError(f"a worker of Ray failed: {reason}") from None
                     except ray.exceptions.RayError as error:
                         if trial < self.tries:
                             logger.warning(
-                                f"a worker was killed ({type(error).__name__}); its row is run again "
+                                f"a worker was killed ({type(error).__name__}); its task is run again "
                                 f"(try {trial + 1})"
                             )
                             waiting.appendleft((task, trial + 1))
