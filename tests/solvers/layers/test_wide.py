@@ -177,9 +177,9 @@ def test_the_evaluator_starts_from_the_weights_of_the_solver(long_instance, monk
     instance, counted = long_instance
     spent = []
 
-    def counting(*arguments):
+    def counting(*arguments, **options):
         counted[0] = 0
-        losses = evaluate(*arguments)
+        losses = evaluate(*arguments, **options)
         spent.append(counted[0])
         return losses
 
@@ -191,7 +191,7 @@ def test_the_evaluator_starts_from_the_weights_of_the_solver(long_instance, monk
     assert result.weights == pytest.approx(plain.weights, abs=1e-6)
     assert 0 < warm < 0.8 * cold
     wrong = np.random.default_rng(1).standard_normal(360).astype(np.float32)  # of a start nothing is assumed
-    assert evaluate(instance, result.pruned, wrong).joint_loss == pytest.approx(plain.joint_loss, rel=1e-10)
+    assert evaluate(instance, result.pruned, start=wrong).joint_loss == pytest.approx(plain.joint_loss, rel=1e-10)
     row = slice(80, 120)
     step = instance.curvature.best_update(2, instance.weights[row], result.pruned[row], instance.linear[row])
     assert plain.weights[row] == pytest.approx(instance.weights[row] + step, abs=1e-6)
