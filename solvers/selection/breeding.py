@@ -81,7 +81,7 @@ class Breeding:
         distance[(relaxed.x > 0) & (relaxed.x < 1)] = 0.0
         if spread:
             distance *= np.exp(spread * rng.standard_normal(distance.size))
-        disputed = self.elites.disputed()
+        disputed = self.elites.disputed()[: size // 2]
         distance[disputed] = -1.0 / (1.0 + np.arange(disputed.size))
         starts = problem.columns.starts
         at = np.arange(problem.n)
@@ -105,7 +105,8 @@ class Breeding:
         first : bool
             Whether nothing has been bred before.
         """
-        monitor, parameters = self.monitor, self.parameters
+        monitor, parameters, known = self.monitor, self.parameters, self.incumbent()
+        self.elites.offer(known.y > 0.5, known.f)  # it may come from elsewhere
         size = int(np.clip(5 * relaxed.fractional, min(300, parameters.core), parameters.core))
         local = CorePoint(base, self.choose_core(relaxed, t, size, 0.0 if first else 0.5))
         index, elites = local.core.index, Elites(ELITES, self.apart) if fresh else self.elites

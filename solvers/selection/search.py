@@ -206,7 +206,9 @@ class _Run:
         while not (monitor.should_stop() or monitor.closed or enough()):
             fresh = self._epoch % 2 == 0
             before, cycles = monitor.objective, monitor.iterations
-            self.breeding.epoch(relaxed, PATH[-1], start if fresh else self.point, fresh, first=self._epoch == 0)
+            # Sweeps have hardened a large problem as a whole: a rounding of the relaxation is far behind that.
+            base = start if fresh and self._deepen == _DEEPEN_ROUNDS else self.point
+            self.breeding.epoch(relaxed, PATH[-1], base, fresh, first=self._epoch == 0)
             idle = 0 if self._improved(before) else idle + monitor.iterations - cycles
             self._epoch += 1
             if idle >= _UNPOLISHED:
