@@ -188,6 +188,7 @@ def best_diagonal(
     20 to 60 steps of O((2m + G)³); 150 for M with hundreds of eigenvalues at the ridge.
     """
     m = v.size
+    scale = max(scale, 1e-10 * 0.5 * float(v @ M @ v)) or 1.0  # of a loss that the data hardly resolve: 0 included
     s = 1 / np.sqrt(np.diag(M))
     unit = M * s[:, None] * s
     w = v / s / np.sqrt(scale)
