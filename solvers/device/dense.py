@@ -22,7 +22,7 @@ LONGEST_TENURE = 16
 
 _SLOTS = 64  # at least two for every step that a variable can wait
 _GRAPH_STEPS = 32  # of a replay
-_REFRESH_ROWS = 1 << 27  # bytes of Q that are converted to float64 at a time
+_REFRESH_BYTES = 1 << 29  # of rows of Q that are converted to float64 at a time
 _REPLAYS = 8  # between two questions whether to stop
 
 
@@ -75,26 +75,32 @@ class _Branch:
                 self.tiles, SLOTS=_SLOTS, **sizes,
             )  # fmt: skip
 
-    def restart(self, q: torch.Tensor, linear: torch.Tensor) -> float:
-        """Costs and objectives from scratch, in float64; returns the largest relative drift since then."""
+    def points(self) -> torch.Tensor:
+        """The present points and the best ones, float64 (2 S, n)."""
+        return torch.cat([self.state & 1, self.best]).to(torch.float64)
+
+    def restart(self, gradients: torch.Tensor, half: torch.Tensor, linear: torch.Tensor) -> float:
+        """Costs and objectives from scratch; returns the largest relative drift since then.
+
+        Parameters
+        ----------
+        gradients : float64 (2 S, n)
+            Qy + c of `points`.
+        half : float64 (n,)
+            The halved diagonal of Q.
+        linear : float64 (n,)
+        """
         from cbs_opt.solvers.device.dense_kernels import first_candidates
 
-        # The present points and the best ones, in one pass over Q.
-        y = torch.cat([self.state & 1, self.best]).to(torch.float64)
-        product = linear.repeat(2 * self.S, 1)
-        diagonal = q.diagonal().to(torch.float64)
-        rows = max(1, _REFRESH_ROWS // (8 * self.n))
-        for first in range(0, self.n, rows):
-            part = slice(first, min(first + rows, self.n))
-            product[:, part] += y @ q[part].to(torch.float64).T
-        f = 0.5 * (y * (product + linear)).sum(1)
+        y = self.points()
+        f = 0.5 * (y * (gradients + linear)).sum(1)
         kept = torch.cat([self.f, self.f_best])
         if not bool(torch.isfinite(kept).all() & torch.isfinite(f).all()):
             raise DeviceError("an objective of the tabu search is not a number")
         drift = float(((kept - f).abs() / f.abs().clamp_min(1e-300)).max())
         self.f.copy_(f[: self.S])
         self.f_best.copy_(f[self.S :])
-        self.cost.copy_(0.5 * diagonal + (1.0 - 2.0 * y[: self.S]) * product[: self.S])
+        self.cost.copy_(half + (1.0 - 2.0 * y[: self.S]) * gradients[: self.S])
         self.begin.copy_(self.state & 1)
         self.began.copy_(self.clock[:1])
         self.best_clock.copy_(self.clock)
@@ -166,9 +172,8 @@ class DenseTabu:
             for a, b in pairwise(cuts)
         ]
         self.drift = 0.0
-        for branch in self.branches:
-            branch.restart(q, linear)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self._restart()
 
     @property
     def best(self) -> torch.Tensor:
@@ -196,7 +201,22 @@ class DenseTabu:
         """Take the best points from the lists of moves, which then begin anew; recompute costs in float64."""
         for branch in self.branches:
             branch.follow()
-            self.drift = max(self.drift, branch.restart(self.q, self.linear))
+        self.drift = max(self.drift, self._restart())
+
+    def _restart(self) -> float:
+        """Costs and objectives of all branches in float64, in one pass over Q; the largest relative drift."""
+        points = torch.cat([branch.points() for branch in self.branches])
+        n = int(self.q.shape[0])
+        gradients = self.linear.repeat(points.shape[0], 1)
+        rows = max(1, _REFRESH_BYTES // (8 * n))
+        for first in range(0, n, rows):
+            part = slice(first, min(first + rows, n))
+            gradients[:, part] += points @ self.q[part].to(torch.float64).T
+        half = 0.5 * self.q.diagonal().to(torch.float64)
+        parts = torch.split(gradients, [2 * branch.S for branch in self.branches])
+        return max(
+            branch.restart(part, half, self.linear) for branch, part in zip(self.branches, parts, strict=True)
+        )
 
     def launch_all(self, should_stop: Callable[[], bool] = lambda: False) -> int:
         """The steps of `run` without the refresh, which must follow: the lists of moves are full."""

@@ -103,3 +103,34 @@ def test_a_search_with_nothing_to_exchange(card, monkeypatch):
     search.branches[0].f[0] = torch.inf
     with pytest.raises(DeviceError, match="not a number"):
         search.run()
+
+
+def test_branches_are_refreshed_each_with_its_own_points(card, monkeypatch):
+    """Eight starts are two branches: both are those of one branch for each start."""
+    monkeypatch.setattr(dense, "TILE", 16)
+    monkeypatch.setattr(dense, "_GRAPH_STEPS", 2)
+    monkeypatch.setattr(dense, "_REFRESH_BYTES", 8 * 12 * 5)  # Q in three pieces
+    Q, c, y = make(card, 12, 8)
+    device = card.device
+
+    def search(part):
+        return dense.DenseTabu(
+            torch.tensor(Q, dtype=torch.float32, device=device),
+            torch.tensor(c, device=device),
+            torch.tensor(y[part] > 0, device=device),
+            torch.arange(8, device=device)[part],
+            torch.full((8,), 2, device=device)[part],
+            steps=2,
+        )
+
+    found = search(slice(None))
+    assert [branch.S for branch in found.branches] == [4, 4]
+    found.run()
+    for s in (0, 5):
+        alone = search(slice(s, s + 1))
+        alone.run()
+        assert found.best[s].tolist() == alone.best[0].tolist()
+        assert found.objectives[s].item() == alone.objectives[0].item()
+    best = found.best.cpu().numpy()
+    values = [0.5 * row @ Q @ row + c @ row for row in best.astype(float)]
+    assert found.objectives.cpu().numpy() == pytest.approx(values, rel=1e-12)
