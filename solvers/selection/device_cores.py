@@ -22,6 +22,8 @@ _LAST_WEIGHT = 1.2
 _DESCENT_STEPS = 2000  # of a launch
 _TABU_STEPS = 2000  # of a launch
 _TABU_CALLS = 25
+_LANE_STEPS = 2000 * 4096 * 1024  # steps times lanes times variables of a launch, at most: some tenths of a second
+_LEAST_STEPS = 64
 _DOUBLE = LARGEST  # variables of a core up to which a lane works in float64
 
 
@@ -120,10 +122,14 @@ class CoreSearch:
         noise = torch.randn((B, S, P), generator=self.generator, dtype=x.dtype, device=x.device)
         weight = lanes.diagonal[:, None, :] * torch.exp(spread * noise)
         least = torch.full((B, S), max(tolerance, 1e-300), dtype=x.dtype, device=x.device)
+        steps = _steps_of_launch(_DESCENT_STEPS, B * S * P)
         while not should_stop():
             shift = (t * weight).contiguous()
             h = torch.where(lanes.inside, lanes.gradients(x) + shift * (0.5 - x), 0.0).contiguous()
-            self.engine.descend(lanes, x, h, shift, _DESCENT_STEPS, least)
+            for _ in range(-(-_DESCENT_STEPS // steps)):
+                done = self.engine.descend(lanes, x, h, shift, steps, least)
+                if steps == _DESCENT_STEPS or should_stop() or not bool((done >= steps).any()):
+                    break
             if bool((t >= _LAST_WEIGHT).all()):
                 break
             t = (t * _RATIO).clamp_max(_LAST_WEIGHT)
@@ -135,12 +141,18 @@ class CoreSearch:
         seeds = torch.randint(1, 1 << 62, (B, S), generator=self.generator, device=y.device)
         tenure = torch.randint(*_TENURE, (B, S), generator=self.generator, device=y.device).to(torch.int32)
         state = lanes.tabu_state(y, seeds)
-        for _ in range(_TABU_CALLS):
-            self.engine.tabu(lanes, state, _TABU_STEPS, self.stall, tenure)
+        steps = _steps_of_launch(_TABU_STEPS, B * S * lanes.padded)
+        for _ in range(-(-_TABU_CALLS * _TABU_STEPS // steps)):
+            self.engine.tabu(lanes, state, steps, self.stall, tenure)
             self.drift = max(self.drift, lanes.refresh(state))
             if should_stop() or bool((state.idle >= self.stall).all()):
                 break
         return state.best
+
+
+def _steps_of_launch(most: int, size: int) -> int:
+    """Steps after which lanes of so many variables in all are asked for limits again."""
+    return max(_LEAST_STEPS, min(most, _LANE_STEPS // max(size, 1)))
 
 
 def fitted(x: torch.Tensor, inside: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

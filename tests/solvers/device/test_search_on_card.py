@@ -168,3 +168,22 @@ def test_relax_on_a_card(problem, card):
     assert there.extras.keys() == here.extras.keys()
     stopped = solve(instance, "relax", device="cuda", stop=Stop(max_iterations=0))
     assert instance.admits(stopped.pruned)
+
+
+def test_many_lanes_are_asked_for_limits_more_often(problem, card, monkeypatch):
+    """Shorter launches lead to the same points."""
+    instance = problem(6, n=48, m=30, kind="gradients", damping=0.02, blocks=3).instance
+    host = SelectionProblem(instance)
+
+    def visited(lane_steps):
+        monkeypatch.setattr(device_cores, "_LANE_STEPS", lane_steps)
+        search = DeviceSearch(host, SearchParameters(), Monitor(Stop()), lambda point: None, 0, card)
+        launches, engine = [], search.cores.engine
+        tabu, descend = engine.tabu, engine.descend
+        monkeypatch.setattr(engine, "tabu", lambda *a: (launches.append(a[2]), tabu(*a)))
+        monkeypatch.setattr(engine, "descend", lambda *a: (launches.append(a[4]), descend(*a))[1])
+        return search.visit(Incumbent(host, host.smallest(-host.columns.diagonal))), launches
+
+    (long, few), (short, many) = visited(1 << 40), visited(1)
+    assert set(few) == {2000} and set(many) == {64} and len(many) > len(few)
+    assert short.f == pytest.approx(long.f, rel=1e-9)
