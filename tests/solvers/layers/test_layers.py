@@ -196,3 +196,16 @@ def test_large_path_keeps_the_contract(monkeypatch):
 def test_bad_input_is_told(change, says):
     with pytest.raises(InstanceError, match=says):
         change()
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_the_cheapest_of_every_row_are_those_of_a_stable_sort(equal):
+    rng = np.random.default_rng(3)
+    counts = np.full(8, 5) if equal else np.array([0, 0, 1, 4, 9, 11, 12, 12])
+    locked = rng.integers(-1, 2, (8, 12)).astype(np.int8) * (rng.random((8, 12)) < 0.3)
+    layer = Layer(rng.normal(size=(8, 12)), np.eye(12), None, locked)
+    cost = rng.integers(0, 4, (8, 12)) / 4  # many ties
+    (mask,) = LayerBudget(per_row=(counts,)).cheapest([layer], [cost])
+    forced = np.where(locked > 0, -np.inf, np.where(locked < 0, np.inf, cost))
+    rank = np.argsort(np.argsort(forced, axis=1, kind="stable"), axis=1)
+    assert mask.tolist() == (rank < counts[:, None]).tolist()
