@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cbs_opt.bench.gpu import table
 from cbs_opt.bench.gpu.table import COMMAND
@@ -21,13 +22,16 @@ from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.device import EMULATE
 from cbs_opt.errors import UsageError
 
+if TYPE_CHECKING:
+    from cbs_opt.bench.gpu.measure import Row
+
 PARTS = {
     "make": ("solver_parts:make", 80.0),
     "card": ("parts:card", 45.0),
     "blocks": ("parts:blocks", 45.0),
     "tests": ("parts:tests", 90.0),
     "dense": ("parts:dense_blocks", 60.0),
-    "mlpnet": ("solver_parts:mlpnet", 60.0),
+    "mlpnet": ("solver_parts:mlpnet", 70.0),
     "search": ("solver_parts:search", 85.0),
     "layers": ("solver_parts:layers", 100.0),
     "update": ("solver_parts:update", 40.0),
@@ -141,14 +145,16 @@ class _Part:
 
     def wait(self, seconds: float) -> str:
         """Wait so long at most; says in a few words what was wrong, if anything was."""
+        from cbs_opt.bench.gpu.measure import read_rows
+
         try:
             code = self.process.wait(max(seconds, 0.0))
         except subprocess.TimeoutExpired:
             self.end()
             return f"ended after its {seconds:.0f} s"
-        if code in (0, 1):  # 1: it has said so itself
+        if code == 0 or (code == 1 and read_rows(self.rows)):  # 1: a row says what failed
             return ""
-        return f"exit code {code}"
+        return f"exit code {code}: {(self.last_lines() or ['nothing printed'])[-1][:200]}"
 
     def last_lines(self) -> list[str]:
         """The end of what it printed."""
@@ -160,9 +166,13 @@ def _measure(names: list[str], device: str, tiny: bool, seconds: float, output: 
     from cbs_opt.bench.startup import machine
 
     began = time.monotonic()
-    name = _card_name(device)
+    name, why_not = _card_name(device)
     if name is None:
-        raise UsageError("no CUDA card answers here; `--device cpu --tiny` shows that everything runs, emulated")
+        raise UsageError(
+            f"no CUDA card answers here{why_not}; `--device cpu --tiny` shows that everything runs, emulated"
+        )
+    if output is None and device == "cuda" and not tiny:
+        output = Path(__file__).resolve().parents[1] / "results"
     rows: list[Row] = []
     cores: list[_Part] = []
     running: list[_Part] = []
@@ -188,6 +198,7 @@ def _measure(names: list[str], device: str, tiny: bool, seconds: float, output: 
                 rows += read_rows(part.rows)
                 if wrong:
                     rows.append(Row(chosen[0], f"{chosen[0]}: failed", None, note=wrong))
+                _write(rows, f"{name}; not finished", output)
                 if wrong or part.process.returncode:
                     for line in part.last_lines():
                         _say(f"    {line}")
@@ -206,29 +217,33 @@ def _measure(names: list[str], device: str, tiny: bool, seconds: float, output: 
     spent = time.monotonic() - began
     about = f"{name}; {machine()}; {time.strftime('%Y-%m-%d')}; {spent:.0f} s in all"
     about += "; tiny sizes, which say nothing about speed" if tiny else ""
-    if output is None and device == "cuda" and not tiny:
-        output = Path(__file__).resolve().parents[1] / "results"
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "gpu.md").write_text(table.markdown(rows, about), encoding="utf-8")
-        (output / "gpu.csv").write_text(table.csv_text(rows), encoding="utf-8")
+    _write(rows, about, output)
     sys.stdout.write("\n".join(["", about, "", *table.lines(rows), ""]))
     sys.stdout.flush()
     return 0 if any(row.value is not None for row in rows) else 4
 
 
-def _card_name(device: str) -> str | None:
-    """The card, asked for by a child, as this process keeps away from it; None without one."""
+def _write(rows: Sequence[Row], about: str, output: Path | None) -> None:
+    """The page and the table; after every part, so that nothing is lost where this process is ended."""
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "gpu.md").write_text(table.markdown(rows, about), encoding="utf-8")
+        (output / "gpu.csv").write_text(table.csv_text(rows), encoding="utf-8")
+
+
+def _card_name(device: str) -> tuple[str | None, str]:
+    """The card, asked for by a child, as this process keeps away from it; None without one, and why."""
     if device == "cpu":
-        return "no card: emulated on the CPU"
+        return "no card: emulated on the CPU", ""
     code = _ASK_FOR_THE_CARD
-    try:
+    try:  # a first import of torch may take a minute
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=False
         )
     except subprocess.TimeoutExpired:
-        return None
-    return done.stdout.strip() or None
+        return None, " within 150 s"
+    last = (done.stderr.strip().splitlines() or [""])[-1][:200]
+    return done.stdout.strip() or None, f": {last}" if last else ""
 
 
 def _say(text: str) -> None:

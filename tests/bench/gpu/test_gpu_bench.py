@@ -98,3 +98,12 @@ def test_without_a_card_nothing_is_written(repository, capsys):
 def test_the_page_says_whether_it_was_run(repository):
     page = (repository / "bench" / "results" / "gpu.md").read_text(encoding="utf-8")
     assert page == table.NOT_RUN or "Command: `python -m cbs_opt.bench.gpu`" in page
+
+
+def test_a_process_that_ends_without_a_row_leaves_one(tmp_path, monkeypatch):
+    """Where torch cannot be imported, no part can say what was wrong."""
+    (tmp_path / "torch.py").write_text("raise ImportError('a library is missing')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    part = run._Part(["card"], "cuda", True, tmp_path)
+    wrong = part.wait(60.0)
+    assert wrong.startswith("exit code") and "a library is missing" in wrong
