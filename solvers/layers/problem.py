@@ -166,10 +166,8 @@ class LayerBudget:
 def _smallest(cost: FloatArray, counts: IntArray) -> BoolArray:
     """Mask of the `counts` (rows,) smallest entries of every row; of equal ones the first."""
     last = np.maximum(counts - 1, 0)
-    if last.size and (last == last[0]).all():  # a third of the time of a sort
-        threshold = np.partition(cost, int(last[0]), axis=1)[:, last[:1]]
-    else:
-        threshold = np.take_along_axis(np.sort(cost, axis=1), last[:, None], axis=1)
+    # A sort of values takes a tenth of the time of a sort of indices, and less than `np.partition`.
+    threshold = np.take_along_axis(np.sort(cost, axis=1), last[:, None], axis=1)
     below, equal = cost < threshold, cost == threshold
     left = (counts - below.sum(1))[:, None]
     return np.asarray(below | (equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= left)))
