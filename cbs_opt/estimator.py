@@ -150,7 +150,7 @@ class BestSubsetRegressor(_BestSubset):
     k : int
         Columns to keep, 1 … n.
     ridge : float
-        ≥ 0. Without a ridge k must be below the rank of X, or be all of its columns.
+        ≥ 0. Without a ridge k must be below the rank of X (centred with an intercept), or X of full column rank.
     time_limit : float, optional
         Seconds.
     solver : str
@@ -329,6 +329,8 @@ class BestSubsetRegressorCV(_BestSubset):
         """The sizes to try, checked against the number of columns."""
         n = X.shape[1]
         if self.ks is not None:
+            if np.ndim(self.ks) != 1:
+                raise UsageError(f"`ks` must be a sequence of sizes, such as range(1, 6), got {self.ks!r}")
             if not len(self.ks):
                 raise UsageError("`ks` must hold at least one size")
             return [_checked_size(k, n) for k in self.ks]

@@ -133,6 +133,13 @@ def solve_path(
     >>> results = cbs_opt.solve_path(instance, keep=range(1, 21), objective="joint")  # doctest: +SKIP
     """
     values = sparsities if keep is None else keep
+    if values is not None and np.ndim(values) != 1 and not isinstance(values, set | frozenset):
+        wanted = (
+            "`sparsities` must be a sequence, such as [0.5, 0.6]"
+            if keep is None
+            else ("`keep` must be a sequence, such as [3, 2, 1]")
+        )
+        raise UsageError(f"{wanted}, got {values!r}")
     if (sparsities is None) == (keep is None) or values is None or not len(values):
         raise UsageError("a path needs at least one sparsity, or one number to `keep`, and not both")
     kind = objective
@@ -140,10 +147,11 @@ def solve_path(
         able = get_solver(solver or DEFAULT_SOLVERS["selection"]).supports.objectives
         kind = "selection" if "selection" in able else "joint"
     takes_start = get_solver(solver or DEFAULT_SOLVERS[kind]).supports.warm_start
-    problems = [
-        (value, instance.with_sparsity(value) if keep is None else instance.with_kept(int(value)))
-        for value in (sorted(set(values)) if keep is None else sorted(set(values), reverse=True))
-    ]
+    problems: list[tuple[float, Instance]]
+    if keep is None:
+        problems = [(share, instance.with_sparsity(share)) for share in sorted(set(values))]
+    else:
+        problems = [(number, instance.with_kept(number)) for number in sorted(set(keep), reverse=True)]
     results: list[Result] = []
     before = warm_start
     for value, problem in problems:

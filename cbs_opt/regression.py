@@ -108,13 +108,13 @@ def from_regression(
     mean = X.mean(axis=0) if intercept else np.zeros(n)
     offset = float(y.mean()) if intercept else 0.0
     A, b = X - mean, y - offset
+    # What centring leaves of a constant column is rounding.
+    size = _column_sizes(A)
+    constant = size <= 1e-13 * _column_sizes(X)
+    A[:, constant] = 0.0
     scale = np.ones(n)
     if standardize:
-        # What centring leaves of a constant column is rounding.
-        size = np.sqrt(np.mean(A**2, axis=0))
-        constant = size <= 1e-13 * np.sqrt(np.mean(X**2, axis=0))
-        scale = np.where(constant, 1.0, np.where(size > 0, size, 1.0))
-        A[:, constant] = 0.0
+        scale = np.where(constant, 1.0, size)
         A /= scale
     rest = 0.0  # of ‖b‖²/2m, outside the range of A
     rows = A
@@ -181,6 +181,8 @@ def _data(X: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
     out: list[FloatArray] = []
     for name, values, axes in (("X", X, 2), ("y", y, 1)):
         try:
+            if np.iscomplexobj(values):
+                raise UsageError(f"`{name}` must hold real numbers, got complex ones")
             array: Any = np.array(values, dtype=np.float64)
         except (TypeError, ValueError):
             raise UsageError(f"`{name}` must be an array of numbers, got {type(values).__name__}") from None
@@ -198,11 +200,21 @@ def _data(X: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
     return out[0], out[1]
 
 
+def _column_sizes(A: FloatArray) -> FloatArray:
+    """Root mean squares of the columns, float64 (n,); squares do not underflow."""
+    largest = np.abs(A).max(axis=0)
+    largest = np.where(largest > 0, largest, 1.0)
+    return np.asarray(largest * np.sqrt(np.mean((A / largest) ** 2, axis=0)))
+
+
 def _minimiser(rows: FloatArray, b: FloatArray, ridge: float) -> FloatArray:
-    """Argmin ‖b − rows w‖² / 2m + ½ ridge ‖w‖²; the shortest one where there are several."""
+    """Argmin ‖b − rows w‖² / 2m + ½ ridge ‖w‖²; where there are several, the shortest in units of the columns."""
     m, n = rows.shape
     if ridge == 0:
-        return np.asarray(np.linalg.lstsq(rows, b, rcond=None)[0])
+        # Whether columns are dependent must not depend on their units.
+        size = _column_sizes(rows)
+        size = np.where(size > 0, size, 1.0)
+        return np.asarray(np.linalg.lstsq(rows / size, b, rcond=None)[0]) / size
     if m < n:
         gram = rows @ rows.T
         gram[np.diag_indices(m)] += m * ridge

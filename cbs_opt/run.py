@@ -35,6 +35,8 @@ _SMALL_BLOCK = 256
 # What a joint loss that is not the objective may take beyond the time limit: a share of it, and seconds at least.
 _GRACE, _LEAST_GRACE = 0.1, 0.25
 
+_ROUNDING = 1e-12  # of a loss, relative to that of pruning every weight
+
 
 @dataclass(frozen=True)
 class Run:
@@ -150,6 +152,7 @@ def run_solver(
         if pruned is not None and pruned.shape == (instance.n,):
             needs_both = prepared is not None or context.update or context.objective == "joint"
             losses = _losses(instance, pruned, context, needs_both)
+            status = _as_evaluated(instance, context, losses, status)
             if status is not Status.OPTIMAL:
                 pruned, losses = _not_worse_than_known(solver, instance, context, pruned, losses, needs_both)
             status = _within_precision(instance, context, pruned, losses, status)
@@ -171,6 +174,23 @@ def _losses(instance: Instance, pruned: BoolArray, context: Context, needs_both:
     except Interrupted:
         logger.info("the time limit has passed: the joint loss is not computed; `--update` asks for it")
         return Losses(selection_loss(instance, pruned), None, None)
+
+
+def _as_evaluated(instance: Instance, context: Context, losses: Losses, status: Status) -> Status:
+    """The status; no optimum is claimed where rounding misled a solver: the evaluated loss is above its bound."""
+    bound, loss = context.monitor.bound, losses.selection_loss
+    if context.objective == "joint" and losses.joint_loss is not None:
+        loss = losses.joint_loss
+    if status is not Status.OPTIMAL or bound is None or not loss - bound > 2 * OPTIMAL_GAP * abs(loss):
+        return status
+    # What is left of a loss near zero is rounding of its terms.
+    if loss - bound <= _ROUNDING * abs(selection_loss(instance, np.ones(instance.n, dtype=bool))):
+        return status
+    logger.warning(
+        f"the loss of the answer, {loss:.6g}, is above the one that the solver proved optimal: "
+        "rounding misled it. The Hessian is ill-conditioned, and a larger damping would help"
+    )
+    return Status.CONVERGED
 
 
 def _within_precision(

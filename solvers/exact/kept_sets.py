@@ -16,7 +16,8 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 PAIRS_PER_SECOND = 5e7
 """Pairs of last members that a second sees, roughly."""
 
-_DEPENDENT = 1e-11  # a share of H_ii below this is rounding
+_DEPENDENT = 1e-11  # sets in which a member has a smaller share of H_ii left are skipped
+_ROUNDING = 2e-15  # such a share, where the member depends on the others exactly and these are independent
 
 
 class KeptSets:
@@ -39,6 +40,8 @@ class KeptSets:
         Its set.
     least_pivot : float
         Smallest share of H_ii that a member of a set had left: rounding errors grow with its inverse.
+    unclear : bool
+        Whether a set was skipped that is only nearly dependent: it may be better than all others.
     work : float
         Estimated number of pairs in all.
     """
@@ -63,7 +66,7 @@ class KeptSets:
         self._H, self._b = H[np.ix_(self._order, self._order)], (b * s)[self._order]
         self.number = n - instance.budget.total
         self.instance = instance
-        self.gain, self.least_pivot = -np.inf, 1.0
+        self.gain, self.least_pivot, self.unclear = -np.inf, 1.0, False
         self.kept: IntArray | None = None
         m, r = free.size, self.number - self._stays.size
         self.work = float(math.comb(m, max(r, 0))) if r < 2 else float(math.comb(m, r - 2)) * m * m / 2
@@ -71,9 +74,18 @@ class KeptSets:
     def run(self, should_stop: Callable[[], bool]) -> bool:
         """Go through all sets; whether the end was reached."""
         H, b, base = self._H, self._b, 0.0
+        least = 1.0
         for _ in range(self._stays.size):
+            self._skip(H[0, :1], least)
+            least = min(least, max(float(H[0, 0]), _DEPENDENT))
             H, b, base = self._eliminate(H, b, base, 0, stays=True)
-        return self._grow(H, b, base, np.arange(self._stays.size, self._order.size), [], should_stop)
+        return self._grow(H, b, base, np.arange(self._stays.size, self._order.size), [], least, should_stop)
+
+    def _skip(self, shares: FloatArray, least: float) -> None:
+        """Note whether members with these shares of H_ii, after others with `least`, are nearly dependent."""
+        noise = _ROUNDING / least
+        small = shares[shares <= _DEPENDENT]
+        self.unclear = self.unclear or bool(small.size and (noise > _DEPENDENT or small.max() > noise))
 
     def mask(self) -> BoolArray | None:
         """The best set as a selection, bool (n,), True = pruned; None before the first."""
@@ -104,22 +116,32 @@ class KeptSets:
         base: float,
         index: IntArray,
         chosen: list[int],
+        least: float,
         halt: Callable[[], bool],
     ) -> bool:
         left = self.number - self._stays.size - len(chosen)
         if left <= 2:
-            self._finish(H, b, base, index, chosen, left)
+            self._finish(H, b, base, index, chosen, left, least)
             return not halt()
         for i in range(b.size - left + 1):
             inner, rest, gain = self._eliminate(H, b, base, i)
-            if np.isfinite(gain) and not self._grow(
-                inner, rest, gain, index[i + 1 :], [*chosen, int(index[i])], halt
-            ):
+            if not np.isfinite(gain):
+                self._skip(H[i, i : i + 1], least)
+                continue
+            chosen_now, least_now = [*chosen, int(index[i])], min(least, float(H[i, i]))
+            if not self._grow(inner, rest, gain, index[i + 1 :], chosen_now, least_now, halt):
                 return False
         return True
 
     def _finish(
-        self, H: FloatArray, b: FloatArray, base: float, index: IntArray, chosen: list[int], left: int
+        self,
+        H: FloatArray,
+        b: FloatArray,
+        base: float,
+        index: IntArray,
+        chosen: list[int],
+        left: int,
+        least: float,
     ) -> None:
         """The best choice of the last members, at most two."""
         last: list[int] = []
@@ -128,6 +150,7 @@ class KeptSets:
         if left == 1:
             gains = np.where(a > _DEPENDENT, b**2 / np.where(a > _DEPENDENT, a, 1.0), 0.0)
             self.least_pivot = min(self.least_pivot, float(a[a > _DEPENDENT].min(initial=1.0)))
+            self._skip(a, least)
             last = [int(np.argmax(gains))]
             gain += 0.5 * float(gains[last[0]])
         elif left == 2:
@@ -135,8 +158,11 @@ class KeptSets:
             c, ai, aj = H[i, j], a[i], a[j]
             det = ai * aj - c * c
             regular = (ai > _DEPENDENT) & (aj > _DEPENDENT) & (det > _DEPENDENT * np.maximum(ai, aj))
-            shares = det[regular] / np.maximum(ai, aj)[regular]
-            self.least_pivot = min(self.least_pivot, float(shares.min(initial=1.0)))
+            largest = np.maximum(ai, aj)
+            shares = det / np.where(largest > _DEPENDENT, largest, 1.0)
+            self._skip(a, least)
+            self._skip(shares[(ai > _DEPENDENT) & (aj > _DEPENDENT)], least)
+            self.least_pivot = min(self.least_pivot, float(shares[regular].min(initial=1.0)))
             top = b[i] ** 2 * aj + b[j] ** 2 * ai - 2.0 * b[i] * b[j] * c
             gains = np.where(regular, top / np.where(regular, det, 1.0), -np.inf)
             if not gains.size:

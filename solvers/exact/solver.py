@@ -145,7 +145,9 @@ class Exact(Solver):
         pruned = sets.mask()
         if pruned is not None:
             monitor.report(joint_loss(instance, pruned), pruned)
-        if finished and monitor.objective is not None:
+        if finished and sets.unclear:
+            logger.info("some sets of columns are nearly dependent, beyond the precision of float64: no proof")
+        elif finished and monitor.objective is not None:
             whole = joint_loss(instance, np.ones(instance.n, dtype=bool))
             least = whole - sets.gain - 1e-14 * whole / sets.least_pivot
             monitor.report_bound(min(max(least, 0.0), monitor.objective))

@@ -22,6 +22,10 @@ CORE_BYTES = 3 << 30
 """Memory of all tableaux together, roughly: with many large blocks each gets a smaller core."""
 
 
+_SPREAD = 1e6
+"""Ratio of diagonal entries of H up to which a tableau takes H as it is."""
+
+
 class Move(NamedTuple):
     """A weight that is removed and one that returns, each with its block, and the change of the loss."""
 
@@ -120,11 +124,27 @@ class JointMoves:
             inside = self._core(k, local, inside, w, instance.linear)
         whole = inside.size == w.size
         H = curvature.block(k) if whole else curvature.submatrix(k, inside, inside)
+        scale = _balancing(H.diagonal())
+        if scale is not None:
+            H = H * scale[:, None] * scale
+        scale = np.ones(inside.size) if scale is None else scale
+        factor = curvature.as_factor()
+        least = (0.0 if factor is None else factor.damping) * scale**2
         index = part.start + inside
         self.weights_of.append(index)
         constant -= outside / 2
         self.tableaux.append(
-            Tableau(H, b[inside], constant, ~local[inside], group[index], fixed[index] == 0, pool, threads)
+            Tableau(
+                H,
+                b[inside] * scale,
+                constant,
+                ~local[inside],
+                group[index],
+                fixed[index] == 0,
+                pool,
+                threads,
+                least,
+            )
         )
 
     def _core(
@@ -162,12 +182,12 @@ class JointMoves:
         self._changed.clear()
 
     def go_back(self) -> None:
-        """Return to the point that was saved last."""
-        for k in self._changed:
+        """Return to the point that was saved last; without one, which rounding may cause, stay here."""
+        for k in self._changed & self._saved.keys():
             saved: Any = self._saved[k]  # of the same kind
             self.tableaux[k].restore(saved)
-            self.forget(k)
-        self._changed.clear()
+            self._swaps[k] = self._exchanges[k] = None
+        self._changed -= self._saved.keys()
 
     def refactor(self) -> float:
         """Recompute every tableau from its set; returns the error found, relative to the whole loss."""
@@ -271,3 +291,16 @@ def core_limit(block_sizes: IntArray) -> int:
     whole = np.append(np.cumsum((sizes**2)[::-1])[::-1][1:], 0.0)
     cut = np.sqrt(np.maximum(entries - whole, 0.0) / np.arange(1, sizes.size + 1))
     return max(1, int(cut[np.argmax(cut >= smaller)]))
+
+
+def _balancing(diagonal: FloatArray) -> FloatArray | None:
+    """Units of the weights, powers of two, that bring all diagonal entries of H near 1; None where they are close.
+
+    Changes of an inverse by rank-one terms cancel badly where the entries of one weight are far above the others.
+    Losses do not depend on the units, and powers of two add no rounding.
+    """
+    positive = diagonal > 0
+    if not positive.any() or diagonal.max() <= _SPREAD * diagonal[positive].min():
+        return None
+    exponents = np.frexp(np.sqrt(np.where(positive, diagonal, 0.5)))[1]
+    return np.ldexp(1.0, -exponents)

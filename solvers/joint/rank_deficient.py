@@ -83,6 +83,8 @@ def check_well_posed(instance: Instance, solver: str) -> None:
         if instance.linear is not None
         else f"it has rank {rank}, and {kept} weights are kept: with fewer than {rank} the problem is well posed"
     )
+    if rank == 0:
+        raise SolverError(f"solver '{solver}' cannot take the instance: its Hessian is zero, and nothing is lost")
     raise SolverError(
         f"solver '{solver}' cannot take the instance: the Hessian is singular; {reason}; or {remedy}"
     )

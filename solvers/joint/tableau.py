@@ -22,6 +22,7 @@ NEVER = 1e300
 _Values = TypeVar("_Values", FloatArray, IntArray)
 
 _PARALLEL_ENTRIES = 1 << 18  # below this many entries one thread is faster than two
+_DEPENDENT = 1e8  # 1 / (1 − R²) of a weight on the kept ones beyond which a move starts from scratch
 _SPARE = 64  # rows or columns of room for weights that come from other blocks
 
 
@@ -51,6 +52,8 @@ class Tableau:
     pool : ThreadPoolExecutor or None
     threads : int
         Threads of the pool that a large update uses.
+    least : float64 (n,) or float
+        Of a_r, for each weight: the damping of H.
 
     Notes
     -----
@@ -67,6 +70,7 @@ class Tableau:
         movable: BoolArray,
         pool: ThreadPoolExecutor | None = None,
         threads: int = 1,
+        least: FloatArray | float = 0.0,
     ) -> None:
         self.H, self.b, self.constant = H, b, constant
         self.group, self.movable = group, movable
@@ -74,7 +78,7 @@ class Tableau:
         self.one_group = bool((group == group[0]).all()) if group.size else True
         self.tabu = np.zeros(b.size, dtype=bool)  # weights that may not move for now
         self._late: tuple[FloatArray, FloatArray, FloatArray, FloatArray] | None = None  # terms that U lacks
-        self._floor = 1e-14 * np.maximum(H.diagonal(), 1e-300)
+        self._floor = np.maximum(1e-14 * np.maximum(H.diagonal(), 1e-300), least)
         self.reset(kept)
 
     @property
@@ -192,6 +196,9 @@ class Tableau:
         U, T_s = self.U, self.inverse.row(s)
         leaving, coming = int(self.S[s]), int(self.P[r])
         t, x_s = T_s[s], self.x[s]
+        if self._is_inaccurate(s, t) or not self.a[r] * _DEPENDENT > self.H[coming, coming]:
+            self._restart(leaving, coming)
+            return
         row = T_s / t  # after the removal of s the row of U that belongs to it is −row
         column = U[:, s].copy()
         x, d, a = self.x - row * x_s, self.d + column * (x_s / t), self.a + column**2 / t
@@ -225,6 +232,9 @@ class Tableau:
         """Prune column s; O(p q + q)."""
         U, T_s = self.U, self.inverse.row(s)
         t, x_s = T_s[s], self.x[s]
+        if self._is_inaccurate(s, t):
+            self._restart(int(self.S[s]), None)
+            return
         row, column = T_s / t, U[:, s].copy()
         leaving, p, last = self.S[s], self.P.size, self.S.size - 1
         self.doubled += x_s**2 / t
@@ -258,6 +268,18 @@ class Tableau:
         self._late = (_without(v, r), np.append(shift, 0.0), np.zeros(last), np.zeros(q + 1))
         self.S, self.P = np.append(self.S, coming), _without(self.P, r)
         np.maximum(self.a, self._floor[self.P], out=self.a)
+
+    def _is_inaccurate(self, s: int, t: float) -> bool:
+        """Whether taking out s would cancel most digits; T_ss H_ss ≥ 1 is large for nearly dependent weights."""
+        return not 0.5 < t * self.H[self.S[s], self.S[s]] < _DEPENDENT
+
+    def _restart(self, leaving: int, coming: int | None) -> None:
+        """Make a move from scratch, O(q³ + p q²)."""
+        kept = self.kept
+        kept[leaving] = False
+        if coming is not None:
+            kept[coming] = True
+        self.reset(kept)
 
     def _make_room(self, rows: int, columns: int) -> None:
         """Let U hold so many rows and columns."""

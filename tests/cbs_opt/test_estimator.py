@@ -84,3 +84,5 @@ def test_path_and_cross_validation(data):
     assert search.best_params_ == {"k": 3}
     with pytest.raises(ValueError, match="`ks` must hold at least one"):
         BestSubsetRegressorCV(ks=[]).fit(X, y)
+    with pytest.raises(ValueError, match="`ks` must be a sequence of sizes"):
+        BestSubsetRegressorCV(ks=3).fit(X, y)

@@ -123,10 +123,44 @@ def test_bad_data_is_one_sentence():
     for keep in (5, -1, 2.5, True):
         with pytest.raises(UsageError, match="`keep` must be a whole number from 0 to 4"):
             instance.with_kept(keep)
+    with pytest.raises(UsageError, match="`X` must hold real numbers"):
+        cbs_opt.from_regression(np.ones((3, 2)) * 1j, np.ones(3))
+    for numbers in (2, "21"):
+        with pytest.raises(UsageError, match="`keep` must be a sequence"):
+            cbs_opt.solve_path(instance, keep=numbers, objective="joint")
+    with pytest.raises(UsageError, match="`keep` must be a whole number from 0 to 4"):
+        cbs_opt.solve_path(instance, keep=[2.7], objective="joint")
     with pytest.raises(UsageError, match=r"bool \(4,\)"):
         cbs_opt.regression_coefficients(instance, np.ones(3, bool))
     with pytest.raises(UsageError, match="does not come from `from_regression`"):
         cbs_opt.regression_coefficients(replace(instance, metadata={}), np.ones(4, bool))
+
+
+@pytest.mark.parametrize("exponent", [6, 9, 12])
+def test_the_unit_of_a_column_does_not_matter(exponent):
+    X, y = data(3, 37, 8)
+    value, chosen, _ = best_subset(X, y, 0.0, 4)
+    scaled = X.copy()
+    scaled[:, [4, 6]] *= 10.0**-exponent, 10.0**exponent
+    instance = cbs_opt.from_regression(scaled, y, keep=4)
+    for solver in ("exact", "joint"):
+        result = cbs_opt.solve(instance, solver, objective="joint", stop=Stop(max_iterations=3000))
+        assert np.flatnonzero(~result.pruned).tolist() == list(chosen)
+        assert result.objective + instance.metadata["stated_objective"]["constant"] == pytest.approx(
+            value, rel=1e-9
+        )
+    assert result.extras["drift"] < 1e-9
+
+
+def test_a_constant_column_explains_nothing():
+    X, y = data(3, 37, 6)
+    X[:, 4] = 0.1  # its mean is not exactly 0.1
+    instance = cbs_opt.from_regression(X, y, keep=4)
+    assert instance.curvature.diagonal()[4] == 0 and instance.weights[4] == 0
+    result = cbs_opt.solve(instance, "exact", objective="joint")
+    assert result.status == "optimal" and result.pruned[4]
+    with pytest.raises(SolverError, match="it has rank 5, and 5 weights are kept"):
+        cbs_opt.solve(instance.with_kept(5), "exact", objective="joint")
 
 
 # Singular: fewer samples than columns, no ridge ---------------------------------------------------------------
@@ -173,6 +207,19 @@ def test_singular_problems_that_are_ill_posed():
     assert cbs_opt.solve(grouped, "joint", stop=Stop(max_iterations=50)).objective >= 0
     with pytest.raises(SolverError, match="singular"):
         cbs_opt.solve(instance.with_kept(2), "highs", objective="joint")
+
+
+def test_a_zero_hessian_and_nearly_dependent_columns():
+    X, y = data(4, 20, 7)
+    with pytest.raises(SolverError, match="its Hessian is zero, and nothing is lost"):
+        cbs_opt.solve(cbs_opt.from_regression(X * 0, y, keep=2), "exact", objective="joint")
+    X[:, 5], X[:, 6] = (
+        X[:, 0] + X[:, 1],
+        X[:, 2] + 1e-6 * np.sin(np.arange(20.0)),
+    )  # 1 − R² of the last is about 1e-13
+    value, _, _ = best_subset(X, y, 0.0, 4)
+    result = cbs_opt.solve(cbs_opt.from_regression(X, y, keep=4), "exact")
+    assert result.status != "optimal" and result.bound <= value
 
 
 def test_singular_blocks_and_fixed_weights():

@@ -207,3 +207,18 @@ def test_a_joint_loss_that_is_not_the_objective_is_left_out_after_the_limit(told
         monitor = Monitor(Stop(time_limit=10.0), clock=lambda: now[0])
         run = run_solver(Told(), problem(2).instance, Context(monitor=monitor, **wanted))
         assert run.losses.joint_loss is not None
+
+
+def test_no_optimum_is_claimed_that_the_evaluated_loss_does_not_reach(told, caplog):
+    def closed(factor):
+        def during(instance, monitor):
+            loss = evaluate(instance, selection(instance)).selection_loss
+            monitor.report(loss * factor, selection(instance))
+            monitor.report_bound(loss * factor)
+            return Status.OPTIMAL
+
+        return during
+
+    assert told(during=closed(1.0))[1].status is Status.OPTIMAL and not caplog.text
+    assert told(during=closed(0.9))[1].status is Status.CONVERGED
+    assert "is above the one that the solver proved optimal" in caplog.text
