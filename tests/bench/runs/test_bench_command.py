@@ -94,7 +94,7 @@ def test_other_ways_to_write_the_same_are_found_too(config):
     with pytest.raises(UsageError, match="`solvers` is missing"):
         read_configuration(config)
     with pytest.raises(
-        UsageError, match="is neither a file nor one of the configurations digits, exact, small-exact, smoke"
+        UsageError, match="is neither a file nor one of the configurations best-subset, digits, exact, small-exact, smoke"
     ):
         read_configuration("smok")
     config.write_bytes(b"\xff\xfe")
@@ -102,7 +102,7 @@ def test_other_ways_to_write_the_same_are_found_too(config):
         read_configuration(config)
 
 
-@pytest.mark.parametrize("name", ["smoke", "small-exact", "exact", "digits"])
+@pytest.mark.parametrize("name", ["smoke", "small-exact", "exact", "digits", "best-subset"])
 def test_what_ships_is_complete(name):
     configuration = read_configuration(name)
     plan = make_plan(configuration)
@@ -122,7 +122,7 @@ def test_what_ships_is_complete(name):
         assert {"exact", "highs", "scip", "gurobi", "dwave-tabu"} <= {
             entry.label for entry in configuration.solvers
         }
-    assert set(shipped()) == {"smoke", "small-exact", "exact", "digits"}
+    assert set(shipped()) == {"smoke", "small-exact", "exact", "digits", "best-subset"}
 
 
 def test_a_run_goes_on_where_it_ended(config, here, capsys):
