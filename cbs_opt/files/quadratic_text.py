@@ -132,7 +132,8 @@ class QuadraticForm:
             total = sum(counts)
         if total is None or (grouped == self.n and counts and total != sum(counts)):
             what = "no cardinality" if total is None else f"the cardinality {total} and groups of {sum(counts)}"
-            raise UsageError(f"it states {what}: give `--budget`, in Python `budget`, the number of ones")
+            ways = "`--budget`, in Python `budget`, the number of ones, or `--keep` or `--sparsity`"
+            raise UsageError(f"it states {what}: give {ways}")
         if not counts:
             return Budget(total)
         label = np.full(self.n, len(counts), dtype=np.int64)
@@ -337,6 +338,12 @@ class _Reader:
             raise ValueError
         return index
 
+    def _once(self, what: str, before: int | None, now: int) -> int:
+        """A number that comments must not contradict."""
+        if before is not None and before != now:
+            raise self.error(f"{what} has another value here than in a comment above")
+        return now
+
     def form(self) -> QuadraticForm:
         """All that was read."""
         squares, fixed = np.zeros(self.n), np.zeros(self.n, dtype=np.int8)
@@ -351,13 +358,14 @@ class _Reader:
             self.number = number
             try:
                 if fields[:1] == ["cardinality"]:
-                    cardinality = int(fields[1])
+                    cardinality = self._once("cardinality", cardinality, int(fields[1]))
                 elif fields[:1] == ["group"] and fields[2] == "cardinality" and fields[4] == "members":
                     members = [self._index(field) for field in fields[5:]]
                     taken += members
                     groups.append((np.array(members, dtype=np.int64), int(fields[3])))
                 elif fields[:1] == ["fixed"]:
-                    fixed[self._index(fields[1])] = {0: -1, 1: 1}[int(fields[2])]
+                    i, sign = self._index(fields[1]), {0: -1, 1: 1}[int(fields[2])]
+                    fixed[i] = self._once(f"variable {fields[1]}", int(fixed[i]) or None, sign)
             except (ValueError, IndexError, KeyError):
                 raise self.error(
                     f"the comment `{' '.join(fields)[:80]}` is no constraint in this format"

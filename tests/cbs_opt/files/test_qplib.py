@@ -203,3 +203,17 @@ def test_solutions_and_certificates_of_text_files(ending, problem, tmp_path, cap
     with path.open("a") as file:
         file.write("\n")
     assert solve([str(path), "--check", str(answer), "-q"]) == 3  # of another file
+
+
+@pytest.mark.parametrize(
+    ("comments", "words"),
+    [
+        ("# cardinality 2\n# cardinality 1\n", "line 2: cardinality has another value here"),
+        ("# cardinality 2\n# fixed 3 1\n# fixed 3 0\n", "line 3: variable 3 has another value here"),
+    ],
+)
+def test_comments_that_contradict_each_other(tmp_path, comments, words):
+    path = tmp_path / "in.ubqp"
+    path.write_text(comments + "3 2\n1 1 5\n2 3 1\n")
+    with pytest.raises(InstanceError, match=words):
+        cbs_opt.read_instance(path)
