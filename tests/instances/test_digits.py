@@ -34,7 +34,7 @@ def test_the_shipped_files_come_from_the_script(name, made):
     shipped, fresh = cbs_opt.read_instance(digits.LIBRARY / name), cbs_opt.read_instance(made / name)
     np.testing.assert_allclose(shipped.weights, fresh.weights, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(shipped.curvature.diagonal(), fresh.curvature.diagonal(), rtol=1e-4, atol=1e-9)
-    assert dict(shipped.metadata) == dict(fresh.metadata)
+    assert {**shipped.metadata, "writer": None} == {**fresh.metadata, "writer": None}  # of any version
     assert shipped.budget.total == fresh.budget.total == np.ceil(0.9 * shipped.n)
 
 

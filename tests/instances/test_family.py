@@ -24,7 +24,7 @@ def test_the_shipped_files_come_from_the_script(name, made):
     shipped, fresh = cbs_opt.library(name), cbs_opt.read_instance(made / f"{name}.npz")
     np.testing.assert_allclose(shipped.weights, fresh.weights, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(shipped.curvature.diagonal(), fresh.curvature.diagonal(), rtol=1e-4, atol=1e-9)
-    assert dict(shipped.metadata) == dict(fresh.metadata)
+    assert {**shipped.metadata, "writer": None} == {**fresh.metadata, "writer": None}  # of any version
     assert shipped.budget.total == fresh.budget.total
 
 

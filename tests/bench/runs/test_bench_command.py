@@ -94,7 +94,8 @@ def test_other_ways_to_write_the_same_are_found_too(config):
     with pytest.raises(UsageError, match="`solvers` is missing"):
         read_configuration(config)
     with pytest.raises(
-        UsageError, match="is neither a file nor one of the configurations best-subset, digits, exact, small-exact, smoke"
+        UsageError,
+        match="is neither a file nor one of the configurations best-subset, digits, exact, small-exact, smoke",
     ):
         read_configuration("smok")
     config.write_bytes(b"\xff\xfe")

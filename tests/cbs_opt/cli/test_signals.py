@@ -129,9 +129,9 @@ def test_interrupt_while_reading_gives_magnitude(instance_file, monkeypatch, cap
 
     from cbs_opt.cli import solve as command
 
-    def interrupted_reading(path) -> Instance:
+    def interrupted_reading(*arguments) -> Instance:
         os.kill(os.getpid(), signal.SIGINT)
-        return read_instance(path)
+        return read_instance(*arguments)
 
     monkeypatch.setattr(command, "read_instance", interrupted_reading)
     assert main([str(instance_file), "--solver", "ls", "--json", "-"]) == 0
