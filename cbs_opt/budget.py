@@ -142,7 +142,7 @@ class Budget:
 
     @cached_property
     def cell(self) -> tuple[int, int] | None:
-        """(n, m) where the groups are m consecutive weights each and prune n of them, as in N:M; else None."""
+        """Pruned weights and size of a group, where all groups are runs of weights of one size, else None."""
         if self.groups is None or self.group_budgets is None or not self.in_order or not self.groups.size:
             return None
         n, m = int(self.group_budgets[0]), self.groups.size // self.number_of_groups
