@@ -6,6 +6,7 @@ Room: the core; all rooms may import it. torch and Triton are imported inside it
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -200,6 +201,18 @@ def is_plausible() -> bool:
     if sys.platform == "win32":
         return True
     return any(Path(file).exists() for file in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvhost-gpu"))
+
+
+def is_wanted(requested: str) -> bool:
+    """Whether to look for a card, which imports torch; a warning where one is asked for and torch is missing."""
+    if requested == "cpu" or (requested == "auto" and not is_plausible()):
+        return False
+    with suppress(ValueError):  # its entry in sys.modules is None: imports of it are blocked
+        if importlib.util.find_spec("torch") is not None:
+            return True
+    say = logger.warning if requested == "cuda" else logger.info
+    say("no card is used: torch is not installed")
+    return False
 
 
 def choose(requested: str, work: Work, threads: int = 1) -> Card | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cbs_opt.budget import Budget
 from cbs_opt.curvature.base import SharedRows
-from cbs_opt.device import Card, Work, choose, is_plausible
+from cbs_opt.device import Card, Work, choose, is_wanted
 from cbs_opt.errors import InstanceError, SolverError
 from cbs_opt.instance import Instance
 from cbs_opt.losses import selection_loss
@@ -52,7 +52,7 @@ class LayeredInstance:
 
     def card_for(self, context: Context) -> Card | None:
         """The card on which the layers are searched, if any; the log says why not."""
-        if context.device == "cpu" or (context.device == "auto" and not is_plausible()):
+        if not is_wanted(context.device):
             return None
         rows, columns = (max(getattr(layer, name) for layer in self.layers) for name in ("rows", "columns"))
         many = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cbs_opt.device import is_wanted
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.registry import register
@@ -68,7 +69,7 @@ class SwapLocalSearch(Solver):
         """Form Q on the card, where that pays."""
         self._search = LocalSearch(instance, self.parameters)
         self._on_card = None
-        if context.device != "cpu":
+        if is_wanted(context.device):
             from cbs_opt.solvers.paper.on_card import local_search
 
             self._on_card = local_search(self._search, context, 1)

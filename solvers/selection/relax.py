@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cbs_opt.device import Card, is_plausible, or_on_cpu
+from cbs_opt.device import Card, is_wanted, or_on_cpu
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.registry import register
@@ -55,7 +55,7 @@ class Relax(Solver):
         warm_up_products(instance.curvature.as_factor() is not None)
         self._problem = SelectionProblem(instance, context.threads)
         self._card: Card | None = None
-        if context.device == "cuda" or (context.device == "auto" and is_plausible()):
+        if is_wanted(context.device):
             from cbs_opt.solvers.selection.device_relaxation import card_for
 
             self._card = card_for(self._problem, context)

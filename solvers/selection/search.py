@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cbs_opt.device import Card, is_plausible, or_on_cpu
+from cbs_opt.device import Card, is_wanted, or_on_cpu
 from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
@@ -83,7 +83,7 @@ class Search(Solver):
             self._prover = prove.Prover(self._problem)
             loading.request(*self._prover.kernels)
         self._card: Card | None = None
-        if context.device == "cuda" or (context.device == "auto" and self._prover is None and is_plausible()):
+        if (context.device == "cuda" or self._prover is None) and is_wanted(context.device):
             from cbs_opt.solvers.selection.device_search import card_for
 
             self._card = card_for(self._problem, context)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from cbs_opt import device
+from cbs_opt import GradientFactor, Instance, device, solve
 from cbs_opt.device import Card, Constants, DeviceError, Work, choose, constants_of, in_batches, keep_constants
 from cbs_opt.errors import InstanceError
 
@@ -120,3 +122,17 @@ def test_only_errors_of_the_card_are_answered_by_the_cpu(caplog):
     for error in (InstanceError("a sentence"), KeyboardInterrupt(), IndexError("a bug")):
         with pytest.raises(type(error)), device.or_on_cpu("the work", failed):
             raise error
+
+
+@pytest.mark.parametrize("solver", ["ls", "rmp", "cbs", "search", "relax"])
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_solvers_do_without_torch(solver, device, monkeypatch, caplog):
+    """Without it there is no card; one that is asked for is answered by the CPU and a warning."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delenv("CBS_OPT_EMULATE_DEVICE", raising=False)
+    rng = np.random.default_rng(0)
+    instance = Instance(rng.standard_normal(12), GradientFactor(rng.standard_normal((6, 12)), 0.1), 6)
+    with caplog.at_level("WARNING", logger="cbs_opt"):
+        result = solve(instance, solver, device=device)
+    assert instance.admits(result.pruned)
+    assert ("torch" in caplog.text) == (device == "cuda")
