@@ -20,16 +20,17 @@ from cbs_opt.files.atomic import check_writable
 from cbs_opt.files.instance_file import instance_arrays
 from cbs_opt.files.npz import Content, Stream, json_text, write_npz
 from cbs_opt.instance import Instance
-from cbs_opt.instances.batches import Samples, checked_call, placed
+from cbs_opt.instances.batches import Samples
 from cbs_opt.instances.budgets import keeping
 from cbs_opt.instances.curvature import fisher_blocks
 from cbs_opt.instances.dense import dense_scores
 from cbs_opt.instances.gradients import CHUNK_BYTES, gradient_rows
 from cbs_opt.instances.losses import LossLike, SampleLoss, declared
 from cbs_opt.instances.metrics import MetricLike
-from cbs_opt.instances.modes import fewest, single_precision
+from cbs_opt.instances.modes import fewest
 from cbs_opt.instances.plan import make_plan, with_zeros
 from cbs_opt.instances.recipe import DAMPING, Along, Fisher, Form, Recipe, Source, one_of, scratch
+from cbs_opt.instances.reconstruction import passes
 from cbs_opt.instances.row_blocks import RowBlocks
 from cbs_opt.instances.row_sources import row_hessians
 from cbs_opt.instances.scores import Judge, torch_device
@@ -188,7 +189,8 @@ class Export:
         Called between chunks of the gradients; True ends with those collected so far, at least one.
     judge : Judge, optional
         One that has scored such samples in an earlier export of the network: it is not scored again, and what is
-        pruned is not logged again. `loss` and `metric` are those of the judge.
+        pruned is not logged again. `loss` and `metric` are those of the judge. Tensors that these samples do not
+        reach stay.
 
     Attributes
     ----------
@@ -252,7 +254,15 @@ class Export:
                 "`batch=50`)"
             )
         self._known = judge is not None
-        plan = make_plan(model, names, exclude, source=recipe.source, run=self._run_one, log=not self._known)
+        plan = make_plan(
+            model,
+            names,
+            exclude,
+            source=recipe.source,
+            run=lambda network: passes(network, inputs),
+            log=not self._known,
+            whole=self._known,
+        )
         self.model, self.recipe = plan.model, recipe
         self.judge = Judge(loss, metric, output_key) if judge is None else judge
         self._loss_declared = loss is not None
@@ -553,11 +563,6 @@ class Export:
             if recipe.nm_along != "inputs":
                 facts["nm_along"] = recipe.nm_along
         return facts | self._extra
-
-    def _run_one(self, model: nn.Module) -> object:
-        """One sample through the network, where it is."""
-        with single_precision(model):
-            return checked_call(model, placed(self.inputs[: fewest(model)], model))
 
     def _tell_zeros(self) -> None:
         """Log how many weights are already zero, and whether they stay zero."""

@@ -59,7 +59,12 @@ def factored(
         looked_up = not g.places.any()
         squares = np.full_like(g.squares, largest) if looked_up else g.squares
         without = int((squares == 0).sum())
-        if without:
+        if without == squares.size:
+            logger.warning(
+                f"{layer.name}: the loss has no gradient by its outputs, as behind a choice such as argmax: its "
+                "weights count as next to nothing and are pruned first; --exclude (from Python `exclude=`) keeps them"
+            )
+        elif without:
             logger.info(
                 f"{layer.name}: the loss does not depend on the outputs of {without} of {squares.size} rows: "
                 f"their curvature is set to {_SMALLEST:g} of the largest"

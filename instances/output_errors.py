@@ -10,6 +10,8 @@ those before it, as in the asymmetric reconstruction of [1]_.
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
@@ -21,9 +23,11 @@ from cbs_opt.instances.batches import Samples, checked_call, placed, slices
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
 from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.products import Product
-from cbs_opt.instances.reconstruction import refuse, watched
+from cbs_opt.instances.reconstruction import Unreached, refuse, watched
 from cbs_opt.instances.tensors import Layout
 from cbs_opt.typing import FloatArray
+
+logger = logging.getLogger("cbs_opt")
 
 
 def output_error_gradients(
@@ -53,17 +57,21 @@ def output_error_gradients(
     Returns
     -------
     dict of str to float64 (rows, K)
-        In the order of an instance. Uses as an embedding, or from the other side, count as having no error.
+        In the order of an instance. Uses as an embedding, or from the other side, count as having no error, and
+        so do weights whose inputs the two networks choose differently, such as experts of a mixture.
 
     Raises
     ------
     UsageError
         For a weight whose products cannot be followed.
+    Unreached
+        When the two networks make the same products with none of the weights.
     InstanceError
-        When the two networks do not make the same products, or an error is not finite.
+        When an error is not finite.
     """
     sums = {name: torch.zeros(layout.rows, layout.inputs, dtype=torch.float64) for name, layout in layouts.items()}
     reasons: dict[str, str] = {}
+    different: set[str] = set()
     with ExitStack() as stack:
         for network in (model, original):
             stack.enter_context(evaluation_mode(network))
@@ -74,44 +82,47 @@ def output_error_gradients(
         theirs, own = _rows(original, layouts), _rows(model, layouts)
         for part in slices(inputs, size):
             x = placed(inputs[part], model)
-            targets: list[tuple[tuple[str, int, int], Tensor]] = []
+            targets: dict[str, deque[tuple[tuple[int, int], Tensor]]] = {name: deque() for name in layouts}
 
             def note(product: Product) -> None:
                 if product.inputs is not None:
                     W = theirs[product.name][product.first : product.last]
-                    targets.append((_key(product), W @ product.inputs()))  # noqa: B023
+                    targets[product.name].append(((product.first, product.last), W @ product.inputs()))  # noqa: B023
 
             with watched(original, layouts, note, reasons):
                 checked_call(original, x)
-            left, different = iter(targets), list[str]()
 
             def compare(product: Product) -> None:
                 if product.inputs is None:
                     return
-                key, target = next(left, (None, None))  # noqa: B023
+                left = targets[product.name]  # noqa: B023
+                rows, target = left.popleft() if left else (None, None)
                 X = product.inputs()
                 W = own[product.name][product.first : product.last]
-                if key != _key(product) or target is None or target.shape[1] != X.shape[1]:
-                    different.append(product.name)  # noqa: B023  # raised below: the watcher takes errors for its own
+                if rows != (product.first, product.last) or target is None or target.shape[1] != X.shape[1]:
+                    different.add(product.name)
                     return
                 error = ((W @ X - target) @ X.T).double().cpu()
                 sums[product.name][product.first : product.last] += error
 
             with watched(model, layouts, compare, reasons):
                 checked_call(model, x)
-            if different or (not reasons and next(left, None) is not None):
-                raise InstanceError("the network and the original one do not make the same products")
             refuse(reasons)
+            different |= {name for name, left in targets.items() if left}
             progress(part.stop)
+    if different >= {*layouts}:
+        raise Unreached("the network and the original one do not make the same products")
+    for name in different:
+        logger.info(
+            f"{name}: the network chooses other inputs for it than the original one does: its outputs have no "
+            "target, and count as having no error"
+        )
+        sums[name].zero_()
     out = {name: (total / len(inputs)).numpy() for name, total in sums.items()}
     for name, total in sums.items():
         if not bool(torch.isfinite(total).all()):
             raise InstanceError(f"the inputs of the layer of '{name}' are not finite: check the data")
     return out
-
-
-def _key(product: Product) -> tuple[str, int, int]:
-    return product.name, product.first, product.last
 
 
 def _rows(model: nn.Module, layouts: Mapping[str, Layout]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.instances.modes import unwrapped
 from cbs_opt.instances.plain import plain_model
 from cbs_opt.instances.prunable import Prunable, Selection, select
-from cbs_opt.instances.reconstruction import followed
+from cbs_opt.instances.reconstruction import UNUSED, followed
 from cbs_opt.instances.tensors import Layout, Place, places
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
@@ -65,8 +65,9 @@ def make_plan(
     exclude: Sequence[str] | None,
     *,
     source: str,
-    run: Callable[[nn.Module], object],
+    run: Callable[[nn.Module], Iterable[object]],
     log: bool = True,
+    whole: bool = False,
 ) -> Plan:
     """Choose the tensors to prune, and lay them out.
 
@@ -78,9 +79,11 @@ def make_plan(
     source : {"fisher", "reconstruction", "kfac"}
         For the latter two, tensors whose reconstruction error cannot be computed are omitted.
     run : callable
-        Runs a network on one sample.
+        Runs a network on a sample, and on more of them while it is iterated; see `reconstruction.followed`.
     log : bool
         Whether what is pruned is logged.
+    whole : bool
+        Whether tensors that none of the samples reaches belong to the plan all the same.
 
     Raises
     ------
@@ -96,7 +99,7 @@ def make_plan(
         raise UsageError(_nothing(default))
     by_rows = source != "fisher"
     if by_rows or not set(chosen.tensors) <= set(default.tensors):
-        chosen = _followed(plain.model, chosen, run, required=by_rows)
+        chosen = _followed(plain.model, chosen, run, required=by_rows, whole=whole)
     if log:
         chosen.log()
     parameters = dict(plain.model.named_parameters())
@@ -153,9 +156,14 @@ def _in_order(selection: Selection, names: Sequence[str] | None) -> Selection:
 
 
 def _followed(
-    model: nn.Module, selection: Selection, run: Callable[[nn.Module], object], *, required: bool
+    model: nn.Module,
+    selection: Selection,
+    run: Callable[[nn.Module], Iterable[object]],
+    *,
+    required: bool,
+    whole: bool,
 ) -> Selection:
-    """Trace one sample to see how tensors are multiplied; omit those that cannot be traced, if required."""
+    """Trace samples to see how tensors are multiplied; omit those that cannot be traced, if required."""
     layouts = {tensor.name: tensor.layout for tensor in selection.tensors}
     _, reasons = followed(model, run, layouts)
     other = {
@@ -171,6 +179,8 @@ def _followed(
     selection = replace(selection, tensors=tensors)
     if not required:
         return selection
+    if whole:
+        reasons = {name: reason for name, reason in reasons.items() if reason != UNUSED}
     left = selection.without({name: f"no reconstruction error: {reason}" for name, reason in reasons.items()})
     for name, reason in reasons.items():
         logger.warning(f"{name} is left out, its reconstruction error cannot be computed: {reason}")

@@ -14,9 +14,10 @@ tensor that several layers share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -32,7 +33,18 @@ from cbs_opt.instances.prunable import select
 from cbs_opt.instances.tensors import Layout
 from cbs_opt.typing import FloatArray
 
+logger = logging.getLogger("cbs_opt")
+
 _PIECE_BYTES = 1 << 27  # of inputs that are converted to double precision at a time
+
+_TRIED = 2048  # samples at most that are run to see which weights the network uses
+
+UNUSED = "the network does not use it on these samples"
+"""Why a weight has no reconstruction error that none of the samples reaches."""
+
+
+class Unreached(InstanceError):
+    """No sample reaches the layers, or not as in the network that they are compared with."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +96,28 @@ class LayerCovariance:
         return total / max(self.layout.rows, 1)
 
 
+def passes(model: nn.Module, samples: Samples) -> Iterator[object]:
+    """Run a network on one sample, then on more of them, as long as it is asked: at most 2048 in all."""
+    few = fewest(model)
+    first = placed(samples[:few], model)
+    yield checked_call(model, first)
+    most = min(len(samples), _TRIED)
+    for part in slices(samples, max(few, chunk_size(model, first, (), CHUNK_BYTES)), few, most):
+        yield checked_call(model, placed(samples[part], model))
+
+
 def followed(
-    model: nn.Module, run: Callable[[nn.Module], object], weights: Mapping[str, Layout]
+    model: nn.Module, run: Callable[[nn.Module], Iterable[object]], weights: Mapping[str, Layout]
 ) -> tuple[list[str], dict[str, str]]:
-    """Which weights have a reconstruction error that can be computed, by one sample through the network.
+    """Which weights have a reconstruction error that can be computed, by few samples through the network.
 
     Parameters
     ----------
     model : torch.nn.Module
         Runs in evaluation mode.
     run : callable
-        Runs the network on one sample.
+        Runs the network on a sample, and on more of them while it is iterated, such as `passes`. This goes on as
+        long as weights have not been used: which experts of a mixture work depends on the sample.
     weights : mapping of str to Layout
 
     Returns
@@ -107,19 +130,22 @@ def followed(
     reasons: dict[str, str] = {}
 
     def note(product: Product) -> None:
-        if product.inputs is not None:
+        use = (product.name, product.across)
+        if product.inputs is not None and use not in seen:
             product.inputs()  # whatever cannot be made of this network must show now
-        seen.add((product.name, product.across))
+        seen.add(use)
 
     with ExitStack() as stack:
         for state in (evaluation_mode(model), single_precision(model), torch.no_grad()):
             stack.enter_context(state)
         stack.enter_context(watched(model, weights, note, reasons))  # knows the tensors in the state just entered
-        run(model)
+        for _ in run(model):
+            if {name for name, _ in seen} | {*reasons} >= {*weights}:
+                break
     for name in weights:
         if (name, False) not in seen and name not in reasons:
             across = (name, True) in seen
-            reasons[name] = "it is multiplied from the other side" if across else "the network does not use it"
+            reasons[name] = "it is multiplied from the other side" if across else UNUSED
     return [name for name in weights if name not in reasons], reasons
 
 
@@ -132,6 +158,9 @@ def input_covariances(
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[LayerCovariance]:
     """XXᵀ/m of the inputs X of each named weight.
+
+    A weight that no sample reaches, such as an expert of a mixture that is never chosen, gets a multiple of the
+    identity at the level of the others; the log says so.
 
     Parameters
     ----------
@@ -154,8 +183,10 @@ def input_covariances(
     ------
     UsageError
         For a weight that is multiplied in a way that cannot be followed.
+    Unreached
+        When none of the weights is used.
     InstanceError
-        When a weight is not used, or its inputs are not finite.
+        When inputs are not finite.
 
     Notes
     -----
@@ -173,7 +204,25 @@ def input_covariances(
                 checked_call(model, placed(inputs[part], model))
             refuse(reasons)
             progress(part.stop)
-    return [sums.pop(name).covariance(name, len(inputs)) for name in list(sums)]
+    return _completed([sums.pop(name).covariance(name, len(inputs)) for name in list(sums)])
+
+
+def _completed(layers: list[LayerCovariance]) -> list[LayerCovariance]:
+    """The layers, with uncorrelated inputs of the mean square of the others' for those that were not called."""
+    levels = [layer.mean_diagonal for layer in layers if layer.ranges]
+    if not levels:
+        raise Unreached("none of the layers is called: they have no inputs to reconstruct from")
+    out = []
+    for layer in layers:
+        if not layer.ranges:
+            logger.warning(
+                f"{layer.name}: no sample reaches it: its inputs count as uncorrelated, with the mean square of "
+                "those of the other layers"
+            )
+            inputs = float(np.mean(levels)) * np.eye(layer.layout.inputs)
+            layer = replace(layer, ranges=(RowRange(0, layer.layout.rows, inputs),))
+        out.append(layer)
+    return out
 
 
 def refuse(reasons: Mapping[str, str]) -> None:
@@ -235,10 +284,10 @@ class _Sums:
             total.addmm_(piece, piece.T)
 
     def covariance(self, name: str, samples: int) -> LayerCovariance:
-        """Split the rows where any of the ranges ends, and sum the inputs of each part."""
+        """Split the rows where any of the ranges ends, and sum the inputs of each part; none where none was seen."""
         rows, K = self.layout.rows, self.layout.inputs
         if not self.products and self.counts is None:
-            raise InstanceError(f"the layer of '{name}' is never called: it has no inputs to reconstruct from")
+            return LayerCovariance(name, self.layout, ())
         edges = sorted({0, rows} | {edge for key in self.products for edge in key})
         counts = None if self.counts is None else self.counts.cpu().numpy() / samples
         ranges = []

@@ -20,7 +20,6 @@ from cbs_opt.budget import Budget
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files.atomic import check_writable
 from cbs_opt.instance import Instance
-from cbs_opt.instances.batches import checked_call, placed
 from cbs_opt.instances.budgets import keeping
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.dense import dense_scores
@@ -28,9 +27,9 @@ from cbs_opt.instances.export import Progress
 from cbs_opt.instances.gradients import CHUNK_BYTES
 from cbs_opt.instances.losses import LossLike, declared
 from cbs_opt.instances.metrics import MetricLike
-from cbs_opt.instances.modes import fewest, single_precision
 from cbs_opt.instances.plan import make_plan, with_zeros
 from cbs_opt.instances.recipe import Fisher
+from cbs_opt.instances.reconstruction import passes
 from cbs_opt.instances.scores import Judge, Score, torch_device
 from cbs_opt.pruning.method import Method
 from cbs_opt.pruning.network import WorkingCopy, working_copy
@@ -129,7 +128,7 @@ class Run:
         if method.chooses and self._held_out is None:
             logger.info("no labelled samples are held out: of several options the first is taken")
         plan = make_plan(
-            model, names, exclude, source=method.source, run=lambda network: _run_one(network, source)
+            model, names, exclude, source=method.source, run=lambda network: passes(network, source.inputs)
         )
         self.copy: WorkingCopy = working_copy(model, plan)
         self.copy.model.to(self._device)
@@ -388,9 +387,3 @@ def _raised(budget: Budget, fixed: NDArray[np.int8] | None) -> Budget:
     if budget.groups is None:
         return Budget(int(counts[0]))
     return Budget(int(counts.sum()), budget.groups, counts)
-
-
-def _run_one(model: nn.Module, source: SampleSource) -> object:
-    """One sample through the network."""
-    with single_precision(model):
-        return checked_call(model, placed(source.batch(0, fewest(model)), model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,12 +15,14 @@ from cbs_opt.curvature import Curvature, HessianBlocks, SharedBlocks
 from cbs_opt.instance import Instance
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.output_errors import output_error_gradients
-from cbs_opt.instances.reconstruction import input_covariances
+from cbs_opt.instances.reconstruction import Unreached, input_covariances
 from cbs_opt.instances.row_blocks import RowBlocks, row_blocks
 from cbs_opt.instances.tensors import Place, read_places
 from cbs_opt.pruning.network import WorkingCopy
 from cbs_opt.result import Result
 from cbs_opt.typing import BoolArray, FloatArray
+
+logger = logging.getLogger("cbs_opt")
 
 
 def with_dense_targets(instance: Instance, model: nn.Module, dense: nn.Module, samples: SampleSource) -> Instance:
@@ -76,7 +79,14 @@ def one_by_one(
     places = read_places(instance)
     dampings = np.full(len(places), noted) if np.isscalar(noted) else np.asarray(noted)
     for place, damping in zip(places, dampings, strict=True):
-        layer = _layer(copy, dense, instance, place, float(damping), scales, result.pruned, samples)
+        try:
+            layer = _layer(copy, dense, instance, place, float(damping), scales, result.pruned, samples)
+        except Unreached as error:
+            logger.info(f"{place.name} stays as solved with all other layers: {error}")
+            weights[place.part] = (instance.weights if result.weights is None else result.weights)[place.part]
+            weights[place.part][result.pruned[place.part]] = 0.0
+            copy.take(weights)
+            continue
         if layer.budget.total:
             own = solver(layer)
             new = layer.weights if own.weights is None else own.weights

@@ -261,7 +261,7 @@ def test_what_cannot_be_followed_is_left_out_with_a_reason(caplog):
     torch.manual_seed(0)
     network, x = Mixed(), torch.randn(12, 4)
     layouts = {t.name: t.layout for t in select(network).tensors}
-    names, reasons = followed(network, lambda model: model(x), layouts)
+    names, reasons = followed(network, lambda model: [model(x)], layouts)
     assert names == ["good.weight"]
     assert "does not use it" in reasons["unused.weight"] and "torch's" in reasons["normed.weight"]
     with caplog.at_level("WARNING", "cbs_opt"):
