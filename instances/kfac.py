@@ -62,7 +62,7 @@ def factored(
         if without == squares.size:
             logger.warning(
                 f"{layer.name}: the loss has no gradient by its outputs, as behind a choice such as argmax: its "
-                "weights count as next to nothing and are pruned first; --exclude (from Python `exclude=`) keeps them"
+                "weights are pruned first; --exclude (from Python `exclude=`) keeps them"
             )
         elif without:
             logger.info(

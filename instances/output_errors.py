@@ -23,7 +23,7 @@ from cbs_opt.instances.batches import Samples, checked_call, placed, slices
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
 from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.products import Product
-from cbs_opt.instances.reconstruction import Unreached, refuse, watched
+from cbs_opt.instances.reconstruction import UnreachedError, refuse, watched
 from cbs_opt.instances.tensors import Layout
 from cbs_opt.typing import FloatArray
 
@@ -64,7 +64,7 @@ def output_error_gradients(
     ------
     UsageError
         For a weight whose products cannot be followed.
-    Unreached
+    UnreachedError
         When the two networks make the same products with none of the weights.
     InstanceError
         When an error is not finite.
@@ -100,7 +100,7 @@ def output_error_gradients(
                 X = product.inputs()
                 W = own[product.name][product.first : product.last]
                 if rows != (product.first, product.last) or target is None or target.shape[1] != X.shape[1]:
-                    different.add(product.name)
+                    different.add(product.name)  # noqa: B023
                     return
                 error = ((W @ X - target) @ X.T).double().cpu()
                 sums[product.name][product.first : product.last] += error
@@ -111,7 +111,7 @@ def output_error_gradients(
             different |= {name for name, left in targets.items() if left}
             progress(part.stop)
     if different >= {*layouts}:
-        raise Unreached("the network and the original one do not make the same products")
+        raise UnreachedError("the network and the original one do not make the same products")
     for name in different:
         logger.info(
             f"{name}: the network chooses other inputs for it than the original one does: its outputs have no "

@@ -43,7 +43,7 @@ UNUSED = "the network does not use it on these samples"
 """Why a weight has no reconstruction error that none of the samples reaches."""
 
 
-class Unreached(InstanceError):
+class UnreachedError(InstanceError):
     """No sample reaches the layers, or not as in the network that they are compared with."""
 
 
@@ -183,7 +183,7 @@ def input_covariances(
     ------
     UsageError
         For a weight that is multiplied in a way that cannot be followed.
-    Unreached
+    UnreachedError
         When none of the weights is used.
     InstanceError
         When inputs are not finite.
@@ -211,7 +211,7 @@ def _completed(layers: list[LayerCovariance]) -> list[LayerCovariance]:
     """The layers, with uncorrelated inputs of the mean square of the others' for those that were not called."""
     levels = [layer.mean_diagonal for layer in layers if layer.ranges]
     if not levels:
-        raise Unreached("none of the layers is called: they have no inputs to reconstruct from")
+        raise UnreachedError("none of the layers is called: they have no inputs to reconstruct from")
     out = []
     for layer in layers:
         if not layer.ranges:
@@ -284,7 +284,7 @@ class _Sums:
             total.addmm_(piece, piece.T)
 
     def covariance(self, name: str, samples: int) -> LayerCovariance:
-        """Split the rows where any of the ranges ends, and sum the inputs of each part; none where none was seen."""
+        """Split the rows where a range ends, and sum the inputs of each part; none if none was seen."""
         rows, K = self.layout.rows, self.layout.inputs
         if not self.products and self.counts is None:
             return LayerCovariance(name, self.layout, ())

@@ -15,7 +15,7 @@ from cbs_opt.curvature import Curvature, HessianBlocks, SharedBlocks
 from cbs_opt.instance import Instance
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.output_errors import output_error_gradients
-from cbs_opt.instances.reconstruction import Unreached, input_covariances
+from cbs_opt.instances.reconstruction import UnreachedError, input_covariances
 from cbs_opt.instances.row_blocks import RowBlocks, row_blocks
 from cbs_opt.instances.tensors import Place, read_places
 from cbs_opt.pruning.network import WorkingCopy
@@ -81,7 +81,7 @@ def one_by_one(
     for place, damping in zip(places, dampings, strict=True):
         try:
             layer = _layer(copy, dense, instance, place, float(damping), scales, result.pruned, samples)
-        except Unreached as error:
+        except UnreachedError as error:
             logger.info(f"{place.name} stays as solved with all other layers: {error}")
             weights[place.part] = (instance.weights if result.weights is None else result.weights)[place.part]
             weights[place.part][result.pruned[place.part]] = 0.0
