@@ -166,15 +166,16 @@ def _followed(
     """Trace samples to see how tensors are multiplied; omit those that cannot be traced, if required."""
     layouts = {tensor.name: tensor.layout for tensor in selection.tensors}
     _, reasons = followed(model, run, layouts)
-    other = {
-        name: Layout(layout.shape, inputs_first=not layout.inputs_first)
-        for name, layout in layouts.items()
-        if name in reasons and len(layout.shape) == 2
-    }
-    turned, _ = followed(model, run, other) if other else ([], {})
-    for name in turned:
-        layouts[name] = other[name]
-        del reasons[name]
+    for turn in (0, 1):  # other orders in which a tensor may be stored
+        other = {
+            name: _orders(layouts[name])[turn]
+            for name, reason in reasons.items()
+            if reason != UNUSED and turn < len(_orders(layouts[name]))
+        }
+        turned, _ = followed(model, run, other) if other else ([], {})
+        for name in turned:
+            layouts[name] = other[name]
+            del reasons[name]
     tensors = tuple(Prunable(t.name, t.aliases, layouts[t.name]) for t in selection.tensors)
     selection = replace(selection, tensors=tensors)
     if not required:
@@ -191,6 +192,15 @@ def _followed(
             "`--source fisher` needs none"
         )
     return left
+
+
+def _orders(layout: Layout) -> list[Layout]:
+    """Other orders of the rows and inputs of a tensor that is a matrix or a stack of matrices."""
+    if len(layout.shape) == 2:
+        return [Layout(layout.shape, inputs_first=not layout.inputs_first)]
+    if len(layout.shape) == 3 and not layout.stacked:
+        return [Layout(layout.shape, inputs_first=first, stacked=True) for first in (False, True)]
+    return []
 
 
 def _nothing(selection: Selection) -> str:

@@ -8,9 +8,12 @@ owns the weight, how often it is used, or whether the layer is called at all (`M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -174,8 +177,14 @@ class Products(TorchFunctionMode):
         if name is None:
             return
         weight, layout = self._weights[name]
-        first, last, flipped = part_of(matrix, weight)
-        if layout.inputs_first:
+        first, last, flipped = part_of(matrix, weight, stacked=layout.stacked)
+        if layout.inputs_first and layout.stacked:
+            _, inputs_of, outputs_of = weight.shape
+            if first % inputs_of or last - first != inputs_of:
+                raise NotFollowed("a part of its inputs is multiplied alone")
+            first = first // inputs_of * outputs_of
+            last = first + outputs_of
+        elif layout.inputs_first:
             if (first, last) != (0, weight.shape[0]):
                 raise NotFollowed("a part of its inputs is multiplied alone")
             first, last = 0, layout.rows
@@ -194,21 +203,90 @@ class Products(TorchFunctionMode):
         self.met(weight, lambda: columns_of(a))
 
     def matmul(self, a: Tensor, b: Tensor, **_: Any) -> None:
-        """A · b, where either may be the weight."""
+        """A · b, where either may be the weight, or a stack of matrices."""
         if self._name(b) is not None:
-            if b.dim() != 2:
-                raise NotFollowed("it is a stack of matrices")
-            self.met(b, lambda: columns_of(a), transposed=True)
+            if b.dim() == 2:
+                self.met(b, lambda: columns_of(a), transposed=True)
+            else:
+                for k, matrix in _stack(b):
+                    self.met(
+                        matrix,
+                        lambda k=k: columns_of(_item(a, k)),  # type: ignore[misc]
+                        lambda result, k=k: columns_of(_item(result, k)),  # type: ignore[misc]
+                        transposed=True,
+                    )
         if self._name(a) is not None:
-            if a.dim() != 2:
-                raise NotFollowed("it is a stack of matrices")
-            self.met(a, lambda: _first(b, b.dim()), lambda result: _first(result, b.dim()))
+            if a.dim() == 2:
+                self.met(a, lambda: _first(b, b.dim()), lambda result: _first(result, b.dim()))
+            elif b.dim() == 1:
+                raise NotFollowed("a stack of matrices is multiplied by a vector")
+            else:
+                for k, matrix in _stack(a):
+                    self.met(
+                        matrix,
+                        lambda k=k: _first(_item(b, k), 2),  # type: ignore[misc]
+                        lambda result, k=k: _first(_item(result, k), 2),  # type: ignore[misc]
+                    )
 
     def addmm(self, added: Tensor, a: Tensor, b: Tensor, **scales: Any) -> None:
         """Added + a · b."""
         if scales.get("alpha", 1) != 1:
             raise NotFollowed("its product is scaled")
         self.matmul(a, b)
+
+    def einsum(self, equation: Any, *operands: Any) -> None:
+        """A sum of products of two tensors, of which one is a weight or a stack of matrices."""
+        tensors = (
+            list(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Tensor) else list(operands)
+        )
+        if not isinstance(equation, str) or len(tensors) != 2:
+            raise NotFollowed("it goes through an einsum that is not of two tensors")
+        own = [self._name(tensor) is not None for tensor in tensors]
+        if all(own):
+            raise NotFollowed("both factors of an einsum are weights")
+        first, second, out = labels_of(equation, [tensor.dim() for tensor in tensors])
+        (weight, of_weight), (other, of_other) = (
+            ((tensors[0], first), (tensors[1], second)) if own[0] else ((tensors[1], second), (tensors[0], first))
+        )
+        shared = [label for label in of_weight if label in of_other]
+        batch = [label for label in shared if label in out]
+        inputs = [label for label in shared if label not in out]
+        rows = [label for label in of_weight if label in out and label not in of_other]
+        if len(batch) + len(inputs) + len(rows) != len(of_weight) or not inputs:
+            raise NotFollowed("it is summed in an einsum before it multiplies")
+        if not batch and weight.dim() == 3 and of_weight[0] in rows:  # each matrix of a stack by itself
+            batch, rows = [of_weight[0]], rows[1:]
+        places = [label for label in out if label not in of_weight]
+
+        for at in product(*(range(weight.shape[of_weight.index(label)]) for label in batch)):
+            here = dict(zip(batch, at, strict=True))
+
+            def part(tensor: Tensor, labels: str, *axes: list[str], here: dict[str, int] = here) -> Tensor:
+                return _part(tensor, labels, here, axes)
+
+            matrix = part(weight, of_weight, rows, inputs)
+            if memory_of(matrix) != memory_of(weight):
+                raise NotFollowed("a part of it is used in an order of its own")
+            self.met(
+                matrix,
+                lambda part=part: part(other, of_other, inputs, places),  # type: ignore[misc]
+                lambda result, part=part: part(result, out, rows, places),  # type: ignore[misc]
+            )
+
+    def grouped(self, a: Tensor, b: Tensor, *, offs: Tensor | None = None, **_: Any) -> None:
+        """Groups of rows of a, ending at `offs`, each times a matrix of the stack b."""
+        if offs is None:
+            self.matmul(a, b)
+            return
+        if a.dim() != 2 or b.dim() != 3 or self._name(a) is not None:
+            raise NotFollowed("its products are grouped along their inputs")
+        ends = [0, *offs.tolist()]
+        for matrix, first, last in zip(b, ends, ends[1:], strict=False):
+
+            def group(rows: Tensor, part: slice = slice(first, last)) -> Tensor:
+                return columns_of(rows[part])
+
+            self.met(matrix, lambda group=group: group(a), group, transposed=True)  # type: ignore[misc]
 
     def bilinear(self, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         """Σ_ij a_i weight_oij b_j."""
@@ -359,6 +437,11 @@ _HANDLERS: dict[str, Callable[..., None]] = {
     "__matmul__": Products.matmul,
     "mm": Products.matmul,
     "mv": Products.matmul,
+    "bmm": Products.matmul,
+    "baddbmm": Products.addmm,
+    "einsum": Products.einsum,
+    "_grouped_mm": Products.grouped,
+    "grouped_mm": Products.grouped,
     "__rmatmul__": lambda self, b, a: Products.matmul(self, a, b),
     "addmm": Products.addmm,
     "bilinear": Products.bilinear,
@@ -380,6 +463,69 @@ _HARMLESS = frozenset(
 def _first(a: Tensor, dims: int) -> Tensor:
     """What a matrix times a vector (K,), `dims` 1, or a stack of matrices (…, K, N) meets, as (K, places)."""
     return a.unsqueeze(-1) if dims == 1 else a.movedim(-2, 0).flatten(1)
+
+
+def _stack(stack: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The matrices of (E, K, N) by their number; −1 for the only one, which any number of others may meet."""
+    if stack.dim() != 3:
+        raise NotFollowed("it is a stack of stacks of matrices")
+    if stack.shape[0] == 1:
+        yield -1, stack[0]
+        return
+    yield from enumerate(stack)
+
+
+def _item(a: Tensor, k: int) -> Tensor:
+    """What meets the matrix k of a stack, of (…, E, K, N): (…, K, N)."""
+    if k < 0 or a.dim() < 3:
+        return a
+    return a.select(-3, k if a.shape[-3] > 1 else 0)
+
+
+def labels_of(equation: str, dims: Sequence[int]) -> list[str]:
+    """The labels of the operands and of the result of an einsum, an ellipsis written out by capital letters.
+
+    Raises
+    ------
+    NotFollowed
+        For an operand that names an axis twice.
+    """
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    operands = left.split(",")
+    free = [letter for letter in ascii_letters[::-1] if letter not in equation]
+    most = max((dim - len(own) + 3 for own, dim in zip(operands, dims, strict=True) if "..." in own), default=0)
+    spread = "".join(free[:most])
+    made = [
+        own.replace("...", spread[most - (dim - len(own) + 3) :]) for own, dim in zip(operands, dims, strict=True)
+    ]
+    if arrow:
+        out = out.replace("...", spread)
+    else:
+        every = "".join(made)
+        out = spread + "".join(sorted(label for label in {*every} - {*spread} if every.count(label) == 1))
+    if any(len({*own}) < len(own) for own in made):
+        raise NotFollowed("an einsum takes a diagonal")
+    return [*made, out]
+
+
+def _part(tensor: Tensor, labels: str, here: Mapping[str, int], axes: Sequence[Sequence[str]]) -> Tensor:
+    """The entries at some labels, with the axes of the others in groups, and all others summed."""
+    names = list(labels)
+    for label, index in here.items():
+        if label in names:
+            tensor = tensor.select(names.index(label), index if tensor.shape[names.index(label)] > 1 else 0)
+            names.remove(label)
+    wanted = [label for group in axes for label in group]
+    gone = [names.index(label) for label in names if label not in wanted]
+    if gone:
+        tensor = tensor.sum(gone)
+        names = [label for label in names if label in wanted]
+    tensor = tensor.permute([names.index(label) for label in wanted])
+    shape, at = [], 0
+    for group in axes:
+        shape.append(math.prod(tensor.shape[at : at + len(group)]))
+        at += len(group)
+    return tensor.reshape(shape)
 
 
 def _unknown(result: Tensor) -> Tensor:

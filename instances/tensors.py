@@ -35,11 +35,15 @@ class Layout:
         Stored as (inputs, outputs, …) instead of (outputs, inputs, …).
     groups : int
         Groups of channels of a transposed convolution: its inputs are stored group by group.
+    stacked : bool
+        A stack of matrices, such as those of experts: (matrices, outputs, inputs), or (matrices, inputs, outputs)
+        with `inputs_first`. The rows of all matrices follow each other.
     """
 
     shape: Shape
     inputs_first: bool = False
     groups: int = 1
+    stacked: bool = False
 
     @property
     def size(self) -> int:
@@ -49,6 +53,9 @@ class Layout:
     @property
     def rows_shape(self) -> Shape:
         """(rows, inputs, …): the shape of the tensor in the order of the instance."""
+        if self.stacked:
+            matrices, first, second = self.shape
+            return (matrices * second, first) if self.inputs_first else (matrices * first, second)
         if not self.inputs_first:
             return self.shape
         inputs, outputs, *rest = self.shape
@@ -66,15 +73,26 @@ class Layout:
 
     def to_rows(self, flat: Flat) -> Flat:
         """From the tensor's order to that of the instance, along the last axis of (…, size)."""
-        return self._swapped(flat, self.shape[0] // self.groups, self.shape[1]) if self.inputs_first else flat
+        return self._swapped(flat, *self._parts) if self.inputs_first else flat
 
     def from_rows(self, flat: Flat) -> Flat:
         """From the order of the instance to that of the tensor, along the last axis of (…, size)."""
-        return self._swapped(flat, self.shape[1], self.shape[0] // self.groups) if self.inputs_first else flat
+        if not self.inputs_first:
+            return flat
+        count, inputs, outputs = self._parts
+        return self._swapped(flat, count, outputs, inputs)
 
-    def _swapped(self, flat: Flat, first: int, second: int) -> Flat:
+    @property
+    def _parts(self) -> tuple[int, int, int]:
+        """How many parts are swapped, each on its own, and the inputs and outputs of one."""
+        if self.stacked:
+            matrices, inputs, outputs = self.shape
+            return matrices, inputs, outputs
+        return self.groups, self.shape[0] // self.groups, self.shape[1]
+
+    def _swapped(self, flat: Flat, count: int, first: int, second: int) -> Flat:
         lead = tuple(flat.shape[:-1])
-        parts = flat.reshape(*lead, self.groups, first, second, self.size // (self.groups * first * second))
+        parts = flat.reshape(*lead, count, first, second, self.size // (count * first * second))
         out: Flat = parts.swapaxes(len(lead) + 1, len(lead) + 2).reshape(*lead, self.size)
         return out
 
@@ -148,6 +166,8 @@ def table_of(places: Sequence[Place]) -> list[dict[str, Any]]:
         if place.layout.inputs_first:
             entry["inputs_first"] = True
             entry["groups"] = place.layout.groups
+        if place.layout.stacked:
+            entry["stacked"] = True
         if place.dtype not in ("", "float32"):
             entry["dtype"] = place.dtype
         table.append(entry)
@@ -202,9 +222,12 @@ def _place(item: Any) -> Place:
         raise wrong
     if not all(isinstance(alias, str) for alias in aliases):
         raise wrong
+    stacked = item.get("stacked", False)
+    if stacked and (len(shape) != 3 or groups != 1):
+        raise InstanceError(f"`metadata`: {name} cannot be a stack of matrices in the shape {shape}")
     if inputs_first and (len(shape) < 2 or groups < 1 or shape[0] % groups):
         raise InstanceError(f"`metadata`: {name} cannot have {groups} groups of inputs in the shape {shape}")
-    return Place(name, Layout(shape, bool(inputs_first), groups), start, tuple(aliases), dtype)
+    return Place(name, Layout(shape, bool(inputs_first), groups, bool(stacked)), start, tuple(aliases), dtype)
 
 
 def names_of(places: Sequence[Place]) -> Iterator[str]:

@@ -29,10 +29,15 @@ def is_view(result: Any, args: Sequence[Any]) -> bool:
     return all(memory_of(part) == memory_of(args[0]) for part in tensors)
 
 
-def part_of(matrix: Tensor, weight: Tensor) -> tuple[int, int, bool]:
-    """Which rows of a weight a view of it holds, and whether it is transposed."""
+def part_of(matrix: Tensor, weight: Tensor, *, stacked: bool = False) -> tuple[int, int, bool]:
+    """Which rows of a weight a view of it holds, and whether it is transposed.
+
+    Those of a stack of matrices follow each other.
+    """
     shapes = [weight]
-    if weight.dim() != 2 and weight.is_contiguous():
+    if stacked:
+        shapes = [weight.flatten(0, 1)] if weight.is_contiguous() else []
+    elif weight.dim() != 2 and weight.is_contiguous():
         shapes.append(weight.flatten(1))  # a convolution with kernels of one place, written as a product
     for whole in shapes:
         for flipped in (False, True) if whole.dim() == 2 == matrix.dim() else (False,):
