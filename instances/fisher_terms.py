@@ -31,6 +31,10 @@ FISHERS = ("empirical", "sampled", "exact")
 _TAIL = 1e-4  # share of a sample's uncertainty in classes that are left out
 
 
+class FisherError(UsageError):
+    """The loss is not one of which the Fisher matrix that was asked for can be taken."""
+
+
 def fisher_terms(fisher: Fisher, loss: SampleLoss, seed: int = 0) -> Terms:
     """What to differentiate for a Fisher matrix.
 
@@ -49,7 +53,7 @@ def fisher_terms(fisher: Fisher, loss: SampleLoss, seed: int = 0) -> Terms:
 
     Raises
     ------
-    UsageError
+    FisherError
         For a loss without a distribution to draw from, or several classes a sample where all are wanted.
     """
     if fisher == "empirical":
@@ -60,14 +64,14 @@ def fisher_terms(fisher: Fisher, loss: SampleLoss, seed: int = 0) -> Terms:
             return lambda outputs, targets: _all_classes(loss, _view(loss, outputs, targets))
         return lambda outputs, targets: _drawn_classes(loss, _view(loss, outputs, targets), generator)
     if fisher == "exact":
-        raise UsageError(
+        raise FisherError(
             f"`fisher` exact weights the classes of a classifier, the loss is {loss.name}: `sampled` draws "
             "targets for cross entropy, mse and bce, `empirical` takes those of the data for any loss"
         )
     if not isinstance(loss, ValueLoss) or not isinstance(
         loss.module, nn.MSELoss | nn.BCELoss | nn.BCEWithLogitsLoss
     ):
-        raise UsageError(
+        raise FisherError(
             f"the loss {loss.name} is of no distribution that targets could be drawn from: `fisher` empirical "
             "takes those of the data"
         )
@@ -90,7 +94,7 @@ def _view(loss: ClassLoss, outputs: Any, targets: Any) -> ClassView:
 def _all_classes(loss: ClassLoss, view: ClassView) -> Iterator[Tensor]:
     """√p_c times the loss of class c, the likeliest class of each sample first."""
     if view.scores.dim() != 2:
-        raise UsageError(
+        raise FisherError(
             f"`fisher` exact needs one class a sample, the network gives {tuple(view.scores.shape[1:])}: with "
             "classes of tokens or pixels take `sampled`"
         )

@@ -117,6 +117,8 @@ def _drawable(data: Any, limit: int | None, seed: int | None) -> tuple[Iterable[
         data, collate = data
         if isinstance(data, list | tuple):
             data = _Listed(data)
+    elif isinstance(data, list | tuple) and data and not is_pair(data) and _is_sample(data[0]):
+        data = _Listed(data)
     elif isinstance(data, DataLoader) and isinstance(data.batch_size, int) and seed is not None:
         collate, size, data = data.collate_fn, data.batch_size, data.dataset
     if not isinstance(data, Dataset) or isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
@@ -127,6 +129,16 @@ def _drawable(data: Any, limit: int | None, seed: int | None) -> tuple[Iterable[
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
     chosen = order[:limit].tolist()
     return DataLoader(Subset(data, chosen), batch_size=size, collate_fn=collate), count
+
+
+def _is_sample(item: Any) -> bool:
+    """Whether a part of a list is one sample: its label is a single number."""
+    label = None
+    if isinstance(item, Mapping):
+        label = next((item[key] for key in _LABELS if key in item), None)
+    elif isinstance(item, tuple | list) and len(item) > 1:
+        label = item[1]
+    return isinstance(label, int | float | np.number) or (_is_array(label) and np.ndim(label) == 0)
 
 
 class _Listed(torch.utils.data.Dataset[Any]):

@@ -92,6 +92,9 @@ def make_plan(
     InstanceError
         For weights that are not finite.
     """
+    without = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if without is not None:
+        raise UsageError(f"'{without}' has no values (device meta): load the weights before")
     plain = plain_model(unwrapped(model))
     default = select(plain.model)
     chosen = _in_order(default.chosen(names, exclude), names) if names is not None or exclude else default

@@ -24,6 +24,7 @@ from cbs_opt.instances.budgets import keeping
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.dense import dense_scores
 from cbs_opt.instances.export import Progress
+from cbs_opt.instances.fisher_terms import FisherError
 from cbs_opt.instances.gradients import CHUNK_BYTES
 from cbs_opt.instances.losses import LossLike, declared
 from cbs_opt.instances.metrics import MetricLike
@@ -317,6 +318,7 @@ class Run:
         fisher = self._fisher
         if method.source == "kfac" and fisher is None:
             fisher = "exact"
+        weaker: dict[str, Fisher] = {"exact": "sampled", "sampled": "empirical"}
         while True:
             recipe = replace(method.recipe(fisher, number), **given)
             try:
@@ -334,11 +336,11 @@ class Run:
                     if self._dense is None
                     else with_dense_targets(made, self.copy.model, self._dense, samples)
                 )
-            except UsageError as error:
-                if self._fisher is not None or fisher != "exact" or not str(error).startswith("`fisher` exact"):
+            except FisherError as error:
+                if method.fisher is not None or fisher not in weaker:
                     raise
-                fisher = self._fisher = "sampled"
-                logger.info(f"labels of kfac are drawn (`--fisher sampled`): {error}")
+                fisher = self._fisher = weaker[str(fisher)]
+                logger.info(f"kfac takes `--fisher {fisher}`: {error}")
 
     def budget_of(
         self, part: float, pruned: BoolArray, instance: Instance

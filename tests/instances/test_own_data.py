@@ -61,6 +61,9 @@ FORMS = {
     "nested": [((x,), y) for x, y in halves(X, Y)],
     "loader": DataLoader(TensorDataset(X, Y), batch_size=7),
     "data set": TensorDataset(X, Y),
+    "samples": list(zip(X, Y, strict=True)),
+    "samples with numbers": [(x.numpy(), int(y)) for x, y in zip(X, Y, strict=True)],
+    "samples as dictionaries": [{"input": x, "label": int(y)} for x, y in zip(X, Y, strict=True)],
     "collated": (
         [{"v": X[k].tolist(), "c": int(Y[k])} for k in range(60)],
         lambda items: (torch.tensor([i["v"] for i in items]), torch.tensor([i["c"] for i in items])),

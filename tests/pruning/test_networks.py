@@ -65,7 +65,6 @@ NETWORKS = {
         {
             "loss": lambda outputs, targets: (outputs - targets).abs().mean(1),
             "metric": "r2",
-            "fisher": "empirical",
         },
     ),
 }
@@ -77,7 +76,6 @@ NETWORKS = {
 def test_networks(name, source, stages):
     torch.manual_seed(0)
     make, data, options = NETWORKS[name]
-    options = {key: value for key, value in options.items() if source == "kfac" or key != "fisher"}
     batch = {"batch": 4, "samples": 40} if source == "fisher" and stages > 1 else {}
     model = make()
     pruned = cbs_opt.prune(
@@ -91,3 +89,8 @@ def test_networks(name, source, stages):
     assert np.isfinite(pruned.after.loss)
     kinds = {p.dtype for p in model.parameters()}
     assert {p.dtype for p in pruned.model.parameters()} == kinds
+
+
+def test_weights_without_values_are_told():
+    with pytest.raises(cbs_opt.UsageError, match="'weight' has no values"):
+        cbs_opt.prune(nn.Linear(6, 3, device="meta"), classes(10), 0.5)
