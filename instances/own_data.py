@@ -138,7 +138,9 @@ def _is_sample(item: Any) -> bool:
         label = next((item[key] for key in _LABELS if key in item), None)
     elif isinstance(item, tuple | list) and len(item) > 1:
         label = item[1]
-    return isinstance(label, int | float | np.number) or (_is_array(label) and np.ndim(label) == 0)
+    return isinstance(label, int | float | np.number) or (
+        isinstance(label, Tensor | np.ndarray) and label.ndim == 0
+    )
 
 
 class _Listed(torch.utils.data.Dataset[Any]):
