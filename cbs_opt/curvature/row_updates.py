@@ -1,4 +1,4 @@
-"""Best updates of many long rows that share one Hessian, by conjugate gradients.
+"""Best updates of many rows that share one Hessian, by factorisations, or by conjugate gradients for long rows.
 
 Room: the core; used by `SharedBlocks` and by `solvers.layers`.
 """
@@ -23,6 +23,7 @@ _CORRECTIONS = 5
 _COMPACT = 0.8  # share of unfinished rows below which the finished ones are left out of the products
 _WORTH = 8.0  # rows of more than this times K^(2/3) kept weights are cheaper by gradients than by a factorisation
 _LONG = 1000  # columns
+_SMALLEST_PIVOT = 1e-7  # of a unit-diagonal system: below it a row is singular to working precision
 
 
 def refit_by_gradients(
@@ -100,7 +101,8 @@ class Updated:
     ----------
     weights : float64 (rows, K)
     failed : int64
-        Rows whose residual did not fall far enough: S is too ill-conditioned for single precision.
+        Rows whose residual did not fall far enough, as S is too ill-conditioned for single precision, or whose
+        factorisation failed.
     stopped : bool
         Whether the run was told to stop: the weights fit the masks, but are not the best of all rows.
     """
@@ -108,6 +110,52 @@ class Updated:
     weights: FloatArray
     failed: IntArray
     stopped: bool
+
+
+def factored_rows(
+    S: FloatArray,
+    W: FloatArray,
+    pruned: BoolArray,
+    linear: FloatArray | None = None,
+    start: NDArray[Any] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Updated:
+    """Best weights of rows by one Cholesky factorisation each, on the kept side.
+
+    Parameters are those of `update_rows`. Rows that are singular to working precision fail; `should_stop` is asked
+    before every row, and the rows behind it keep the weights of `start`, or the given ones.
+
+    Notes
+    -----
+    2 rows · K² operations for the right sides in products of 256 rows, then q²·K + q³/3 for each row that keeps q.
+    """
+    from scipy.linalg import lapack
+
+    diagonal = np.diag(S)
+    scale = 1.0 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+    unit = S * scale[:, None] * scale
+    out = np.where(pruned, np.float64(0), W if start is None else start)
+    failed: list[int] = []
+    for first in range(0, W.shape[0], _ROWS):
+        checkpoint()
+        part = slice(first, first + _ROWS)
+        right = np.where(pruned[part], W[part], 0.0) @ S
+        if linear is not None:
+            right -= linear[part]
+        right *= scale
+        for r in range(first, min(first + _ROWS, W.shape[0])):
+            if should_stop():
+                return Updated(out, np.zeros(0, dtype=np.int64), True)
+            kept = np.flatnonzero(~pruned[r])
+            if kept.size == 0:
+                continue
+            system, b = unit[kept[:, None], kept].T, right[r - first, kept]
+            L, move, info = lapack.dposv(system, b, lower=1, overwrite_a=1)
+            if info != 0 or not L.diagonal().min() > _SMALLEST_PIVOT:
+                failed.append(r)
+            else:
+                out[r, kept] = W[r, kept] + move * scale[kept]
+    return Updated(out, np.array(failed, dtype=np.int64), False)
 
 
 def update_rows(
@@ -152,7 +200,7 @@ def update_rows(
     for first in range(0, W.shape[0], _ROWS):
         part = slice(first, first + _ROWS)
         P, w = pruned[part], W[part]
-        X = np.where(P, 0.0, w if start is None else start[part])
+        X = np.where(P, np.float64(0), w if start is None else start[part])
         out[part] = X
         if asked():
             continue

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cbs_opt.curvature.base import LARGE_BLOCK, Curvature, SharedRows
-from cbs_opt.curvature.row_updates import long_rows, update_rows
+from cbs_opt.curvature.row_updates import factored_rows, long_rows, update_rows
 from cbs_opt.errors import InstanceError
 from cbs_opt.interrupt import checkpoint
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
@@ -18,6 +18,7 @@ from cbs_opt.view import text
 
 _CACHE_BYTES = 1 << 30  # of inverses of stored blocks
 _BATCH_BYTES = 1 << 27  # of the systems of one batch of updates
+_FEW = 2.0  # of a row with fewer pruned weights than kept ones by this factor the stored block knows best
 _BATCH_LARGEST = 96  # weights of a block; beyond this LAPACK alone keeps a core busy
 
 
@@ -212,7 +213,7 @@ class SharedBlocks(Curvature):
         start: NDArray[Any] | None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> tuple[FloatArray, bool]:
-        """That of all kinds; long rows start from `start`, and may be stopped. See `row_updates.update_rows`."""
+        """That of all kinds; rows start from `start` where that helps, and may be stopped. See `row_updates`."""
         updated, complete = np.zeros(self.n), True
         for s, index, rows, scales in self._each():
             b = int(self.stored.block_sizes[s])
@@ -220,22 +221,41 @@ class SharedBlocks(Curvature):
             G = None if linear is None else linear[index].reshape(rows, b) / scales[:, None]
             done = _in_batches(self.stored.block(s), W, P) if G is None and b <= _BATCH_LARGEST < rows else None
             if done is None:
-                done, left = W.copy(), np.arange(rows)
-                if (long := long_rows(P)).any():
-                    at = slice(None) if long.all() else np.flatnonzero(long)  # a slice copies nothing
-                    begin = None if start is None else start[index].reshape(rows, b)[at]
-                    found = update_rows(
-                        self.stored.block(s), W[at], P[at], None if G is None else G[at], begin, should_stop
-                    )
-                    done[at], complete = found.weights, complete and not found.stopped
-                    left = np.concatenate([np.flatnonzero(~long), np.arange(rows)[at][found.failed]])
-                for position, r in enumerate(left.tolist()):
-                    if position and b > LARGE_BLOCK:
-                        checkpoint()
-                    done[r] = W[r] + self.stored.best_update(s, W[r], P[r], None if G is None else G[r])
+                begin = None if start is None else start[index].reshape(rows, b)
+                done, finished = self._updated_rows(s, W, P, G, begin, should_stop)
+                complete = complete and finished
             updated[index] = done.ravel()
         updated[pruned] = 0.0
         return updated, complete
+
+    def _updated_rows(
+        self,
+        s: int,
+        W: FloatArray,
+        P: BoolArray,
+        G: FloatArray | None,
+        start: NDArray[Any] | None,
+        should_stop: Callable[[], bool],
+    ) -> tuple[FloatArray, bool]:
+        """Best weights of the rows of stored block s, and whether they are: not where `should_stop` ended it."""
+        done, complete = np.where(P, np.float64(0), W if start is None else start), True
+        long, few = long_rows(P), _FEW * P.sum(1) < (~P).sum(1)
+        rest = [np.flatnonzero(few & ~long)]
+        for method, chosen in ((update_rows, long), (factored_rows, ~long & ~few)):
+            if not chosen.any():
+                continue
+            at = slice(None) if chosen.all() else np.flatnonzero(chosen)  # a slice copies nothing
+            g, begin = None if G is None else G[at], None if start is None else start[at]
+            found = method(self.stored.block(s), W[at], P[at], g, begin, should_stop)
+            done[at], complete = found.weights, complete and not found.stopped
+            rest.append(np.arange(P.shape[0])[at][found.failed])
+        for r in np.concatenate(rest).tolist():
+            if P.shape[1] > LARGE_BLOCK:
+                checkpoint()
+            if not complete or should_stop():
+                return done, False
+            done[r] = W[r] + self.stored.best_update(s, W[r], P[r], None if G is None else G[r])
+        return done, complete
 
     def conditional_inverse_diagonal(self, k: int, kept: IntArray) -> FloatArray:
         """[H_KK⁻¹]_ii on the kept weights K of block k."""

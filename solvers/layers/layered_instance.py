@@ -136,8 +136,9 @@ class LayeredInstance:
         options["time_limit"] = monitor.remaining if np.isfinite(monitor.remaining) else None
         if context.engine is None:
             solution = solve_layers(
-                self.layers, self.budget, threads=context.workers, refit=False, card=card, **options
-            )
+                self.layers, self.budget, threads=context.workers, refit=False, card=card,
+                keep_back=monitor.keep_back, **options,
+            )  # fmt: skip
         else:
             solution = solve_distributed(
                 self.layers,

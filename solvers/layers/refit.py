@@ -7,11 +7,13 @@ from collections.abc import Callable
 import numpy as np
 from scipy.linalg import lapack
 
-from cbs_opt.curvature.row_updates import long_rows, refit_by_gradients, update_rows
+from cbs_opt.curvature.row_updates import factored_rows, long_rows, refit_by_gradients, update_rows
 from cbs_opt.solvers.layers.problem import Layer, row_losses
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _ROW_COST, _LITTLE = 4e6, 8e9  # operations: overhead of a row; what is done exactly at any rate
+_ROW_OVERHEAD = 2e5  # operations that take as long as what a row costs beside its products
+_LONG_REFIT = 150  # products of a long row with S, from its original weights
 _FACTOR_COST = 8.0  # an operation of a small factorisation relative to one of a large float32 product
 
 
@@ -46,17 +48,30 @@ def refit_layer(layer: Layer, pruned: BoolArray, start: FloatArray | None = None
 
     start : float (rows, K), optional, weights near the best ones, for long rows.
     """
-    b = layer.weights @ layer.hessian
-    out, rest = np.empty_like(layer.weights), np.arange(layer.rows)
-    if (long := long_rows(pruned)).any():
-        index = np.flatnonzero(long)
-        begin = None if start is None else start[index]
-        found = update_rows(layer.hessian, layer.weights[index], pruned[index], start=begin)
-        out[index] = found.weights
-        rest = np.concatenate([np.flatnonzero(~long), index[found.failed]])
-    for r in rest.tolist():
-        out[r] = _solve(layer.hessian, b[r], np.flatnonzero(~pruned[r]))
+    long, out = long_rows(pruned), np.empty_like(layer.weights)
+    for method, chosen in ((update_rows, long), (factored_rows, ~long)):
+        if (index := np.flatnonzero(chosen)).size:
+            begin = None if start is None else start[index]
+            found = method(layer.hessian, layer.weights[index], pruned[index], start=begin)
+            out[index] = found.weights
+            for r in index[found.failed].tolist():
+                out[r] = refit_row(layer.hessian, layer.weights[r] @ layer.hessian, layer.weights[r], pruned[r])[0]
     return out
+
+
+def seconds_of_refit(layers: list[Layer], masks: list[BoolArray], clock: Callable[[], float]) -> float:
+    """Seconds that an exact refit of all rows takes, about: two rows of the most expensive layer are timed."""
+    works = []
+    for layer, mask in zip(layers, masks, strict=True):
+        q, K = (~mask).sum(1).astype(np.float64), float(layer.columns)
+        works.append(np.where(long_rows(mask), _LONG_REFIT * K**2, q**3 / 3 + q**2 + K**2 + _ROW_OVERHEAD))
+    k = int(np.argmax([work.sum() for work in works]))
+    layer, rows = layers[k], np.argsort(-works[k])[:2]
+    part = Layer(layer.weights[rows], layer.hessian, layer.scale[rows])
+    began = clock()
+    refit_layer(part, masks[k][rows])
+    seconds = clock() - began
+    return seconds * float(sum(work.sum() for work in works)) / float(works[k][rows].sum() + layer.columns**2)
 
 
 def brief_refit(layer: Layer, pruned: BoolArray, start: FloatArray, iterations: int) -> float:

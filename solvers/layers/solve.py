@@ -16,7 +16,7 @@ from cbs_opt.solvers.layers.incumbent import Incumbent, Report
 from cbs_opt.solvers.layers.joint import JointSearch
 from cbs_opt.solvers.layers.parallel import RowPool
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution, layer_losses
-from cbs_opt.solvers.layers.refit import brief_refit, quick_refit, refit_layer
+from cbs_opt.solvers.layers.refit import brief_refit, quick_refit, refit_layer, seconds_of_refit
 from cbs_opt.solvers.layers.selection import SelectionSearch
 from cbs_opt.solvers.layers.starts import admm, swept_weights
 from cbs_opt.solvers.layers.wide import WideSearch
@@ -56,6 +56,7 @@ def solve_layers(
     bound_share: float = 0.0,
     max_rounds: int | None = None,
     refit: bool = True,
+    keep_back: Callable[[float], object] | None = None,
     wide: bool = False,
     clock: Callable[[], float] = time.perf_counter,
     card: Card | None = None,
@@ -85,6 +86,9 @@ def solve_layers(
         Rounds of search over all rows at most; without a limit of time the search ends when a round gains little.
     refit : bool
         Whether to compute the weights of the answer (after the clock); without, they are the masked weights.
+    keep_back : callable, optional
+        Called with the seconds that an exact refit of the answer takes, where the caller is to do it: the run ends
+        so much earlier, after half of its limit at least. Only for layers that are searched on tableaus.
     wide : bool
         Whether to search short rows as long ones, for the joint objective: that needs no compiled kernels.
     clock : callable
@@ -113,12 +117,8 @@ def solve_layers(
     started = clock()
     ends = np.inf if time_limit is None else started + time_limit
     asked = should_stop or (lambda: False)
-
-    def stop() -> bool:
-        return clock() >= ends or asked()
-
-    run = _Run(layers, budget, Incumbent(layers, report, report_bound, clock), stop, ends, threads, seed, clock)
-    run.started = started
+    run = _Run(layers, budget, Incumbent(layers, report, report_bound, clock), asked, ends, threads, seed, clock)
+    run.started, run.keep_back = started, keep_back
     run.bound_share, run.max_rounds, run.card = bound_share, max_rounds, card
     run.wide = wide or run.columns > TABLEAU_COLUMNS
     if objective == "selection":
@@ -134,7 +134,7 @@ class _Run:
         layers: list[Layer],
         budget: LayerBudget,
         incumbent: Incumbent,
-        stop: Callable[[], bool],
+        asked: Callable[[], bool],
         ends: float,
         threads: int,
         seed: int,
@@ -142,7 +142,7 @@ class _Run:
     ) -> None:
         self.clock = clock
         self.layers, self.budget, self.incumbent = layers, budget, incumbent
-        self.stop, self.ends, self.threads, self.seed = stop, ends, threads, seed
+        self.asked, self.ends, self.threads, self.seed = asked, ends, threads, seed
         self.started = clock()
         self.bound_share = 0.0
         self.max_rounds: int | None = None
@@ -151,6 +151,11 @@ class _Run:
         self.wide = False
         self.compared = True
         self.columns = max(layer.columns for layer in layers)
+        self.keep_back: Callable[[float], object] | None = None
+
+    def stop(self) -> bool:
+        """Whether the time is over, or the caller says so."""
+        return self.clock() >= self.ends or self.asked()
 
     # Joint ---------------------------------------------------------------------------------------------------
 
@@ -169,6 +174,10 @@ class _Run:
                 self.compared = wide.run(pending)
             return
         self.incumbent.offer(self._zeroed_loss(magnitude), magnitude)  # a first answer at once
+        if self.keep_back is not None and np.isfinite(self.ends):
+            seconds = seconds_of_refit(self.layers, magnitude, self.clock)
+            self.keep_back(seconds)
+            self.ends -= min(seconds, 0.5 * (self.ends - self.started))
         with RowPool(self.threads, self.stop) as pool:
             self._joint_small(pending, pool)
 

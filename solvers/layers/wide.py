@@ -123,6 +123,8 @@ class WideSearch:
             return None
         self.rounds_left -= 1
         masks, weights = self._admm.run(_QUICK)
+        self._offer(self._admm.objective(weights), masks, weights)
+        weights = [refit_rows(w, mask, x, _BRIEF) for w, mask, x in zip(wide, masks, weights, strict=True)]
         value = self._admm.objective(weights)
         self._offer(value, masks, weights)
         return masks, weights, value

@@ -75,6 +75,36 @@ def test_many_small_rows_are_updated_in_batches(rows, problem, monkeypatch):
     assert case.instance.curvature.best_weights(case.w, pruned, None) == pytest.approx(expected, rel=1e-8)
 
 
+def test_the_rows_of_a_stored_block_are_updated_together(problem, monkeypatch):
+    """The update reads a stored block a few times, not once for each of its rows."""
+    case = problem(3, kind="hessian", shared=[0] * 40, n=40 * 5)
+    monkeypatch.setattr("cbs_opt.curvature.shared_blocks._BATCH_LARGEST", 4)
+    reads, plain = [], HessianBlocks.block
+    monkeypatch.setattr(HessianBlocks, "block", lambda self, k: reads.append(k) or plain(self, k))
+    pruned = np.tile([True, True, False, True, False], 40)
+    weights = case.instance.curvature.best_weights(case.w, pruned, None)
+    assert len(reads) <= 4
+    assert weights == pytest.approx(copied(case).best_weights(case.w, pruned, None), rel=1e-8)
+
+
+def test_an_update_in_rows_that_is_stopped_keeps_what_it_has(problem):
+    case = problem(4, kind="hessian", shared=[0] * 6, n=6 * 8)
+    curvature = case.instance.curvature
+    pruned = np.random.default_rng(0).random(48) < 0.6
+    best, asked = curvature.best_weights(case.w, pruned, None), []
+    start = (1.5 * best).astype(np.float32)
+
+    def third():
+        asked.append(0)
+        return len(asked) > 2
+
+    weights, complete = curvature.improved_weights(case.w, pruned, None, start, third)
+    assert not complete and weights.dtype == np.float64
+    assert weights[:16] == pytest.approx(best[:16]) and weights[16:] == pytest.approx(start[16:])
+    again, complete = curvature.improved_weights(case.w, pruned, None, start)
+    assert complete and again == pytest.approx(best, rel=1e-12, abs=1e-14)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_keeps_the_stored_blocks_only(kind, problem, tmp_path):
     case = problem(2, kind=kind, shared=(1, 0, 1, 1), n=12)

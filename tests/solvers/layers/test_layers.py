@@ -142,6 +142,23 @@ def test_never_worse_than_magnitude_and_warm_start(seed, share, limit):
         assert solution.objective <= layer_losses(layers, weights) * (1 + 1e-9)
 
 
+def test_time_is_kept_back_for_the_refit_of_the_answer():
+    """With a clock that counts its readings the run ends as much earlier as a refit of all rows takes."""
+    layer = random_layer(9, rows=8, columns=20)
+    readings, kept = [0.0], []
+
+    def clock():
+        readings[0] += 1e-3
+        return readings[0]
+
+    solution = solve_layers(
+        [layer], LayerBudget(total=100), time_limit=2.0, clock=clock, refit=False, keep_back=kept.append
+    )
+    assert len(kept) == 1 and 1e-3 < kept[0] < 1.0
+    assert readings[0] <= 2.0 - kept[0] + 0.1
+    assert solution.history[-1][0] <= 2.0 - kept[0] + 0.1
+
+
 def test_scaling_the_weights_and_the_rows():
     """Weights times 3 and scales times 2: the same masks, and 18 times the objective."""
     layer = random_layer(5, rows=4, columns=12)
