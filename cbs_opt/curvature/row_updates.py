@@ -6,6 +6,7 @@ Room: the core; used by `SharedBlocks` and by `solvers.layers`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ _CORRECTIONS = 5
 _COMPACT = 0.8  # share of unfinished rows below which the finished ones are left out of the products
 _WORTH = 8.0  # rows of more than this times K^(2/3) kept weights are cheaper by gradients than by a factorisation
 _LONG = 1000  # columns
+_TINY = 64  # columns below which the libraries take one thread of their own accord
 _SMALLEST_PIVOT = 1e-7  # of a unit-diagonal system: below it a row is singular to working precision
 
 
@@ -143,19 +145,27 @@ def factored_rows(
         if linear is not None:
             right -= linear[part]
         right *= scale
-        for r in range(first, min(first + _ROWS, W.shape[0])):
-            if should_stop():
-                return Updated(out, np.zeros(0, dtype=np.int64), True)
-            kept = np.flatnonzero(~pruned[r])
-            if kept.size == 0:
-                continue
-            system, b = unit[kept[:, None], kept].T, right[r - first, kept]
-            L, move, info = lapack.dposv(system, b, lower=1, overwrite_a=1)
-            if info != 0 or not L.diagonal().min() > _SMALLEST_PIVOT:
-                failed.append(r)
-            else:
-                out[r, kept] = W[r, kept] + move * scale[kept]
+        with _single_thread(S.shape[0]):
+            for r in range(first, min(first + _ROWS, W.shape[0])):
+                if should_stop():
+                    return Updated(out, np.zeros(0, dtype=np.int64), True)
+                kept = np.flatnonzero(~pruned[r])
+                if kept.size == 0:
+                    continue
+                system, b = unit[kept[:, None], kept].T, right[r - first, kept]
+                L, move, info = lapack.dposv(system, b, lower=1, overwrite_a=1)
+                if info != 0 or not L.diagonal().min() > _SMALLEST_PIVOT:
+                    failed.append(r)
+                else:
+                    out[r, kept] = W[r, kept] + move * scale[kept]
     return Updated(out, np.array(failed, dtype=np.int64), False)
+
+
+def _single_thread(columns: int) -> AbstractContextManager[object]:
+    """Linear algebra with one thread: several wait for each other on the systems of single rows."""
+    from threadpoolctl import threadpool_limits
+
+    return nullcontext() if columns < _TINY else threadpool_limits(1)
 
 
 def update_rows(
