@@ -45,6 +45,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the current task, the amount done, and the total."""
 
 _CUDA_CHUNK_BYTES = 1 << 30
+_LARGEST_PIECE = 1 << 31  # bytes of activations, where rows share their Hessians
 
 
 def export(
@@ -284,6 +285,8 @@ class Export:
         self._progress: Progress = progress or (lambda what, done, total: None)
         self._should_stop = should_stop
         self._chunk_bytes = _CUDA_CHUNK_BYTES if self.device.type == "cuda" else CHUNK_BYTES
+        if recipe.by_rows:  # what is kept does not grow with the samples, and every piece visits all groups of rows
+            self._chunk_bytes = max(self._chunk_bytes, min(_LARGEST_PIECE, recipe.memory_bytes() // 3))
         self._sum = np.zeros(self.weights.size)
         self._squares = 0.0
         self.facts: dict[str, Any] = {}
