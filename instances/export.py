@@ -285,7 +285,7 @@ class Export:
         self._progress: Progress = progress or (lambda what, done, total: None)
         self._should_stop = should_stop
         self._chunk_bytes = _CUDA_CHUNK_BYTES if self.device.type == "cuda" else CHUNK_BYTES
-        if recipe.by_rows:  # what is kept does not grow with the samples, and every piece visits all groups of rows
+        if recipe.by_rows:  # every piece visits all groups of rows, and nothing is kept of a sample
             self._chunk_bytes = max(self._chunk_bytes, min(_LARGEST_PIECE, recipe.memory_bytes() // 3))
         self._sum = np.zeros(self.weights.size)
         self._squares = 0.0

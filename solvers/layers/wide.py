@@ -1,4 +1,4 @@
-"""The joint problem on layers with many columns: magnitude, ADMM with growing patience, then exchanges.
+"""The joint problem on layers with many columns: magnitude, ADMMs of growing patience, then exchanges.
 
 Room: layers; `solve` alone imports it.
 """
@@ -27,10 +27,11 @@ _BRIEF, _LONGER = 4, 20  # iterations of conjugate gradients on a start: for a f
 _FAR = 0.5  # of the loss of a start after the first of these, which the others lower by a tenth or two
 _PRODUCTS_OF_REFIT, _PRODUCTS_OF_EVALUATION = 45, 25  # in single precision, or what takes that long
 _QUICK = 3  # iterations of the first ADMM between two changes of ρ
-_LONGEST = 64  # iterations between two changes of ρ in the second run
-_WITHOUT_LIMIT = 16  # the same, without a limit on time
-_WORTHWHILE = 2 * _QUICK  # below this a second run is not better than the first
-_SHARE = 0.75  # of the remaining time for the second run
+_PATIENT, _MORE = 6, 2  # the same in the second, and how many times more in each that follows
+_WITHOUT_LIMIT = 12  # the same in the last one, without a limit on time
+_WORTHWHILE = 4  # below this another run gains little
+_SHARE = 0.85  # of the remaining time for the last ADMM, which it decides
+_SETTLED = 1e-3  # relative gain of an ADMM below which exchanges follow
 _GAIN = 1e-5  # relative gain of a round of exchanges below which the search has converged
 
 
@@ -39,9 +40,10 @@ class WideSearch:
 
     A first answer stands at once: magnitude, at the upper bound ½ Σ_r s_r (Σ_i |w_i| √S_ii)² of its loss; then
     after a few iterations of its refit and that of the warm start, and ADMM (`WideAdmm`). Where it does not halve
-    the loss, the refits are finished. A second ADMM spends most of the remaining time: the more iterations
-    between two changes of ρ, the better. A refit and exchanges (`BulkExchange`) follow until a round gains less
-    than 1e-5.
+    the loss, the refits are finished. A warm start that halves the loss of magnitude takes the place of the first
+    ADMM. Further ones go on from there, each with twice as many iterations between two changes of ρ, until one
+    gains less than 1e-3 or the time for it is over. A refit and exchanges (`BulkExchange`) follow until a round
+    gains less than 1e-5.
 
     Parameters
     ----------
@@ -53,7 +55,7 @@ class WideSearch:
     remaining : callable
         Seconds, infinite without a limit.
     max_rounds : int, optional
-        The first ADMM is one, the second one, and every exchange of all rows.
+        Every ADMM is one, and every exchange of all rows.
     clock : callable
     """
 
@@ -79,13 +81,14 @@ class WideSearch:
         try:
             with interruptible(self.should_stop):
                 wide = [WideLayer(layer) for layer in self.layers]
-                known = []  # masks, their weights after a few iterations, and the loss of these
+                known: list[Found] = []  # masks, their weights after a few iterations, and the loss of these
                 for masks in starts:
                     weights = [refit_rows(w, mask, None, _BRIEF) for w, mask in zip(wide, masks, strict=True)]
                     known.append((masks, weights, value := self._objective(wide, weights)))
                     self.incumbent.offer(value, masks, weights)
                 self._to_beat = _FAR * min(value for *_, value in known)
-                found = self._first(wide)
+                self._admm = WideAdmm(wide, self.budget, self._offer, self.clock)
+                found = self._first(wide, known)
                 for masks, weights, _ in known:
                     if found is None or found[2] > self._to_beat:
                         parts = zip(wide, masks, weights, strict=True)
@@ -116,33 +119,43 @@ class WideSearch:
         pairs = zip(wide, weights, strict=True)
         return 0.5 * sum(float(w.layer.scale @ w.losses(x)) for w, x in pairs)
 
-    def _first(self, wide: list[WideLayer]) -> Found | None:
-        """The first ADMM: masks, scaled weights, loss; None without a round for it."""
-        self._admm = WideAdmm(wide, self.budget, self._offer, self.clock)
-        if self.rounds_left < 1:
+    def _first(self, wide: list[WideLayer], known: list[Found]) -> Found | None:
+        """A good warm start, or the answer of the first ADMM; None without a round for that."""
+        masks, weights, value = known[-1]
+        if len(known) > 1 and value <= _FAR * known[0][2]:
+            weights = [refit_rows(w, mask, x, _LONGER) for w, mask, x in zip(wide, masks, weights, strict=True)]
+            self._admm.start_from(masks, weights)
+        elif self.rounds_left < 1:
             return None
-        self.rounds_left -= 1
-        masks, weights = self._admm.run(_QUICK)
-        self._offer(self._admm.objective(weights), masks, weights)
-        weights = [refit_rows(w, mask, x, _BRIEF) for w, mask, x in zip(wide, masks, weights, strict=True)]
+        else:
+            self.rounds_left -= 1
+            masks, weights = self._admm.run(_QUICK)
+            self._offer(self._admm.objective(weights), masks, weights)
+            weights = [refit_rows(w, mask, x, _BRIEF) for w, mask, x in zip(wide, masks, weights, strict=True)]
         value = self._admm.objective(weights)
         self._offer(value, masks, weights)
         return masks, weights, value
 
     def _search(self, wide: list[WideLayer], best: Found) -> None:
-        """A second ADMM, a refit, and exchanges; time is left for the refit and for the evaluation."""
-        product = self._admm.seconds_of_products / self._admm.iterations
-        hold = _WITHOUT_LIMIT
-        if np.isfinite(self.remaining()):
-            left = self.remaining() - (_PRODUCTS_OF_REFIT + _PRODUCTS_OF_EVALUATION) * product
-            hold = int(min(_LONGEST, self._admm.affordable(_SHARE * left)))
-        if hold >= _WORTHWHILE and self.rounds_left >= 1:
+        """Further ADMMs, a refit, and exchanges; time is left for the refit and for the evaluation."""
+        product = self._admm.seconds_of_iteration
+        reserve, hold = (_PRODUCTS_OF_REFIT + _PRODUCTS_OF_EVALUATION) * product, _PATIENT
+        while self.rounds_left >= 1:
+            if np.isfinite(self.remaining()):
+                affordable = self._admm.affordable(_SHARE * (self.remaining() - reserve))
+                hold = int(min(hold, affordable))
+            if not _WORTHWHILE <= hold <= (_WITHOUT_LIMIT if np.isinf(self.remaining()) else np.inf):
+                break
             self.rounds_left -= 1
-            masks, weights = self._admm.run(hold)
+            masks, weights = self._admm.run_again(hold)
             value = self._admm.objective(weights)
             self.incumbent.offer(value, masks, weights)
-            if value < best[2]:
+            gained = best[2] - value
+            if gained > 0:
                 best = masks, weights, value
+            if gained < _SETTLED * value:
+                break
+            hold *= _MORE
         if self.rounds_left >= 1:
             self._exchange(wide, best, _PRODUCTS_OF_EVALUATION * product)
 

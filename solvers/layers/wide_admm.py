@@ -19,7 +19,9 @@ from cbs_opt.typing import BoolArray, FloatArray
 
 _WARM = 24  # iterations before an unchanged support ends the run
 _FIRST_OFFER = 12  # iterations before which masks are not worth a loss
-_CHANGES = 10.0  # of ρ that a run takes, roughly
+_RHO, _RHO_FROM = 0.1, 0.2  # the first ρ, from magnitude and from a good mask
+_CHANGES, _INVERSE = 8, 1.3  # of ρ in a run, and products of as many rows as columns that one takes, roughly
+_AGAIN = 0.4  # of the last ρ, in a run from where the last one ended
 _ROWS = 256  # of a product between two checkpoints
 
 Single = NDArray[Any]
@@ -86,7 +88,8 @@ class WideAdmm:
     + ρ/2 ‖X − D + U‖², D = X + U thresholded, U ← U + X − D, with ρ growing as long as the support changes.
     Differences: (S + ρI)⁻¹ is formed by a Cholesky factorisation at every change of ρ, so that an iteration is one
     product instead of two, and no eigendecomposition is needed; ρ is held for more than three iterations if there
-    is time, which leads to better masks; all layers share one budget; single precision.
+    is time, which leads to better masks, and lowered again for further runs; all layers share one budget; single
+    precision.
 
     Parameters
     ----------
@@ -112,20 +115,54 @@ class WideAdmm:
         self.layers, self.budget, self.offer, self.clock = layers, budget, offer, clock
         self.iterations = self.changes = 0
         self.seconds = self.seconds_of_changes = 0.0  # of all runs, and of the changes of ρ among that
+        self._last_changes, self._seconds_of_start = _CHANGES, 0.0
+        self._state: tuple[list[BoolArray], list[Single], list[Single], float]
 
-    def run(self, hold: int, rho: float = 0.1, most: int = 2000) -> tuple[list[BoolArray], list[Single]]:
-        """Masks and their weights, scaled; ρ changes every `hold` iterations.
+    def run(self, hold: int, rho: float = _RHO, most: int = 2000) -> tuple[list[BoolArray], list[Single]]:
+        """Masks and their weights, scaled, from magnitude; ρ changes every `hold` iterations.
 
         Raises
         ------
         numpy.linalg.LinAlgError
             S is far from positive semidefinite.
         """
+        masks = self._threshold([layer.W for layer in self.layers])
+        D = [np.where(mask, np.float32(0), layer.W) for mask, layer in zip(masks, self.layers, strict=True)]
+        return self._run(hold, rho, masks, D, [np.zeros_like(d) for d in D], most)
+
+    def run_again(self, hold: int, most: int = 2000) -> tuple[list[BoolArray], list[Single]]:
+        """A run from where the last one ended, with ρ at `_AGAIN` of what it was then.
+
+        The support is free to change again, and the answer is better than after a run from magnitude that takes as
+        long: the runs together are an ADMM that may be stopped after any of them.
+        """
+        masks, D, U, rho = self._state
+        self._state = ([], [], [], rho)  # they change in place
+        for dual in U:
+            dual /= np.float32(_AGAIN)
+        return self._run(hold, _AGAIN * rho, masks, D, U, most)
+
+    def start_from(self, masks: list[BoolArray], weights: list[Single]) -> None:
+        """Let `run_again` start from masks with their refitted, scaled weights; O(rows · K²).
+
+        The dual variables of pruned weights are then their gradients, those of kept weights zero.
+        """
+        began = self.clock()
+        D, U, rho = [x.copy() for x in weights], [], _RHO_FROM / _AGAIN
+        for layer, mask, x in zip(self.layers, masks, weights, strict=True):
+            gradient = layer.B - layer.product(x)
+            gradient *= np.float32(1.0 / rho)
+            gradient[~mask] = 0
+            U.append(gradient)
+        self._seconds_of_start = max(self.clock() - began, 1e-9)
+        self._state = (masks, D, U, rho)
+
+    def _run(
+        self, hold: int, rho: float, masks: list[BoolArray], D: list[Single], U: list[Single], most: int
+    ) -> tuple[list[BoolArray], list[Single]]:
         began, layers = self.clock(), self.layers
-        masks = self._threshold([layer.W for layer in layers])
-        D = [np.where(mask, np.float32(0), layer.W) for mask, layer in zip(masks, layers, strict=True)]
-        U = [np.zeros_like(d) for d in D]
         inverses: list[Single] = []
+        changes = self.changes
         self._invert(inverses, rho)
         kept = max(1, sum(mask.size - int(mask.sum()) for mask in masks))
         before = masks
@@ -156,7 +193,9 @@ class WideAdmm:
                     dual /= np.float32(factor)
                 self._invert(inverses, rho)
         self.seconds += self.clock() - began
-        return masks, D
+        self._last_changes = self.changes - changes
+        self._state = (masks, D, U, rho)
+        return masks, [d.copy() for d in D]
 
     def _invert(self, inverses: list[Single], rho: float) -> None:
         """Replace the list by (S + ρI)⁻¹ of every layer, one at a time to save memory."""
@@ -167,14 +206,21 @@ class WideAdmm:
         self.seconds_of_changes += self.clock() - began
 
     @property
-    def seconds_of_products(self) -> float:
-        """Of all iterations, without the changes of ρ."""
-        return max(self.seconds - self.seconds_of_changes, 1e-9)
+    def seconds_of_iteration(self) -> float:
+        """Of one iteration, without the changes of ρ."""
+        if not self.iterations:
+            return self._seconds_of_start
+        return max(self.seconds - self.seconds_of_changes, 1e-9) / self.iterations
 
     def affordable(self, seconds: float) -> float:
-        """Iterations between two changes of ρ that a run of that many seconds has time for."""
-        change = self.seconds_of_changes / self.changes
-        return (seconds / _CHANGES - change) * self.iterations / self.seconds_of_products
+        """Iterations between two changes of ρ that another run, of that many seconds, has time for."""
+        if self.changes:
+            change = self.seconds_of_changes / self.changes
+        else:
+            shapes = [layer.W.shape for layer in self.layers]
+            change = _INVERSE * sum(K**3 for _, K in shapes) / sum(rows * K**2 for rows, K in shapes)
+            change *= self.seconds_of_iteration
+        return (seconds / self._last_changes - change) / self.seconds_of_iteration
 
     def objective(self, X: list[Single]) -> float:
         """½ Σ s_r (x − w)ᵀ S (x − w) of scaled weights."""

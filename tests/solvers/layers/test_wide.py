@@ -71,6 +71,35 @@ def test_better_than_magnitude_and_the_warm_start(kind, seed):
     assert again.objective <= solution.objective * (1 + 1e-6)
 
 
+def test_a_good_warm_start_takes_the_place_of_the_first_run(monkeypatch):
+    layers = [random_layer(11, rows=20, columns=48)]
+    budget = LayerBudget(total=480)
+    first = solve_layers(layers, budget, max_rounds=1)
+    cold = []
+    monkeypatch.setattr(wide_admm.WideAdmm, "run", lambda self, hold: cold.append(hold))
+    again = solve_layers(layers, budget, warm_start=first.pruned, max_rounds=1)
+    assert not cold
+    assert again.objective < first.objective * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["total", "pattern"])
+def test_further_runs_of_admm_go_on_from_the_last_one(kind):
+    layers = [random_layer(seed, rows=24, columns=48) for seed in (12, 13)]
+    offered = []
+    wide = [wide_admm.WideLayer(layer) for layer in layers]
+    engine = wide_admm.WideAdmm(wide, budgets(kind, layers), lambda value, masks, weights: offered.append(value))
+    masks, weights = engine.run(3)
+    kept = [x.copy() for x in weights]
+    losses = [exact(layers, masks)]
+    for hold in (6, 12):
+        masks, _ = engine.run_again(hold)
+        assert budgets(kind, layers).satisfied(masks)
+        losses.append(exact(layers, masks))
+    assert min(losses[1:]) < losses[0]
+    for x, y in zip(weights, kept, strict=True):
+        np.testing.assert_array_equal(x, y)  # what was returned does not change afterwards
+
+
 class AtQuestion:
     def __init__(self, k):
         self.left = k
