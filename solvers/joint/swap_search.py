@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,7 +36,8 @@ logger = logging.getLogger("cbs_opt")
 
 _GAIN = 1e-9  # smallest improvement that counts, relative to the loss
 _PATIENCE = 400  # moves without improvement after which a search without a limit ends
-_PATIENCE_BEFORE_PROOF = 3000  # the same on the small problems that are proven next
+_PATIENCE_BEFORE_PROOF = 3000  # the same at most on the small problems that are proven next
+_PROVEN_SOONER = 100  # selections that are enumerated in the time of a move, cautiously
 _FIRST_SHARE = 0.3  # of the time limit, for the search before the first proof
 _REFACTOR = 200  # moves between two fresh factorisations; more where the drift is small, up to sixteen times
 _WORTH_A_WORD = 1e-6  # relative error of the loss
@@ -238,7 +240,7 @@ class JointSearch(Solver):
         monitor, rng = context.monitor, self._rng
         patience = self.parameters.patience
         if patience is None and (not monitor.stop.limits_work or (self._prover is not None and not self._bounded)):
-            patience = _PATIENCE if self._prover is None else _PATIENCE_BEFORE_PROOF
+            patience = _PATIENCE if self._prover is None else _patience_before_proof(moves.instance)
         settled = np.inf  # the value at which every swap was tried last
         best, best_doubled = moves.pruned(), moves.doubled
         tabu: deque[tuple[int, int, int]] = deque()  # (free again at move, block, weight), in order
@@ -308,6 +310,17 @@ class JointSearch(Solver):
                 at_best = False
         self._best_doubled = best_doubled
         return best
+
+
+def _patience_before_proof(instance: Instance) -> int:
+    """Moves without improvement before the proof, which takes less time than many moves where it counts little."""
+    sizes, pruned = instance.budget.group_sizes(instance.n), instance.budget.per_group
+    logarithm = sum(
+        math.lgamma(n + 1) - math.lgamma(p + 1) - math.lgamma(n - p + 1)
+        for n, p in zip(sizes.tolist(), pruned.tolist(), strict=True)
+    )
+    most = math.log(_PATIENCE_BEFORE_PROOF * _PROVEN_SOONER)
+    return max(20, int(math.exp(min(logarithm, most)) / _PROVEN_SOONER))
 
 
 def _shake(moves: JointMoves, rng: np.random.Generator, swaps: int) -> None:
