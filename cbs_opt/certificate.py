@@ -30,6 +30,8 @@ it.
 8. *A diagonal that is valid on exact sums only* is used at points that have these sums, within the box, with
    the rounding of the sums in the margin, and only for the numbers it was computed for: it does not bound other
    entries of the joined table.
+   The same goes for multipliers of products, which are positive, of two open weights each: of a product of
+   pruning two weights only y_i y_j ≥ 0 is used, and y_i y_j = y_j once i is pruned.
 9. *Tables.* An entry is the best of its own trees, of the root point of any tree of its piece that rule 8
    allows, and of the cheap bound; no entry is omitted or taken from another number. The checker joins the
    tables itself.

@@ -18,6 +18,9 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 States = NDArray[np.int8]
 
+Products = tuple[IntArray, IntArray, FloatArray]
+"""Pairs of weights, int64 (e,) and (e,), and their multipliers, float64 (e,) > 0."""
+
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -38,7 +41,9 @@ class Part(Protocol):
     needs_diagonal: bool
     """Whether its frames do; its trees settle groups without a choice at every node then."""
 
-    def frame(self, state: States, diagonal: FloatArray | None, left: IntArray) -> Frame:
+    def frame(
+        self, state: States, diagonal: FloatArray | None, left: IntArray, products: Products | None = None
+    ) -> Frame:
         """The frame of a node; `left` weights are to be pruned in each group."""
 
     def value(self, state: States) -> float:
@@ -78,9 +83,11 @@ class SelectionPart:
         self.index, self.Q, self.c, self.group, self.left = index, Q, c + 0.5 * diagonal * alone, group, left
         self.state = np.full(index.size, -1, np.int8)
 
-    def frame(self, state: States, diagonal: FloatArray | None, left: IntArray) -> Frame:
-        """Q − diag(d) where d is given."""
-        return SelectionFrame(self, state, diagonal, left)
+    def frame(
+        self, state: States, diagonal: FloatArray | None, left: IntArray, products: Products | None = None
+    ) -> Frame:
+        """Q − diag(d) − N where d, and the multipliers of products, are given."""
+        return SelectionFrame(self, state, diagonal, left, products)
 
     def value(self, state: States) -> float:
         """The loss of a complete selection; −∞ for others, because their entries of Q may be negative."""
@@ -110,15 +117,24 @@ class SelectionPart:
 
 
 class SelectionFrame:
-    """With R = Q − D, ½ yᵀQy = ½ yᵀRy + ½ dᵀy for binary y, and ½ (y − x)ᵀR(y − x) ≥ 0 gives, at any x,
+    """With R = Q − D − N, ½ yᵀQy = ½ yᵀRy + ½ dᵀy + ½ yᵀNy for binary y. ½ (y − x)ᵀR(y − x) ≥ 0 gives, at any x,
 
-    ½ yᵀQy + cᵀy ≥ −½ xᵀRx + (Rx + c + d/2)ᵀy.
+    ½ yᵀQy + cᵀy ≥ −½ xᵀRx + (Rx + c + d/2)ᵀy + ½ yᵀNy.
+
+    N ≥ 0 are multipliers of products, and y ≥ s with s the weights pruned so far: ½ yᵀNy ≥ (Ns)ᵀy − ½ sᵀNs.
 
     It needs R ⪰ 0, with a diagonal only where all group sums of the open weights are zero: x is brought to the
     right sums then. If Cholesky shows a deficit of R, it is subtracted from the bound.
     """
 
-    def __init__(self, part: SelectionPart, state: States, diagonal: FloatArray | None, left: IntArray) -> None:
+    def __init__(
+        self,
+        part: SelectionPart,
+        state: States,
+        diagonal: FloatArray | None,
+        left: IntArray,
+        products: Products | None = None,
+    ) -> None:
         self.part, self.exact_sums = part, diagonal is not None
         self.R, self.linear = part.Q, part.c
         at = np.flatnonzero(state < 0)
@@ -128,6 +144,14 @@ class SelectionFrame:
             d[at] = diagonal
             self.R, self.linear = part.Q - np.diag(d), part.c + 0.5 * d
             group = part.group[at]
+        self.N: FloatArray | None = None
+        if products is not None:
+            first, second, price = products
+            self.N = np.zeros(part.Q.shape)
+            self.N[first, second] = self.N[second, first] = price
+            self.R = self.R - self.N
+            # What the subtraction may lose, in units of `_doubt`.
+            self._lost = self.N + np.abs(self.R) * (self.N > 0)
         self.open = state < 0
         self.left = left - np.bincount(part.group[state == 1], minlength=left.size)
         self.lift = np.zeros(part.index.size)
@@ -141,8 +165,15 @@ class SelectionFrame:
         far = np.where(states < 0, np.maximum(np.abs(X), np.abs(1.0 - X)), np.abs(X - states))
         weight = 0.5 * np.abs(X) + (states != 0)
         lost = (weight * size).sum(1) + np.abs(self.linear) @ (states != 0).T
-        base = -0.5 * (X * RX).sum(1) - 0.5 * (far**2 @ self.lift) - _doubt(X.shape[1]) * (lost + slip)
-        return base, RX + self.linear
+        base = -0.5 * (X * RX).sum(1) - 0.5 * (far**2 @ self.lift)
+        price = RX + self.linear
+        if self.N is not None:
+            pruned, possible = (states == 1).astype(np.float64), (states != 0).astype(np.float64)
+            by_pruned = pruned @ self.N
+            base = base - 0.5 * (by_pruned * pruned).sum(1)
+            price = price + by_pruned
+            lost = lost + 1.5 * ((possible @ self._lost) * possible).sum(1)
+        return base - _doubt(X.shape[1]) * (lost + slip), price
 
     def _with_sums(self, points: FloatArray) -> tuple[FloatArray, FloatArray]:
         """The points, clipped to [0, 1], with what their sums lack put on one fractional entry of each group.
@@ -224,8 +255,12 @@ class JointPart:
         lost = float(0.5 * size @ self._sizes @ size + np.abs(self.g) @ size)
         return rest, L, s, u, loss - _doubt(self.w.size) * lost
 
-    def frame(self, state: States, diagonal: FloatArray | None, left: IntArray) -> Frame:
+    def frame(
+        self, state: States, diagonal: FloatArray | None, left: IntArray, products: Products | None = None
+    ) -> Frame:
         """The open weights after the kept ones have been eliminated."""
+        if products is not None:
+            raise SolutionError("only the selection problem has multipliers of products")
         return JointFrame(self, state, diagonal)
 
     def value(self, state: States) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from cbs_opt.certificate_bounds import Frame, Part, States
+from cbs_opt.certificate_bounds import Frame, Part, Products, States
 from cbs_opt.certificate_counting import MOST_OF_CERTIFICATE, selections
 from cbs_opt.errors import SolutionError
 from cbs_opt.files.certificate_file import (
@@ -87,6 +87,16 @@ def settled(state: States, is_open: BoolArray, group: IntArray, left: IntArray) 
     return out
 
 
+_SOURCES = {
+    "fixing": "fixings",
+    "diagonal": "diagonals",
+    "frame": "product_counts",
+    "product": "products",
+    "product_price": "product_prices",
+    "number": "numbers",
+}
+
+
 @dataclass
 class Streams:
     """What the nodes read from a certificate, in their order."""
@@ -96,6 +106,9 @@ class Streams:
     node: int = 0
     fixing: int = 0
     diagonal: int = 0
+    frame: int = 0
+    product: int = 0
+    product_price: int = 0
     code: int = 0
     number: int = 0
     counted: int = 0  # selections of counted leaves
@@ -105,7 +118,7 @@ class Streams:
 
     def take(self, what: str, count: int) -> NDArray[np.generic]:
         """The next entries of a stream; raises `SolutionError` where it is too short."""
-        source = {"fixing": "fixings", "diagonal": "diagonals", "number": "numbers"}.get(what)
+        source = _SOURCES.get(what)
         array = self.bits if source is None else getattr(self.certificate, source)
         start = getattr(self, what)
         if count < 0 or start + count > array.size:
@@ -117,10 +130,8 @@ class Streams:
     def finished(self) -> bool:
         """Whether everything was read, but for the last bits of a byte."""
         c = self.certificate
-        ends = (self.node, self.fixing, self.diagonal, self.number)
-        return ends == (c.branch.size, c.fixings.size, c.diagonals.size, c.numbers.size) and (
-            0 <= self.bits.size - self.code < 8
-        )
+        read = self.node == c.branch.size and 0 <= self.bits.size - self.code < 8
+        return read and all(getattr(self, what) == getattr(c, source).size for what, source in _SOURCES.items())
 
 
 @dataclass
@@ -186,7 +197,7 @@ class TreeCheck:
             diagonal = np.asarray(self.streams.take("diagonal", int((state < 0).sum())), np.float64)
             if not np.isfinite(diagonal).all():
                 raise SolutionError("`diagonals` has NaN or infinite entries")
-            context = _Context(part.frame(state, diagonal, self.left), state.copy(), None)
+            context = _Context(part.frame(state, diagonal, self.left, self._products(state)), state.copy(), None)
         how &= ~FRAME
         if how not in (NOTHING, POINT, INHERIT, VALUE, COUNT):
             raise SolutionError(f"`how` must be one of 0 … 4 and {FRAME} … {FRAME + 4}, got {how}")
@@ -216,6 +227,20 @@ class TreeCheck:
             pruned = state.copy()
             state[i], pruned[i] = 0, 1
             stack += [(pruned, context), (state, context)]
+
+    def _products(self, state: States) -> Products | None:
+        """The pairs of a new frame, as weights of the part, with their multipliers; None where there are none."""
+        count = int(self.streams.take("frame", 1)[0])
+        pairs = self.streams.take("product", 2 * count).reshape(-1, 2).tolist()
+        price = np.asarray(self.streams.take("product_price", count), np.float64)
+        if not count:
+            return None
+        first, second = (np.array([self._weight(pair[k], state) for pair in pairs]) for k in (0, 1))
+        if len({frozenset(pair) for pair in pairs}) != count or (first == second).any():
+            raise SolutionError("`products` must be pairs of two weights, each pair once")
+        if not (np.isfinite(price) & (price > 0)).all():
+            raise SolutionError("`product_prices` must be positive and finite")
+        return first, second, price
 
     def _weight(self, index: int, state: States) -> int:
         i = self._local.get(index)

@@ -73,7 +73,7 @@ Forgery = Callable[[Certificate, Generator], tuple[Certificate, str]]
 def _forgeries() -> list[Forgery]:
     """All ways to change a certificate."""
     arrays = ("pieces", "tree_piece", "tree_count", "tree_nodes", "branch", "how", "fixed_counts", "fixings",
-              "diagonals", "codes", "numbers")  # fmt: skip
+              "diagonals", "product_counts", "products", "product_prices", "codes", "numbers")  # fmt: skip
     entries = [partial(_entries, name) for name in arrays]
     lengths = [partial(_length, name) for name in arrays]
     return [*entries, *entries, *lengths, _leaf, _numbers_up, _diagonals_up, _selection, _claim, _drop_tree]

@@ -1,4 +1,7 @@
-"""Reading and writing certificate files, `cbs-certificate` version 1: a checkable branch-and-bound tree."""
+"""Reading and writing certificate files, `cbs-certificate` version 2: a checkable branch-and-bound tree.
+
+Version 1 had no products.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from cbs_opt.files.paths import as_path
 from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
 
 FORMAT = "cbs-certificate"
-VERSION = 1
+VERSION = 2
 
 NOTHING, POINT, INHERIT, VALUE, COUNT = range(5)
 """What bounds a node: no feasible selection, a point of its own, the last point above it, what its pruned weights
@@ -56,6 +59,12 @@ class Certificate:
         These weights, as twice the index plus 1 if pruned.
     diagonals : float64
         One entry per open weight of every `FRAME`.
+    product_counts : int32
+        Number of pairs of every `FRAME`; all zero in the joint problem.
+    products : int32 (2E,)
+        These pairs of open weights, one after the other.
+    product_prices : float64 (E,)
+        The multiplier of each pair, positive.
     codes : uint8
         Bits of the points: whether the entry of an undecided weight is one of `numbers`; selection: else 0 or 1.
     numbers : float32 or float64
@@ -77,6 +86,9 @@ class Certificate:
     fixed_counts: IntArray
     fixings: IntArray
     diagonals: FloatArray
+    product_counts: IntArray
+    products: IntArray
+    product_prices: FloatArray
     codes: NDArray[np.uint8]
     numbers: RealArray
 
@@ -91,8 +103,12 @@ _ARRAYS: dict[str, type[np.generic]] = {
     "fixed_counts": np.int32,
     "fixings": np.int32,
     "diagonals": np.float64,
+    "product_counts": np.int32,
+    "products": np.int32,
+    "product_prices": np.float64,
     "codes": np.uint8,
 }
+_SECOND = ("product_counts", "products", "product_prices")  # of version 2
 
 
 def is_certificate(path: Path) -> bool:
@@ -112,7 +128,9 @@ def read_certificate(path: Path | str) -> Certificate:
     path = as_path(path)
     with NpzReader(path, SolutionError) as npz:
         npz.check_format(FORMAT, VERSION)
-        npz.check_keys({"format", "version", "instance_sha256", "claim", "pruned", "numbers", *_ARRAYS}, set())
+        old = npz.integer("version") == 1
+        stored = {key: kind for key, kind in _ARRAYS.items() if not (old and key in _SECOND)}
+        npz.check_keys({"format", "version", "instance_sha256", "claim", "pruned", "numbers", *stored}, set())
         claim = npz.json_object("claim")
         kind = claim.get("objective_kind")
         if kind not in ("selection", "joint"):
@@ -129,7 +147,7 @@ def read_certificate(path: Path | str) -> Certificate:
         (n,) = npz.expect("pruned", "bool", (None,)).shape
         npz.expect("numbers", "float", (None,))
         arrays: dict[str, Any] = {}
-        for key, kind_ in _ARRAYS.items():
+        for key, kind_ in stored.items():
             npz.expect(key, "float" if kind_ is np.float64 else "integer", (n,) if key == "pieces" else (None,))
             if npz.headers[key].dtype != kind_:
                 raise SolutionError(
@@ -140,6 +158,9 @@ def read_certificate(path: Path | str) -> Certificate:
             for key in others:
                 if arrays[key].size != arrays[first].size:
                     raise SolutionError(f"{path}: `{key}` must be as long as `{first}`, {arrays[first].size}")
+        if old:
+            frames = np.count_nonzero(arrays["how"] & FRAME)
+            arrays |= {key: np.zeros(frames * (key == "product_counts"), _ARRAYS[key]) for key in _SECOND}
         return Certificate(
             instance_sha256=npz.text("instance_sha256"),
             objective_kind=str(kind),

@@ -17,6 +17,7 @@ from cbs_opt.certificate_tables import small_table
 from cbs_opt.certificate_tree import root_table
 from cbs_opt.files.certificate_file import Certificate, write_certificate
 from cbs_opt.instance import Instance
+from cbs_opt.interrupt import interruptible
 from cbs_opt.monitor import OPTIMAL_GAP, Monitor
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.trees.block_search import BlockSearch, multiplier
@@ -42,6 +43,9 @@ _EMPTY: dict[str, Any] = {
     "fixed_counts": np.zeros(0, np.int32),
     "fixings": np.zeros(0, np.int32),
     "diagonals": np.zeros(0),
+    "product_counts": np.zeros(0, np.int32),
+    "products": np.zeros(0, np.int32),
+    "product_prices": np.zeros(0),
     "codes": np.zeros(0, np.uint8),
     "numbers": np.zeros(0, np.float32),
 }
@@ -208,13 +212,17 @@ class Certifier:
 
     def _assembled(self, precision: type[np.floating[Any]]) -> Certificate:
         """The certificate, with the bound of its own check, less a margin for rounding on other machines."""
-        joined: dict[str, Any] = {key: [] for key in ("branch", "how", "fixed_counts", "fixings")}
-        arrays: dict[str, list[Any]] = {key: [] for key in ("diagonals", "codes", "numbers")}
+        whole = ("branch", "how", "fixed_counts", "fixings", "product_counts")
+        joined: dict[str, Any] = {key: [] for key in whole}
+        arrays: dict[str, list[Any]] = {
+            key: [] for key in ("diagonals", "products", "product_prices", "codes", "numbers")
+        }
         for tree in self._trees:
             for key, value in tree.streams.items():
                 (joined if key in joined else arrays)[key].extend(value)
         made: dict[str, Any] = {key: np.array(value, _EMPTY[key].dtype) for key, value in joined.items()}
-        made["diagonals"] = np.concatenate([np.zeros(0), *arrays["diagonals"]])
+        for key in ("diagonals", "products", "product_prices"):
+            made[key] = np.concatenate([_EMPTY[key], *arrays[key]])
         made["codes"] = np.packbits(np.concatenate([np.zeros(0, bool), *arrays["codes"]]))
         made["numbers"] = np.concatenate([np.zeros(0), *arrays["numbers"]]).astype(precision)
         certificate = replace(
@@ -289,7 +297,8 @@ def certify(
         When the file cannot be written.
     """
     certifier = Certifier(instance, problem, monitor, search)
-    certificate = certifier.build()
+    with interruptible(monitor.stop.should_stop):  # a time limit ended the search, not what is written about it
+        certificate = certifier.build()
     write_certificate(path, certificate)
     optimal = certifier.objective - certificate.bound <= OPTIMAL_GAP * abs(certifier.objective)
     if monitor.closed and not optimal:

@@ -27,7 +27,20 @@ def selection_value(Q, c, y, n):
 
 
 @inner
-def refresh(x, v, g, Q, c, f, m):
+def charge(N, idx, b, x, g, u, m):
+    """Column b has become 1: every free column pays its product with it. Returns the change of f."""
+    df = 0.0
+    Nb = N[idx[b]]
+    for k in range(m):
+        if u[k] > 0.0:
+            t = Nb[idx[k]]
+            g[k] += t
+            df += t * x[k]
+    return df
+
+
+@inner
+def refresh(x, u, v, g, Q, c, f, m, N, idx, has_products):
     """Gradient g and value f of x + v from the level's own data: what updates have lost comes back."""
     for k in range(m):
         g[k] = c[k]
@@ -39,6 +52,13 @@ def refresh(x, v, g, Q, c, f, m):
         t = x[a] + v[a]
         if t != 0.0:
             f += 0.5 * t * (g[a] + c[a])
+    if has_products:
+        for a in range(m):
+            if v[a] == 1:
+                f += charge(N, idx, a, x, g, u, m)
+                for b in range(a):
+                    if v[b] == 1:
+                        f += N[idx[a], idx[b]]
     return f
 
 
@@ -121,8 +141,9 @@ def child(px, pg, pu, pv, dx, dq, f, b, val, m, x, g, u, v):
 
 
 @inner
-def fix_by_reduced_cost(x, u, v, g, gp, G, th, R, slack):
-    """Fix what would cost more than `slack` on its other side."""
+def fix_by_reduced_cost(x, u, v, g, gp, G, th, R, slack, N, idx, has_products, loc):
+    """Fix what would cost more than `slack` on its other side. Returns the change of f."""
+    ones = 0
     for a in range(G):
         for k in range(gp[a], gp[a + 1]):
             if u[k] > 0.0:
@@ -134,6 +155,15 @@ def fix_by_reduced_cost(x, u, v, g, gp, G, th, R, slack):
                     x[k] = 0.0
                     v[k] = 1
                     R[a] -= 1
+                    loc[ones] = k
+                    ones += 1
+    df = 0.0
+    if has_products:
+        for a in range(ones):
+            df += charge(N, idx, loc[a], x, g, u, gp[G])
+            for b in range(a):
+                df += N[idx[loc[a]], idx[loc[b]]]
+    return df
 
 
 @inner
@@ -156,10 +186,11 @@ def count_free(u, gp, G, R):
 
 
 @inner
-def choose(x, u, g, Q, gp, G, th, slack, dg, S, ref, A, sc, B, w, d, DX, DG):
+def choose(x, u, g, Q, gp, G, th, slack, dg, S, ref, A, sc, B, w, d, DX, DG, N, idx, has_products):
     """Branching variable: product of the two children's estimated rises, each cut at what would prune it.
 
-    The rise is exact while no other variable meets its bound. DX: how all follow a unit move of it; DG = Q DX.
+    The rise is exact while no other variable meets its bound, but for the products, which are those at x.
+    DX: how all follow a unit move of it; DG = Q DX.
     """
     m = gp[G]
     for k in range(m):
@@ -171,8 +202,14 @@ def choose(x, u, g, Q, gp, G, th, slack, dg, S, ref, A, sc, B, w, d, DX, DG):
     for a in range(k):
         if w[a] > 0.0:
             xi = x[S[a]]
+            rise = 0.5 * (1.0 - xi) * (1.0 - xi) / w[a]
+            if has_products:
+                Na = N[idx[S[a]]]
+                for i in range(m):
+                    if u[i] > 0.0:
+                        rise += x[i] * Na[idx[i]]
             dn = max(min(0.5 * xi * xi / w[a], slack), 1e-6 * slack)
-            up = max(min(0.5 * (1.0 - xi) * (1.0 - xi) / w[a], slack), 1e-6 * slack)
+            up = max(min(rise, slack), 1e-6 * slack)
             if dn * up > best:
                 best = dn * up
                 at = a
@@ -192,7 +229,7 @@ def choose(x, u, g, Q, gp, G, th, slack, dg, S, ref, A, sc, B, w, d, DX, DG):
 
 
 @inner
-def compress(b, q, G, x, g, u, v, DX, DG, pool, off, gps, idx, dgs, cs, fs, base, c, loc):
+def compress(b, q, G, x, g, u, v, DX, DG, pool, off, gps, idx, dgs, cs, fs, base, c, loc, N, has_products):
     """Level q + 1 with the free columns of a frame only; the frame's vectors move along. Returns b's new place."""
     p = q + 1
     m = gps[q, G]
@@ -207,6 +244,10 @@ def compress(b, q, G, x, g, u, v, DX, DG, pool, off, gps, idx, dgs, cs, fs, base
         if v[a] == 1:
             for k in range(m):
                 c[k] += pool[first + a * m + k]
+            if has_products:
+                Na = N[idx[q, a]]
+                for k in range(m):
+                    c[k] += Na[idx[q, k]]
     for a in range(m):
         if v[a] == 1:
             f += 0.5 * (c[a] + cs[q, a])
@@ -245,6 +286,7 @@ def compress(b, q, G, x, g, u, v, DX, DG, pool, off, gps, idx, dgs, cs, fs, base
 def run(
     budget, tol, atol, shared, Q0, c0, st, meta, F, LB, X, G_, U, V, R,
     pool, off, gps, idx, dgs, cs, fs, base, DX, DG, ybest, best, S, ref, A, B, sc, d, w, th, y, loc,
+    N, has_products,
 ):  # fmt: skip
     """Work on up to `budget` nodes; returns whether frames are left: those with PENDING are open, bounded by LB.
 
@@ -285,6 +327,8 @@ def run(
             while gp[a + 1] <= b:
                 a += 1
             f += fix(x, u, v, g, Q, dg, gp[a], gp[a + 1], m, b, val)
+            if has_products and val == 1:
+                f += charge(N, idx[q], b, x, g, u, m)
             for k in range(G):
                 R[C, k] = R[L, k]
             R[C, a] -= val
@@ -308,7 +352,7 @@ def run(
                 lost = 300.0 * _EPS * (gm + dm) * (m + 1)
                 if attempt == 1 or (lost <= 1e-3 * (tol * abs(thr) + atol) and lb == lb):
                     break
-                f = refresh(x, v, g, Q, cs[q], fs[q], m)
+                f = refresh(x, u, v, g, Q, cs[q], fs[q], m, N, idx[q], has_products)
             if lb >= thr:
                 continue
             if not lb >= LB[L]:
@@ -320,7 +364,7 @@ def run(
                     integral = False
                     break
             offer = offer or integral
-            fix_by_reduced_cost(x, u, v, g, gp, G, th, R[C], slack)
+            f += fix_by_reduced_cost(x, u, v, g, gp, G, th, R[C], slack, N, idx[q], has_products, loc)
             total, choice, feasible = count_free(u, gp, G, R[C])
             if not feasible:
                 continue
@@ -334,14 +378,16 @@ def run(
                 thr = fr - tol * abs(fr) - atol
             if choice == 0 or lb >= thr:
                 continue
-        b = choose(x, u, g, Q, gp, G, th, slack, dg, S, ref, A, sc, B, w, d, DX[C], DG[C])
+        b = choose(x, u, g, Q, gp, G, th, slack, dg, S, ref, A, sc, B, w, d, DX[C], DG[C], N, idx[q], has_products)
         F[C] = f
         LB[C] = lb
         meta[C, VALUE] = 1 if x[b] >= 0.5 else 0
         meta[C, PENDING] = 2
         meta[C, QLEVEL] = q
         if total <= 0.85 * m - 2:
-            b = compress(b, q, G, x, g, u, v, DX[C], DG[C], pool, off, gps, idx, dgs, cs, fs, base, d, loc)
+            b = compress(
+                b, q, G, x, g, u, v, DX[C], DG[C], pool, off, gps, idx, dgs, cs, fs, base, d, loc, N, has_products
+            )  # fmt: skip
             meta[C, QLEVEL] = q + 1
         meta[C, BRANCH] = b
         st[LEVEL] = C

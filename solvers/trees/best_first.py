@@ -15,39 +15,70 @@ from numpy.typing import NDArray
 from cbs_opt.typing import FloatArray, Int8Array
 
 _FIRST_SLICE = 40
+_DIVE = 2.0  # nodes before others have a turn, over those before a shift is tried
+_LEAST, _MOST = 0.05, 8.0  # nodes before a shift is tried, over its cost
 _SHARE_NODES = 400  # nodes after which a worker shares when others wait
 
-DIAGONAL_SIZE = 12
-"""Open variables from which on another diagonal is tried."""
+HARD = 50
+"""Nodes per variable of the problem after which shifts may be thorough."""
+
+SHIFT_SIZE = 12
+"""Open variables from which on another shift is tried."""
 
 
 class Patience:
-    """How long subproblems are worked on between two diagonals.
+    """How long subproblems are worked on between two shifts, in units of what a shift costs.
 
-    The selection problem's diagonals cost many of its nodes: one is tried where a subproblem turns out large, and
-    kept if it closes 15 % of the gap. Those of the joint problem are `cheap`: they come the sooner the more they
-    have gained. All depends on bounds only, not on time, so that a tree of one thread is reproducible.
+    Where shifts lift the bound and subproblems stay open, they come soon; where they do not, or what follows them
+    is short, late. It depends on bounds and nodes only, not on time, so that a tree of one thread is reproducible.
     """
 
-    def __init__(self, cheap: bool) -> None:
-        self._cheap = cheap
-        self._before, self._dive = (2.0, 8.0) if cheap else (2.0, 50.0)  # nodes per variable
+    def __init__(self) -> None:
         self._factor = 1.0
 
-    def before_diagonal(self, size: int) -> float:
-        """Nodes after which another diagonal is tried."""
-        return self._factor * self._before * size
+    def before_shift(self, cost: float) -> int:
+        """Nodes after which another shift, which costs as much as so many nodes, is tried."""
+        return max(int(self._factor * cost), 1)
 
-    def of_dive(self, size: int) -> float:
+    def of_dive(self, cost: float) -> int:
         """Nodes after which a subproblem goes back to the queue."""
-        return self._factor * self._dive * size
+        return max(int(_DIVE * self._factor * cost), 1)
 
     def is_better(self, gain: float, gap: float) -> bool:
-        """Whether a diagonal that closes `gain` of a gap is kept; learns from it."""
-        if not self._cheap:
-            return gain > 0.15 * gap
-        self._factor = max(self._factor / 1.5, 0.25) if gain > 0.05 * gap else min(2.0 * self._factor, 6.25)
+        """Whether a shift that closes `gain` of a gap is kept; learns from it."""
+        self._factor *= 0.5 if gain > 0.02 * gap else 2.0
+        self._factor = min(max(self._factor, _LEAST), _MOST)
         return gain > 0.01 * gap
+
+    def closed(self) -> None:
+        """A subproblem was closed soon after its shift, which may have been one too many."""
+        self._factor = min(4.0 * self._factor, _MOST)
+
+
+class Shift(NamedTuple):
+    """What the relaxation of a subproblem takes from its quadratic form.
+
+    Attributes
+    ----------
+    diagonal : float64 (n,)
+        Of squares; y_i² = y_i is linear (selection), or the perspective of u_i² (joint).
+    first, second : int32 (e,)
+        Pairs of variables, each once; none in the joint problem.
+    price : float64 (e,)
+        The multipliers, > 0, of their products y_i y_j ≥ 0.
+    """
+
+    diagonal: FloatArray
+    first: NDArray[np.int32] = np.zeros(0, np.int32)
+    second: NDArray[np.int32] = np.zeros(0, np.int32)
+    price: FloatArray = np.zeros(0)
+
+    def products(self) -> FloatArray:
+        """The multipliers of the pairs as a symmetric matrix, float64 (n, n)."""
+        n = self.diagonal.size
+        N = np.zeros((n, n))
+        N[self.first, self.second] = N[self.second, self.first] = self.price
+        return N
 
 
 class Subproblem(NamedTuple):
@@ -60,14 +91,14 @@ class Subproblem(NamedTuple):
         1 and 0 where the weight is decided, −1 where it is open.
     start : float (n,) or None
         Point to start its relaxation from.
-    diagonal : float64 (n,) or None
-        Diagonal that its relaxation uses.
+    shift : Shift or None
+        That its relaxation uses.
     """
 
     bound: float
     fixings: Int8Array
     start: NDArray[Any] | None
-    diagonal: FloatArray | None
+    shift: Shift | None
 
 
 class Worker(Protocol):
@@ -97,8 +128,11 @@ class Worker(Protocol):
     def export(self) -> list[Subproblem]:
         """The open nodes; the tree is empty afterwards."""
 
-    def better_relaxation(self) -> tuple[FloatArray, FloatArray | None] | None:
-        """Another diagonal for the subproblem, float64 (n,), and a point to start its relaxation from."""
+    def shift_cost(self, thorough: bool) -> float:
+        """Nodes that take about as long as another shift for the subproblem."""
+
+    def better_relaxation(self, thorough: bool) -> tuple[Shift, FloatArray | None] | None:
+        """Another shift for the subproblem, and a point to start its relaxation from."""
 
 
 class BestFirst:
@@ -113,8 +147,6 @@ class BestFirst:
         The incumbent, scaled so that its value is about 1.
     tolerance, rounding : float
         Only selections better by tolerance·|value| + rounding are looked for.
-    cheap_diagonals : bool
-        See `Patience`.
     """
 
     def __init__(
@@ -125,7 +157,6 @@ class BestFirst:
         value: float,
         tolerance: float,
         rounding: float,
-        cheap_diagonals: bool = False,
     ) -> None:
         self._make_worker = make_worker
         self.tolerance, self.rounding = tolerance, rounding
@@ -136,8 +167,8 @@ class BestFirst:
         self._busy: dict[int, float] = {}
         self._stopping = False
         self._threads = 1
-        self.nodes = self.diagonals = 0
-        self._patience = Patience(cheap_diagonals)
+        self.nodes = self.shifts = 0
+        self._patience = Patience()
         self._push(root)
 
     def new_worker(self, shared: FloatArray | None = None) -> Worker:
@@ -251,37 +282,40 @@ class BestFirst:
         self._merge(worker, me)
 
     def _dive(self, worker: Worker, sub: Subproblem, me: int, pause: Callable[[], bool]) -> None:
-        size = worker.size
-        tried, done, nodes = size < DIAGONAL_SIZE, 0, min(_FIRST_SLICE, self._slice)
-        while worker.run(nodes):
+        thorough = self.nodes >= HARD * sub.fixings.size
+        cost = worker.shift_cost(thorough)
+        tried, done = worker.size < SHIFT_SIZE, 0
+        limit = self._patience.of_dive(cost) if tried else self._patience.before_shift(cost)
+        while worker.run(nodes := min(limit, self._slice, _FIRST_SLICE if done == 0 else self._slice)):
             done += nodes
             self._merge(worker, me)
             if worker.crowded() or pause():
                 return
-            if not tried:
-                if done >= self._patience.before_diagonal(size):
-                    tried, done = True, 0
-                    sub = self._try_diagonal(worker, sub, me)
-                    size = worker.size
-            elif done >= self._patience.of_dive(size) or (
-                done >= _SHARE_NODES and not self._heap and len(self._busy) < self._threads
+            if not tried and done >= limit:
+                tried, done = True, 0
+                sub = self._try_shift(worker, sub, me, thorough)
+            elif tried and (
+                done >= limit or (done >= _SHARE_NODES and not self._heap and len(self._busy) < self._threads)
             ):
                 return
-            nodes = self._slice
+            if tried:
+                limit = self._patience.of_dive(cost)
+        if tried:
+            self._patience.closed()
 
-    def _try_diagonal(self, worker: Worker, sub: Subproblem, me: int) -> Subproblem:
-        """Another diagonal where it lifts the subproblem's bound enough; else the old open nodes go on."""
-        better = worker.better_relaxation()
+    def _try_shift(self, worker: Worker, sub: Subproblem, me: int, thorough: bool) -> Subproblem:
+        """Another shift where it lifts the subproblem's bound enough; else the old open nodes go on."""
+        better = worker.better_relaxation(thorough)
         if better is None:
             return sub
-        diagonal, start = better
+        shift, start = better
         before = worker.bound()
         left = worker.export()
-        worker.load(sub._replace(diagonal=diagonal, start=sub.start if start is None else start))
+        worker.load(sub._replace(shift=shift, start=sub.start if start is None else start))
         more = worker.run(1)
         self._merge(worker, me)
         if not more or self._patience.is_better(worker.bound() - before, self.threshold - before):
-            self.diagonals += 1
+            self.shifts += 1
             return sub
         worker.export()
         # The best of the old open nodes goes on here, the others wait.

@@ -13,7 +13,7 @@ from cbs_opt.solvers.kernels import joint_tree
 from cbs_opt.solvers.kernels.stack_layout import FOUND
 from cbs_opt.solvers.kernels.tableau_elimination import eliminate
 from cbs_opt.solvers.problem.joint_problem import condition
-from cbs_opt.solvers.trees.best_first import BestFirst, Subproblem
+from cbs_opt.solvers.trees.best_first import BestFirst, Shift, Subproblem
 from cbs_opt.solvers.trees.joint_diagonal import best_diagonal, least_pivot, safe_diagonal
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE
 from cbs_opt.solvers.trees.stack import JointSnapshot, TreeWorker
@@ -133,9 +133,9 @@ class JointWorker(TreeWorker):
         M = np.ascontiguousarray(0.5 * (inverse + inverse.T) * s[:, None] * s)
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._root = _Root(open_, A, M, v, starts, keep, extra)
-        diagonal = subproblem.diagonal
-        d = safe_diagonal(A) if diagonal is None else diagonal[open_]
-        self._fixings, self._diagonal = fixings, diagonal
+        shift = subproblem.shift
+        d = safe_diagonal(A) if shift is None else shift.diagonal[open_]
+        self._fixings, self._shift = fixings, shift
         c = -M @ v
         self._data = (M, c, v, extra + 0.5 * float(v @ M @ v), extra)
         offsets, level_starts, index = self._levels
@@ -192,7 +192,7 @@ class JointWorker(TreeWorker):
                 fixings[variables[entry.branch]] = entry.value
             u = np.zeros(self.problem.n)
             u[variables] = self._U[i, : variables.size]
-            out.append(Subproblem(float(self._bounds[i]), fixings, u, self._diagonal))
+            out.append(Subproblem(float(self._bounds[i]), fixings, u, self._shift))
         self._clear()
         return out
 
@@ -205,7 +205,11 @@ class JointWorker(TreeWorker):
         u[found[0]] = found[1]
         return u
 
-    def better_relaxation(self) -> tuple[FloatArray, FloatArray] | None:
+    def shift_cost(self, thorough: bool) -> float:
+        """See `best_first.Worker`."""
+        return 2.0 * self.size
+
+    def better_relaxation(self, thorough: bool) -> tuple[Shift, FloatArray] | None:
         """A diagonal for the subproblem and a point to start from; zero on the weights that it decides."""
         if self._root is None or self.size > _LARGEST_DIAGONAL:
             return None
@@ -217,7 +221,7 @@ class JointWorker(TreeWorker):
             full[:, open_] = best_diagonal(M, v, starts, keep, scale)
         except (np.linalg.LinAlgError, Interrupted):
             return None
-        return full[0], full[1]
+        return Shift(full[0]), full[1]
 
 
 @dataclass
@@ -316,6 +320,5 @@ def prepare_joint(
         condition(problem.A, problem.w, kept)[3],
         tolerance,
         1e-12,
-        cheap_diagonals=True,
     )
     return JointTree(order, problem, scale, queue, evaluate or by_kept_side)

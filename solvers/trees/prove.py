@@ -199,7 +199,7 @@ class Prover:
                 seen[1] = queue.value
                 report.selection(problem.expand(tree.selection()))
             report.bound(problem.from_units(tree.bound()), last=queue.finished())
-            extras.update({"nodes": queue.nodes, "open": queue.open, "diagonals": queue.diagonals})
+            extras.update({"nodes": queue.nodes, "open": queue.open, "diagonals": queue.shifts})
             return monitor.should_stop()
 
         size = _limited(int(np.clip(_SLICE_WORK / problem.n**2, 1, 200)), monitor.stop)

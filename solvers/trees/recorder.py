@@ -20,8 +20,10 @@ from cbs_opt.solvers.kernels.counting import SETS_BEFORE_PRICES
 from cbs_opt.solvers.kernels.stack_layout import COUNTED, ROOT
 from cbs_opt.solvers.problem.joint_problem import condition
 from cbs_opt.solvers.trees.best_first import (
-    DIAGONAL_SIZE,
+    HARD,
+    SHIFT_SIZE,
     Patience,
+    Shift,
     Subproblem,
 )
 from cbs_opt.solvers.trees.joint_worker import JointWorker
@@ -65,7 +67,7 @@ class Recorder:
         self.part, self.left, self.threshold = part, left, threshold
         self.worker: SelectionWorker | JointWorker = worker
         self.place, self.unit, self.stiffness = place, unit, stiffness
-        self._patience = Patience(cheap=part.needs_diagonal)
+        self._patience = Patience()
         self.nodes = 0
         self.cut = False
         self.root_point: tuple[Frame, FloatArray] | None = None
@@ -95,27 +97,30 @@ class Recorder:
         worker = self.worker
         if not self._load(sub, node, state):
             return []
-        size, done = worker.size, 0
+        thorough = self.nodes >= HARD * self.place.size
+        cost, done = worker.shift_cost(thorough), 0
         out: list[tuple[float, Subproblem, Node, States]] = []
-        tried = size < DIAGONAL_SIZE
-        while self._step():
+        tried = worker.size < SHIFT_SIZE
+        while more := self._step():
             done += 1
-            if not tried and done >= self._patience.before_diagonal(size):
+            if not tried and done >= self._patience.before_shift(cost):
                 tried, done = True, 0
-                out += self._try_diagonal(sub, node, state)
-            elif worker.crowded() or done >= self._patience.of_dive(size) or self.nodes >= most or should_stop():
+                out += self._try_shift(sub, node, state, thorough)
+            elif worker.crowded() or done >= self._patience.of_dive(cost) or self.nodes >= most or should_stop():
                 break
+        if tried and not more:
+            self._patience.closed()
         return out + self._export()
 
-    def _try_diagonal(
-        self, sub: Subproblem, node: Node, state: States
+    def _try_shift(
+        self, sub: Subproblem, node: Node, state: States, thorough: bool
     ) -> list[tuple[float, Subproblem, Node, States]]:
-        """Start again with another diagonal where it closes enough of the gap; else the open nodes, but one."""
+        """Start again with another shift where it closes enough of the gap; else the open nodes, but one."""
         worker = self.worker
-        better = worker.better_relaxation()
+        better = worker.better_relaxation(thorough)
         if better is None:
             return []
-        sub = sub._replace(diagonal=better[0], start=sub.start if better[1] is None else better[1])
+        sub = sub._replace(shift=better[0], start=sub.start if better[1] is None else better[1])
         before, left = worker.bound(), self._export()
         trial = Node()
         if self._load(sub, trial, state):
@@ -214,19 +219,22 @@ class SelectionRecorder(Recorder):
     def _load(self, sub: Subproblem, node: Node, state: States) -> bool:
         self.worker.load(sub)
         # Below a diagonal its part of the tree goes on with it; only a new one is noted.
-        if sub.diagonal is not None and self._known is not sub.diagonal:
+        shift = sub.shift
+        if shift is not None and self._known is not shift:
             full = np.zeros(self.part.index.size)
-            full[self.place] = sub.diagonal * self.stiffness
+            full[self.place] = shift.diagonal * self.stiffness
             node.diagonal = full[state < 0]
+            if shift.price.size:
+                node.products = self.place[shift.first], self.place[shift.second], shift.price * self.stiffness[0]
         self._top = (node, state)
         return True
 
-    _known: FloatArray | None = None
+    _known: Shift | None = None
 
     def _dive(
         self, sub: Subproblem, node: Node, state: States, most: int, should_stop: Callable[[], bool]
     ) -> list[tuple[float, Subproblem, Node, States]]:
-        self._known = sub.diagonal
+        self._known = sub.shift
         return super()._dive(sub, node, state, most, should_stop)
 
     def _note(self, node: Node, state: States, at: int, level: int, pushed: bool) -> States:

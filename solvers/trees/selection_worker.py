@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cbs_opt.interrupt import Interrupted
 from cbs_opt.solvers.kernels import selection_tree
-from cbs_opt.solvers.trees.best_first import BestFirst, Subproblem
-from cbs_opt.solvers.trees.selection_shift import best_shift
+from cbs_opt.solvers.trees.best_first import BestFirst, Shift, Subproblem
+from cbs_opt.solvers.trees.selection_shift import best_shift, cost_of_shift
 from cbs_opt.solvers.trees.selection_start import improve, take_smallest
 from cbs_opt.solvers.trees.stack import SelectionSnapshot, TreeWorker
 from cbs_opt.typing import FloatArray, Int8Array, IntArray
@@ -72,10 +73,11 @@ class SelectionWorker(TreeWorker):
         self._S, self._ref = zeros(n + 1, np.int64), zeros(n + 2 + G, np.int64)
         self._work = (zeros((n + 1, n + 1)), zeros((n + 1, n + 1)), zeros(n + 1), zeros(n + 1), zeros(n + 1))
         self._theta, self._y, self._loc = zeros(G), zeros(n, np.int8), zeros(n, np.int64)
+        self._products, self._has_products = zeros((n, n)), False
 
     def load(self, subproblem: Subproblem) -> None:
         """Put the subproblem's relaxation at the root."""
-        problem, fixings, diagonal = self.problem, subproblem.fixings, subproblem.diagonal
+        problem, fixings, shift = self.problem, subproblem.fixings, subproblem.shift
         open_, one = np.flatnonzero(fixings < 0), np.flatnonzero(fixings == 1)
         m, G = open_.size, problem.budget.size
         Q = problem.Q[np.ix_(open_, open_)]
@@ -84,10 +86,12 @@ class SelectionWorker(TreeWorker):
         starts = np.concatenate([[0], np.cumsum(np.bincount(problem.group[open_], minlength=G))])
         left = problem.budget - np.bincount(problem.group[one], minlength=G)
         self._plain = (open_, Q, c, starts, left)
-        self.size, self._diagonal = m, diagonal
-        if diagonal is not None:
-            Q = Q - np.diag(diagonal[open_])
-            c = c + diagonal[open_] / 2
+        self.size, self._shift = m, shift
+        self._has_products = shift is not None and shift.price.size > 0
+        if shift is not None:
+            self._products = shift.products()
+            Q = Q - np.diag(shift.diagonal[open_]) - self._products[np.ix_(open_, open_)]
+            c = c + shift.diagonal[open_] / 2
         offsets, level_starts, index = self._levels
         diagonals, linear, constants, base = self._level_data
         self._pool[: m * m] = Q.ravel()
@@ -110,7 +114,7 @@ class SelectionWorker(TreeWorker):
                 nodes, self._tolerance, self._rounding, self._shared, Q, c, self._state, self._entries,
                 self._F, self._bounds, self._X, self._gradient, self._U, self._V, self._R, self._pool,
                 *self._levels, *self._level_data, *self._directions, self.selection, self.best, self._S, self._ref,
-                *self._work, self._theta, self._y, self._loc,
+                *self._work, self._theta, self._y, self._loc, self._products, self._has_products,
             )
         )  # fmt: skip
 
@@ -135,19 +139,30 @@ class SelectionWorker(TreeWorker):
                 fixings[variables[entry.branch]] = entry.value
             x = np.zeros(self.problem.n, np.float32)
             x[variables] = self._X[i, : variables.size]
-            out.append(Subproblem(float(self._bounds[i]), fixings, x, self._diagonal))
+            out.append(Subproblem(float(self._bounds[i]), fixings, x, self._shift))
         self._clear()
         return out
 
-    def better_relaxation(self) -> tuple[FloatArray, None] | None:
-        """A shift for the subproblem; zero on the weights that it decides."""
+    def shift_cost(self, thorough: bool) -> float:
+        """See `best_first.Worker`."""
+        return cost_of_shift(self.size, thorough, self._has_products)
+
+    def better_relaxation(self, thorough: bool) -> tuple[Shift, None] | None:
+        """A shift for the subproblem, `thorough` with products; zero on the weights that it decides."""
         open_, Q, c, starts, left = self._plain
-        found = best_shift(Q, c, starts, left)
+        before = None
+        if self._shift is not None and self._has_products:
+            before = self._shift.diagonal[open_], self._products[np.ix_(open_, open_)]
+        try:
+            found = best_shift(Q, c, starts, left, thorough, before=before)
+        except Interrupted:
+            return None
         if found is None:
             return None
-        full = np.zeros(self.problem.n) if self._diagonal is None else self._diagonal.copy()
-        full[open_] = found
-        return full, None
+        full = np.zeros(self.problem.n)
+        full[open_] = found.diagonal
+        to = open_.astype(np.int32)
+        return Shift(full, to[found.first], to[found.second], found.price), None
 
     def root_point(self) -> FloatArray:
         """The relaxed point of the root frame, float64 (n,), after `run(1)`."""
@@ -156,14 +171,18 @@ class SelectionWorker(TreeWorker):
 
 
 def _meet_budgets(x: FloatArray, starts: IntArray, budget: IntArray) -> None:
-    """Scale x, in the box, so that every group sums to its budget."""
+    """Change x, in the box, so that every group sums to its budget; its fractional entries where they suffice.
+
+    An entry that leaves its bound makes the first relaxation slow.
+    """
     for a in range(budget.size):
         part = x[starts[a] : starts[a + 1]]
-        total = part.sum()
-        if total > budget[a]:
-            part *= max(budget[a], 0) / total
-        elif total < budget[a] and total < part.size:
-            part[:] = 1 - (1 - part) * (part.size - min(budget[a], part.size)) / (part.size - total)
+        wanted = min(max(int(budget[a]), 0), part.size)
+        for at in ((part > 0) & (part < 1), np.ones(part.size, dtype=bool)):
+            missing = wanted - part.sum()
+            room = (1 - part[at]).sum() if missing > 0 else part[at].sum()
+            share = min(abs(missing) / room, 1.0) if room > 0 else 0.0
+            part[at] += share * (1 - part[at]) if missing > 0 else -share * part[at]
         np.clip(part, 0, 1, out=part)
 
 

@@ -33,7 +33,7 @@ def selection_tables() -> None:
     H, _, w = _problem()
     Q = H * w[:, None] * w
     _join([SelectionTable(Q[:3, :3], w[:3]) for _ in range(2)])
-    best_shift(Q, np.zeros(w.size), np.array([0, w.size]), _BUDGET, passes=1)
+    best_shift(Q, np.zeros(w.size), np.array([0, w.size]), _BUDGET)
 
 
 def joint_tables() -> None:

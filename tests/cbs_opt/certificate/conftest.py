@@ -19,13 +19,17 @@ from cbs_opt.losses import joint_loss, selection_loss
 
 @dataclass
 class Node:
-    """A node as the file holds it: `point` is over the undecided weights, `diagonal` over the open ones."""
+    """A node as the file holds it: `point` is over the undecided weights, `diagonal` over the open ones.
+
+    `products`, of a node with a diagonal: (weight, weight, multiplier).
+    """
 
     how: int
     branch: int = LEAF
     fixings: list[tuple[int, int]] = field(default_factory=list)
     point: list[float] | None = None
     diagonal: list[float] | None = None
+    products: list[tuple[int, int, float]] = field(default_factory=list)
 
 
 def forge(instance, kind, pruned, trees, **claims):
@@ -41,6 +45,8 @@ def forge(instance, kind, pruned, trees, **claims):
         numbers.append(point[number])
     fixings = [2 * i + value for node in nodes for i, value in node.fixings]
     diagonals = [d for node in nodes if node.diagonal is not None for d in node.diagonal]
+    frames = [node for node in nodes if node.diagonal is not None]
+    products = [product for node in frames for product in node.products]
     loss = (joint_loss if kind == "joint" else selection_loss)(instance, pruned)
     made = {
         "instance_sha256": "",
@@ -59,6 +65,9 @@ def forge(instance, kind, pruned, trees, **claims):
         "fixed_counts": np.array([len(node.fixings) for node in nodes], np.int32),
         "fixings": np.array(fixings, np.int32),
         "diagonals": np.array(diagonals, np.float64),
+        "product_counts": np.array([len(node.products) for node in frames], np.int32),
+        "products": np.array([i for product in products for i in product[:2]], np.int32),
+        "product_prices": np.array([product[2] for product in products], np.float64),
         "codes": np.packbits(np.concatenate([np.zeros(0, bool), *bits])),
         "numbers": np.concatenate([np.zeros(0), *numbers]),
     }

@@ -6,6 +6,7 @@ Each claims that a selection which is not optimal is, and would prove it if one 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -225,6 +226,57 @@ def test_diagonals_that_the_curvature_does_not_allow(kind, factor, forging, bad)
                 forging.forge(instance, kind, pruned, [(0, -1, [root])]),
                 "prove a bound|semidefinite is not",
             )
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.1, 1.0, 1e3, 1e9])
+@pytest.mark.parametrize("positive", [True, False])
+def test_multipliers_of_products(size, positive, forging, bad):
+    """A negative one is refused; any positive one leaves a bound that is true, below decisions too."""
+    instance, pruned, _ = bad("selection")
+    Node = forging.Node
+    values = forging.ranked(instance, "selection")[1]
+    pairs = list(itertools.combinations(range(4), 2))
+    products = [(i, j, size if positive else -size) for i, j in pairs]
+    for diagonal in ([0.0] * 4, [-4 * size] * 4):
+        for point in ([0.5] * 4, [0.0] * 4, list(pruned.astype(float))):
+            leaf = Node(POINT, LEAF, [], point, diagonal, products)
+            forged = forging.forge(instance, "selection", pruned, [(0, -1, [leaf])])
+            forging.refused(instance, forged, "prove a bound|must be positive|semidefinite is not")
+            # Weight 0 pruned below the frame: its products with the others count, once.
+            root = Node(POINT, 0, [], point, diagonal, products)
+            kept = forging.exhaustive("selection", [1, 2, 3], [2])
+            below = [Node(POINT, LEAF, [], point[1:])]
+            forged = forging.forge(instance, "selection", pruned, [(0, -1, [root, *kept, *below])])
+            forging.refused(instance, forged, "prove a bound|must be positive|semidefinite is not")
+            if positive and size <= 1.0:
+                assert verify(instance, replace(forged, bound=-1e300)).bound <= values[0] * (1 + 1e-12)
+
+
+def test_products_that_there_are_not(forging, bad):
+    instance, pruned, diagonal = bad("selection")
+    Node, forge = forging.Node, forging.forge
+
+    def forged(products, kind="selection", how=POINT):
+        root = Node(how, LEAF, [], [0.5] * 4, diagonal, products)
+        return forge(instance, kind, pruned, [(0, -1, [root])], bound=-1e300)
+
+    whole = forged([(0, 1, 1e-3), (2, 1, 1e-3)])
+    assert verify(instance, whole).bound >= 0  # accepted
+    for products in ([(0, 0, 1e-3)], [(0, 1, 1e-3), (1, 0, 1e-3)], [(0, 1, 1e-3), (0, 1, 1e-3)]):
+        forging.refused(instance, forged(products), "each pair once")
+    for products in ([(0, 4, 1e-3)], [(-1, 2, 1e-3)]):
+        forging.refused(instance, forged(products), "not open")
+    for price in (0.0, -1e-9, np.nan, np.inf):
+        forging.refused(instance, forged([(0, 1, price)]), "must be positive and finite")
+    forging.refused(instance, forged([(0, 1, 1e-3)], "joint"), "only the selection problem")
+    forging.refused(instance, replace(whole, product_counts=np.array([3], np.int32)), "`products` ends too early")
+    forging.refused(instance, replace(whole, product_counts=np.array([1], np.int32)), "more than the trees use")
+    forging.refused(instance, replace(whole, product_counts=np.array([-1], np.int32)), "ends too early")
+    forging.refused(instance, replace(whole, product_counts=whole.product_counts[:0]), "ends too early")
+    forging.refused(instance, replace(whole, product_prices=whole.product_prices[:1]), "ends too early")
+    # A pair of a weight that is decided above the frame.
+    tree = [Node(NOTHING, 0), Node(POINT, LEAF, [], [0.5] * 3, diagonal[:3], [(0, 1, 1e-3)]), Node(NOTHING)]
+    forging.refused(instance, forge(instance, "selection", pruned, [(0, -1, tree)]), "not open")
 
 
 @pytest.mark.parametrize("number", [1e15, 1e16, 1e17, -1e17, 1e30, 1e150])

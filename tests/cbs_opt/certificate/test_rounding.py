@@ -109,6 +109,36 @@ def test_a_diagonal_that_needs_exact_sums(seed, rational):
             assert Fraction(total(base, price, y, part, part.left)) <= exact
 
 
+@pytest.mark.parametrize("decided", [(), ((0, 1),), ((0, 1), (3, 1)), ((1, 0), (2, 1))])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_products_with_pruned_weights(seed, decided, rational):
+    """y_i y_j is y_j once i is pruned, and 0 is what is used of it before: tight where no open pair is pruned."""
+    part = selection_part(seed)
+    rng = np.random.default_rng(seed)
+    first, second = np.tril_indices(6, -1)
+    some = rng.random(first.size) < 0.7
+    products = first[some], second[some], 0.1 * rng.random(int(some.sum()))
+    N = np.zeros((6, 6))
+    N[products[:2]] = products[2]
+    N += N.T
+    frame = part.frame(part.state, -N.sum(1), part.left, products)
+    state = part.state.copy()
+    for i, value in decided:
+        state[i] = value
+    for y in every(6):
+        if y.sum() != part.left[0] or any(y[i] != value for i, value in decided):
+            continue
+        exact = rational.quadratic(part.Q, part.c, y)
+        points = np.array([y, *rng.random((3, 6))], float)
+        bases, prices = frame.prices(points, np.broadcast_to(state, points.shape))
+        inner = y * (state < 0)
+        for k, (base, price) in enumerate(zip(bases, prices, strict=True)):
+            bound = float(base + price @ y)
+            assert Fraction(bound) <= exact
+            if k == 0 and inner @ N @ inner == 0:
+                assert bound > float(exact) - CLOSE * (sizes(part, y) + 1)
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("lacking", [1e-12, 1e-8, 1e-4, 0.3])
 def test_curvature_that_is_missing(lacking, grouped, rational):

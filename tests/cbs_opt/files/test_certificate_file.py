@@ -27,10 +27,13 @@ def certificate():
         tree_count=np.full(1, -1, np.int32),
         tree_nodes=np.full(1, 3, np.int64),
         branch=np.array([0, -1, -1], np.int32),
-        how=np.array([1, 2, 1], np.uint8),
+        how=np.array([17, 2, 1], np.uint8),
         fixed_counts=np.zeros(3, np.int32),
         fixings=np.zeros(0, np.int32),
-        diagonals=np.zeros(0),
+        diagonals=np.array([0.5, -0.5]),
+        product_counts=np.ones(1, np.int32),
+        products=np.array([1, 0], np.int32),
+        product_prices=np.array([0.125]),
         codes=np.array([128], np.uint8),
         numbers=np.array([0.25], np.float32),
     )
@@ -48,6 +51,18 @@ def test_round_trip(certificate, tmp_path):
     assert path.read_bytes() == first
 
 
+def test_version_1_has_no_products(certificate, tmp_path):
+    path = tmp_path / "c.npz"
+    write_certificate(path, certificate)
+    first = dict.fromkeys(("product_counts", "products", "product_prices"))
+    again = read_certificate(rewritten(path, version=np.array(1, np.int64), **first))
+    assert again.product_counts.tolist() == [0]
+    assert again.products.size == again.product_prices.size == 0
+    with pytest.raises(SolutionError, match="is not a known key"):
+        write_certificate(path, certificate)
+        read_certificate(rewritten(path, version=np.array(1, np.int64)))
+
+
 def rewritten(path, **changes):
     """The file with some members replaced, None for left out."""
     with np.load(path) as npz:
@@ -63,7 +78,7 @@ def rewritten(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"version": np.array(2)}, "`version` is 2"),
+        ({"version": np.array(3)}, "`version` is 3"),
         ({"format": np.array("cbs-solution")}, "`format` must be 'cbs-certificate'"),
         ({"how": None}, "`how` is missing"),
         ({"more": np.zeros(1)}, "`more` is not a known key"),

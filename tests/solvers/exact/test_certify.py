@@ -29,9 +29,20 @@ from cbs_opt.files.certificate_file import (
     read_certificate,
     write_certificate,
 )
-from cbs_opt.solvers.trees import tables
+from cbs_opt.solvers.trees import best_first, recorder, tables
 
-STREAMS = ("branch", "how", "fixed_counts", "fixings", "diagonals", "codes", "numbers")
+STREAMS = (
+    "branch",
+    "how",
+    "fixed_counts",
+    "fixings",
+    "diagonals",
+    "product_counts",
+    "products",
+    "product_prices",
+    "codes",
+    "numbers",
+)
 
 
 def certified(instance, objective, path, **more):
@@ -177,7 +188,7 @@ TAMPERED = {
     ),
     "a child forgotten": (
         lambda c: with_entry(c, "branch", first(c, lambda c: c.branch >= 0), SINGLE),
-        "are not connected|codes",
+        "are not connected|codes|ends too early",
     ),
     "a branch on a decided weight": (
         lambda c: with_entry(c, "branch", np.flatnonzero(c.branch >= 0)[:2], c.branch[c.branch >= 0][0]),
@@ -237,6 +248,28 @@ def test_a_diagonal_that_is_too_large_is_no_proof(honest):
         pytest.skip("the tree needed no diagonal")
     with pytest.raises(SolutionError, match="prove a bound"):
         verify(instance, replace(certificate, diagonals=100 * np.abs(certificate.diagonals) + 1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_multipliers_of_products_are_certified(seed, cases, tmp_path, monkeypatch):
+    """A tree with products, which only long ones need: proven, and neither larger nor fewer multipliers pass."""
+    monkeypatch.setattr(recorder, "HARD", 0)
+    monkeypatch.setattr(best_first.Patience, "before_shift", lambda self, cost: 3)
+    instance = dense(cases, "selection", seed, groups=seed == 1)
+    result, certificate = certified(instance, "selection", tmp_path / "c.npz")
+    assert certificate.product_prices.size > 100
+    found = verify(instance, certificate)
+    assert found.optimal
+    assert found.bound <= result.objective
+    for change in (100.0, -1.0, np.nan):
+        with pytest.raises(SolutionError, match=r"prove a bound|must be positive and finite"):
+            verify(instance, replace(certificate, product_prices=change * certificate.product_prices))
+    none = replace(
+        certificate, product_counts=0 * certificate.product_counts, products=certificate.products[:0],
+        product_prices=certificate.product_prices[:0],
+    )  # fmt: skip
+    with pytest.raises(SolutionError, match="prove a bound"):
+        verify(instance, none)
 
 
 MUTANTS = 25
@@ -313,7 +346,8 @@ def test_a_selection_that_the_budget_forces_cannot_be_left_out():
         branch=np.array([2, SINGLE, LEAF, 0, LEAF, LEAF], np.int32),
         how=np.array([NOTHING, VALUE, NOTHING, NOTHING, VALUE, VALUE], np.uint8),
         fixed_counts=np.array([0, 1, 0, 0, 0, 0], np.int32), fixings=np.zeros(1, np.int32),
-        diagonals=np.zeros(0), codes=np.zeros(0, np.uint8), numbers=np.zeros(0),
+        diagonals=np.zeros(0), product_counts=np.zeros(0, np.int32), products=np.zeros(0, np.int32),
+        product_prices=np.zeros(0), codes=np.zeros(0, np.uint8), numbers=np.zeros(0),
     )  # fmt: skip
     with pytest.raises(SolutionError, match="prove a bound"):
         verify(instance, forged)
