@@ -26,8 +26,8 @@ _REFRESH_BYTES = 1 << 29  # of rows of Q that are converted to float64 at a time
 _REPLAYS = 8  # between two questions whether to stop
 
 
-class _Branch:
-    """Some of the starts, with all that their kernels read and write at fixed addresses."""
+class Branch:
+    """Some of the starts of `DenseTabu`, with all that their kernels read and write at fixed addresses."""
 
     def __init__(
         self,
@@ -90,8 +90,6 @@ class _Branch:
             The halved diagonal of Q.
         linear : float64 (n,)
         """
-        from cbs_opt.solvers.device.dense_kernels import first_candidates
-
         y = self.points()
         f = 0.5 * (y * (gradients + linear)).sum(1)
         kept = torch.cat([self.f, self.f_best])
@@ -104,10 +102,16 @@ class _Branch:
         self.begin.copy_(self.state & 1)
         self.began.copy_(self.clock[:1])
         self.best_clock.copy_(self.clock)
+        self.first()
+        return drift
+
+    def first(self) -> None:
+        """Launch the search for the first candidates, from which steps go on."""
+        from cbs_opt.solvers.device.dense_kernels import first_candidates
+
         first_candidates[(self.S, self.tiles)](
             self.cost, self.state, self.drop_value, self.drop_index, self.n, self.tiles, TILE=TILE, num_warps=4
         )
-        return drift
 
     def follow(self) -> None:
         """Take the best point of every start from the list of its moves."""
@@ -168,7 +172,7 @@ class DenseTabu:
         count = max(1, min(BRANCHES, S // 4))
         cuts = [S * k // count for k in range(count + 1)]
         self.branches = [
-            _Branch(y[a:b], still, seeds[a:b].clone(), tenure[a:b].clone(), self.steps_at_once, tiles)
+            Branch(y[a:b], still, seeds[a:b].clone(), tenure[a:b].clone(), self.steps_at_once, tiles)
             for a, b in pairwise(cuts)
         ]
         self.drift = 0.0

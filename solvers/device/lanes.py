@@ -227,7 +227,7 @@ class TritonEngine:
     def _options(lanes: Lanes) -> dict[str, Any]:
         """Of a launch. In float64 no product is fused with a sum, so that the card rounds as the CPU does."""
         options: dict[str, Any] = {"num_warps": 1 if lanes.padded <= 256 else 4}
-        if lanes.q.is_cuda and lanes.q.dtype == torch.float64:
+        if lanes.q.device.type != "cpu" and lanes.q.dtype == torch.float64:
             options["enable_fp_fusion"] = False
         return options
 
