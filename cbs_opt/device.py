@@ -30,6 +30,7 @@ EMULATE = "CBS_OPT_EMULATE_DEVICE"
 
 _OLDEST = (7, 0)  # compute capability: Triton supports no older card
 _SHARE = 0.8  # of the free memory that one problem may take
+_AND_THEN = ", which failed; cpu"
 _ADVANTAGE = 0.7  # the card is chosen where it takes at most this share of the time of the CPU
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Constants:
     start : float
         Seconds that the first use of the card takes.
     lane_step : float
-        Seconds of one tabu step of one block of up to 256 weights; `lanes` of them run at the same time.
+        Seconds of one tabu step of a block of up to 256 weights; `lanes` of them run at the same time.
     lanes : float
     cpu_flops64, cpu_bandwidth : float
         Of one core.
@@ -131,9 +132,11 @@ class Work:
     memory : float
         Bytes that it needs on the card.
     cpu_seconds : float, optional
-        On the cores of this process; from `flops64` and `flops32` without it.
+        On the cores of this process; from `flops64`, `flops32`, `moved` and `swaps` without it.
     card_seconds : float
         Beyond what the rest tells.
+    swaps, weights, lanes : float
+        Tabu steps in blocks of so many weights, and how many searches can run at the same time on the card.
     triton : bool
         Whether it needs the package's own kernels.
     """
@@ -147,6 +150,9 @@ class Work:
     memory: float = 0.0
     cpu_seconds: float | None = None
     card_seconds: float = 0.0
+    swaps: float = 0.0
+    weights: float = 64.0
+    lanes: float = 1.0
     triton: bool = False
 
 
@@ -259,6 +265,8 @@ def seconds_on_card(work: Work, constants: Constants) -> float:
     """Prediction for the card, its start and all transfers included."""
     products = work.flops64 / constants.flops64 + work.flops32 / constants.flops32
     busy = max(products, work.moved / constants.bandwidth) + work.launches * constants.launch
+    swap = constants.lane_step * max(1.0, work.weights / 256) / min(max(work.lanes, 1.0), constants.lanes)
+    busy += work.swaps * swap
     return _start_seconds(constants) + work.upload / constants.upload + busy + work.card_seconds
 
 
@@ -272,7 +280,14 @@ def seconds_on_cpu(work: Work, constants: Constants, threads: int) -> float:
     if work.cpu_seconds is not None:
         return work.cpu_seconds
     products = (work.flops64 + 0.5 * work.flops32) / (threads * constants.cpu_flops64)
-    return max(products, work.moved / constants.cpu_bandwidth)
+    swaps = work.swaps * swap_on_cpu(work.weights, constants) / threads
+    return max(products, work.moved / constants.cpu_bandwidth) + swaps
+
+
+def swap_on_cpu(weights: float, constants: Constants | None = None) -> float:
+    """Seconds of one tabu step on one core, in a block of so many weights; estimated without constants."""
+    found = constants or Constants()
+    return found.cpu_swap + found.cpu_swap_weight * max(weights - 64.0, 0.0)
 
 
 def _gigabytes(size: float) -> str:
@@ -363,12 +378,14 @@ class or_on_cpu:  # noqa: N801 - reads as a function, like those of contextlib
     ----------
     what : str
         What failed, for the log.
+    extras : dict, optional
+        Of the result: its `device` then says that the CPU did the rest.
     failed : list of str, optional
         Receives the reason.
     """
 
-    def __init__(self, what: str, failed: list[str] | None = None) -> None:
-        self._what, self._failed = what, failed
+    def __init__(self, what: str, extras: dict[str, Any] | None = None, failed: list[str] | None = None) -> None:
+        self._what, self._extras, self._failed = what, extras, failed
 
     def __enter__(self) -> None:
         """Nothing to do."""
@@ -380,6 +397,8 @@ class or_on_cpu:  # noqa: N801 - reads as a function, like those of contextlib
         short = "out of memory" if is_out_of_memory(error) else (str(error).splitlines() or [""])[0][:200]
         logger.warning(f"{self._what}: the card failed ({type(error).__name__}: {short}); on the CPU instead")
         logger.debug("error of the card", exc_info=error)
+        if self._extras is not None and (used := self._extras.get("device", "cpu")) != "cpu":
+            self._extras["device"] = used.removesuffix(_AND_THEN) + _AND_THEN
         if self._failed is not None:
             self._failed.append(short)
         release_memory()

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel as the solvers launch it, for cards that are not here.
 
-Room: bench; a program of its own, `python -m cbs_opt.bench.gpu.compiled`, and a test. The solvers' own code launches
-the kernels, on tensors that hold nothing; the launch ends after the compilation. What the interpreter accepts and the
-compiler does not shows here, as do registers, spills and shared memory.
+Room: bench; a program of its own, `python -m cbs_opt.bench.gpu.compiled`, which a test uses, too. The solvers' own
+code launches the kernels, most of them on tensors that hold nothing; a launch ends after the compilation. What the
+interpreter accepts and the compiler does not shows here, as do registers, spills and shared memory.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def compiling(capability: int, found: dict[str, Compiled]) -> Iterator[None]:
 
     def compile_only(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
         given = dict(zip(kernel.arg_names, args, strict=False)) | options
-        loose = [name for name, value in given.items() if isinstance(value, torch.Tensor) and not value.is_contiguous()]
+        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        loose = [name for name, value in tensors.items() if not value.is_contiguous()]
         if loose:
             raise ValueError(f"{kernel.__name__}: {', '.join(loose)} must be contiguous")
         if not (0 < grid[0] < 1 << 31 and all(0 < size <= _LARGEST_SECOND for size in grid[1:])):
@@ -154,7 +155,7 @@ def _blocks(sizes: Sequence[int]) -> None:
     """Tabu search and descent on blocks."""
     for dtype in (torch.float32, torch.float64):
         for P in sizes:
-            for starts in (64, 1) if P == max(sizes) else (64,):
+            for starts in (64, 1) if max(sizes) == P else (64,):
                 q = torch.empty(500, P, P, dtype=dtype, device="meta")
                 lanes = Lanes(q, q[:, 0], torch.empty(500, dtype=torch.int64, device="meta"))
                 y = torch.empty(500, starts, P, dtype=torch.int8, device="meta")

@@ -13,7 +13,7 @@ import torch
 
 from cbs_opt.curvature.base import Curvature, SharedRows
 from cbs_opt.curvature.gradient_factor import GradientFactor
-from cbs_opt.curvature.row_updates import long_rows
+from cbs_opt.curvature.row_updates import CORRECTIONS, INNER, INNER_TOLERANCE, TOLERANCE, long_rows
 from cbs_opt.device import Card, in_batches
 from cbs_opt.interrupt import checkpoint
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
@@ -22,7 +22,6 @@ _SMALLEST_PIVOT = 1e-7  # as on the CPU: below it a block is singular to working
 _BATCHED = 1024  # weights of a block up to which blocks of a gradient factor are formed, many at a time
 _PIECE_BYTES = 1 << 27  # of gradients in float64 that are used at a time
 _SHARE = 6.0  # matrices of the size of a batch that are alive at a time
-_INNER, _INNER_TOLERANCE, _TOLERANCE, _CORRECTIONS = 60, 1e-8, 1e-16, 5  # see `row_updates`
 
 Blocks = Callable[[int], FloatArray]
 
@@ -231,15 +230,15 @@ def solve_rows(S: torch.Tensor, right: torch.Tensor, pruned: torch.Tensor) -> tu
     x = torch.zeros_like(right)
     goal: torch.Tensor | None = None
     energy = torch.zeros(right.shape[0], dtype=torch.float64, device=right.device)
-    for _ in range(_CORRECTIONS):
+    for _ in range(CORRECTIONS):
         checkpoint()
         residual = torch.where(pruned, 0.0, (right - x @ S) * scale)
         energy = (residual * residual).sum(1)
-        goal = _TOLERANCE * energy if goal is None else goal
+        goal = TOLERANCE * energy if goal is None else goal
         if bool((energy <= goal).all()):
             break
         size = energy.clamp_min(1e-300).sqrt()[:, None]
-        single = conjugate_gradients(unit, (residual / size).to(torch.float32), kept, _INNER, _INNER_TOLERANCE)
+        single = conjugate_gradients(unit, (residual / size).to(torch.float32), kept, INNER, INNER_TOLERANCE)
         x += single.to(torch.float64) * size * scale
     assert goal is not None
     return x, (energy <= goal) & torch.isfinite(x).all(1)

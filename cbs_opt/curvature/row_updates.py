@@ -16,11 +16,19 @@ from numpy.typing import NDArray
 from cbs_opt.interrupt import checkpoint
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
+INNER = 60
+"""Iterations in single precision between two residuals in double precision."""
+
+INNER_TOLERANCE = 1e-8
+"""Of the energy of the residual, for those iterations."""
+
+TOLERANCE = 1e-14
+"""Of that energy against its start, in the end."""
+
+CORRECTIONS = 5
+"""Residuals in double precision at most."""
+
 _ROWS = 256  # that go through one product together
-_INNER = 60  # iterations in single precision between two residuals in double precision
-_INNER_TOLERANCE = 1e-8  # of the energy of the residual
-_TOLERANCE = 1e-14  # of that energy against its start, in the end
-_CORRECTIONS = 5
 _COMPACT = 0.8  # share of unfinished rows below which the finished ones are left out of the products
 _WORTH = 8.0  # rows of more than this times K^(2/3) kept weights are cheaper by gradients than by a factorisation
 _LONG = 1000  # columns
@@ -214,20 +222,20 @@ def update_rows(
         out[part] = X
         if asked():
             continue
-        goal = None if start is None else _TOLERANCE * _energy_of_masking(unit, w / scale, P)
+        goal = None if start is None else TOLERANCE * _energy_of_masking(unit, w / scale, P)
         energy = np.zeros(X.shape[0])
-        for _ in range(_CORRECTIONS):
+        for _ in range(CORRECTIONS):
             residual = (w - X) @ S if linear is None else (w - X) @ S - linear[part]
             residual = np.where(P, 0.0, residual * scale)
             energy = np.einsum("rk,rk->r", residual, residual)
-            goal = _TOLERANCE * energy if goal is None else goal
+            goal = TOLERANCE * energy if goal is None else goal
             left = np.flatnonzero(energy > goal)
             if left.size == 0 or asked():
                 break
             size = np.sqrt(np.maximum(energy[left], 1e-300))[:, None]
             single = (residual[left] / size).astype(np.float32)
-            enough = max(_INNER_TOLERANCE, 0.1 * float((goal[left] / energy[left]).min()))
-            move = solve_on_support(unit, single, P[left], _INNER, enough, asked)
+            enough = max(INNER_TOLERANCE, 0.1 * float((goal[left] / energy[left]).min()))
+            move = solve_on_support(unit, single, P[left], INNER, enough, asked)
             X[left] += move * size * scale
         out[part] = X
         assert goal is not None

@@ -48,6 +48,7 @@ class BatchEvaluator:
     def __init__(self, instance: Instance, context: Context, selections: int = 50) -> None:
         self.problem = SelectionObjective(instance)
         self.on_card: DeviceObjective | None = None
+        self._extras = context.extras
         context.extras["device"] = "cpu"
         if context.device != "cuda" and not is_plausible():
             return  # torch, whose import takes seconds, has nothing to do here
@@ -71,7 +72,7 @@ class BatchEvaluator:
         if self.on_card is not None:
             import torch
 
-            with or_on_cpu("the objective"):
+            with or_on_cpu("the objective", self._extras):
                 return self.values_on_card(torch.tensor(selections, device=self.on_card.device))
             self.on_card = None
         curvature, factor = self.problem.curvature, self.problem.curvature.as_factor()

@@ -66,12 +66,13 @@ def local_search(
     if card is None:
         return None
     found: list[DeviceLocalSearch] = []
-    with or_on_cpu(work.what):
+    with or_on_cpu(work.what, context.extras):
         objective = objective or DeviceObjective(problem, card)
         found.append(
             DeviceLocalSearch(objective, search.groups, parameters.threshold, parameters.rho, parameters.tau)
         )
-        context.extras["device"] = card.name
+        if context.extras.get("device", "cpu") == "cpu":
+            context.extras["device"] = card.name
     return found[0] if found else None
 
 
@@ -92,8 +93,7 @@ def walk_all(search: LocalSearch, on_card: DeviceLocalSearch, starts: list[BoolA
         first[0] = False
         return monitor.should_stop()
 
-    failed: list[str] = []
-    with or_on_cpu("local search", failed):
+    with or_on_cpu("local search", context.extras):
         x = torch.tensor(np.stack(starts), device=on_card.objective.device)
         return on_card.walk(x, search.parameters.steps, report)
     swaps = 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cbs_opt.device import is_out_of_memory, or_on_cpu, release_memory
+from cbs_opt.device import in_batches, or_on_cpu
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.interrupt import checkpoint
@@ -68,7 +68,7 @@ def evaluate_draws(
     On a card they are drawn there, by random numbers of torch; the first one is plain magnitude everywhere.
     """
     if evaluator.on_card is not None and len(draws.groups) <= _MOST_GROUPS:
-        with or_on_cpu("the draws"):
+        with or_on_cpu("the draws", context.extras):
             return _draws_on_card(draws, evaluator, context, keep)
     rng, monitor = context.rng(), context.monitor
     limit = context.batch_size or max(1, min(_DEFAULT_BATCH, _BATCH_ENTRIES // draws.magnitude.size))
@@ -101,7 +101,7 @@ def _draws_on_card(
     from cbs_opt.solvers.device.objective import host
 
     assert evaluator.on_card is not None
-    device, monitor, wanted = evaluator.on_card.device, context.monitor, draws.parameters.draws
+    device, monitor = evaluator.on_card.device, context.monitor
     random = DeviceDraws(
         draws.magnitude, draws.always, draws.groups, draws.parameters.buckets, context.seed, device
     )
@@ -109,27 +109,22 @@ def _draws_on_card(
     values = [evaluator.values_on_card(selections[0])]
     monitor.advance()
     monitor.report(values[0][0], draws.draw(None))
-    drawn, size = 1, context.batch_size or _BATCH_ON_CARD
-    while drawn < wanted and not monitor.should_stop():
-        count = min(size, wanted - drawn)
-        if monitor.stop.max_iterations is not None:
-            count = max(1, min(count, monitor.stop.max_iterations - monitor.iterations))
-        try:
-            batch = random.draw(count)
-            found = evaluator.values_on_card(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or size == 1:
-                raise
-            release_memory()
-            size = max(1, count // 2)
-            continue
+    left = draws.parameters.draws - 1
+    if monitor.stop.max_iterations is not None:
+        left = min(left, monitor.stop.max_iterations - monitor.iterations)
+
+    def draw(first: int, last: int) -> None:
+        batch = random.draw(last - first)
+        found = evaluator.values_on_card(batch)
         for k, value in enumerate(found.tolist()):
             monitor.advance()
             if monitor.objective is None or value < monitor.objective:
                 monitor.report(value, np.asarray(host(batch[k]), dtype=bool))
         selections.append(batch)
         values.append(found)
-        drawn += count
+
+    if not monitor.should_stop():
+        in_batches(left, context.batch_size or _BATCH_ON_CARD, draw, monitor.should_stop)
     all_values = np.concatenate(values)
     order = np.argsort(all_values, kind="stable")
     ranked = torch.cat(selections)[torch.tensor(order[:keep], device=device)]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from cbs_opt.solvers.device.lanes import LARGEST, Engine, Lanes
+from cbs_opt.solvers.device.lanes import Engine, Lanes
 
 _CYCLES = 4
 _MELT = (5e-3, 0.3)  # concave weight after melting a binary point, log-uniform
@@ -24,7 +24,6 @@ _TABU_STEPS = 2000  # of a launch
 _TABU_CALLS = 25
 _LANE_STEPS = 2000 * 4096 * 1024  # steps times lanes times variables of a launch, at most: some tenths of a second
 _LEAST_STEPS = 64
-_DOUBLE = LARGEST  # variables of a core up to which a lane works in float64
 
 
 class CoreSearch:
@@ -53,7 +52,7 @@ class CoreSearch:
 
     def search(
         self,
-        exact: Lanes,
+        lanes: Lanes,
         now: torch.Tensor,
         loose: torch.Tensor | None,
         tolerance: float,
@@ -63,7 +62,7 @@ class CoreSearch:
 
         Parameters
         ----------
-        exact : Lanes
+        lanes : Lanes
             In float64.
         now : float64 (B, P)
             Binary.
@@ -73,12 +72,8 @@ class CoreSearch:
             Violation of optimality at which a descent ends.
         should_stop : callable
         """
-        P = exact.padded
-        lanes = exact
-        if P > _DOUBLE:
-            lanes = Lanes(exact.q.to(torch.float32), exact.linear.to(torch.float32), exact.sizes)
-        dtype, S, B = lanes.q.dtype, self.starts, int(now.shape[0])
-        begin = exact.values(now[:, None, :])[:, 0]
+        P, dtype, S, B = lanes.padded, lanes.q.dtype, self.starts, int(now.shape[0])
+        begin = lanes.values(now[:, None, :])[:, 0]
         best, value = now.to(torch.int8), begin.clone()
         x = now[:, None, :].expand(B, S, P).to(dtype).contiguous()
         t = self._log_uniform((B, S, 1), _MELT, dtype)
@@ -93,7 +88,7 @@ class CoreSearch:
             if should_stop():
                 break
             found = self._tabu(lanes, y, should_stop)
-            values = exact.values(found)
+            values = lanes.values(found)
             least, at = values.min(1)
             better = least < value
             best = torch.where(better[:, None], found[torch.arange(B, device=at.device), at], best)

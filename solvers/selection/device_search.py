@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cbs_opt.device import Card, Work, choose
+from cbs_opt.device import Card, Work, choose, swap_on_cpu
 from cbs_opt.monitor import Monitor
 from cbs_opt.solver import Context
 from cbs_opt.solvers.device.lanes import LARGEST, Engine, Lanes, engine_for, padded_size
@@ -52,17 +52,15 @@ def card_for(problem: SelectionProblem, context: Context) -> Card | None:
     core = min(max(sizes, default=1), _CORE)
     size = columns_bytes(problem.columns)
     lanes = min(len(sizes) * _STARTS, _LANES) if len(sizes) > 1 else _REPLICAS * _STARTS
-    # What the cores of the CPU do in the time there is, and how long a card takes for as many swaps.
-    here = (5e-7 + 1e-9 * core) / context.workers
-    there = 4e-6 * max(1.0, core / 256) / min(lanes, 1000)
     work = Work(
         what=f"search in {len(sizes)} block{'s' * (len(sizes) != 1)} of up to {max(sizes, default=0)} weights",
         upload=size,
         memory=2.0 * size
         + 8.0 * _LANES * padded_size(core) * 12
         + 16.0 * _LANES // _STARTS * padded_size(core) ** 2,
-        cpu_seconds=limit,
-        card_seconds=limit / here * there,
+        swaps=limit * context.workers / swap_on_cpu(core),  # what the cores do in the time there is
+        weights=core,
+        lanes=lanes,
         triton=True,
     )
     if not _blocks_lie_in_groups(problem):

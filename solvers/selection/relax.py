@@ -64,7 +64,7 @@ class Relax(Solver):
         """Solve, and report bound and rounding every few rounds."""
         problem, monitor = self._problem, context.monitor
         if self._card is not None and problem.n:
-            with or_on_cpu("the relaxation"):
+            with or_on_cpu("the relaxation", context.extras):
                 from cbs_opt.solvers.selection.device_relaxation import relax_on
 
                 return relax_on(self._card, problem, context, self.parameters.tolerance)

@@ -95,7 +95,7 @@ class Search(Solver):
         monitor, problem = context.monitor, self._problem
         run = _Run(problem, self.parameters, context)
         if self._card is not None and not run.is_trivial():
-            with or_on_cpu("the search"):
+            with or_on_cpu("the search", context.extras):
                 run.search_on(self._card, context)
                 return Status.OPTIMAL if monitor.closed else Status.CONVERGED
         # A tree of more weights is longer at work before it meets its best leaf; tables bring their selections.
@@ -248,7 +248,8 @@ class _Run:
         """
         from cbs_opt.solvers.selection.device_search import DeviceSearch
 
-        monitor, seed, large = self.monitor, int(self.rng.integers(2**62)), is_large(self.problem)
+        monitor, seed = self.monitor, int(self.rng.integers(2**62))
+        large = is_large(self.problem, self.parameters.large)
         context.extras["device"] = card.name
         if monitor.should_stop() or not (large or self._wait("selection")):
             return

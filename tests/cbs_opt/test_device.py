@@ -64,6 +64,17 @@ def test_without_a_usable_card_the_cpu_works(here, caplog, card, why_not, work, 
     assert record.levelno == (logging.WARNING if requested == "cuda" else logging.INFO)
 
 
+def test_searches_are_compared_by_their_swaps(here, tmp_path):
+    """Twice as fast a core, half the advantage of the card."""
+    work = Work("search", swaps=2e8, weights=64, lanes=1000)
+    assert device.seconds_on_cpu(work, Constants(), 1) == pytest.approx(100.0)
+    assert device.seconds_on_cpu(work, replace(Constants(), cpu_swap=2.5e-7), 2) == pytest.approx(25.0)
+    assert device.seconds_on_cpu(replace(work, weights=564), Constants(), 1) == pytest.approx(200.0)
+    on_card = [device.seconds_on_card(replace(work, lanes=lanes), Constants()) for lanes in (500, 1000, 9000)]
+    assert on_card[0] - on_card[1] == pytest.approx(0.8) and on_card[1] == on_card[2]
+    assert choose("auto", replace(work, lanes=1)) is None and choose("auto", work) is CARD
+
+
 def test_measured_constants_are_kept_and_used(here, caplog, tmp_path):
     assert constants_of(CARD.name) == Constants()
     measured = replace(Constants(), source="measured on a test card", start=0.5, flops64=5e13)
@@ -113,26 +124,40 @@ def test_batches_shrink_until_they_fit(caplog):
 
 def test_only_errors_of_the_card_are_answered_by_the_cpu(caplog):
     failed = []
-    with device.or_on_cpu("the work", failed):
+    extras = {}
+    with device.or_on_cpu("the work", extras, failed):
         out_of_memory(8)
-    with device.or_on_cpu("the work", failed):
-        raise DeviceError("not a number")
-    assert failed == ["out of memory", "not a number"]
-    assert caplog.text.count("on the CPU instead") == 2
+    assert extras == {}
+    extras = {"device": "a card"}
+    for _ in range(2):
+        with device.or_on_cpu("the work", extras, failed):
+            raise DeviceError("not a number")
+    assert failed == ["out of memory", "not a number", "not a number"]
+    assert extras == {"device": "a card, which failed; cpu"}
+    assert caplog.text.count("on the CPU instead") == 3
     for error in (InstanceError("a sentence"), KeyboardInterrupt(), IndexError("a bug")):
-        with pytest.raises(type(error)), device.or_on_cpu("the work", failed):
+        with pytest.raises(type(error)), device.or_on_cpu("the work", {}, failed):
             raise error
 
 
+@pytest.fixture
+def forgotten():
+    """What is known of the card of this process is asked for anew, before and after."""
+    device._real_card.cache_clear()
+    yield
+    device._real_card.cache_clear()
+
+
+@pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize("solver", ["ls", "rmp", "cbs", "search", "relax"])
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_solvers_do_without_torch(solver, device, monkeypatch, caplog):
+@pytest.mark.parametrize("requested", ["auto", "cuda"])
+def test_solvers_do_without_torch(solver, requested, monkeypatch, caplog):
     """Without it there is no card; one that is asked for is answered by the CPU and a warning."""
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delenv("CBS_OPT_EMULATE_DEVICE", raising=False)
     rng = np.random.default_rng(0)
     instance = Instance(rng.standard_normal(12), GradientFactor(rng.standard_normal((6, 12)), 0.1), 6)
     with caplog.at_level("WARNING", logger="cbs_opt"):
-        result = solve(instance, solver, device=device)
+        result = solve(instance, solver, device=requested)
     assert instance.admits(result.pruned)
-    assert ("torch" in caplog.text) == (device == "cuda")
+    assert ("torch" in caplog.text) == (requested == "cuda")

@@ -148,6 +148,7 @@ def test_a_card_that_fails_is_replaced_by_the_cpu(problem, card, caplog, monkeyp
     assert result.status is Status.CONVERGED
     assert result.pruned.tolist() == solve(instance, "cbs", device="cpu").pruned.tolist()
     assert "illegal memory access" in caplog.text and "on the CPU instead" in caplog.text
+    assert result.environment["device"] == f"{card.name}, which failed; cpu"
 
 
 def test_short_memory_makes_smaller_batches(problem, card, caplog, monkeypatch):

@@ -112,7 +112,6 @@ def test_large_problems_are_relaxed_on_the_card(problem, card, monkeypatch):
 def test_a_visit_by_the_triton_kernels(problem, card, monkeypatch):
     monkeypatch.setattr(device_cores, "_RATIO", 30.0)  # two rounds of hardening
     monkeypatch.setattr(device_cores, "_CYCLES", 1)
-    monkeypatch.setattr(device_cores, "_DOUBLE", 0)  # single precision
     instance = problem(6, n=16, m=30, blocks=2, kind="gradients", damping=0.02).instance
     host, offered = SelectionProblem(instance), []
     search = DeviceSearch(
@@ -121,7 +120,7 @@ def test_a_visit_by_the_triton_kernels(problem, card, monkeypatch):
     start = Incumbent(host, host.smallest(-host.columns.diagonal))
     found = search.visit(start)
     assert found.f < start.f and offered[-1].f == found.f
-    assert 0 < search.drift < 1e-4
+    assert 0 <= search.drift < 1e-9
     assert instance.admits(host.expand(found.y))
 
 

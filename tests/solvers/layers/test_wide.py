@@ -175,7 +175,7 @@ def test_a_row_that_does_not_converge_is_left_to_a_factorisation(monkeypatch):
     S = X @ np.linalg.qr(rng.standard_normal((60, 60)))[0]
     S = S.T @ S
     W, pruned = rng.standard_normal((5, 60)), rng.random((5, 60)) < 0.3
-    monkeypatch.setattr(row_updates, "_CORRECTIONS", 2)
+    monkeypatch.setattr(row_updates, "CORRECTIONS", 2)
     found = row_updates.update_rows(S, W, pruned)
     assert found.failed.tolist() == [0, 1, 2, 3, 4]
     assert np.isfinite(found.weights).all()
