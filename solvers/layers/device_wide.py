@@ -17,21 +17,15 @@ from cbs_opt.device import Card, DeviceError
 from cbs_opt.interrupt import Interrupted, checkpoint, interruptible
 from cbs_opt.solvers.device.thresholds import smallest
 from cbs_opt.solvers.layers.incumbent import Incumbent
+from cbs_opt.solvers.layers.large import ITERATIONS, MOST_MOVES, REFIT, SAMPLES, SHARE
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget
+from cbs_opt.solvers.layers.wide import BRIEF, GAIN, LONGER, MORE, PATIENT, QUICK, SETTLED
+from cbs_opt.solvers.layers.wide_admm import AGAIN, MOST_ITERATIONS, RHO, column_norms, growth, is_settled
 from cbs_opt.typing import BoolArray
 
 logger = logging.getLogger("cbs_opt")
 
-_REFITS = (4, 20)  # iterations of conjugate gradients on a start, each followed by an answer
-_QUICK = 3  # iterations of the first ADMM between two changes of ρ, as ALPS
-_HOLDS = (16, 64)  # of the following ones, while there is time
-_WARM = 24  # iterations before an unchanged support ends a run
-_MOST = 2000
-_SHARE = 0.03  # of a row's kept weights that one exchange may move at first
-_MOST_MOVES = 256
-_SAMPLES = 4  # rows whose exact prices calibrate the estimates
-_REFIT = 1e-7
-_GAIN = 1e-5  # relative gain of a round of exchanges below which the search has converged
+_LONGEST = 96  # iterations between two changes of ρ at most
 
 
 class DeviceLayer:
@@ -48,7 +42,7 @@ class DeviceLayer:
 
     def __init__(self, layer: Layer, device: torch.device) -> None:
         self.layer, self.device = layer, device
-        norm = np.sqrt(np.maximum(np.diag(layer.hessian), 1e-300))
+        norm = column_norms(layer)
         inverse = torch.tensor(1.0 / norm, device=device)
         S = torch.tensor(layer.hessian, device=device) * inverse * inverse[:, None]
         self.S = S.to(torch.float32)
@@ -71,7 +65,7 @@ class DeviceLayer:
         kept = (~pruned).to(torch.float32)
         X = start * kept
         residual = (self.B if rows is None else self.B[rows]) - X @ self.S
-        return X + conjugate_gradients(self.S, residual, kept, iterations, _REFIT)
+        return X + conjugate_gradients(self.S, residual, kept, iterations, REFIT)
 
     def shifted_inverse(self, rho: float) -> torch.Tensor:
         """(S + ρI)⁻¹, float32 (K, K)."""
@@ -115,6 +109,8 @@ class DeviceWideSearch:
         self.rounds_left = np.inf if max_rounds is None else max_rounds
         self.spent: list[tuple[int, float]] = []
         self.there: list[DeviceLayer] = []
+        self.best: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+        self.state: tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], float] | None = None
 
     def run(self, starts: list[list[BoolArray]]) -> bool:
         """Search from feasible masks; False if it was stopped before all of these had been evaluated."""
@@ -125,16 +121,19 @@ class DeviceWideSearch:
                 for masks in starts:
                     there = [torch.tensor(mask, device=self.device) for mask in masks]
                     weights = [layer.W for layer in self.there]
-                    for iterations in _REFITS:
+                    for iterations in (BRIEF, LONGER):
                         parts = zip(self.there, there, weights, strict=True)
                         weights = [layer.refit(mask, x, iterations) for layer, mask, x in parts]
-                        self.incumbent.offer(self.objective(weights), masks)
+                        self.offer(self.objective(weights), there, weights)
                 compared = True
                 self._search()
         except Interrupted:
             pass
         except np.linalg.LinAlgError as error:
             logger.warning(f"layers: {error}; the search ends here")
+        if self.best is not None:  # the evaluator then starts near the best weights
+            masks, weights = ([part.cpu().numpy() for part in parts] for parts in self.best)
+            self.incumbent.adopt(masks, weights)
         return compared
 
     def bring(self) -> None:
@@ -149,28 +148,32 @@ class DeviceWideSearch:
             raise DeviceError("the loss of a layer is not a number")
         return value
 
-    def offer(self, value: float, masks: list[torch.Tensor]) -> None:
-        """Offer masks that are on the card."""
+    def offer(self, value: float, masks: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
+        """Offer masks that are on the card, and remember their scaled weights."""
         if value < self.incumbent.objective:
             self.incumbent.offer(value, [mask.cpu().numpy() for mask in masks])
+            self.best = masks, weights
 
     def _search(self) -> None:
         best: tuple[float, list[torch.Tensor], list[torch.Tensor]] | None = None
-        for hold in (_QUICK, *_HOLDS):
-            if self.rounds_left < 1 or not self._affords(hold):
-                break
+        hold = QUICK
+        while self.rounds_left >= 1 and hold <= _LONGEST and self._affords(hold):
             self.rounds_left -= 1
             began = time.perf_counter()
-            masks, weights = self.admm(hold)
+            masks, weights = self.admm(hold, again=best is not None)
             weights = [
-                layer.refit(mask, x, _REFITS[1]) for layer, mask, x in zip(self.there, masks, weights, strict=True)
+                layer.refit(mask, x, LONGER) for layer, mask, x in zip(self.there, masks, weights, strict=True)
             ]
             value = self.objective(weights)
             self.spent.append((hold, time.perf_counter() - began))
             logger.info(f"ADMM, ρ held for {hold} iterations: loss {value:.6e} after {self.spent[-1][1]:.2f} s")
-            self.offer(value, masks)
-            if best is None or value < best[0]:
+            self.offer(value, masks, weights)
+            gained = np.inf if best is None else best[0] - value
+            if best is None or gained > 0:
                 best = value, masks, weights
+            if gained < SETTLED * value:
+                break
+            hold = max(PATIENT, MORE * hold)
         if best is not None:
             self._exchange(best[1], best[2])
 
@@ -181,16 +184,23 @@ class DeviceWideSearch:
         before, seconds = self.spent[-1]
         return seconds * hold / before <= 0.5 * self.remaining()
 
-    def admm(self, hold: int, rho: float = 0.1) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Masks and their scaled weights; ρ changes every `hold` iterations. See `wide_admm.WideAdmm`."""
+    def admm(self, hold: int, again: bool = False) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Masks and their scaled weights; ρ changes every `hold` iterations. See `wide_admm.WideAdmm`.
+
+        From magnitude, or `again` from where the last run ended, with a lower ρ.
+        """
         layers = self.there
-        masks = self.threshold([layer.W for layer in layers])
-        D = [torch.where(mask, 0.0, layer.W) for mask, layer in zip(masks, layers, strict=True)]
-        U = [torch.zeros_like(d) for d in D]
+        if again and self.state is not None:
+            masks, D, U, rho = self.state
+            U, rho = [u / AGAIN for u in U], AGAIN * rho
+        else:
+            masks, rho = self.threshold([layer.W for layer in layers]), RHO
+            D = [torch.where(mask, 0.0, layer.W) for mask, layer in zip(masks, layers, strict=True)]
+            U = [torch.zeros_like(d) for d in D]
         inverses = [layer.shifted_inverse(rho) for layer in layers]
         kept = max(1, sum(int((~mask).sum()) for mask in masks))
         before = masks
-        for step in range(1, _MOST + 1):
+        for step in range(1, MOST_ITERATIONS + 1):
             checkpoint()
             for k, layer in enumerate(layers):
                 U[k] = torch.addmm(U[k], layer.B + rho * (D[k] - U[k]), inverses[k])
@@ -202,15 +212,15 @@ class DeviceWideSearch:
                 continue
             changed = sum(int((mask != old).sum()) for mask, old in zip(masks, before, strict=True))
             before = masks
-            if step >= _WARM and changed <= 1e-4 * kept:
+            if is_settled(step, changed, kept):
                 break
-            factor = 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1 if changed else 1.0
-            if factor > 1:
+            if (factor := growth(changed, kept)) > 1:
                 rho *= factor
                 U = [u / factor for u in U]
                 inverses.clear()
                 inverses += (layer.shifted_inverse(rho) for layer in layers)
-        return masks, D
+        self.state = masks, D, U, rho
+        return list(masks), list(D)
 
     def threshold(self, Z: list[torch.Tensor]) -> list[torch.Tensor]:
         """The feasible masks that remove the least of Z, weighted by the rows, bool (rows, K)."""
@@ -250,8 +260,8 @@ class DeviceWideSearch:
             self.rounds_left -= 1
             improved = sum(engine.round() for engine in engines)
             before, value = value, self.objective([engine.X for engine in engines])
-            self.offer(value, [engine.pruned for engine in engines])
-            if not improved or before - value < _GAIN * before:
+            self.offer(value, [engine.pruned for engine in engines], [engine.X for engine in engines])
+            if not improved or before - value < GAIN * before:
                 return
 
 
@@ -262,10 +272,10 @@ class _Exchange:
         self, layer: DeviceLayer, pattern: tuple[int, int] | None, pruned: torch.Tensor, start: torch.Tensor
     ) -> None:
         self.layer, self.pattern, self.pruned = layer, pattern, pruned.clone()
-        self.X = layer.refit(pruned, start, 80)
+        self.X = layer.refit(pruned, start, ITERATIONS)
         self.losses = layer.losses(self.X)
         kept = (~pruned).sum(1)
-        self.moves = (_SHARE * kept).clamp_min(1.0).to(torch.int64)
+        self.moves = (SHARE * kept).clamp_min(1.0).to(torch.int64)
         inverse = layer.shifted_inverse(0.0)
         self.upper = inverse.diagonal().clamp_min(1.0).log()
         self.alpha, self.beta = self._exponents()
@@ -274,7 +284,7 @@ class _Exchange:
         """Of the estimates of prices, from exact prices on a few rows."""
         layer, found = self.layer, []
         open_ = (self.pruned.any(1) & ~self.pruned.all(1)).nonzero()[:, 0].cpu().numpy()
-        for r in open_[np.linspace(0, max(0, open_.size - 1), min(_SAMPLES, open_.size)).astype(np.int64)]:
+        for r in open_[np.linspace(0, max(0, open_.size - 1), min(SAMPLES, open_.size)).astype(np.int64)]:
             checkpoint()
             kept, out = ((~self.pruned[r]).nonzero()[:, 0], self.pruned[r].nonzero()[:, 0])
             L, info = torch.linalg.cholesky_ex(layer.S[kept][:, kept])
@@ -321,7 +331,7 @@ class _Exchange:
         accepted = where[better]
         self.X[accepted], self.losses[accepted] = moved[better], losses[better]
         self.pruned[accepted] = new[tried][better]
-        grown = (self.moves[accepted].to(torch.float64) * 1.3).ceil().clamp_max(_MOST_MOVES).to(torch.int64)
+        grown = (self.moves[accepted].to(torch.float64) * 1.3).ceil().clamp_max(MOST_MOVES).to(torch.int64)
         self.moves[accepted] = grown
         self.moves[where[~better]] //= 2
         self.moves[rows[~tried]] = 0

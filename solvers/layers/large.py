@@ -14,12 +14,16 @@ from cbs_opt.linalg import cholesky_lower, inverse_of_cholesky
 from cbs_opt.solvers.layers.wide_admm import Single, WideLayer
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
-_SHARE = 0.03  # of a row's kept weights that one exchange may move at first
-_MOST = 256  # weights of a row that one exchange may move
+SHARE, MOST_MOVES = 0.03, 256
+"""Of a row's kept weights, that one exchange may move at first, and weights of a row, later."""
+
+ITERATIONS, REFIT = 80, 1e-7
+"""Of a refit, and the relative energy of the residual at which it ends."""
+
+SAMPLES = 4
+"""Rows whose exact prices calibrate the estimates."""
+
 _ROWS = 256  # that are refitted together
-_SAMPLES = 4  # rows whose exact prices calibrate the estimates
-_ITERATIONS = 80  # of a refit
-_REFIT = 1e-7  # relative energy of the residual at which a refit ends
 
 
 class BulkExchange:
@@ -55,8 +59,8 @@ class BulkExchange:
     ) -> None:
         self.wide, self.layer, self.pattern = wide, wide.layer, pattern
         self.pruned = pruned.copy()
-        self.moves = np.maximum(1, _SHARE * (~pruned).sum(1)).astype(np.int64)
-        self.X = refit_rows(wide, pruned, start, _ITERATIONS)
+        self.moves = np.maximum(1, SHARE * (~pruned).sum(1)).astype(np.int64)
+        self.X = refit_rows(wide, pruned, start, ITERATIONS)
         self.losses = wide.losses(self.X)
         factor = cholesky_lower(wide.S)
         if factor is None:
@@ -73,7 +77,7 @@ class BulkExchange:
         """α and β of the estimates of T and a, from exact values on a few rows."""
         open_ = np.flatnonzero(self.pruned.any(1) & ~self.pruned.all(1))
         found = []
-        for r in open_[np.linspace(0, max(0, open_.size - 1), min(_SAMPLES, open_.size)).astype(np.int64)]:
+        for r in open_[np.linspace(0, max(0, open_.size - 1), min(SAMPLES, open_.size)).astype(np.int64)]:
             kept, out = np.flatnonzero(~self.pruned[r]), np.flatnonzero(self.pruned[r])
             factor = cholesky_lower(self.wide.S[np.ix_(kept, kept)])
             if factor is None:
@@ -115,7 +119,7 @@ class BulkExchange:
         accepted = rows[tried][better]
         self.X[accepted], self.losses[accepted] = moved[better], losses[better]
         self.pruned[accepted] = new[tried][better]
-        self.moves[accepted] = np.minimum(_MOST, np.ceil(self.moves[accepted] * 1.3)).astype(np.int64)
+        self.moves[accepted] = np.minimum(MOST_MOVES, np.ceil(self.moves[accepted] * 1.3)).astype(np.int64)
         self.moves[rows[tried][~better]] //= 2
         self.moves[rows[~tried]] = 0
         return int(accepted.size)
@@ -159,7 +163,7 @@ def refit_rows(
     for first in range(0, W.shape[0], _ROWS):
         part = slice(first, first + _ROWS)
         begin = None if start is None else start[part]
-        out[part] = refit_by_gradients(wide.S, W[part], pruned[part], begin, iterations, _REFIT, checkpoint_only)
+        out[part] = refit_by_gradients(wide.S, W[part], pruned[part], begin, iterations, REFIT, checkpoint_only)
     return out
 
 
@@ -168,7 +172,7 @@ def refit_in_place(wide: WideLayer, pruned: BoolArray, X: Single) -> None:
     for first in range(0, X.shape[0], _ROWS):
         part = slice(first, first + _ROWS)
         X[part] = refit_by_gradients(
-            wide.S, wide.W[part], pruned[part], X[part], _ITERATIONS, _REFIT, checkpoint_only
+            wide.S, wide.W[part], pruned[part], X[part], ITERATIONS, REFIT, checkpoint_only
         )
 
 

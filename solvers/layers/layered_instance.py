@@ -26,6 +26,8 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 logger = logging.getLogger("cbs_opt")
 
+_SHORTEST_ON_CARD = 64  # columns: shorter rows are searched on the CPU before a card has begun
+
 
 @dataclass(frozen=True, eq=False)
 class LayeredInstance:
@@ -57,7 +59,7 @@ class LayeredInstance:
         rows, columns = (max(getattr(layer, name) for layer in self.layers) for name in ("rows", "columns"))
         many = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"
         what = f"{many} of up to {rows} × {columns} weights"
-        if self.objective != "joint" or columns <= TABLEAU_COLUMNS:
+        if self.objective != "joint" or columns < _SHORTEST_ON_CARD:
             reason = "the selection objective" if self.objective != "joint" else "rows this short"
             say = logger.warning if context.device == "cuda" else logger.info
             say(f"{what}: on the CPU, which searches {reason} on its own tables")
@@ -69,10 +71,7 @@ class LayeredInstance:
             what=what, flops32=cost_on_cpu(self.layers), moved=200.0 * memory, upload=0.5 * memory, launches=1e4,
             memory=memory,
         )  # fmt: skip
-        card = choose(context.device, work, context.workers)
-        if card is not None:
-            context.extras["device"] = card.name
-        return card
+        return choose(context.device, work, context.workers)
 
     def expand(self, masks: list[BoolArray]) -> BoolArray:
         """The selection, bool (n,), of masks of the layers."""
@@ -125,7 +124,7 @@ class LayeredInstance:
         }
         card = None if context.engine is not None else self.card_for(context)
         unit, known = f"layers_{self.objective}", context.warm_start
-        if card is None and self._needs_kernels and not loading.is_loaded(unit):
+        if self._needs_kernels and not loading.is_loaded(unit):
             known = self._while_compiling(unit, context, options)
             if not loading.wait(unit, should_stop=monitor.should_stop):
                 return Status.CONVERGED
@@ -147,6 +146,7 @@ class LayeredInstance:
                 threads=context.threads or 1,
                 **options,
             )
+        context.extras["device"] = solution.device
         self._hand_over(solution, context)
         monitor.should_stop()  # the rows keep the limit by themselves: let the monitor note which rule ended them
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED

@@ -192,6 +192,8 @@ class LayerSolution:
         limit may end the run on large layers before that.
     near : bool
         Whether `weights` are the best ones of the masks, or near them, in place of the original ones.
+    device : str
+        The card that was used, and whether it failed; "cpu" without one.
     """
 
     pruned: list[BoolArray]
@@ -201,6 +203,7 @@ class LayerSolution:
     history: tuple[tuple[float, float | None, float | None], ...] = ()
     compared: bool = True
     near: bool = True
+    device: str = "cpu"
 
     @property
     def gap(self) -> float | None:
@@ -214,6 +217,15 @@ def row_losses(layer: Layer, weights: FloatArray) -> FloatArray:
     """½ (ŵ_r − w_r)ᵀ H_r (ŵ_r − w_r) of each row, float64 (rows,); O(rows K²)."""
     change = weights - layer.weights
     return np.asarray(0.5 * layer.scale * np.einsum("rk,rk->r", change @ layer.hessian, change))
+
+
+def loss_bound(layers: list[Layer], masks: list[BoolArray]) -> float:
+    """½ Σ_r s_r (Σ_i |w_i| √S_ii)² over the pruned weights: at least the loss of setting them to 0; O(rows K)."""
+    total = 0.0
+    for layer, mask in zip(layers, masks, strict=True):
+        norms = np.where(mask, np.abs(layer.weights), 0.0) @ np.sqrt(np.maximum(np.diag(layer.hessian), 0.0))
+        total += 0.5 * float(layer.scale @ norms**2)
+    return total
 
 
 def layer_losses(layers: list[Layer], weights: list[FloatArray]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -15,7 +16,7 @@ from cbs_opt.solvers.layers.bound import BoundSearch
 from cbs_opt.solvers.layers.incumbent import Incumbent, Report
 from cbs_opt.solvers.layers.joint import JointSearch
 from cbs_opt.solvers.layers.parallel import RowPool
-from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution, layer_losses
+from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution, layer_losses, loss_bound
 from cbs_opt.solvers.layers.refit import brief_refit, quick_refit, refit_layer, seconds_of_refit
 from cbs_opt.solvers.layers.selection import SelectionSearch
 from cbs_opt.solvers.layers.starts import admm, swept_weights
@@ -38,6 +39,7 @@ _SHARED = 0.25  # of the time for bounds goes to one block-diagonal matrix for a
 _PATIENCE = 6  # such steps without a much better bound
 _SETTLED = 2e-4  # relative gain of a round that ends a run without a limit of time
 _LEAST_ROUNDS = 2  # of such a run
+_ON_CARD = 0.25  # of the time that a card has for layers which the CPU goes on with
 _MOST_ROUNDS = 5  # of such a run, as every round makes twice the moves of the last one
 
 
@@ -94,7 +96,8 @@ def solve_layers(
     clock : callable
         Seconds, monotonic, for the limit and the history; `time.process_time` measures processor seconds.
     card : Card, optional
-        Where the joint objective of layers of more than `TABLEAU_COLUMNS` columns is searched.
+        Where the joint objective of layers of more than `TABLEAU_COLUMNS` columns is searched; that of others is
+        searched there first, and on the CPU from what was found.
 
     Returns
     -------
@@ -120,6 +123,7 @@ def solve_layers(
     run = _Run(layers, budget, Incumbent(layers, report, report_bound, clock), asked, ends, threads, seed, clock)
     run.started, run.keep_back = started, keep_back
     run.bound_share, run.max_rounds, run.card = bound_share, max_rounds, card
+    run.used["device"] = "cpu" if card is None else card.name
     run.wide = wide or run.columns > TABLEAU_COLUMNS
     if objective == "selection":
         run.selection(warm_start)
@@ -147,6 +151,7 @@ class _Run:
         self.bound_share = 0.0
         self.max_rounds: int | None = None
         self.card: Card | None = None
+        self.used: dict[str, Any] = {}
         self.round = 0
         self.wide = False
         self.compared = True
@@ -163,7 +168,7 @@ class _Run:
         """Quick starts, elimination, search and bounds; see `solve_layers`."""
         magnitude = self.budget.cheapest(self.layers, [np.abs(layer.weights) for layer in self.layers])
         pending = [magnitude] if warm_start is None else [magnitude, warm_start]
-        if self.columns > TABLEAU_COLUMNS and self.card is not None and self._joint_on(self.card, pending):
+        if self.card is not None and self._joint_on(self.card, pending):
             return
         if self.wide:
             wide = WideSearch(
@@ -182,19 +187,28 @@ class _Run:
             self._joint_small(pending, pool)
 
     def _joint_on(self, card: Card, pending: list[list[BoolArray]]) -> bool:
-        """The search on a card; False where it failed."""
+        """The search on a card; False where the CPU is to go on, from what was found as well."""
         from cbs_opt.solvers.layers.device_wide import DeviceWideSearch
 
-        failed: list[str] = []
-        with or_on_cpu("the layers", failed):
+        long, ends, failed = self.columns > TABLEAU_COLUMNS, self.ends, list[str]()
+        incumbent = self.incumbent
+        if not long:  # the CPU computes the losses of what the card found anew, in float64
+            incumbent = Incumbent(self.layers, clock=self.clock)
+            self.incumbent.offer(self._zeroed_loss(pending[0]), pending[0])
+            ends = self.clock() + _ON_CARD * (self.ends - self.clock())
+        with or_on_cpu("the layers", self.used, failed):
             for masks in pending:
-                self.incumbent.offer(self._zeroed_loss(masks), masks)
+                incumbent.offer(loss_bound(self.layers, masks), masks)
             search = DeviceWideSearch(
-                self.layers, self.budget, self.incumbent, self.stop, lambda: self.ends - self.clock(), card,
-                self.max_rounds,
+                self.layers, self.budget, incumbent, lambda: self.clock() >= ends or self.stop(),
+                lambda: ends - self.clock(), card, self.max_rounds,
             )  # fmt: skip
-            self.compared = search.run(pending)
-        return not failed
+            compared = search.run(pending)
+            if long:
+                self.compared = compared
+        if not long and incumbent.pruned:
+            pending.append(incumbent.pruned)
+        return long and not failed
 
     def _zeroed_loss(self, masks: list[BoolArray]) -> float:
         zeroed = [np.where(mask, 0.0, layer.weights) for layer, mask in zip(self.layers, masks, strict=True)]
@@ -346,8 +360,9 @@ class _Run:
         value = layer_losses(self.layers, weights) if refit else self.incumbent.objective
         history = tuple(self.incumbent.history)
         return LayerSolution(
-            pruned, weights, value, self.incumbent.bound, history, self.compared, refit or starts is not None
-        )
+            pruned, weights, value, self.incumbent.bound, history, self.compared, refit or starts is not None,
+            self.used["device"],
+        )  # fmt: skip
 
     def _unscaled(self) -> list[FloatArray] | None:
         """The weights that the search on long rows has for its incumbent, float32, in the units of the layers."""

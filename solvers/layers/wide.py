@@ -14,7 +14,7 @@ import numpy as np
 from cbs_opt.interrupt import Interrupted, interruptible
 from cbs_opt.solvers.layers.incumbent import Incumbent
 from cbs_opt.solvers.layers.large import BulkExchange, refit_in_place, refit_rows
-from cbs_opt.solvers.layers.problem import Layer, LayerBudget
+from cbs_opt.solvers.layers.problem import Layer, LayerBudget, loss_bound
 from cbs_opt.solvers.layers.wide_admm import Single, WideAdmm, WideLayer
 from cbs_opt.typing import BoolArray
 
@@ -23,16 +23,23 @@ logger = logging.getLogger("cbs_opt")
 Found = tuple[list[BoolArray], list[Single], float]
 """Masks, scaled weights and their loss."""
 
-_BRIEF, _LONGER = 4, 20  # iterations of conjugate gradients on a start: for a first answer, and near its refit
+BRIEF, LONGER = 4, 20
+"""Iterations of conjugate gradients on a start: for a first answer, and near its refit."""
+
+QUICK, PATIENT, MORE = 3, 6, 2
+"""Iterations between two changes of ρ in the first ADMM, as ALPS; in the second; how many times more in the next."""
+
+SETTLED = 1e-3
+"""Relative gain of an ADMM below which exchanges follow."""
+
+GAIN = 1e-5
+"""Relative gain of a round of exchanges below which the search has converged."""
+
 _FAR = 0.5  # of the loss of a start after the first of these, which the others lower by a tenth or two
 _PRODUCTS_OF_REFIT, _PRODUCTS_OF_EVALUATION = 45, 25  # in single precision, or what takes that long
-_QUICK = 3  # iterations of the first ADMM between two changes of ρ
-_PATIENT, _MORE = 6, 2  # the same in the second, and how many times more in each that follows
-_WITHOUT_LIMIT = 12  # the same in the last one, without a limit on time
+_WITHOUT_LIMIT = 12  # iterations between two changes of ρ in the last one, without a limit on time
 _WORTHWHILE = 4  # below this another run gains little
 _SHARE = 0.85  # of the remaining time for the last ADMM, which it decides
-_SETTLED = 1e-3  # relative gain of an ADMM below which exchanges follow
-_GAIN = 1e-5  # relative gain of a round of exchanges below which the search has converged
 
 
 class WideSearch:
@@ -76,14 +83,14 @@ class WideSearch:
     def run(self, starts: list[list[BoolArray]]) -> bool:
         """Search from feasible masks; False if it was stopped before all of these had been evaluated."""
         for masks in starts:
-            self.incumbent.offer(self._loss_bound(masks), masks)
+            self.incumbent.offer(loss_bound(self.layers, masks), masks)
         self._to_beat = 0.0  # loss from which a search is better than all starts, whatever their refit gives
         try:
             with interruptible(self.should_stop):
                 wide = [WideLayer(layer) for layer in self.layers]
                 known: list[Found] = []  # masks, their weights after a few iterations, and the loss of these
                 for masks in starts:
-                    weights = [refit_rows(w, mask, None, _BRIEF) for w, mask in zip(wide, masks, strict=True)]
+                    weights = [refit_rows(w, mask, None, BRIEF) for w, mask in zip(wide, masks, strict=True)]
                     known.append((masks, weights, value := self._objective(wide, weights)))
                     self.incumbent.offer(value, masks, weights)
                 self._to_beat = _FAR * min(value for *_, value in known)
@@ -92,7 +99,7 @@ class WideSearch:
                 for masks, weights, _ in known:
                     if found is None or found[2] > self._to_beat:
                         parts = zip(wide, masks, weights, strict=True)
-                        weights = [refit_rows(w, mask, x, _LONGER) for w, mask, x in parts]
+                        weights = [refit_rows(w, mask, x, LONGER) for w, mask, x in parts]
                         self.incumbent.offer(self._objective(wide, weights), masks, weights)
                 self._to_beat = np.inf
                 if found is not None:
@@ -108,13 +115,6 @@ class WideSearch:
         if value <= self._to_beat:  # else a start may be better, which is not known yet
             self.incumbent.offer(value, masks, weights)
 
-    def _loss_bound(self, masks: list[BoolArray]) -> float:
-        total = 0.0
-        for layer, mask in zip(self.layers, masks, strict=True):
-            norms = np.where(mask, np.abs(layer.weights), 0.0) @ np.sqrt(np.maximum(np.diag(layer.hessian), 0.0))
-            total += 0.5 * float(layer.scale @ norms**2)
-        return total
-
     def _objective(self, wide: list[WideLayer], weights: list[Single]) -> float:
         pairs = zip(wide, weights, strict=True)
         return 0.5 * sum(float(w.layer.scale @ w.losses(x)) for w, x in pairs)
@@ -123,15 +123,15 @@ class WideSearch:
         """A good warm start, or the answer of the first ADMM; None without a round for that."""
         masks, weights, value = known[-1]
         if len(known) > 1 and value <= _FAR * known[0][2]:
-            weights = [refit_rows(w, mask, x, _LONGER) for w, mask, x in zip(wide, masks, weights, strict=True)]
+            weights = [refit_rows(w, mask, x, LONGER) for w, mask, x in zip(wide, masks, weights, strict=True)]
             self._admm.start_from(masks, weights)
         elif self.rounds_left < 1:
             return None
         else:
             self.rounds_left -= 1
-            masks, weights = self._admm.run(_QUICK)
+            masks, weights = self._admm.run(QUICK)
             self._offer(self._admm.objective(weights), masks, weights)
-            weights = [refit_rows(w, mask, x, _BRIEF) for w, mask, x in zip(wide, masks, weights, strict=True)]
+            weights = [refit_rows(w, mask, x, BRIEF) for w, mask, x in zip(wide, masks, weights, strict=True)]
         value = self._admm.objective(weights)
         self._offer(value, masks, weights)
         return masks, weights, value
@@ -139,7 +139,7 @@ class WideSearch:
     def _search(self, wide: list[WideLayer], best: Found) -> None:
         """Further ADMMs, a refit, and exchanges; time is left for the refit and for the evaluation."""
         product = self._admm.seconds_of_iteration
-        reserve, hold = (_PRODUCTS_OF_REFIT + _PRODUCTS_OF_EVALUATION) * product, _PATIENT
+        reserve, hold = (_PRODUCTS_OF_REFIT + _PRODUCTS_OF_EVALUATION) * product, PATIENT
         while self.rounds_left >= 1:
             if np.isfinite(self.remaining()):
                 affordable = self._admm.affordable(_SHARE * (self.remaining() - reserve))
@@ -153,9 +153,9 @@ class WideSearch:
             gained = best[2] - value
             if gained > 0:
                 best = masks, weights, value
-            if gained < _SETTLED * value:
+            if gained < SETTLED * value:
                 break
-            hold *= _MORE
+            hold *= MORE
         if self.rounds_left >= 1:
             self._exchange(wide, best, _PRODUCTS_OF_EVALUATION * product)
 
@@ -176,5 +176,5 @@ class WideSearch:
             improved = sum(engine.round() for engine in engines)
             before, value = value, sum(engine.objective for engine in engines)
             self.incumbent.offer(value, [e.pruned for e in engines], [e.X for e in engines])
-            if improved and before - value < _GAIN * before:
+            if improved and before - value < GAIN * before:
                 return

@@ -17,11 +17,19 @@ from cbs_opt.linalg import cholesky_lower, inverse_of_cholesky
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget
 from cbs_opt.typing import BoolArray, FloatArray
 
+MOST_ITERATIONS = 2000
+"""Of a run of ADMM."""
+
 _WARM = 24  # iterations before an unchanged support ends the run
 _FIRST_OFFER = 12  # iterations before which masks are not worth a loss
-_RHO, _RHO_FROM = 0.1, 0.2  # the first ρ, from magnitude and from a good mask
+RHO = 0.1
+"""The first ρ, from magnitude."""
+
+AGAIN = 0.4
+"""Of the last ρ, in a run from where the last one ended."""
+
+_RHO_FROM = 0.2  # the first ρ from a good mask
 _CHANGES, _INVERSE = 8, 1.3  # of ρ in a run, and products of as many rows as columns that one takes, roughly
-_AGAIN = 0.4  # of the last ρ, in a run from where the last one ended
 _ROWS = 256  # of a product between two checkpoints
 
 Single = NDArray[Any]
@@ -65,6 +73,16 @@ class WideLayer:
         """Doubled losses of scaled weights X of some rows, less the scale of the row, float64 (rows,)."""
         change = X - self.W[rows]
         return np.asarray(np.einsum("rk,rk->r", change, self.product(change), dtype=np.float64))
+
+
+def is_settled(step: int, changed: int, kept: int) -> bool:
+    """Whether a run of ADMM ends: after some iterations, where few of the `kept` weights change."""
+    return step >= _WARM and changed <= 1e-4 * kept
+
+
+def growth(changed: int, kept: int) -> float:
+    """The factor by which ρ grows where the support changed in so many of the `kept` weights."""
+    return 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1 if changed else 1.0
 
 
 def column_norms(layer: Layer) -> FloatArray:
@@ -118,7 +136,7 @@ class WideAdmm:
         self._last_changes, self._seconds_of_start = _CHANGES, 0.0
         self._state: tuple[list[BoolArray], list[Single], list[Single], float]
 
-    def run(self, hold: int, rho: float = _RHO, most: int = 2000) -> tuple[list[BoolArray], list[Single]]:
+    def run(self, hold: int, rho: float = RHO) -> tuple[list[BoolArray], list[Single]]:
         """Masks and their weights, scaled, from magnitude; ρ changes every `hold` iterations.
 
         Raises
@@ -128,10 +146,10 @@ class WideAdmm:
         """
         masks = self._threshold([layer.W for layer in self.layers])
         D = [np.where(mask, np.float32(0), layer.W) for mask, layer in zip(masks, self.layers, strict=True)]
-        return self._run(hold, rho, masks, D, [np.zeros_like(d) for d in D], most)
+        return self._run(hold, rho, masks, D, [np.zeros_like(d) for d in D])
 
-    def run_again(self, hold: int, most: int = 2000) -> tuple[list[BoolArray], list[Single]]:
-        """A run from where the last one ended, with ρ at `_AGAIN` of what it was then.
+    def run_again(self, hold: int) -> tuple[list[BoolArray], list[Single]]:
+        """A run from where the last one ended, with ρ at `AGAIN` of what it was then.
 
         The support is free to change again, and the answer is better than after a run from magnitude that takes as
         long: the runs together are an ADMM that may be stopped after any of them.
@@ -139,8 +157,8 @@ class WideAdmm:
         masks, D, U, rho = self._state
         self._state = ([], [], [], rho)  # they change in place
         for dual in U:
-            dual /= np.float32(_AGAIN)
-        return self._run(hold, _AGAIN * rho, masks, D, U, most)
+            dual /= np.float32(AGAIN)
+        return self._run(hold, AGAIN * rho, masks, D, U)
 
     def start_from(self, masks: list[BoolArray], weights: list[Single]) -> None:
         """Let `run_again` start from masks with their refitted, scaled weights; O(rows · K²).
@@ -148,7 +166,7 @@ class WideAdmm:
         The dual variables of pruned weights are then their gradients, those of kept weights zero.
         """
         began = self.clock()
-        D, U, rho = [x.copy() for x in weights], [], _RHO_FROM / _AGAIN
+        D, U, rho = [x.copy() for x in weights], [], _RHO_FROM / AGAIN
         for layer, mask, x in zip(self.layers, masks, weights, strict=True):
             gradient = layer.B - layer.product(x)
             gradient *= np.float32(1.0 / rho)
@@ -158,7 +176,7 @@ class WideAdmm:
         self._state = (masks, D, U, rho)
 
     def _run(
-        self, hold: int, rho: float, masks: list[BoolArray], D: list[Single], U: list[Single], most: int
+        self, hold: int, rho: float, masks: list[BoolArray], D: list[Single], U: list[Single]
     ) -> tuple[list[BoolArray], list[Single]]:
         began, layers = self.clock(), self.layers
         inverses: list[Single] = []
@@ -166,7 +184,7 @@ class WideAdmm:
         self._invert(inverses, rho)
         kept = max(1, sum(mask.size - int(mask.sum()) for mask in masks))
         before = masks
-        for step in range(1, most + 1):
+        for step in range(1, MOST_ITERATIONS + 1):
             self.iterations += 1
             for k, layer in enumerate(layers):
                 right = D[k]  # becomes B + ρ (D − U)
@@ -184,10 +202,9 @@ class WideAdmm:
             before = masks
             if step >= _FIRST_OFFER:
                 self.offer(self.objective(D), masks, D)
-            if step >= _WARM and changed <= 1e-4 * kept:
+            if is_settled(step, changed, kept):
                 break
-            factor = 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1 if changed else 1.0
-            if factor > 1:
+            if (factor := growth(changed, kept)) > 1:
                 rho *= factor
                 for dual in U:
                     dual /= np.float32(factor)

@@ -9,6 +9,7 @@ import torch
 from cbs_opt import Budget, HessianBlocks, Instance, joint_loss, solve
 from cbs_opt.curvature import SharedBlocks
 from cbs_opt.solvers.device.thresholds import smallest
+from cbs_opt.solvers.layers import device_wide
 from cbs_opt.solvers.layers import layered_instance as layered
 from cbs_opt.solvers.layers import solve as entry
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, layer_losses
@@ -69,6 +70,40 @@ def test_layers_on_a_card_are_as_good_as_on_the_cpu(card, monkeypatch, kind, loc
     assert there.compared and there.objective == pytest.approx(layer_losses(layers, there.weights))
 
 
+@pytest.mark.parametrize("kind", ["total", "per_row", "pattern"])
+def test_short_rows_are_searched_on_the_card_first(card, monkeypatch, kind):
+    """The CPU goes on from what the card found, and says so if the card failed."""
+    layers = [random_layer(seed, locked=kind != "pattern") for seed in (1, 2)]
+    budget, first = budgets(kind, layers), []
+    search = device_wide.DeviceWideSearch.run
+
+    def run(self, starts):
+        compared = search(self, starts)
+        first.append(self.incumbent)
+        return compared
+
+    monkeypatch.setattr(device_wide.DeviceWideSearch, "run", run)
+    found = solve_layers(layers, budget, card=card)
+    assert found.device == card.name and budget.satisfied(found.pruned) and found.compared
+    assert found.objective <= first[0].objective * (1 + 1e-5)
+    assert found.objective <= 1.01 * solve_layers(layers, budget).objective
+
+    def fail(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(device_wide.DeviceLayer, "refit", fail)
+    failed = solve_layers(layers, budget, card=card)
+    assert failed.device == f"{card.name}, which failed; cpu" and budget.satisfied(failed.pruned)
+
+
+def test_weights_of_the_card_are_handed_over(card, monkeypatch):
+    """The evaluator starts from them: they are near the best ones of the masks."""
+    monkeypatch.setattr(entry, "TABLEAU_COLUMNS", 0)
+    layers = [random_layer(seed) for seed in (1, 2)]
+    found = solve_layers(layers, budgets("total", layers), card=card, refit=False)
+    assert found.near and found.objective == pytest.approx(layer_losses(layers, found.weights), rel=1e-4)
+
+
 def test_a_stop_keeps_the_incumbent(card, monkeypatch):
     monkeypatch.setattr(entry, "TABLEAU_COLUMNS", 0)
     layers, asked = [random_layer(1)], []
@@ -86,6 +121,7 @@ def test_the_solver_joint_uses_the_card(card, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(entry, "TABLEAU_COLUMNS", 0)
     monkeypatch.setattr(layered, "TABLEAU_COLUMNS", 0)
+    monkeypatch.setattr(layered, "_SHORTEST_ON_CARD", 8)
     layer = random_layer(3, rows=10, columns=16)
     curvature = SharedBlocks(HessianBlocks.from_blocks([layer.hessian]), np.zeros(10, np.int64), layer.scale)
     instance = Instance(layer.weights.ravel(), curvature, Budget(100))
