@@ -347,26 +347,46 @@ def release_memory() -> None:
             torch.cuda.empty_cache()
 
 
-def in_batches(count: int, size: int, do: Callable[[int, int], Any], should_stop: Callable[[], bool]) -> int:
-    """Call `do(first, last)` for consecutive ranges; half of the size after every lack of memory.
+class Batches:
+    """How many of something go to the card together: half as many after every lack of memory.
 
-    Returns the number done, fewer than `count` when told to stop. Raises the error of torch where a single one
-    does not fit.
+    Parameters
+    ----------
+    size : int
+    least : int
+        Below which there is nothing to divide.
     """
-    first = 0
-    while first < count and not (first and should_stop()):
-        last = min(first + size, count)
-        try:
-            do(first, last)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or size == 1:
-                raise
-            release_memory()
-            size = max(1, min(size, last - first) // 2)
-            logger.info(f"the memory of the card is short: {size} at a time")
-            continue
-        first = last
-    return first
+
+    def __init__(self, size: int, least: int = 1) -> None:
+        self.size, self.least = max(size, least), least
+
+    def run(
+        self, count: int, do: Callable[[int, int], Any], should_stop: Callable[[], bool] = lambda: False
+    ) -> int:
+        """Call `do(first, last)` for consecutive ranges.
+
+        Returns the number done, fewer than `count` when told to stop. Raises the error of torch where the least
+        number does not fit.
+        """
+        first = 0
+        while first < count and not (first and should_stop()):
+            last = min(first + self.size, count)
+            try:
+                do(first, last)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or last - first <= self.least:
+                    raise
+                release_memory()
+                self.size = max(self.least, (last - first) // 2)
+                logger.info(f"the memory of the card is short: {self.size} at a time")
+                continue
+            first = last
+        return first
+
+
+def in_batches(count: int, size: int, do: Callable[[int, int], Any], should_stop: Callable[[], bool]) -> int:
+    """`Batches.run` from batches of `size`."""
+    return Batches(size).run(count, do, should_stop)
 
 
 class or_on_cpu:  # noqa: N801 - reads as a function, like those of contextlib

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from functools import wraps
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,12 @@ from cbs_opt.device import release_memory
 from cbs_opt.errors import InstanceError
 
 logger = logging.getLogger("cbs_opt")
+
+_LEAST_CHUNK = 1 << 20  # bytes of activations at a time below which a card has too little memory
+_SMALLER = 8  # by which fewer are tried
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Samples(Protocol):
@@ -213,6 +220,8 @@ def checked_call(model: nn.Module, samples: Any, name: str = "") -> Any:
     """Run a model; raises `InstanceError` in one sentence where it does not take the inputs."""
     try:
         return call(model, samples)
+    except torch.OutOfMemoryError:  # for smaller batches, or the CPU
+        raise
     except Exception as error:  # whatever a user's network does with inputs that are not its own
         where = f"{name}: " if name else ""
         raise InstanceError(
@@ -224,6 +233,47 @@ def reason(error: BaseException) -> str:
     """An error of external code in one line."""
     text = (str(error).strip().splitlines() or [""])[0][:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def on_cpu_instead(*networks: nn.Module) -> None:
+    """Bring networks to the CPU, as the memory of the card is too short for them; raises where they are there.
+
+    Raises
+    ------
+    InstanceError
+    """
+    release_memory()
+    if all(p.device.type == "cpu" for network in networks for p in network.parameters()):
+        raise InstanceError("the memory is too short for the network and few samples")
+    logger.warning("the memory of the card is too short for the network: on the CPU instead")
+    for network in networks:
+        network.cpu()
+
+
+def within_memory(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function of networks, with `chunk_bytes`, begin again with less where the memory of a card is short.
+
+    When it is short even for few samples the networks go to the CPU, and stay there. `chunk_bytes` must be an
+    argument by keyword with a default.
+    """
+    usual = function.__kwdefaults__["chunk_bytes"]  # type: ignore[attr-defined]
+
+    @wraps(function)
+    def again(*args: P.args, **kwargs: P.kwargs) -> T:
+        networks = [arg for arg in args if isinstance(arg, nn.Module)]
+        while True:
+            try:
+                return function(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                size: Any = kwargs.get("chunk_bytes", usual)
+                if size <= _LEAST_CHUNK:
+                    on_cpu_instead(*networks)
+                    continue
+                release_memory()
+                kwargs["chunk_bytes"] = smaller = size // _SMALLER
+                logger.info(f"the memory of the card is short: {smaller >> 10} KiB of activations at a time")
+
+    return again
 
 
 def by_memory(

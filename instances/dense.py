@@ -10,11 +10,12 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from cbs_opt.device import Batches
 from cbs_opt.errors import InstanceError
-from cbs_opt.instances.batches import Samples, moved, placed, slices
+from cbs_opt.instances.batches import Samples, on_cpu_instead, placed, slices
 from cbs_opt.instances.gradients import chunk_size
 from cbs_opt.instances.modes import evaluation_mode, fewest
-from cbs_opt.instances.scores import Judge, Score, runner
+from cbs_opt.instances.scores import Judge, Score, runner, take_samples
 
 logger = logging.getLogger("cbs_opt")
 
@@ -57,17 +58,19 @@ def dense_scores(
         When the loss must be declared.
     """
     m = len(inputs)
-    device = next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
         run = runner(model, stack)
-        first = placed(inputs[: fewest(model)], model)
-        run(first)
-        size = chunk_size(model, placed(first, model), (), chunk_bytes)
-        for part in slices(inputs, max(size, fewest(model))):
-            x = placed(inputs[part], model)
-            judge.take(run(x), moved(labels[part], device), x)
+        few = fewest(model)
+        try:
+            run(placed(inputs[:few], model))
+        except torch.OutOfMemoryError:
+            on_cpu_instead(model)
+            run(placed(inputs[:few], model))
+        batches = Batches(chunk_size(model, placed(inputs[:few], model), (), chunk_bytes), few)
+        for part in slices(inputs, batches.size):
+            take_samples(judge, model, run, inputs[part], labels[part], batches)
             progress(part.stop)
     score = judge.score()
     if not math.isfinite(score.loss):

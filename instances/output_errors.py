@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError
-from cbs_opt.instances.batches import Samples, checked_call, placed, slices
+from cbs_opt.instances.batches import Samples, checked_call, placed, slices, within_memory
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
 from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.products import Product
@@ -30,6 +30,7 @@ from cbs_opt.typing import FloatArray
 logger = logging.getLogger("cbs_opt")
 
 
+@within_memory
 def output_error_gradients(
     model: nn.Module,
     original: nn.Module,

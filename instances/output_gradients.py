@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.instances.batches import Samples, checked_call, moved, placed, reason, slices
+from cbs_opt.instances.batches import Samples, checked_call, moved, placed, reason, slices, within_memory
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
 from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.products import Product, Products
@@ -86,6 +86,7 @@ class TracedProducts(Products):
         return traced.clone()
 
 
+@within_memory
 def row_gradients(
     model: nn.Module,
     inputs: Samples,

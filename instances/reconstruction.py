@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.instances.batches import Samples, checked_call, placed, slices
+from cbs_opt.instances.batches import Samples, checked_call, placed, slices, within_memory
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
 from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.products import Product, Products
@@ -149,6 +149,7 @@ def followed(
     return [name for name in weights if name not in reasons], reasons
 
 
+@within_memory
 def input_covariances(
     model: nn.Module,
     inputs: Samples,

@@ -7,18 +7,19 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.device import find_card
+from cbs_opt.device import Batches, find_card
 from cbs_opt.errors import CbsError, InstanceError, UsageError
-from cbs_opt.instances.batches import call, checked_call, map_leaves, moved, placed, reason
+from cbs_opt.instances.batches import call, checked_call, map_leaves, moved, on_cpu_instead, placed, reason
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.losses import ClassLoss, FunctionLoss, LossLike, SampleLoss, declared, guessed
 from cbs_opt.instances.metrics import Metric, MetricLike, declared_metric
-from cbs_opt.instances.modes import evaluation_mode, is_half, single_precision
+from cbs_opt.instances.modes import evaluation_mode, fewest, is_half, single_precision
 
 logger = logging.getLogger("cbs_opt")
 
@@ -112,6 +113,8 @@ class Judge:
             sums, weights = self.loss.terms(exact, targets)
             if self.metric is not None:
                 self.metric.update(outputs, targets)
+        except torch.OutOfMemoryError:  # for smaller batches, or the CPU
+            raise
         except CbsError as error:
             if self._where and not str(error).startswith(self._where):
                 raise type(error)(f"{self._where}{error}") from error
@@ -178,7 +181,8 @@ def evaluate(
     loss, metric, output_key : optional
         See `Judge`.
     device : torch.device or str
-        Where it runs; the model stays where it is afterwards.
+        Where it runs; in smaller batches, or on the CPU, where memory is short. Afterwards the model is where it
+        was.
     should_stop : callable
         Asked between batches; the score is then over the samples until there.
     progress : callable
@@ -208,14 +212,38 @@ def evaluate(
         stack.callback(model.to, before)
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
-        run = runner(model, stack)
+        run, batches = runner(model, stack), Batches(BATCH, fewest(model))
         for inputs, targets in source.batches(BATCH):
             if should_stop():
                 break
-            x = placed(inputs, model)
-            judge.take(run(x, source.name), moved(targets, device), x)
+            take_samples(judge, model, partial(run, name=source.name), inputs, targets, batches)
             progress(judge.samples)
     return judge.score() if judge.samples else None
+
+
+def take_samples(
+    judge: Judge, model: nn.Module, run: Callable[[Any], Any], inputs: Any, targets: Any, batches: Batches
+) -> None:
+    """Let the judge take in samples: in smaller batches where the memory of a card is short, at last on the CPU.
+
+    Raises
+    ------
+    InstanceError
+        When the memory of the CPU is too short as well.
+    """
+    before = judge.samples
+
+    def take(first: int, last: int) -> None:
+        begin = judge.samples - before  # where the CPU goes on
+        x = placed(inputs[begin : begin + last - first], model)
+        y = moved(targets[begin : begin + last - first], next(model.parameters()).device)
+        judge.take(run(x), y, x)
+
+    while (left := len(inputs) - (judge.samples - before)) > 0:
+        try:
+            batches.run(left, take)
+        except torch.OutOfMemoryError:
+            on_cpu_instead(model)
 
 
 def runner(model: nn.Module, stack: ExitStack) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from cbs_opt.instances.batches import checked_call, placed
+from cbs_opt.instances.batches import checked_call, on_cpu_instead, placed
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.modes import evaluation_mode, single_precision
 from cbs_opt.pruning.network import norms_of
@@ -34,28 +34,38 @@ def reestimate(model: nn.Module, source: SampleSource) -> None:
 
     Notes
     -----
-    The first `MOST` samples, in equal batches of at most `BATCH`, whose statistics are averaged.
+    The first `MOST` samples, in equal batches of at most `BATCH`, whose statistics are averaged. Where the memory
+    of a card is too short for a batch the CPU does it: smaller batches have other statistics.
     """
     norms = [norm for _, norm in norms_of(model)]
     momenta = [norm.momentum for norm in norms]
-    done = 0
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(single_precision(model))
         for norm in norms:
             norm.train()
         try:
-            # Equal batches: a small last one would have a noisy variance.
-            used = min(len(source), MOST)
-            pieces = -(-used // BATCH)
-            for inputs, _ in source.batches(-(-used // pieces)):
-                if done >= used:
-                    break
-                x = placed(inputs, model)
-                done += len(inputs)
-                for norm in norms:
-                    norm.momentum = len(inputs) / done  # 1 for the first batch: the old ones are gone
-                checked_call(model, x, source.name)
+            try:
+                _average(model, norms, source)
+            except torch.OutOfMemoryError:
+                on_cpu_instead(model)
+                _average(model, norms, source)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+def _average(model: nn.Module, norms: list[nn.Module], source: SampleSource) -> None:
+    """Run the samples through the network; the statistics begin anew with the first batch."""
+    # Equal batches: a small last one would have a noisy variance.
+    used = min(len(source), MOST)
+    pieces = -(-used // BATCH)
+    done = 0
+    for inputs, _ in source.batches(-(-used // pieces)):
+        if done >= used:
+            break
+        x = placed(inputs, model)
+        done += len(inputs)
+        for norm in norms:
+            norm.momentum = len(inputs) / done  # type: ignore[assignment]  # 1 for the first batch: the old ones go
+        checked_call(model, x, source.name)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,14 +113,14 @@ def compiling(capability: int, found: dict[str, Compiled]) -> Iterator[None]:
             found[made.hash] = _facts(kernel, capability, given, made)
         return made
 
-    before = driver._active
     driver.set_active(_Driver(capability))
     JITFunction.run = compile_only
     try:
         yield
     finally:
         JITFunction.run = run
-        driver._active = before
+        with suppress(RuntimeError):  # without a card there is nothing to go back to
+            driver.reset_active()
 
 
 def _facts(kernel: Any, capability: int, given: dict[str, Any], made: Any) -> Compiled:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cbs_opt import early_signals
+from cbs_opt.device import is_out_of_memory
 from cbs_opt.errors import CbsError, OutputError, UsageError
 from cbs_opt.files.atomic import check_writable
 from cbs_opt.files.paths import real_path
@@ -96,6 +97,9 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
     except Exception as error:
         if "--debug" in given:
             raise
+        if is_out_of_memory(error):
+            _complain(f"{program}: the memory of the card is too short: `--device cpu` has more")
+            return EXIT_SOLVER
         _complain(f"{program}: unexpected {type(error).__name__}: {error}; --debug shows where: please report it")
         return EXIT_SOLVER
 

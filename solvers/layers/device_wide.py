@@ -132,8 +132,7 @@ class DeviceWideSearch:
         except np.linalg.LinAlgError as error:
             logger.warning(f"layers: {error}; the search ends here")
         if self.best is not None:  # the evaluator then starts near the best weights
-            masks, weights = ([part.cpu().numpy() for part in parts] for parts in self.best)
-            self.incumbent.adopt(masks, weights)
+            self.incumbent.adopt(*([part.cpu().numpy() for part in parts] for parts in self.best))
         return compared
 
     def bring(self) -> None:
