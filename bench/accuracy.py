@@ -20,9 +20,9 @@ from cbs_opt.bench.paper.results import Results
 from cbs_opt.bench.paper.study import BEST, NONE, OURS, Method, Source, Study
 from cbs_opt.bench.paper.subject import score
 from cbs_opt.bench.runs.store import OK, Key, Row
-from cbs_opt.cli.common import Parser, run_main
+from cbs_opt.cli.common import Parser, check_outputs, run_main
 from cbs_opt.errors import UsageError
-from cbs_opt.files.atomic import atomic_write, check_writable
+from cbs_opt.files.atomic import atomic_write
 
 if TYPE_CHECKING:
     from cbs_opt.instances.data import SampleSource
@@ -179,8 +179,7 @@ def _main(arguments: list[str]) -> int:
         raise UsageError(f"{options.instance}: does not name its network: give it with `--network`")
     if options.network is None and is_factory(spec):
         raise UsageError(f"'{spec}' is a factory, which is code: repeat it as `--network {spec}` to run it")
-    if options.output is not None:
-        check_writable(options.output)
+    check_outputs((options.instance, options.checkpoint), (options.output,))
     noted = instance.metadata.get("normalisation")
     noted = noted if isinstance(noted, dict) else {}
     network = load_network(spec, noted.get("mean"), noted.get("std"))

@@ -20,9 +20,9 @@ from cbs_opt.bench.runs.configuration import Configuration, SolverEntry, unavail
 from cbs_opt.bench.runs.runner import Plan, make_plan, run_plan
 from cbs_opt.bench.runs.show import progress
 from cbs_opt.bench.runs.store import Store
-from cbs_opt.cli.common import Interrupts, Parser, run_main, say, start_logging
+from cbs_opt.cli.common import Interrupts, Parser, check_outputs, run_main, say, start_logging
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.files.atomic import atomic_write, check_writable
+from cbs_opt.files.atomic import atomic_write
 from cbs_opt.solver import OBJECTIVES
 
 SOLVERS = ("exact", "highs", "scip", "gurobi")
@@ -109,8 +109,7 @@ def _main(arguments: list[str]) -> int:
     for sparsity in options.sparsities:
         if not 0 <= sparsity <= 1:
             raise UsageError(f"`--sparsities` must lie in [0, 1], got {sparsity:g}")
-    if options.output is not None:
-        check_writable(options.output)
+    check_outputs(options.instances, (options.output,))
     start_logging(options.quiet, False)
     asked = configuration(
         options.instances, options.solvers, options.sparsities, options.objective, options.time_limit

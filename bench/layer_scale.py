@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 
 from cbs_opt.bench.anytime import load
+from cbs_opt.bench.kept import once
 from cbs_opt.bench.large_layers import as_instance, generate, transformer_block
 from cbs_opt.bench.layers import table
 from cbs_opt.bench.startup import machine
-from cbs_opt.cli.common import Parser, run_main
+from cbs_opt.cli.common import Parser, check_outputs, run_main
 from cbs_opt.errors import SolverError, UsageError
 from cbs_opt.files import write_instance
 from cbs_opt.typing import FloatArray
@@ -119,16 +120,12 @@ def measure(rows: int, columns: int, sparsity: float) -> Measured:
 
 def measured_once(rows: int, columns: int, sparsity: float, kept: Path | None) -> Measured:
     """A measurement from the file of earlier ones, or a new one, which is added to it; raises as `measure`."""
-    if kept is not None and kept.exists():
-        for line in kept.read_text(encoding="utf-8").splitlines():
-            found = Measured(**json.loads(line))
-            if (found.rows, found.columns, found.sparsity) == (rows, columns, sparsity):
-                return found
-    found = measure(rows, columns, sparsity)
-    if kept is not None:
-        with kept.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found.__dict__) + "\n")
-    return found
+    return once(
+        kept,
+        Measured,
+        lambda found: (found.rows, found.columns, found.sparsity) == (rows, columns, sparsity),
+        lambda: measure(rows, columns, sparsity),
+    )
 
 
 def fitted(rows: Iterable[Measured]) -> CostModel:
@@ -241,6 +238,7 @@ def _main(arguments: list[str]) -> int:
     )  # fmt: skip
     add("--one", nargs=3, metavar=("ROWS", "COLUMNS", "F"), help="measure one layer in this process, as JSON")
     options = parser.parse_args(arguments)
+    check_outputs((), (options.rows, options.write_block))
     if options.one is not None:
         rows, columns = _size("x".join(options.one[:2]))
         found = measure_here(rows, columns, float(options.one[2]))

@@ -9,7 +9,6 @@ in float64.
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +20,14 @@ from threadpoolctl import threadpool_limits
 
 from cbs_opt.bench import layer_peers as peers
 from cbs_opt.bench.anytime import CLOCKS, load
+from cbs_opt.bench.kept import once
 from cbs_opt.bench.large_layers import DAMPING, generate
 from cbs_opt.bench.layer_peers import Pattern
 from cbs_opt.bench.layer_pictures import Course, draw
 from cbs_opt.bench.startup import machine
-from cbs_opt.cli.common import Parser, run_main
+from cbs_opt.cli.common import Parser, check_outputs, run_main
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.files.atomic import atomic_write, check_writable
+from cbs_opt.files.atomic import atomic_write
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution
 from cbs_opt.solvers.layers.solve import solve_layers
 from cbs_opt.solvers.layers.warm_up import layers_joint, layers_selection
@@ -188,11 +188,15 @@ def kept_course(case: Case, sparsity: float, seconds: float, kept: Path | None) 
     The file holds a JSON object a line.
     """
     title = f"{case.name}, sparsity {sparsity:g}"
-    if kept is not None and kept.exists():
-        for line in kept.read_text(encoding="utf-8").splitlines():
-            course = Course(**json.loads(line))
-            if (course.title, course.seconds) == (title, seconds):
-                return course
+    return once(
+        kept,
+        Course,
+        lambda course: (course.title, course.seconds) == (title, seconds),
+        lambda: _course(case, sparsity, seconds, title),
+    )
+
+
+def _course(case: Case, sparsity: float, seconds: float, title: str) -> Course:
     count = int(np.ceil(sparsity * case.weights.size))
     solution = case.solve(LayerBudget(total=count), seconds, bound_share=0.8)
     found = {name: (peer.seconds, peer.error) for name, peer in case.peers(count).items()}
@@ -201,11 +205,7 @@ def kept_course(case: Case, sparsity: float, seconds: float, kept: Path | None) 
         for at, loss, low in solution.history
     ]
     history.append((seconds, case.error(solution.weights[0]), 2 * (solution.bound or 0.0) / case.reference))
-    course = Course(title, found, history, seconds)
-    if kept is not None:
-        with kept.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(course.__dict__) + "\n")
-    return course
+    return Course(title, found, history, seconds)
 
 
 def selection_rows(case: Case, sparsities: Sequence[float], seconds: float) -> list[list[object]]:
@@ -323,10 +323,7 @@ def _main(arguments: list[str]) -> int:
     add("--clock", choices=tuple(CLOCKS), default="processor", help="default: processor")
     add("-o", "--output", type=Path, metavar="FILE.md", help="also write the tables to a file")
     options = parser.parse_args(arguments)
-    if options.output is not None:
-        check_writable(options.output)
-    if options.picture is not None:
-        check_writable(options.picture)
+    check_outputs((), (options.output, options.picture, options.rows))
     if options.seconds <= 0 or any(not 0 < s < 1 for s in options.sparsities):
         raise UsageError("`--seconds` must be positive and `--sparsities` between 0 and 1")
     if min(options.shape) < 4 or options.shape[1] % 4:

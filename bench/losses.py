@@ -16,9 +16,9 @@ from cbs_opt.bench.anytime import CLOCKS
 from cbs_opt.bench.reports.canvas import few_ticks, label_at_the_right, short
 from cbs_opt.bench.runs.store import Row
 from cbs_opt.bench.runs.task import Task, run_on
-from cbs_opt.cli.common import Parser, run_main
+from cbs_opt.cli.common import Parser, check_outputs, run_main
 from cbs_opt.errors import CbsError
-from cbs_opt.files.atomic import atomic_write, check_writable
+from cbs_opt.files.atomic import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,7 +140,7 @@ def _main(arguments: list[str]) -> int:
     add("--clock", choices=tuple(CLOCKS), default="wall", help="default: wall")
     add("-o", "--output", type=Path, required=True, metavar="FILE.png")
     options = parser.parse_args(arguments)
-    check_writable(options.output)
+    check_outputs((options.instance,), (options.output,))
     instance = read_instance(options.instance)
     if options.damping is not None:
         instance = instance.with_damping(options.damping)

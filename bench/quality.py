@@ -19,9 +19,9 @@ from cbs_opt.bench.anytime import CLOCKS, Anytime, load, losses_at, run_for, spr
 from cbs_opt.bench.chita import Chita
 from cbs_opt.bench.peers import PEERS, MissingPeerError, Samplers, run_sampler
 from cbs_opt.bench.startup import machine
-from cbs_opt.cli.common import Parser, run_main
+from cbs_opt.cli.common import Parser, check_outputs, run_main
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.files.atomic import atomic_write, check_writable
+from cbs_opt.files.atomic import atomic_write
 from cbs_opt.run import thread_limit
 from cbs_opt.solver import OBJECTIVES
 
@@ -179,8 +179,7 @@ def _main(arguments: list[str]) -> int:
     add("--clock", choices=tuple(CLOCKS), default="wall", help="default: wall; samplers always by the wall")
     add("-o", "--output", type=Path, metavar="FILE.md", help="also write the tables to a file")
     options = parser.parse_args(arguments)
-    if options.output is not None:
-        check_writable(options.output)
+    check_outputs((), (options.output,))
     objective = options.objective
     solvers = options.solvers or SOLVERS[objective]
     times = sorted(options.times or TIMES[objective])

@@ -15,9 +15,9 @@ from cbs_opt.bench.reports.canvas import few_ticks, label_at_the_right, short
 from cbs_opt.bench.runs.store import ERROR, OK, Row, Trace
 from cbs_opt.bench.runs.task import Task, run_on
 from cbs_opt.bench.runs.warm_up import SECONDS
-from cbs_opt.cli.common import Parser, run_main
+from cbs_opt.cli.common import Parser, check_outputs, run_main
 from cbs_opt.errors import CbsError, SolverError
-from cbs_opt.files.atomic import atomic_write, check_writable
+from cbs_opt.files.atomic import atomic_write
 from cbs_opt.solver import OBJECTIVES
 from cbs_opt.typing import FloatArray
 
@@ -181,7 +181,7 @@ def _main(arguments: list[str]) -> int:
     add("--threads", type=int, metavar="N")
     add("-o", "--output", type=Path, required=True, metavar="FILE.png")
     options = parser.parse_args(arguments)
-    check_writable(options.output)
+    check_outputs((options.instance,), (options.output,))
     instance = read_instance(options.instance)
     if options.sparsity is not None:
         instance = instance.with_sparsity(options.sparsity)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from cbs_opt.bench.kept import add_line, read_lines
 from cbs_opt.device import Card, find_card
 
 
@@ -88,8 +88,7 @@ class Bench:
 
     def write(self, row: Row) -> None:
         """Append a row to the file."""
-        with self._rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+        add_line(self._rows, row)
 
     def wait(self) -> None:
         """Wait until the card has done everything."""
@@ -117,11 +116,5 @@ class Bench:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All complete rows of a file; an unfinished last line, of a part that was ended, is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(Row(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
-    return rows
+    """All complete rows of a file."""
+    return read_lines(path, Row)

@@ -259,9 +259,6 @@ class Curvature(abc.ABC):
         """Whether H is positive semidefinite, so that the best update exists."""
         return not self.indefinite_blocks
 
-    def check_regular(self) -> None:  # noqa: B027
-        """Raise `InstanceError`, with a remedy, if H is known to be singular. Dense blocks detect this later."""
-
     def relative_error(self, delta: FloatArray) -> float:
         """An estimate, from above, of the relative error of δᵀHδ that comes from the form in which H is stored.
 

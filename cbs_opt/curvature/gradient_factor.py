@@ -345,15 +345,6 @@ class GradientFactor(Curvature):
         """Always: a diagonal entry is a sum of squares."""
         return np.ones(index.size, dtype=bool)
 
-    def check_regular(self) -> None:
-        """Without damping a block of more weights than gradients is singular."""
-        largest = int(self.block_sizes.max())
-        if self.damping == 0 and self.m < largest:
-            raise InstanceError(
-                f"the joint problem is singular: {self.m} gradients, a block of {largest} weights and no damping; "
-                + self.damping_advice()
-            )
-
     def damping_advice(self) -> str:
         """A damping that makes H regular, as the end of a sentence, or why none can be named."""
         mean = float(self.diagonal().mean())

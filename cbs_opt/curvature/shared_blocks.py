@@ -282,10 +282,6 @@ class SharedBlocks(Curvature):
         """That of the stored blocks, float64 (n,)."""
         return self._spread(self.stored.indefiniteness(), self.block_scale)
 
-    def check_regular(self) -> None:
-        """Check the stored blocks."""
-        self.stored.check_regular()
-
     def diagonal_split(self, should_stop: Callable[[], bool] = lambda: False) -> FloatArray | None:
         """That of the stored blocks, float64 (n,); O(b³) per stored block."""
         split = self.stored.diagonal_split(should_stop)

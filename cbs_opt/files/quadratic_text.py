@@ -78,12 +78,6 @@ class QuadraticForm:
         """Value of the form at a binary y, (n,)."""
         return float((self.linear + self.squares) @ y + self.value @ (y[self.row] * y[self.column]))
 
-    @property
-    def states_budget(self) -> bool:
-        """Whether the file says how many variables are 1."""
-        grouped = sum(members.size for members, _ in self.groups)
-        return self.cardinality is not None or (self.n > 0 and grouped == self.n)
-
     def to_instance(self, cardinality: int | None = None) -> Instance:
         """An instance whose selection loss is this form, for the cardinality given or stated in the file.
 

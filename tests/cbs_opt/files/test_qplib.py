@@ -13,7 +13,6 @@ from cbs_opt import InstanceError, UsageError
 from cbs_opt.cli.info import main as info
 from cbs_opt.cli.solve import main as solve
 from cbs_opt.files.qplib_text import read_qplib
-from cbs_opt.files.text_instance import read_form
 
 GOLDEN = {
     "densest-subgraph.qplib": ("maximize", 2.5, 19.5),
@@ -161,7 +160,6 @@ def test_without_a_cardinality_one_is_asked_for(write, capsys):
     lines = text(kind="QBN").splitlines()
     del lines[4]
     path = write("\n".join(lines) + "\n")
-    assert read_form(path).states_budget is False
     with pytest.raises(UsageError, match=r"in\.qplib: it states no cardinality: give `--budget`"):
         cbs_opt.read_instance(path)
     assert cbs_opt.read_instance(path, 2).budget.total == 2
