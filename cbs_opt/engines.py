@@ -121,6 +121,9 @@ class Processes:
     @contextlib.contextmanager
     def kept(self) -> Iterator[Engine]:
         """See `Engine.kept`."""
+        if self.pool is not None:  # kept by whoever called
+            yield self
+            return
         pool: list[Any] = []
         try:
             yield replace(self, pool=pool)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cbs_opt.budget import Budget
-from cbs_opt.engines import make_engine
+from cbs_opt.engines import Engine, make_engine
 from cbs_opt.instance import Instance
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.scores import Score, evaluate
@@ -121,7 +121,12 @@ def budgeted(problem: Problem, budget: Budget, fixed: NDArray[np.int8] | None) -
 
 
 def solved(
-    instance: Instance, method: Method, seed: int, should_stop: Callable[[], bool], device: str = "auto"
+    instance: Instance,
+    method: Method,
+    seed: int,
+    should_stop: Callable[[], bool],
+    device: str,
+    engine: Engine,
 ) -> Result:
     """Solve one variant, with the update where there is one."""
     stop = Stop(time_limit=method.time_limit, max_iterations=method.max_iterations, should_stop=should_stop)
@@ -132,9 +137,9 @@ def solved(
         stop=stop,
         seed=seed,
         update=method.updates,
-        device="auto" if device == "auto" else device,
+        device=device,
         threads=method.threads,
-        engine=make_engine(method.engine, method.workers, method.threads or 1),
+        engine=engine,
     )
 
 
@@ -178,26 +183,30 @@ def best(
     """
     before = copy.state()
     found: Choice | None = None
+    workers = make_engine(method.engine, method.workers, method.threads or 1)
     try:
-        for problem in variants:
-            if should_stop():
-                break
-            instance = budgeted(problem, budget, fixed)
-            where = "cpu" if scorer.device.type == "cpu" else "auto"  # solvers without a card refuse "cuda"
-            result = solved(instance, method, seed, should_stop, where)
-            if dense is not None and not should_stop():
-                result = _sequential(copy, dense, instance, result, samples, method, seed, should_stop, where)
-                copy.restore(before)
-            try:
-                for choice in _applied(copy, before, problem, instance, result, method, scorer, samples):
-                    if found is None or choice.loss < found.loss:
-                        found = choice
-            except Stopped:
-                if found is None:
-                    unscored = replace(scorer, source=None)
-                    (found,) = _applied(copy, before, problem, instance, result, method, unscored, samples)
-            if scorer.source is None:
-                break  # nothing could tell one variant from another: the first is taken
+        with workers.kept() as engine:
+            for problem in variants:
+                if should_stop():
+                    break
+                instance = budgeted(problem, budget, fixed)
+                where = "cpu" if scorer.device.type == "cpu" else "auto"  # solvers without a card refuse "cuda"
+                result = solved(instance, method, seed, should_stop, where, engine)
+                if dense is not None and not should_stop():
+                    result = _sequential(
+                        copy, dense, instance, result, samples, method, seed, should_stop, where, engine
+                    )
+                    copy.restore(before)
+                try:
+                    for choice in _applied(copy, before, problem, instance, result, method, scorer, samples):
+                        if found is None or choice.loss < found.loss:
+                            found = choice
+                except Stopped:
+                    if found is None:
+                        unscored = replace(scorer, source=None)
+                        (found,) = _applied(copy, before, problem, instance, result, method, unscored, samples)
+                if scorer.source is None:
+                    break  # nothing could tell one variant from another: the first is taken
     finally:
         copy.restore(before)
     return found
@@ -213,12 +222,13 @@ def _sequential(
     seed: int,
     should_stop: Callable[[], bool],
     where: str,
+    engine: Engine,
 ) -> Result:
     """The result, refined layer by layer."""
     limit = None if method.time_limit is None else method.time_limit / max(len(copy.places), 1)
     own = replace(method, time_limit=limit)
     pruned, weights = one_by_one(
-        copy, dense, instance, result, samples, lambda layer: solved(layer, own, seed, should_stop, where)
+        copy, dense, instance, result, samples, lambda layer: solved(layer, own, seed, should_stop, where, engine)
     )
     return replace(result, pruned=pruned, weights=weights if method.updates else None)
 

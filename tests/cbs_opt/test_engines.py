@@ -59,6 +59,21 @@ def test_ray_loses_only_the_task_of_a_killed_worker(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_workers_that_are_kept_serve_whoever_keeps_them_again():
+    def process(task):
+        import os
+
+        return os.getpid()
+
+    with Processes(1).kept() as outer:
+        found = []
+        for _ in range(2):
+            with outer.kept() as inner:
+                found += [result for _, result in inner.run([0], process)]
+        found += [result for _, result in outer.run([0], process)]
+    assert len(set(found)) == 1 and None not in found
+
+
 def test_serial_stays_in_this_process():
     assert list(Serial().run([1, 2], lambda task: (task, os.getpid()))) == [
         (1, (1, os.getpid())),
