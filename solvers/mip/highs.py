@@ -1,4 +1,4 @@
-"""Exact solutions by HiGHS: the MILPs of `outer_approximation`, `joint_outer` and `model`, through highspy."""
+"""Exact solutions by HiGHS, through highspy: the MILPs of `selection_outer`, `joint_outer`, `selection_model`."""
 
 from __future__ import annotations
 
