@@ -6,7 +6,7 @@ weights and their values (`joint`), or ½ w_Pᵀ H w_P over the pruned set P alo
 over all layers, a budget for each row, or N:M.
 
 - `solve`: the entry point; `layered_instance`: from an instance and back; `problem`: layers, budgets, losses;
-- `joint`, `selection`, with `rows` and `starts`: rows on tableaus of their own; `parallel`, `distributed`: workers;
+- `joint`, `selection`, with `rows` and `starts`: rows on their own tableaus; `parallel`, `distributed`: workers;
 - `wide`, `wide_admm`, `large`: long rows, by ADMM and exchanges in bulk; `device_wide`: the same on a card;
 - `bound`, with `bound_rows` and `relaxation`: lower bounds; `allocation`, `price_curves`: one budget over rows.
 
