@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from cbs_opt.bench import layer_peers as peers
 from cbs_opt.bench.anytime import CLOCKS, load
@@ -31,6 +30,7 @@ from cbs_opt.files.atomic import atomic_write
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution
 from cbs_opt.solvers.layers.solve import solve_layers
 from cbs_opt.solvers.layers.warm_up import layers_joint, layers_selection
+from cbs_opt.threads import library_threads
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
@@ -72,7 +72,7 @@ class Case:
 
     def timed(self, method: Callable[[], FloatArray]) -> Timed:
         """Error and seconds of a method that returns weights."""
-        with threadpool_limits(self.threads):
+        with library_threads(self.threads):
             began = self.clock()
             weights = method()
             seconds = self.clock() - began

@@ -22,8 +22,8 @@ from cbs_opt.bench.startup import machine
 from cbs_opt.cli.common import Parser, check_outputs, run_main
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files.atomic import atomic_write
-from cbs_opt.run import thread_limit
 from cbs_opt.solver import OBJECTIVES
+from cbs_opt.threads import thread_limit
 
 CHITA = "chita"
 SPLIT = ("magnitude", "search")

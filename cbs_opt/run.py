@@ -9,10 +9,8 @@ limit ended the run before it had compared with these, they are compared here.
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +22,7 @@ from cbs_opt.losses import Losses, evaluate, selection_loss
 from cbs_opt.monitor import OPTIMAL_GAP, Monitor
 from cbs_opt.result import Status
 from cbs_opt.solver import Context, Solver
+from cbs_opt.threads import thread_limit
 from cbs_opt.typing import BoolArray
 from cbs_opt.view import text
 
@@ -257,19 +256,3 @@ def _not_worse_than_known(
             context.monitor.report(value, other)
             pruned, losses = other, there
     return pruned, losses
-
-
-@contextmanager
-def thread_limit(threads: int | None) -> Iterator[None]:
-    """Limit BLAS, OpenMP and, where it is loaded, torch to `threads`."""
-    if threads is None:
-        yield
-        return
-    from threadpoolctl import threadpool_limits
-
-    with ExitStack() as stack:
-        stack.enter_context(threadpool_limits(threads))
-        if (torch := sys.modules.get("torch")) is not None:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(threads)
-        yield

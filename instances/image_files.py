@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from cbs_opt.errors import InstanceError
 from cbs_opt.files.npz import NpzReader
 from cbs_opt.instances.cifar_batch import decode_batch
+from cbs_opt.optional import require
 
 Split = Literal["train", "test"]
 Indices = NDArray[np.int64]
@@ -221,6 +221,7 @@ def read_image_folder(folder: Path, image_shape: tuple[int, ...] | None) -> Imag
 
 def _picture(name: str, file: Path | io.BytesIO, image_shape: tuple[int, ...] | None) -> NDArray[np.uint8]:
     """The pixels of a picture, uint8, in the network's shape where that is known."""
+    Image = require("PIL.Image", "a picture")
     grey = image_shape is not None and len(image_shape) == 2
     try:
         with Image.open(file) as picture:

@@ -7,20 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
+
+from cbs_opt.threads import thread_limit
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch and BLAS use one thread: the order of their sums, and so their rounding, is then fixed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(before)
+    with thread_limit(1):
+        yield
 
 
 def multilayer_perceptron(sizes: Sequence[int], generator: torch.Generator) -> nn.Sequential:

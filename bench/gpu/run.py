@@ -51,6 +51,7 @@ except ModuleNotFoundError:
     triton = "is missing"
 print(f"{name}, compute capability {capability[0]}.{capability[1]}, torch {torch.__version__}, Triton {triton}")
 """
+_LEAST = 0.4  # of the time of a part that is left for it, whatever the parts before it take
 _END = 12.0  # seconds that the table and the end of processes may take
 _LAST_LINES = 4  # of what a part printed that are shown when it failed
 
@@ -161,6 +162,12 @@ class _Part:
         return [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()][-_LAST_LINES:]
 
 
+def seconds_of(chosen: Sequence[str], after: Sequence[str], left: float) -> float:
+    """Seconds that parts may take at most, of those that are left: what comes after has its least share."""
+    own, later = (sum(PARTS[name][1] for name in names) for names in (chosen, after))
+    return min(own, max(left - _LEAST * later, _LEAST * own), left)
+
+
 def _measure(names: list[str], device: str, tiny: bool, seconds: float, output: Path | None) -> int:
     from cbs_opt.bench.gpu.measure import Row, read_rows
     from cbs_opt.bench.startup import machine
@@ -190,7 +197,8 @@ def _measure(names: list[str], device: str, tiny: bool, seconds: float, output: 
                 if left() <= 1:
                     rows.append(Row(chosen[0], f"{chosen[0]}: not run, no time left", None))
                     continue
-                limit = min(sum(PARTS[name][1] for name in chosen), left())
+                after = names[names.index(chosen[-1]) + 1 :]
+                limit = seconds_of(chosen, after, left())
                 _say(f"{', '.join(chosen)} …")
                 part = _Part(chosen, device, tiny, folder)
                 running.append(part)

@@ -33,10 +33,11 @@ from cbs_opt.losses import Losses, evaluate
 from cbs_opt.monitor import Monitor
 from cbs_opt.registry import get_solver
 from cbs_opt.result import Status
-from cbs_opt.run import run_solver, thread_limit
+from cbs_opt.run import run_solver
 from cbs_opt.solve import environment
 from cbs_opt.solver import Context
 from cbs_opt.stop import Stop
+from cbs_opt.threads import thread_limit
 from cbs_opt.typing import BoolArray
 
 TOLERANCE = 1e-6

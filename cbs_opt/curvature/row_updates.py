@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbs_opt.interrupt import checkpoint
+from cbs_opt.threads import library_threads
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 INNER = 60
@@ -171,9 +172,7 @@ def factored_rows(
 
 def _single_thread(columns: int) -> AbstractContextManager[object]:
     """Linear algebra with one thread: several wait for each other on the systems of single rows."""
-    from threadpoolctl import threadpool_limits
-
-    return nullcontext() if columns < _TINY else threadpool_limits(1)
+    return nullcontext() if columns < _TINY else library_threads(1)
 
 
 def update_rows(

@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+
+from cbs_opt.threads import library_threads
 
 _POLL = 0.02  # seconds between two checks whether to stop
 
@@ -34,7 +35,8 @@ class RowPool:
         self.local = threading.local()
 
     def __enter__(self) -> RowPool:
-        self._limits = threadpool_limits(1)
+        self._limits = library_threads(1)
+        self._limits.__enter__()
         return self
 
     def __exit__(
@@ -42,7 +44,7 @@ class RowPool:
     ) -> None:
         self.flag[0] = 1
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._limits.restore_original_limits()
+        self._limits.__exit__(None, None, None)
 
     def stopped(self) -> bool:
         """Whether to stop, asked now."""

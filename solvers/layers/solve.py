@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from cbs_opt.device import Card, or_on_cpu
 from cbs_opt.errors import InstanceError
@@ -22,6 +21,7 @@ from cbs_opt.solvers.layers.selection import SelectionSearch
 from cbs_opt.solvers.layers.starts import admm, swept_weights
 from cbs_opt.solvers.layers.wide import WideSearch
 from cbs_opt.solvers.layers.wide_admm import column_norms
+from cbs_opt.threads import library_threads
 from cbs_opt.typing import BoolArray, FloatArray
 
 logger = logging.getLogger("cbs_opt")
@@ -175,7 +175,7 @@ class _Run:
                 self.layers, self.budget, self.incumbent, self.stop, lambda: self.ends - self.clock(),
                 self.max_rounds, self.clock,
             )  # fmt: skip
-            with threadpool_limits(self.threads):
+            with library_threads(self.threads):
                 self.compared = wide.run(pending)
             return
         self.incumbent.offer(self._zeroed_loss(magnitude), magnitude)  # a first answer at once
@@ -351,7 +351,7 @@ class _Run:
         weights: list[FloatArray] = []
         for k, (layer, mask) in enumerate(zip(self.layers, pruned, strict=True)):
             if objective == "joint" and refit:
-                with threadpool_limits(self.threads):
+                with library_threads(self.threads):
                     weights.append(refit_layer(layer, mask, None if starts is None else starts[k]))
             elif starts is not None:
                 weights.append(starts[k])

@@ -27,7 +27,7 @@ BRIEF, LONGER = 4, 20
 """Iterations of conjugate gradients on a start: for a first answer, and near its refit."""
 
 QUICK, PATIENT, MORE = 3, 6, 2
-"""Iterations between two changes of ρ in the first ADMM, as ALPS, and the second; times more in each further one."""
+"""Iterations between two changes of ρ: in the first ADMM, as ALPS, and the second; times more in later ones."""
 
 SETTLED = 1e-3
 """Relative gain of an ADMM below which exchanges follow."""

@@ -15,6 +15,7 @@ import numpy as np
 from cbs_opt.instance import Instance
 from cbs_opt.solvers.paper.ls import LocalSearch, LocalSearchParameters
 from cbs_opt.solvers.paper.rmp import Draws, RmpParameters
+from cbs_opt.threads import library_threads
 from cbs_opt.typing import BoolArray
 
 Judge = Callable[[BoolArray], float]
@@ -112,13 +113,11 @@ def judged_search(
     ----------
     Yu, Serra, Ramalingam, Zhe, "The Combinatorial Brain Surgeon", ICML 2022, Algorithm 1.
     """
-    from threadpoolctl import threadpool_limits
-
     judgements = 0
     if value is None:
         value, judgements = _number(judge(start)), 1
     best, swaps, failures = start.copy(), 0, 0
-    with threadpool_limits(1, user_api="blas"):
+    with library_threads(1, blas_only=True):
         for x, _, taken in LocalSearch(instance, parameters).steps(start):
             if not taken:
                 break

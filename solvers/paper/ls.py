@@ -14,6 +14,7 @@ from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.selection import SelectionObjective
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
+from cbs_opt.threads import library_threads
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 PUBLISHED_EPSILON = 1e-4
@@ -122,10 +123,8 @@ class LocalSearch:
         BLAS uses one thread unless `context.threads` is set: products this thin gain little from a second thread,
         and take several times as long if another process keeps a core busy.
         """
-        from threadpoolctl import threadpool_limits
-
         monitor, swaps = context.monitor, 0
-        with threadpool_limits(1 if context.threads is None else context.threads, user_api="blas"):
+        with library_threads(1 if context.threads is None else context.threads, blas_only=True):
             doubled = 2.0 * self.problem.value(start)
             monitor.report(doubled / 2.0, start)
             if monitor.should_stop():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,3 +109,55 @@ def test_a_process_that_ends_without_a_row_leaves_one(tmp_path, monkeypatch):
     part = run._Part(["card"], "cuda", True, tmp_path)
     wrong = part.wait(60.0)
     assert wrong.startswith("exit code") and "a library is missing" in wrong
+
+
+@pytest.mark.parametrize("minutes", [7.5, 3.0])
+def test_every_part_has_its_share_whatever_the_others_take(minutes):
+    names, left, found = list(run.PARTS), 60.0 * minutes - 12.0, []
+    for number, name in enumerate(names):
+        found.append(run.seconds_of([name], names[number + 1 :], left))
+        left -= found[-1]
+    assert left >= -1e-9
+    shares = [seconds / run.PARTS[name][1] for name, seconds in zip(names, found, strict=True)]
+    assert max(shares) <= 1 and (minutes < 7 or min(shares) >= 0.4 - 1e-9)
+
+
+BARE = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {
+            "pyomo", "highspy", "threadpoolctl", "joblib", "matplotlib", "rich", "safetensors", "PIL", "sklearn",
+        }:
+            raise ModuleNotFoundError(f"no module {name}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import numpy as np
+from cbs_opt import Stop, solve
+from cbs_opt.bench.gpu import parts, problems, solver_parts
+from cbs_opt.instances.export import export
+from cbs_opt.instances.networks import load_network
+from cbs_opt.update import best_update
+
+instance = problems.mlpnet(True)
+for solver in ("rmp", "cbs", "search"):
+    found = solve(instance, solver, stop=Stop(max_iterations=2), threads=1)
+best_update(instance, found.pruned)
+images, labels = problems.images(3, (1, 28, 28), 0)
+made = export(load_network("mlpnet").model, images, labels, blocks="layer", curvature="gradients", sparsity=0.9)
+print(made.n)
+"""
+
+
+def test_a_machine_with_torch_numba_numpy_and_scipy_is_enough(process_environment):
+    done = subprocess.run(
+        [sys.executable, "-c", BARE],
+        capture_output=True,
+        text=True,
+        env=process_environment,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "32360"
