@@ -256,7 +256,7 @@ def within_memory(function: Callable[P, T]) -> Callable[P, T]:
     When it is short even for few samples the networks go to the CPU, and stay there. `chunk_bytes` must be an
     argument by keyword with a default.
     """
-    usual = function.__kwdefaults__["chunk_bytes"]  # type: ignore[attr-defined]
+    usual = (function.__kwdefaults__ or {})["chunk_bytes"]
 
     @wraps(function)
     def again(*args: P.args, **kwargs: P.kwargs) -> T:

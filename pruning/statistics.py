@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -55,7 +56,7 @@ def reestimate(model: nn.Module, source: SampleSource) -> None:
                 norm.momentum = momentum
 
 
-def _average(model: nn.Module, norms: list[nn.Module], source: SampleSource) -> None:
+def _average(model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm], source: SampleSource) -> None:
     """Run the samples through the network; the statistics begin anew with the first batch."""
     # Equal batches: a small last one would have a noisy variance.
     used = min(len(source), MOST)
@@ -67,5 +68,5 @@ def _average(model: nn.Module, norms: list[nn.Module], source: SampleSource) -> 
         x = placed(inputs, model)
         done += len(inputs)
         for norm in norms:
-            norm.momentum = len(inputs) / done  # type: ignore[assignment]  # 1 for the first batch: the old ones go
+            norm.momentum = len(inputs) / done  # 1 for the first batch: the old ones go
         checked_call(model, x, source.name)
