@@ -195,6 +195,11 @@ def placed(samples: Any, model: nn.Module) -> Any:
     return samples.changed(move) if isinstance(samples, Bundle) else move(samples)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; the CPU for one without parameters."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def moved(targets: Any, device: torch.device | str) -> Any:
     """Targets on a device, in their own types."""
     if isinstance(targets, Bundle):
@@ -288,7 +293,7 @@ def by_memory(
     """
     count = part.stop - part.start
     try:
-        return route(placed(inputs[part], model), moved(targets[part], next(model.parameters()).device)).cpu()
+        return route(placed(inputs[part], model), moved(targets[part], device_of(model))).cpu()
     except torch.OutOfMemoryError as error:
         release_memory()
         if not divisible:

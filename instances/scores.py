@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from cbs_opt.device import Batches, find_card
 from cbs_opt.errors import CbsError, InstanceError, UsageError
-from cbs_opt.instances.batches import call, checked_call, map_leaves, moved, on_cpu_instead, placed, reason
+from cbs_opt.instances.batches import (
+    call,
+    checked_call,
+    device_of,
+    map_leaves,
+    moved,
+    on_cpu_instead,
+    placed,
+    reason,
+)
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.losses import ClassLoss, FunctionLoss, LossLike, SampleLoss, declared, guessed
 from cbs_opt.instances.metrics import Metric, MetricLike, declared_metric
@@ -206,7 +215,7 @@ def evaluate(
             "`--no-score`"
         )
     judge = Judge(loss, metric, output_key, source.name)
-    before = next((p.device for p in model.parameters()), torch.device("cpu"))
+    before = device_of(model)
     model.to(device)
     with ExitStack() as stack:
         stack.callback(model.to, before)
@@ -236,7 +245,7 @@ def take_samples(
     def take(first: int, last: int) -> None:
         begin = judge.samples - before  # where the CPU goes on
         x = placed(inputs[begin : begin + last - first], model)
-        y = moved(targets[begin : begin + last - first], next(model.parameters()).device)
+        y = moved(targets[begin : begin + last - first], device_of(model))
         judge.take(run(x), y, x)
 
     while (left := len(inputs) - (judge.samples - before)) > 0:
