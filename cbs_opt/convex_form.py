@@ -14,6 +14,7 @@ from cbs_opt.curvature import HessianBlocks
 from cbs_opt.errors import SolverError
 from cbs_opt.instance import Instance
 from cbs_opt.linalg import is_positive
+from cbs_opt.memory import require_bytes
 from cbs_opt.typing import FloatArray
 
 _NEWTON_LIMIT = 1200
@@ -51,6 +52,9 @@ def convex_form(instance: Instance) -> Instance:
     curvature = instance.curvature
     if curvature.is_convex:
         return instance
+    require_bytes(
+        16.0 * float((curvature.block_sizes.astype(np.float64) ** 2).sum()), "a convex form of all blocks"
+    )
     w = instance.weights
     linear = np.zeros(instance.n) if instance.linear is None else instance.linear.copy()
     blocks = []

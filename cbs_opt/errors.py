@@ -41,6 +41,10 @@ class SolverError(CbsError):
     exit_code = 4
 
 
+class MemoryShortageError(SolverError):
+    """What a solver would hold at once is more than the memory that there is."""
+
+
 class RequirementError(CbsError):
     """A required package is not installed."""
 

@@ -147,6 +147,11 @@ class Monitor:
             self.reason = self._rule_that_holds()
         return self.reason is not None
 
+    def out_of_time(self) -> bool:
+        """Whether the time limit or an interrupt holds: what other threads may ask while this one reports."""
+        stop = self.stop
+        return (stop.should_stop is not None and stop.should_stop()) or self.remaining <= 0
+
     def _rule_that_holds(self) -> Status | None:
         stop = self.stop
         if stop.should_stop is not None and stop.should_stop():

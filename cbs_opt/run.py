@@ -8,6 +8,7 @@ limit ended the run before it had compared with these, they are compared here.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cbs_opt.blockwise import can_split, solve_by_blocks
 from cbs_opt.convex_form import convex_form
+from cbs_opt.errors import MemoryShortageError
 from cbs_opt.instance import Instance
 from cbs_opt.interrupt import Interrupted, checkpoint, interruptible
 from cbs_opt.losses import Losses, evaluate, selection_loss
@@ -115,14 +118,9 @@ def run_solver(
     monitor.start()
     with thread_limit(limit):
         try:
+            work = _Work(solver, instance, context)
             with interruptible(monitor.should_stop if prepared is None else None):
-                worked_on = convex_form(instance)
-                if worked_on is not instance:
-                    blocks = text.count(len(instance.curvature.indefinite_blocks), "indefinite block")
-                    logger.info(
-                        f"{blocks} of the Hessian made convex: a shift of the diagonal, the loss is the same"
-                    )
-                solver.prepare(worked_on, context)
+                work.prepare()
             if prepared is not None:
                 prepared()
             build_seconds = monitor.elapsed
@@ -130,7 +128,7 @@ def run_solver(
             monitor.start(spent=build_seconds if prepared is None else 0.0)
             if monitor.reason is None:  # else stopped during the preparation
                 with interruptible(monitor.should_stop):
-                    status = solver.run(worked_on, context)
+                    status = work.run()
         except Interrupted:
             pass
         except Exception as failure:
@@ -157,6 +155,54 @@ def run_solver(
             status = _within_precision(instance, context, pruned, losses, status)
         evaluate_seconds = time.perf_counter() - began
     return Run(monitor, status, pruned, losses, error, build_seconds, solve_seconds, evaluate_seconds, processor)
+
+
+class _Work:
+    """A solver on the convex form of an instance; block by block where that does not fit into memory."""
+
+    def __init__(self, solver: Solver, instance: Instance, context: Context) -> None:
+        self.solver, self.instance, self.context = solver, instance, context
+        self.worked_on: Instance | None = instance
+
+    def prepare(self) -> None:
+        """Make the instance convex, and prepare the solver."""
+        try:
+            self.worked_on = convex_form(self.instance)
+            if self.worked_on is not self.instance:
+                blocks = text.count(len(self.instance.curvature.indefinite_blocks), "indefinite block")
+                logger.info(f"{blocks} of the Hessian made convex: a shift of the diagonal, the loss is the same")
+            self.solver.prepare(self.worked_on, self.context)
+        except MemoryShortageError as error:
+            self._divide(error)
+
+    def run(self) -> Status:
+        """Run the solver on what was prepared."""
+        if self.worked_on is not None:
+            try:
+                return self.solver.run(self.worked_on, self.context)
+            except MemoryShortageError as error:
+                self._divide(error)
+        return solve_by_blocks(self.solver, self.instance, self.context, self._run_block)
+
+    def _divide(self, error: MemoryShortageError) -> None:
+        if not can_split(self.instance):
+            raise error
+        logger.info(f"{str(error).split(':')[0]}")
+        self.worked_on = None
+
+    def _run_block(self, block: Instance, context: Context) -> Monitor:
+        solver, monitor = copy.copy(self.solver), context.monitor
+        monitor.start()
+        try:
+            with interruptible(monitor.should_stop):
+                solver.check_supports(block, context)
+                convex = convex_form(block)
+                solver.prepare(convex, context)
+                if not monitor.should_stop():
+                    solver.run(convex, context)
+        except Interrupted:
+            pass
+        return monitor
 
 
 def _losses(instance: Instance, pruned: BoolArray, context: Context, needs_both: bool) -> Losses:

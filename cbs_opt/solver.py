@@ -78,9 +78,18 @@ class Parameters:
     """
 
 
-def option(default: Any, help: str) -> Any:
-    """Declare a field of `Parameters` with its default and one line of help."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, writes: bool = False) -> Any:
+    """Declare a field of `Parameters` with its default and one line of help.
+
+    `writes` says that it names a file that the solver writes: `cbs-solve` then checks that this is no input and no
+    other output.
+    """
+    return field(default=default, metadata={"help": help, "writes": writes})
+
+
+def written_files(parameters: Parameters) -> list[Any]:
+    """The values of the parameters that name files to write."""
+    return [getattr(parameters, f.name) for f in dataclasses.fields(parameters) if f.metadata.get("writes")]
 
 
 @dataclass

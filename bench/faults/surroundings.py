@@ -138,6 +138,7 @@ def _writer(material: Material, rng: Generator, output: object) -> tuple[str, li
         ("info", [files["hessian"], "--export", f"{output}.lp"]),
         ("bench", ["compare", files["store"], files["store"], "--json", output]),
         ("bench", ["run", files["configuration"], "-o", output]),
+        ("bench", ["report", files["store"], "-o", output]),
         ("export", ["digits-mlp", "--data", "digits", "--checkpoint", files["network.pt"], "--samples", "10",
                     "-o", output]),
     ]  # fmt: skip

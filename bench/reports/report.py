@@ -20,6 +20,7 @@ from cbs_opt.bench.reports.proofs import proofs
 from cbs_opt.bench.runs.store import KINDS, OK, Store
 from cbs_opt.errors import CbsError, OutputError, UsageError
 from cbs_opt.files.atomic import atomic_write, check_writable
+from cbs_opt.files.paths import real_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -294,7 +295,10 @@ def report_base(store: Path, output: Path | str | None) -> Path:
     elif path.suffix in (".md", ".html"):
         path = path.with_suffix("")
     for ending in (".md", ".html"):
-        check_writable(path.with_name(path.name + ending))
+        written = path.with_name(path.name + ending)
+        if real_path(written) == real_path(store):
+            raise UsageError(f"{written}: is an input; the output would overwrite it")
+        check_writable(written)
     return path
 
 

@@ -68,6 +68,13 @@ def solve_parser() -> Parser:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--threads", type=whole_option(1, MOST_THREADS), metavar="N", help="threads; default: all cores")
     add("--batch-size", type=whole_option(1), metavar="R", help="candidates per batch")
+    add(
+        "--memory",
+        type=number_option(0),
+        metavar="GB",
+        help="memory to use, without mapped files: blocks that do not fit together are solved one at a time; "
+        "default: what is free",
+    )
     add_engine_options(parser)
     add(
         "--set",

@@ -160,8 +160,10 @@ def _run(options: argparse.Namespace) -> int:
 def _paper(options: argparse.Namespace) -> int:
     common.start_logging(options.quiet, options.verbose)
     from cbs_opt.bench.paper import rows
+    from cbs_opt.bench.paper.report import write_study_report
     from cbs_opt.bench.paper.study_file import read_study
     from cbs_opt.bench.paper.subject import Files
+    from cbs_opt.bench.reports.report import report_base
     from cbs_opt.bench.runs.runner import due, run_plan, summary
     from cbs_opt.bench.runs.show import duration, progress
     from cbs_opt.bench.runs.store import OK, Store
@@ -173,6 +175,8 @@ def _paper(options: argparse.Namespace) -> int:
     engine = make_engine(name, options.workers, study.threads)
     path = options.output or Path(f"paper-{study.name}.sqlite")
     common.check_outputs((options.checkpoint, options.data, options.test_data), (path,))
+    if options.report is not None:
+        report_base(path, options.report)
     plan = rows.plan_study(study, Files(options.checkpoint, options.data, options.test_data))
     if options.dry_run:
         there: dict[Any, Any] = {}
@@ -209,8 +213,6 @@ def _paper(options: argparse.Namespace) -> int:
         + "\n"
     )
     if options.report is not None:
-        from cbs_opt.bench.paper.report import write_study_report
-
         common.say("".join(f"{path}\n" for path in write_study_report(path, options.report)[:2]))
     return common.EXIT_OK
 

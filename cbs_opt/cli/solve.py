@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +22,11 @@ from cbs_opt.files import read_instance, read_solution, write_solution
 from cbs_opt.files.library_file import best_known, resolve
 from cbs_opt.files.text_instance import is_text
 from cbs_opt.instance import Instance
+from cbs_opt.memory import memory_limit
 from cbs_opt.registry import get_solver, solver_names
 from cbs_opt.result import Result
 from cbs_opt.solve import environment, solve
-from cbs_opt.solver import parse_parameters
+from cbs_opt.solver import parse_parameters, written_files
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray
 from cbs_opt.version import __version__
@@ -38,25 +40,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    with common.Interrupts() as interrupts:
+    with common.Interrupts() as interrupts, ExitStack() as stack:
         options = parse_solve(arguments)
         common.start_logging(options.quiet, options.verbose)
         if options.list_solvers:
             _list_solvers()
             return common.EXIT_OK
         several = max(len(set(options.sparsity or ())), len(set(options.keep or ()))) > 1
+        written: list[Any] = []
+        if options.check is None:
+            # Wrong names or parameters are reported before a large file is read.
+            chosen = get_solver(options.solver)
+            written = written_files(parse_parameters(options.solver, chosen.parameters_type, options.set))
+            engine_of(options)
+            if several and any(path is not None for path in written):
+                raise UsageError("`certificate` names one file, and several budgets would each write it")
         common.check_outputs(
             (resolve(options.instance), options.warm_start, options.config, options.check),
             (
                 *(check_path(options) if several else (options.solution, options.history)),
                 None if options.json == "-" else options.json,
+                *written,
             ),
         )
-        if options.check is None:
-            # Wrong names or parameters are reported before a large file is read.
-            chosen = get_solver(options.solver)
-            parse_parameters(options.solver, chosen.parameters_type, options.set)
-            engine_of(options)
+        stack.enter_context(memory_limit(None if options.memory is None else 1e9 * options.memory))
         started = time.perf_counter()
         instance = _read(options)
         read_seconds = time.perf_counter() - started

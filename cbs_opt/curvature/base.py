@@ -212,6 +212,10 @@ class Curvature(abc.ABC):
         """All blocks as rows that share stored Hessians if the curvature has this form, else None."""
         return None
 
+    def of_block(self, k: int) -> Curvature | None:
+        """Block k alone, as it is stored; None where its dense H says the same."""
+        return None
+
     # What is known of its structure -------------------------------------------------------------------------
 
     def pattern(self, k: int) -> BoolArray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from cbs_opt.errors import InstanceError
 from cbs_opt.linalg import SYMMETRY_TOLERANCE, is_positive
+from cbs_opt.temporary import temporary_array
 from cbs_opt.typing import IntArray, RealArray
 
 _IN_MEMORY = 1 << 29  # bytes of a memory-mapped array up to which a copy is made in memory
@@ -91,16 +90,9 @@ def _writable_copy(name: str, flat: RealArray) -> RealArray:
         source = source.base
     if not isinstance(source, np.memmap) or flat.nbytes <= _IN_MEMORY:
         return real_array(name, np.array(flat))
-    try:
-        with tempfile.TemporaryFile() as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, flat.nbytes)
-            copy: RealArray = np.memmap(file, flat.dtype, "r+" if file.seek(0, 2) else "w+", shape=flat.shape)
-    except OSError as error:
-        raise InstanceError(
-            f"`{name}`: a matrix is symmetric only up to rounding, and its {flat.nbytes / 1e9:.1f} GB cannot be "
-            f"copied to a temporary file: {error.strerror or error}; TMPDIR names another folder"
-        ) from None
+    copy: RealArray = temporary_array(
+        flat.shape, flat.dtype, f"`{name}`: a matrix is symmetric only up to rounding, and a copy of all"
+    )
     for first in range(0, flat.size, _CHUNK):
         copy[first : first + _CHUNK] = flat[first : first + _CHUNK]
     return copy

@@ -362,6 +362,10 @@ class GradientFactor(Curvature):
         """The gradients and the damping."""
         return {"gradients": self.gradients, "damping": np.array(self.damping)}
 
+    def of_block(self, k: int) -> GradientFactor:
+        """Block k alone: its columns of G."""
+        return GradientFactor(self.gradients[:, self.block_slice(k)], self._damping, self.block_sizes[k : k + 1])
+
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], block_sizes: ArrayLike) -> Self:
         """Build from the arrays `gradients` and `damping`."""

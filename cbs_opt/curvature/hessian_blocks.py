@@ -120,6 +120,10 @@ class HessianBlocks(Curvature):
         """The flat array of the blocks."""
         return {"hessian": self.flat}
 
+    def of_block(self, k: int) -> HessianBlocks:
+        """Block k alone, a view."""
+        return HessianBlocks(self.flat[self._starts[k] : self._starts[k + 1]], self.block_sizes[k : k + 1])
+
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], block_sizes: ArrayLike) -> Self:
         """Build from the array `hessian`."""

@@ -164,6 +164,10 @@ class InverseHessianBlocks(Curvature):
         """The flat array of the blocks of H⁻¹."""
         return {"inverse_hessian": self.flat}
 
+    def of_block(self, k: int) -> InverseHessianBlocks:
+        """Block k alone, a view."""
+        return InverseHessianBlocks(self.flat[self._starts[k] : self._starts[k + 1]], self.block_sizes[k : k + 1])
+
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], block_sizes: ArrayLike) -> Self:
         """Build from the array `inverse_hessian`."""

@@ -81,6 +81,13 @@ def read_outline(path: Path | str) -> Instance:
 
 
 def _read(path: Path, outline: bool) -> Instance:
+    try:
+        return _read_members(path, outline)
+    except MemoryError:
+        raise InstanceError(f"{path}: does not fit into memory, or into what `ulimit -v` leaves") from None
+
+
+def _read_members(path: Path, outline: bool) -> Instance:
     with NpzReader(path, InstanceError) as npz:
         npz.check_format(FORMAT, VERSION)
         kinds = curvature_kinds()
@@ -107,8 +114,6 @@ def _read(path: Path, outline: bool) -> Instance:
         except InstanceError as error:
             text = str(error)
             raise InstanceError(text if text.startswith(str(path)) else f"{path}: {text}") from None
-        except MemoryError:
-            raise InstanceError(f"{path}: does not fit into memory") from None
 
 
 def _kind(npz: NpzReader, kinds: dict[str, type[Curvature]]) -> type[Curvature]:

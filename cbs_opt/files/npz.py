@@ -7,6 +7,7 @@ aligned array, and writes the same bytes for the same arrays.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import struct
@@ -23,9 +24,13 @@ from numpy.typing import NDArray
 from cbs_opt.errors import CbsError
 from cbs_opt.files.atomic import atomic_write
 from cbs_opt.files.zip_limits import check_archive
+from cbs_opt.temporary import temporary_array
 
 MAP_BYTES = 1 << 26
 """Uncompressed members of at least this size are memory-mapped."""
+
+SPILL_BYTES = 1 << 29
+"""Compressed members of at least this size are expanded into a temporary file, and that is mapped."""
 
 _ALIGNMENT = 64
 _CHUNK = 1 << 22
@@ -126,6 +131,8 @@ class NpzReader:
         """One array; memory-mapped, read-only, where it is large, aligned and uncompressed."""
         header, info = self.headers[key], self._archive.getinfo(key + ".npy")
         try:
+            if info.compress_type != zipfile.ZIP_STORED and header.nbytes >= SPILL_BYTES:
+                return self._expanded(info, header)
             if info.compress_type == zipfile.ZIP_STORED and header.nbytes >= MAP_BYTES:
                 self._check_sum(info)
                 offset = self._data_start(info) + header.data_offset
@@ -141,8 +148,27 @@ class NpzReader:
                     return mapped
             with self._archive.open(info) as member:
                 return np.asarray(npy_format.read_array(member, allow_pickle=False))
+        except (MemoryError, CbsError):
+            raise
+        except OSError as error:
+            if error.errno == errno.ENOMEM:  # the address space is limited
+                raise MemoryError from None
+            raise self._error(f"{self.path}: `{key}` is damaged: {_reason(error)}") from None
         except Exception as broken:  # zipfile, its decompressors and numpy raise a dozen kinds
             raise self._error(f"{self.path}: `{key}` is damaged: {_reason(broken)}") from None
+
+    def _expanded(self, info: zipfile.ZipInfo, header: Header) -> NDArray[Any]:
+        """A compressed array, mapped from a temporary file that ends with it."""
+        flat = temporary_array((header.nbytes,), np.uint8, "it is compressed, and its")
+        with self._archive.open(info) as member:
+            member.read(header.data_offset)
+            at = 0
+            while chunk := member.read(_CHUNK):  # the checksum is compared at the end
+                flat[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)
+                at += len(chunk)
+        flat.flags.writeable = False
+        array: NDArray[Any] = flat.view(header.dtype)
+        return array.reshape(header.shape[::-1]).T if header.fortran_order else array.reshape(header.shape)
 
     def _check_sum(self, info: zipfile.ZipInfo) -> None:
         with self._archive.open(info) as member:  # zipfile compares the checksum at the end of the data

@@ -45,7 +45,9 @@ class ExactParameters(Parameters):
     effort: int = option(
         12, "iterations of the heuristic at least: cycles for selection, tens of moves for joint; 0 for none"
     )
-    certificate: str | None = option(None, "file for the proof of the bound, which `cbs-solve --check` verifies")
+    certificate: str | None = option(
+        None, "file for the proof of the bound, which `cbs-solve --check` verifies", writes=True
+    )
 
     def __post_init__(self) -> None:
         for name in ("heuristic", "effort"):

@@ -3,13 +3,14 @@
 min f + gᵀ(y − x) + ½ (y − x)ᵀQ(y − x) over 0 ≤ y ≤ u with the sum over every group fixed. Vectors run over the m
 columns of a compressed level. u is 1 for a free variable and 0 for a fixed one, whose x is 0 and whose value is
 part of g and f. Group a is the range gp[a] … gp[a+1]. Q is positive semidefinite where all group sums are zero.
+Where stop[0] is set meanwhile, no further step is taken.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from cbs_opt.solvers.kernels.dense_numba import axpy, cholesky, inner, inner_fast, invert_factor, solve
+from cbs_opt.solvers.kernels.dense_numba import axpy, cholesky_until, inner, inner_fast, invert_factor, solve
 
 
 @inner
@@ -113,11 +114,12 @@ def dual(g, x, u, gp, G, th):
 
 
 @inner
-def factor(Q, dg, x, u, gp, G, S, ref, A, sc):
+def factor(Q, dg, x, u, gp, G, S, ref, A, sc, stop):
     """Cholesky factor of Q on the fractional variables with every Σ fixed.
 
     In each group the fractional variable of smallest diagonal is eliminated. S[:h] are the others, S[h:k] the
-    eliminated ones, ref[a] the eliminated partner of S[a] as a position in S. Returns h, k.
+    eliminated ones, ref[a] the eliminated partner of S[a] as a position in S. Returns h, k, or zeros when told
+    to stop.
     """
     h = np.int64(0)
     e = np.int64(0)
@@ -151,14 +153,15 @@ def factor(Q, dg, x, u, gp, G, S, ref, A, sc):
             o = S[ref[b]]
             A[a, b] = ((Qi[j] - Qo[j]) - (Qi[o] - Qo[o])) * s * sc[b]
         A[a, a] = 1.0 + 1e-13
-    cholesky(A, h)
+    if not cholesky_until(A, h, stop):
+        return np.int64(0), np.int64(0)
     return h, h + e
 
 
 @inner
-def newton(g, x, u, Q, dg, gp, G, S, ref, A, sc, d):
+def newton(g, x, u, Q, dg, gp, G, S, ref, A, sc, d, stop):
     """Newton step on the fractional variables, cut at the box. Returns (gain, whether it was cut)."""
-    h, k = factor(Q, dg, x, u, gp, G, S, ref, A, sc)
+    h, k = factor(Q, dg, x, u, gp, G, S, ref, A, sc, stop)
     if h == 0:
         return 0.0, False
     m = gp[G]
@@ -199,7 +202,7 @@ def newton(g, x, u, Q, dg, gp, G, S, ref, A, sc, d):
 
 
 @inner
-def relax(x, u, g, Q, dg, gp, G, f, thr, goal, th, S, ref, A, sc, d):
+def relax(x, u, g, Q, dg, gp, G, f, thr, goal, th, S, ref, A, sc, d, stop):
     """Descend until the node is known to be prunable (bound ≥ thr) or not to be. Returns (f, bound), θ in th."""
     best = -np.inf
     for _ in range(60):
@@ -211,21 +214,21 @@ def relax(x, u, g, Q, dg, gp, G, f, thr, goal, th, S, ref, A, sc, d):
                 optimal = True
                 break
         for _ in range(3):
-            gain, cut = newton(g, x, u, Q, dg, gp, G, S, ref, A, sc, d)
+            gain, cut = newton(g, x, u, Q, dg, gp, G, S, ref, A, sc, d, stop)
             f -= gain
             if not cut:
                 break
         lb = f + dual(g, x, u, gp, G, th)
         best = max(best, lb)
-        if best >= thr or optimal or (f < thr and f - lb <= goal * (thr - lb)):
+        if best >= thr or optimal or (f < thr and f - lb <= goal * (thr - lb)) or stop[0] != 0:
             break
     return f, best, lb
 
 
 @inner
-def responses(Q, dg, x, u, gp, G, S, ref, A, sc, B, w):
+def responses(Q, dg, x, u, gp, G, S, ref, A, sc, B, w, stop):
     """w[a]: moving S[a] by t while the other fractional ones follow costs t²/(2 w[a]). The factor stays in A."""
-    h, k = factor(Q, dg, x, u, gp, G, S, ref, A, sc)
+    h, k = factor(Q, dg, x, u, gp, G, S, ref, A, sc, stop)
     invert_factor(A, B, h)
     for a in range(k):
         w[a] = 0.0

@@ -11,6 +11,7 @@ from cbs_opt.solvers.kernels.compilation import entry, entry_fast, inner, inner_
 __all__ = [
     "axpy",
     "cholesky",
+    "cholesky_until",
     "entry",
     "entry_fast",
     "inner",
@@ -29,12 +30,9 @@ def axpy(y, a, x, m):
 
 
 @inner_fast
-def cholesky(A, k):
-    """Factorise in place the k×k lower triangle of a matrix of unit diagonal; A[j, j] becomes 1 / pivot.
-
-    Tiny pivots are lifted: the factor gives directions and estimates only, never a bound.
-    """
-    for j in range(k):
+def cholesky_rows(A, first, last):
+    """Rows first … last of the factor of `cholesky`, whose rows before these are there."""
+    for j in range(first, last):
         Aj = A[j]
         for i in range(j):
             Ai = A[i]
@@ -46,6 +44,29 @@ def cholesky(A, k):
         for t in range(j):
             s += Aj[t] * Aj[t]
         Aj[j] = 1.0 / np.sqrt(max(Aj[j] - s, 1e-11))
+
+
+ROWS_AT_ONCE = 64
+"""Rows of a factorisation after which kernels look at a flag that tells them to stop."""
+
+
+@inner_fast
+def cholesky(A, k):
+    """Factorise in place the k×k lower triangle of a matrix of unit diagonal; A[j, j] becomes 1 / pivot.
+
+    Tiny pivots are lifted: the factor gives directions and estimates only, never a bound.
+    """
+    cholesky_rows(A, 0, k)
+
+
+@inner
+def cholesky_until(A, k, stop):
+    """`cholesky`, unless stop[0] is set meanwhile; whether A is factorised."""
+    for first in range(0, k, ROWS_AT_ONCE):
+        if stop[0] != 0:
+            return False
+        cholesky_rows(A, first, min(first + ROWS_AT_ONCE, k))
+    return True
 
 
 @inner_fast

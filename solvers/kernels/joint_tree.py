@@ -271,7 +271,7 @@ def reduced_costs(u, y, d, kept, gone, gp, G, R, price, slack):
 def run(
     budget, tol, atol, shared, M0, c0, v0, const, extra, st, meta, TH, LB, U, Y, K, R,
     pool, off, gps, idx, dgs, ds, cs, sbest, best, S, A, B, sc, x, h, key, e, rd, point, gone,
-    sel, price, trial, loc, cap, least, work, vectors, chosen,
+    sel, price, trial, loc, cap, least, work, vectors, chosen, stop,
 ):  # fmt: skip
     """As `selection_tree.run`. Nodes of one group that leave few selections are enumerated, up to `cap` of a node.
 
@@ -342,7 +342,29 @@ def run(
                     gone[i] = 0
                     rd[i] = np.sqrt(d[i])
                 lb, last = relax(
-                    u, y, M, c, dg, d, rd, kept, gp, G, R[C], TH[C], const, thr, S, A, sc, x, h, key, price, trial
+                    u,
+                    y,
+                    M,
+                    c,
+                    dg,
+                    d,
+                    rd,
+                    kept,
+                    gp,
+                    G,
+                    R[C],
+                    TH[C],
+                    const,
+                    thr,
+                    S,
+                    A,
+                    sc,
+                    x,
+                    h,
+                    key,
+                    price,
+                    trial,
+                    stop,
                 )
                 st[POINT] = q
                 for i in range(m):
@@ -350,6 +372,14 @@ def run(
                 if lb >= thr:
                     alive = False
                     break
+                if stop[0] != 0:  # the node stays open as it was
+                    st[NODES] -= 1
+                    meta[L, PENDING] = pend
+                    if pend == ROOT:
+                        meta[L, QLEVEL] = q
+                    else:
+                        meta[L, VALUE] = 1 - meta[L, VALUE]
+                    return MORE
                 if not lb >= LB[L]:
                     lb = LB[L]
                 reduced_costs(u, y, d, kept, gone, gp, G, R[C], price, thr - last)

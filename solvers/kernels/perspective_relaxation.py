@@ -4,14 +4,14 @@ min ½ uᵀ(M − D)u + cᵀu + ½ Σ d_i u_i²/z_i + const over u and 0 ≤ z �
 the free ones of each group, and D = diag(d) ≼ M, d > 0. u are the weights after the update. Vectors run over the m
 columns of a level, from which the pruned ones are gone; group a is the range gp[a] … gp[a+1]; kept[k] is 1 or 0.
 y = Mu + c is kept up to date. θ of a group is the common √d|u|/z of its fractional columns, so that θ²/2 is the
-price of one more kept weight.
+price of one more kept weight. Where stop[0] is set meanwhile, no further step is taken.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from cbs_opt.solvers.kernels.dense_numba import axpy, cholesky, entry, inner, inner_fast, kth_largest, solve
+from cbs_opt.solvers.kernels.dense_numba import axpy, cholesky_until, entry, inner, inner_fast, kth_largest, solve
 
 
 @inner
@@ -71,7 +71,7 @@ def sweep(u, y, M, dg, d, rd, kept, gp, G, th):
 
 
 @inner
-def newton(u, y, M, dg, d, rd, kept, q, th, m, S, A, sc, x, h):
+def newton(u, y, M, dg, d, rd, kept, q, th, m, S, A, sc, x, h, stop):
     """Solve the pattern's linear system for u and θ of a single group, step up to the first kink.
 
     Returns θ, whether the step was cut, whether there was one.
@@ -105,7 +105,8 @@ def newton(u, y, M, dg, d, rd, kept, q, th, m, S, A, sc, x, h):
         for b in range(a):
             A[a, b] = Mi[S[b]] * sc[a] * sc[b]
         A[a, a] = 1.0 + 1e-13
-    cholesky(A, k)
+    if not cholesky_until(A, k, stop):
+        return th, False, False
     solve(A, x, k)
     dth = 0.0
     if any_frac:
@@ -173,7 +174,7 @@ def best_prices(u, y, d, kept, gp, G, R, th, key):
 
 
 @entry
-def relax(u, y, M, c, dg, d, rd, kept, gp, G, R, th, const, thr, S, A, sc, x, h, key, price, trial):
+def relax(u, y, M, c, dg, d, rd, kept, gp, G, R, th, const, thr, S, A, sc, x, h, key, price, trial, stop):
     """Improve u until the bound passes thr or settles; u stays where the descent only makes the bound worse.
 
     Returns the best bound and the last one, whose θ are in `price`. th: θ of the descent, a start for the next.
@@ -198,13 +199,13 @@ def relax(u, y, M, c, dg, d, rd, kept, gp, G, R, th, const, thr, S, A, sc, x, h,
         best_theta(u, rd, kept, gp, G, R, th)
         if G == 1:
             for _ in range(4):
-                th[0], cut, ok = newton(u, y, M, dg, d, rd, kept, R[0], th[0], m, S, A, sc, x, h)
+                th[0], cut, ok = newton(u, y, M, dg, d, rd, kept, R[0], th[0], m, S, A, sc, x, h, stop)
                 if not ok or not cut:
                     break
         best_prices(u, y, d, kept, gp, G, R, price, key)
         lb = dual(u, y, c, d, kept, gp, G, R, price, const)
         best = max(best, lb)
-        if lb >= thr or (it > 0 and lb - last <= 0.01 * (thr - lb)):
+        if lb >= thr or (it > 0 and lb - last <= 0.01 * (thr - lb)) or stop[0] != 0:
             break
         last = lb
     if lb < first:

@@ -186,7 +186,7 @@ def count_free(u, gp, G, R):
 
 
 @inner
-def choose(x, u, g, Q, gp, G, th, slack, dg, S, ref, A, sc, B, w, d, DX, DG, N, idx, has_products):
+def choose(x, u, g, Q, gp, G, th, slack, dg, S, ref, A, sc, B, w, d, DX, DG, N, idx, has_products, stop):
     """Branching variable: product of the two children's estimated rises, each cut at what would prune it.
 
     The rise is exact while no other variable meets its bound, but for the products, which are those at x.
@@ -196,7 +196,7 @@ def choose(x, u, g, Q, gp, G, th, slack, dg, S, ref, A, sc, B, w, d, DX, DG, N, 
     for k in range(m):
         DX[k] = 0.0
         DG[k] = 0.0
-    h, k = responses(Q, dg, x, u, gp, G, S, ref, A, sc, B, w)
+    h, k = responses(Q, dg, x, u, gp, G, S, ref, A, sc, B, w, stop)
     best = -1.0
     at = np.int64(-1)
     for a in range(k):
@@ -282,15 +282,27 @@ def compress(b, q, G, x, g, u, v, DX, DG, pool, off, gps, idx, dgs, cs, fs, base
     return at
 
 
+@inner
+def reopen(st, meta, F, L, pend, f):
+    """Undo that the work on a node of frame L has begun; a root keeps its point, whose value is f."""
+    st[NODES] -= 1
+    meta[L, PENDING] = pend
+    if pend == ROOT:
+        F[L] = f
+    else:
+        meta[L, VALUE] = 1 - meta[L, VALUE]
+
+
 @entry
 def run(
     budget, tol, atol, shared, Q0, c0, st, meta, F, LB, X, G_, U, V, R,
     pool, off, gps, idx, dgs, cs, fs, base, DX, DG, ybest, best, S, ref, A, B, sc, d, w, th, y, loc,
-    N, has_products,
+    N, has_products, stop,
 ):  # fmt: skip
     """Work on up to `budget` nodes; returns whether frames are left: those with PENDING are open, bounded by LB.
 
     Nodes are dropped when no selection in them is better than the incumbent by more than tol·|incumbent| + atol.
+    A node at which stop[0] is set meanwhile stays open as it was.
     """
     n = Q0.shape[0]
     G = R.shape[1]
@@ -347,7 +359,7 @@ def run(
                     dm = max(dm, dg[k])
             last = lb
             for attempt in range(2):
-                f, lb, last = relax(x, u, g, Q, dg, gp, G, f, thr, 0.02, th, S, ref, A, sc, d)
+                f, lb, last = relax(x, u, g, Q, dg, gp, G, f, thr, 0.02, th, S, ref, A, sc, d, stop)
                 # what the updates of g may have lost, against what the decision needs
                 lost = 300.0 * _EPS * (gm + dm) * (m + 1)
                 if attempt == 1 or (lost <= 1e-3 * (tol * abs(thr) + atol) and lb == lb):
@@ -355,6 +367,9 @@ def run(
                 f = refresh(x, u, v, g, Q, cs[q], fs[q], m, N, idx[q], has_products)
             if lb >= thr:
                 continue
+            if stop[0] != 0:
+                reopen(st, meta, F, L, pend, f)
+                return True
             if not lb >= LB[L]:
                 lb = LB[L]
             slack = thr - last
@@ -378,7 +393,9 @@ def run(
                 thr = fr - tol * abs(fr) - atol
             if choice == 0 or lb >= thr:
                 continue
-        b = choose(x, u, g, Q, gp, G, th, slack, dg, S, ref, A, sc, B, w, d, DX[C], DG[C], N, idx[q], has_products)
+        b = choose(
+            x, u, g, Q, gp, G, th, slack, dg, S, ref, A, sc, B, w, d, DX[C], DG[C], N, idx[q], has_products, stop
+        )
         F[C] = f
         LB[C] = lb
         meta[C, VALUE] = 1 if x[b] >= 0.5 else 0

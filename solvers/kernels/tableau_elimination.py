@@ -30,10 +30,11 @@ def pivot(T, k):
 
 
 @entry
-def eliminate(H, b, kept, group, target):
+def eliminate(H, b, kept, group, target, stop):
     """Backward elimination to `target` kept weights of each group, then swaps while they gain; changes `kept`.
 
-    The loss is ½ uᵀHu − bᵀu and a constant, over u with support `kept`, int8 (n,).
+    The loss is ½ uᵀHu − bᵀu and a constant, over u with support `kept`, int8 (n,). Returns False where stop[0] was
+    set before the target was met.
     """
     n = H.shape[0]
     T = np.empty((n, n + 1))
@@ -46,6 +47,8 @@ def eliminate(H, b, kept, group, target):
         excess[a] = -target[a]
     for i in range(n):
         if kept[i]:
+            if stop[0] != 0:
+                return False
             pivot(T, i)
             excess[group[i]] += 1
     for _ in range(n):
@@ -59,6 +62,8 @@ def eliminate(H, b, kept, group, target):
                     at = j
         if at < 0:
             break
+        if stop[0] != 0:
+            return False
         pivot(T, at)
         kept[at] = 0
         excess[group[at]] -= 1
@@ -79,9 +84,10 @@ def eliminate(H, b, kept, group, target):
                             best = gain
                             bi = i
                             bj = j
-        if bi < 0:
+        if bi < 0 or stop[0] != 0:
             break
         pivot(T, bj)
         pivot(T, bi)
         kept[bj] = 0
         kept[bi] = 1
+    return True

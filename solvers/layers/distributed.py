@@ -16,8 +16,9 @@ import numpy as np
 
 from cbs_opt.engines import Engine
 from cbs_opt.errors import CbsError, SolverError
+from cbs_opt.price_curves import PriceCurve, counts_at_one_price
 from cbs_opt.solvers.layers.incumbent import Incumbent, Report
-from cbs_opt.solvers.layers.price_curves import PriceCurve, counts_at_one_price, curve_of
+from cbs_opt.solvers.layers.price_curves import curve_of
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution, row_losses
 from cbs_opt.solvers.layers.refit import quick_refit
 from cbs_opt.solvers.layers.solve import solve_layers

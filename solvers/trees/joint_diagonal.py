@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg.lapack import dposv, dpotrf, dtrtri
 
-from cbs_opt.interrupt import checkpoint
+from cbs_opt.interrupt import Interrupted, checkpoint
 from cbs_opt.solvers.kernels.perspective_relaxation import relax
-from cbs_opt.typing import FloatArray, IntArray
+from cbs_opt.solvers.kernels.stop_flag import NEVER
+from cbs_opt.typing import FloatArray, Int8Array, IntArray
 
 _SHRINK = 0.25  # of the weight of the barriers, from one centre to the next
 _CENTRING_STEPS = 12
@@ -41,7 +42,7 @@ class PerspectiveRelaxation:
         diagonal = np.diag(M).copy()
         best, _ = relax(
             u, y, M, c, diagonal, d, np.sqrt(d), kept, self.starts, keep.size, keep, theta, constant, np.inf,
-            self._S, self._A, *self._vectors, *self._prices,
+            self._S, self._A, *self._vectors, *self._prices, NEVER,
         )  # fmt: skip
         return float(best)
 
@@ -151,7 +152,13 @@ class _Barrier:
 
 
 def best_diagonal(
-    M: FloatArray, v: FloatArray, starts: IntArray, keep: IntArray, scale: float, rel: float = 2e-3
+    M: FloatArray,
+    v: FloatArray,
+    starts: IntArray,
+    keep: IntArray,
+    scale: float,
+    rel: float = 2e-3,
+    stop: Int8Array = NEVER,
 ) -> tuple[FloatArray, FloatArray]:
     """The diagonal of the best perspective bound, and the relaxed point there.
 
@@ -170,6 +177,8 @@ def best_diagonal(
         Size of the objective.
     rel : float
         What the barriers may cost at the end, in units of `scale`.
+    stop : int8 (1,)
+        See `kernels.stop_flag`.
 
     Returns
     -------
@@ -181,7 +190,7 @@ def best_diagonal(
     numpy.linalg.LinAlgError
         When M is not definite to working precision.
     Interrupted
-        When the run is told to stop.
+        When the run is told to stop, or `stop` is set.
 
     Notes
     -----
@@ -204,7 +213,7 @@ def best_diagonal(
     tau = max(1.0, abs(0.5 * float(w @ barrier.b) - barrier.value(x, 0.0)[0])) / parameter
     tau = tau if np.isfinite(tau) else 1.0
     while True:
-        x, fine = _centre(barrier, x, tau)
+        x, fine = _centre(barrier, x, tau, stop)
         if not fine or tau <= rel / parameter:
             break
         tau = max(_SHRINK * tau, rel / parameter)
@@ -216,11 +225,15 @@ def best_diagonal(
     return d, u * s * np.sqrt(scale)
 
 
-def _centre(barrier: _Barrier, x: tuple[FloatArray, ...], tau: float) -> tuple[tuple[FloatArray, ...], bool]:
+def _centre(
+    barrier: _Barrier, x: tuple[FloatArray, ...], tau: float, stop: Int8Array
+) -> tuple[tuple[FloatArray, ...], bool]:
     """Newton steps at one weight of the barriers; the point, and whether the method can go on."""
     value, inverse = barrier.value(x, tau)
     for _ in range(_CENTRING_STEPS):
         checkpoint()
+        if stop[0]:
+            raise Interrupted
         found = None if inverse is None else barrier.step(x, inverse, tau)
         if found is None:
             return x, False

@@ -11,10 +11,12 @@ import numpy as np
 from cbs_opt.interrupt import Interrupted
 from cbs_opt.solvers.kernels import joint_tree
 from cbs_opt.solvers.kernels.stack_layout import FOUND
+from cbs_opt.solvers.kernels.stop_flag import NEVER
 from cbs_opt.solvers.kernels.tableau_elimination import eliminate
 from cbs_opt.solvers.problem.joint_problem import condition
 from cbs_opt.solvers.trees.best_first import BestFirst, Shift, Subproblem
 from cbs_opt.solvers.trees.joint_diagonal import best_diagonal, least_pivot, safe_diagonal
+from cbs_opt.solvers.trees.selection_start import take_smallest
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE
 from cbs_opt.solvers.trees.stack import JointSnapshot, TreeWorker
 from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
@@ -82,10 +84,17 @@ class _Root(NamedTuple):
 class JointWorker(TreeWorker):
     """The arrays of one tree; see `best_first.Worker`. Selections hold 1 for kept weights."""
 
-    def __init__(self, problem: DenseJoint, tolerance: float, rounding: float, shared: FloatArray) -> None:
+    def __init__(
+        self,
+        problem: DenseJoint,
+        tolerance: float,
+        rounding: float,
+        shared: FloatArray,
+        stop: Int8Array = NEVER,
+    ) -> None:
         n, G = problem.n, problem.keep.size
         super().__init__(n, shared)
-        self.problem, self._tolerance, self._rounding = problem, tolerance, rounding
+        self.problem, self._tolerance, self._rounding, self._stop = problem, tolerance, rounding, stop
         self._root: _Root | None = None
         N = n + 2
         zeros = np.zeros
@@ -160,6 +169,7 @@ class JointWorker(TreeWorker):
             self._theta, self._bounds, self._U, self._Y, self._kept, self._R, self._pool, *self._levels,
             *self._level_data, found, self.best, self._S, self._A, self._B, *self._work, self._point, *self._marks,
             *self._prices, self.most_counted, self.problem.least_pivot, *self._counting,
+            self._stop,
         )  # fmt: skip
         if self._state[FOUND] > before:
             self.selection = self._fixings.copy()
@@ -218,7 +228,7 @@ class JointWorker(TreeWorker):
         scale = scale if np.isfinite(scale) else 0.5 * float(v @ M @ v)
         full = np.zeros((2, self.problem.n))
         try:
-            full[:, open_] = best_diagonal(M, v, starts, keep, scale)
+            full[:, open_] = best_diagonal(M, v, starts, keep, scale, stop=self._stop)
         except (np.linalg.LinAlgError, Interrupted):
             return None
         return Shift(full[0]), full[1]
@@ -266,6 +276,7 @@ def prepare_joint(
     starts: list[Int8Array],
     evaluate: Callable[[BoolArray], float] | None = None,
     tolerance: float = TOLERANCE,
+    stop: Int8Array = NEVER,
 ) -> JointTree:
     """Find a first selection, scale the problem by its value, and put the root into a queue.
 
@@ -283,6 +294,8 @@ def prepare_joint(
     evaluate : callable, optional
         Value of a selection, bool (n,), True = pruned; computed from H where not given.
     tolerance : float
+    stop : int8 (1,)
+        Ends the work of the kernels; see `kernels.stop_flag`.
     """
     order = np.argsort(group, kind="stable")
     s = 1 / np.sqrt(np.diag(A)[order])
@@ -305,8 +318,11 @@ def prepare_joint(
         kept = np.ones(n, np.int8) if pruned is None else (1 - np.asarray(pruned, np.int8)[order]).astype(np.int8)
         if pruned is not None:
             candidates.append(kept.copy())
-        eliminate(H_, H_ @ w_, kept, group_, keep)
-        candidates.append(kept)
+        if eliminate(H_, H_ @ w_, kept, group_, keep, stop):
+            candidates.append(kept)
+    if not candidates:  # told to stop: the largest weights
+        ranges = np.concatenate([[0], np.cumsum(np.bincount(group_, minlength=keep.size))]).astype(np.int64)
+        candidates.append(take_smallest(-np.abs(w_), ranges, keep))
     values = [condition(A_, w_, kept)[3] for kept in candidates]
     best = int(np.argmin(values))
     kept, value = candidates[best], values[best]
@@ -314,7 +330,7 @@ def prepare_joint(
     problem = DenseJoint(A_, w_ / np.sqrt(scale), group_, keep, least_pivot(H_))
     root = Subproblem(0.0, np.full(n, -1, np.int8), None, None)
     queue = BestFirst(
-        lambda tol, atol, shared: JointWorker(problem, tol, atol, shared),
+        lambda tol, atol, shared: JointWorker(problem, tol, atol, shared, stop),
         root,
         kept,
         condition(problem.A, problem.w, kept)[3],

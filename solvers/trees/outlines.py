@@ -7,11 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from cbs_opt.solvers.kernels.joint_numba import eliminate
+from cbs_opt.solvers.kernels.stop_flag import NEVER
 from cbs_opt.solvers.trees.best_first import Subproblem
 from cbs_opt.solvers.trees.joint_diagonal import safe_diagonal
 from cbs_opt.solvers.trees.joint_worker import DenseJoint, JointWorker
 from cbs_opt.solvers.trees.selection_worker import DenseSelection, SelectionWorker
-from cbs_opt.typing import FloatArray, IntArray
+from cbs_opt.typing import FloatArray, Int8Array, IntArray
 
 _ROUNDING = 1e-13  # of the terms of a bound, which are summed in float64
 _SLACK = 1e-5  # relative, of values that are summed up step by step
@@ -32,7 +33,7 @@ class Outline(NamedTuple):
     order: IntArray
 
 
-def selection_outline(Q: FloatArray, c: FloatArray, count: int) -> Outline:
+def selection_outline(Q: FloatArray, c: FloatArray, count: int, stop: Int8Array = NEVER) -> Outline:
     """The outline of ½ yᵀQy + cᵀy from the box relaxation with Σy = count.
 
     For any x, ½ yᵀQy + cᵀy ≥ hᵀy − ½ xᵀQx with h = Qx + c, which is least at the smallest entries of h.
@@ -44,7 +45,7 @@ def selection_outline(Q: FloatArray, c: FloatArray, count: int) -> Outline:
     start[np.argsort(0.5 * np.diag(Q) + c, kind="stable")[:count]] = 1.0
     value = float(0.5 * start @ Q @ start + c @ start)
     problem.rescale(max(abs(value), 1e-12 * float(np.abs(c).max() + np.diag(Q).max()), 1e-290))
-    worker = SelectionWorker(problem, 0.0, 0.0, np.array([np.sign(value) if value else 1.0]))
+    worker = SelectionWorker(problem, 0.0, 0.0, np.array([np.sign(value) if value else 1.0]), stop)
     worker.load(Subproblem(-np.inf, np.full(n, -1, np.int8), None, None))
     more = worker.run(1)
     x = worker.root_point() if more else np.where(np.isfinite(worker.best[0]), worker.selection, start)
@@ -59,7 +60,7 @@ def selection_outline(Q: FloatArray, c: FloatArray, count: int) -> Outline:
 
 
 def joint_bounds(
-    A: FloatArray, H: FloatArray, w: FloatArray, d: FloatArray, count: int, upper: float
+    A: FloatArray, H: FloatArray, w: FloatArray, d: FloatArray, count: int, upper: float, stop: Int8Array = NEVER
 ) -> FloatArray:
     """Lower bounds on ½ w_Pᵀ(A_PP)⁻¹w_P, float64 (n+1,), from the perspective relaxation with `count` pruned.
 
@@ -77,7 +78,7 @@ def joint_bounds(
     s = 1 / np.sqrt(np.diag(A))
     scale = upper if 0 < upper < np.inf else 1.0
     problem = DenseJoint(A * s[:, None] * s, w * s / np.sqrt(scale), np.zeros(n, np.int64), np.array([n - count]))
-    worker = JointWorker(problem, 0.0, 0.0, np.array([np.inf if scale == 1.0 else 1.0]))
+    worker = JointWorker(problem, 0.0, 0.0, np.array([np.inf if scale == 1.0 else 1.0]), stop)
     worker.load(Subproblem(0.0, np.full(n, -1, np.int8), None, None))
     worker.run(1)
     u = worker.relaxed_point() * np.sqrt(scale) / s

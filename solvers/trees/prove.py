@@ -14,6 +14,7 @@ from cbs_opt.monitor import Monitor
 from cbs_opt.result import Status
 from cbs_opt.solver import Context
 from cbs_opt.solvers.kernels import loading
+from cbs_opt.solvers.kernels.stop_flag import NEVER, stop_flag
 from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
@@ -158,8 +159,11 @@ class Prover:
         if context.warm_start is not None:
             report.selection(context.warm_start)
 
-    def run(self, context: Context) -> Status:
-        """Prove the incumbent of the context's monitor until the gap is closed or a rule stops."""
+    def run(self, context: Context, out_of_time: Callable[[], bool] | None = None) -> Status:
+        """Prove the incumbent of the context's monitor until the gap is closed or a rule stops.
+
+        `out_of_time`, by default that of the monitor, also ends the work on a node; see `stop_flag`.
+        """
         problem, monitor = self.problem, context.monitor
         if problem.n == 0:
             assert monitor.objective is not None
@@ -178,17 +182,18 @@ class Prover:
             assert monitor.objective is not None
             inner = max(abs(monitor.objective - problem.offset), 1e-300)
             tolerance = max(_FINEST, min(tolerance, TOLERANCE * abs(monitor.objective) / inner))
-            solve(context, Report(problem, monitor), tolerance)
+            with stop_flag(out_of_time or monitor.out_of_time) as stop:
+                solve(context, Report(problem, monitor), tolerance, stop)
             if monitor.should_stop() or monitor.closed:
                 break
             tolerance *= 0.1
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
-    def _one_tree(self, context: Context, report: Report, tolerance: float) -> None:
+    def _one_tree(self, context: Context, report: Report, tolerance: float, stop: Int8Array) -> None:
         """One tree over all open weights."""
         problem, monitor, extras = self.problem, context.monitor, context.extras
         assert monitor.pruned is not None
-        tree = tree_of(problem, monitor.pruned, tolerance, monitor.should_stop)
+        tree = tree_of(problem, monitor.pruned, tolerance, monitor.should_stop, stop)
         queue = tree.queue
         seen = [0, np.inf]
 
@@ -240,10 +245,10 @@ class Prover:
         context.extras["counted"] = number_of_sets(problem.n, int(problem.keep[0]))
         return True
 
-    def _tables(self, context: Context, report: Report, tolerance: float) -> None:
+    def _tables(self, context: Context, report: Report, tolerance: float, stop: Int8Array) -> None:
         """A table for every component under one budget."""
         problem, monitor, extras = self.problem, context.monitor, context.extras
-        search = BlockSearch(tables_of(problem), int(problem.budget.sum()), tolerance, context.workers)
+        search = BlockSearch(tables_of(problem, stop), int(problem.budget.sum()), tolerance, context.workers)
         self.search = search
         seen = [0]
 
@@ -297,6 +302,7 @@ def tree_of(
     pruned: BoolArray,
     tolerance: float = TOLERANCE,
     should_stop: Callable[[], bool] = lambda: False,
+    stop: Int8Array = NEVER,
 ) -> SelectionTree | JointTree:
     """A branch and bound over all open weights of a problem, from a feasible selection, bool (n,)."""
     start: Int8Array = pruned[problem.index].astype(np.int8)
@@ -309,21 +315,22 @@ def tree_of(
             [start],
             tolerance,
             should_stop=should_stop,
+            stop=stop,
         )
 
     def evaluate(y: BoolArray) -> float:
         return problem.loss(problem.expand(y)) - problem.offset
 
-    return prepare_joint(*problem.matrices(), problem.group, problem.keep, [start], evaluate, tolerance)
+    return prepare_joint(*problem.matrices(), problem.group, problem.keep, [start], evaluate, tolerance, stop)
 
 
-def tables_of(problem: Provable) -> list[Table]:
+def tables_of(problem: Provable, stop: Int8Array = NEVER) -> list[Table]:
     """One table per component, in the order of the problem's variables; one for all uncoupled weights."""
     if isinstance(problem, JointProblem):
-        return [JointTable(block.A, block.H, block.w) for block in problem.blocks]
+        return [JointTable(block.A, block.H, block.w, stop) for block in problem.blocks]
     alone = problem.uncoupled
     tables: list[Table] = [SeparableTable(problem.linear[alone])] if alone.size else []
-    return [*tables, *(SelectionTable(Q, problem.linear[at]) for at, Q in problem.parts)]
+    return [*tables, *(SelectionTable(Q, problem.linear[at], stop) for at, Q in problem.parts)]
 
 
 def prove_within(prover: Prover, context: Context, search: Callable[[float], object]) -> Status:
@@ -380,14 +387,13 @@ def _prove(prover: Prover, context: Context, seconds: float | None = None, nodes
         if inner.bound is not None:
             outer.report_bound(inner.bound)
 
-    stop = Stop(max_iterations=nodes, should_stop=lambda: outer.should_stop() or outer.elapsed > until)
-    inner = Monitor(stop)
+    inner = Monitor(Stop(max_iterations=nodes, should_stop=lambda: outer.should_stop() or outer.elapsed > until))
     if outer.objective is not None and outer.pruned is not None:
         inner.report(outer.objective, outer.pruned)
     if outer.bound is not None:
         inner.report_bound(outer.bound)
     inner.callback = pass_on
-    prover.run(replace(context, monitor=inner))
+    prover.run(replace(context, monitor=inner), lambda: outer.out_of_time() or outer.elapsed > until)
     count()
 
 

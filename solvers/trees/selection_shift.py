@@ -16,10 +16,11 @@ import itertools
 
 import numpy as np
 
-from cbs_opt.interrupt import checkpoint
+from cbs_opt.interrupt import Interrupted, checkpoint
 from cbs_opt.solvers.kernels.diagonal_passes import product_pass, selection_pass
+from cbs_opt.solvers.kernels.stop_flag import NEVER
 from cbs_opt.solvers.trees.best_first import Shift
-from cbs_opt.typing import FloatArray, IntArray
+from cbs_opt.typing import FloatArray, Int8Array, IntArray
 
 _LARGEST = 500  # variables up to which products are fitted: seconds there
 _STEPS_OF_NODE = 12  # coordinate steps that take as long as a node
@@ -81,6 +82,7 @@ def best_shift(
     rel: float = 1e-2,
     floor: float = 1e-9,
     before: tuple[FloatArray, FloatArray] | None = None,
+    stop: Int8Array = NEVER,
 ) -> Shift | None:
     """Multipliers d, N ≥ 0 with Q − diag(d) − N positive definite where all group sums are zero.
 
@@ -99,6 +101,8 @@ def best_shift(
         Smallest μ, and smallest lift of the diagonal, in units of scale / n.
     before : tuple of float64 (n,) and (n, n), optional
         d and N of a larger problem on these variables, to start from.
+    stop : int8 (1,)
+        See `kernels.stop_flag`.
 
     Returns
     -------
@@ -108,7 +112,7 @@ def best_shift(
     Raises
     ------
     Interrupted
-        When the run is told to stop.
+        When the run is told to stop, or `stop` is set.
 
     Notes
     -----
@@ -130,6 +134,8 @@ def best_shift(
     columns = np.empty((2, n))
     for k in range(passes):
         checkpoint()
+        if stop[0]:
+            raise Interrupted
         if k % _REFRESH == 0:
             W = inverse_on_complement(Q - np.diag(d) - N, gp)
             if W is None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from cbs_opt.interrupt import Interrupted
 from cbs_opt.solvers.kernels import selection_tree
+from cbs_opt.solvers.kernels.stop_flag import NEVER
 from cbs_opt.solvers.trees.best_first import BestFirst, Shift, Subproblem
 from cbs_opt.solvers.trees.selection_shift import best_shift, cost_of_shift
 from cbs_opt.solvers.trees.selection_start import improve, take_smallest
@@ -57,10 +58,17 @@ class DenseSelection:
 class SelectionWorker(TreeWorker):
     """The arrays of one tree; see `best_first.Worker`."""
 
-    def __init__(self, problem: DenseSelection, tolerance: float, rounding: float, shared: FloatArray) -> None:
+    def __init__(
+        self,
+        problem: DenseSelection,
+        tolerance: float,
+        rounding: float,
+        shared: FloatArray,
+        stop: Int8Array = NEVER,
+    ) -> None:
         n, G = problem.n, problem.budget.size
         super().__init__(n, shared)
-        self.problem, self._tolerance, self._rounding = problem, tolerance, rounding
+        self.problem, self._tolerance, self._rounding, self._stop = problem, tolerance, rounding, stop
         N = n + 2
         zeros = np.zeros
         self._F = zeros(N)
@@ -115,6 +123,7 @@ class SelectionWorker(TreeWorker):
                 self._F, self._bounds, self._X, self._gradient, self._U, self._V, self._R, self._pool,
                 *self._levels, *self._level_data, *self._directions, self.selection, self.best, self._S, self._ref,
                 *self._work, self._theta, self._y, self._loc, self._products, self._has_products,
+                self._stop,
             )
         )  # fmt: skip
 
@@ -154,7 +163,7 @@ class SelectionWorker(TreeWorker):
         if self._shift is not None and self._has_products:
             before = self._shift.diagonal[open_], self._products[np.ix_(open_, open_)]
         try:
-            found = best_shift(Q, c, starts, left, thorough, before=before)
+            found = best_shift(Q, c, starts, left, thorough, before=before, stop=self._stop)
         except Interrupted:
             return None
         if found is None:
@@ -232,6 +241,7 @@ def prepare_selection(
     tolerance: float = TOLERANCE,
     roundings: int = _ROUNDINGS,
     should_stop: Callable[[], bool] = lambda: False,
+    stop: Int8Array = NEVER,
 ) -> SelectionTree:
     """Find a first selection, scale the problem by its value, and put the root into a queue.
 
@@ -248,6 +258,8 @@ def prepare_selection(
         Tabu runs from roundings of the root relaxation, after those from `starts` and from the diagonal.
     should_stop : callable
         Asked between tabu runs.
+    stop : int8 (1,)
+        Ends the work of the tree's kernels; see `kernels.stop_flag`.
     """
     problem = DenseSelection(Q, c, group, budget)
     nonnegative = not c.any()
@@ -266,7 +278,7 @@ def prepare_selection(
     problem.rescale(guess)
     root = Subproblem(-np.inf, np.full(problem.n, -1, np.int8), None, None)
     if roundings and not should_stop():
-        best = _improve_from_root(problem, root, best, roundings)
+        best = _improve_from_root(problem, root, best, roundings, should_stop, stop)
     value = problem.value(best)
     on = best > 0
     terms = float(np.abs(problem.c[on]).sum() + 0.5 * np.abs(problem.Q[np.ix_(on, on)]).sum())
@@ -275,7 +287,7 @@ def prepare_selection(
     if nonnegative:
         root = root._replace(bound=0.0)
     queue = BestFirst(
-        lambda tol, atol, shared: SelectionWorker(problem, tol, atol, shared),
+        lambda tol, atol, shared: SelectionWorker(problem, tol, atol, shared, stop),
         root,
         best,
         problem.value(best),
@@ -285,9 +297,16 @@ def prepare_selection(
     return SelectionTree(problem, scale * guess, 1e-14 * terms * guess, queue, nonnegative)
 
 
-def _improve_from_root(problem: DenseSelection, root: Subproblem, best: Int8Array, roundings: int) -> Int8Array:
+def _improve_from_root(
+    problem: DenseSelection,
+    root: Subproblem,
+    best: Int8Array,
+    roundings: int,
+    should_stop: Callable[[], bool],
+    stop: Int8Array,
+) -> Int8Array:
     value = problem.value(best)
-    worker = SelectionWorker(problem, 0.0, 0.0, np.array([value]))
+    worker = SelectionWorker(problem, 0.0, 0.0, np.array([value]), stop)
     worker.load(root)
     more = worker.run(1)
     if worker.best[0] < value:
@@ -297,6 +316,8 @@ def _improve_from_root(problem: DenseSelection, root: Subproblem, best: Int8Arra
     x = worker.root_point()
     rng = np.random.default_rng(1)
     for k in range(roundings):
+        if should_stop():
+            break
         noise = 0.0 if k == 0 else rng.uniform(-0.5, 0.5, problem.n) * ((x > 0) & (x < 1))
         y, found = improve(
             problem.Q, problem.c, problem.group, take_smallest(-(x + noise), problem.starts, problem.budget), k

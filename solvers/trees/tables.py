@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from cbs_opt.solvers.kernels.stop_flag import NEVER
 from cbs_opt.solvers.kernels.subsets import MAX_WEIGHTS, all_subsets
 from cbs_opt.solvers.trees.best_first import BestFirst
 from cbs_opt.solvers.trees.joint_worker import prepare_joint
@@ -91,10 +92,15 @@ class TreeTable(Table):
     Attributes
     ----------
     picks : dict of int to int8 (n,)
+
+    Parameters
+    ----------
+    stop : int8 (1,)
+        Ends the work of kernels; see `kernels.stop_flag`.
     """
 
-    def __init__(self, n: int) -> None:
-        self.n = n
+    def __init__(self, n: int, stop: Int8Array) -> None:
+        self.n, self._stop = n, stop
         self.picks: dict[int, Int8Array] = {}
         self._searches: dict[int, tuple[float, PreparedTree]] = {}
         self._outlined: set[int] = set()
@@ -178,15 +184,25 @@ class TreeTable(Table):
 class SelectionTable(TreeTable):
     """Of ½ yᵀQy + cᵀy; Q float64 (n, n), c float64 (n,)."""
 
-    def __init__(self, Q: FloatArray, c: FloatArray) -> None:
-        super().__init__(c.size)
+    def __init__(self, Q: FloatArray, c: FloatArray, stop: Int8Array = NEVER) -> None:
+        super().__init__(c.size, stop)
         self.Q, self.c = np.ascontiguousarray(Q), np.ascontiguousarray(c)
         self._group = np.zeros(self.n, np.int64)
 
     def prepare(self, count: int, start: Int8Array | None, tolerance: float) -> PreparedTree:
         """Branch and bound."""
         starts = [] if start is None else [start]
-        return prepare_selection(self.Q, self.c, self._group, np.array([count]), starts, tolerance, roundings=1)
+        return prepare_selection(
+            self.Q,
+            self.c,
+            self._group,
+            np.array([count]),
+            starts,
+            tolerance,
+            roundings=1,
+            should_stop=lambda: bool(self._stop[0]),
+            stop=self._stop,
+        )
 
     def subsets(self) -> tuple[FloatArray, IntArray]:
         """By enumeration."""
@@ -195,7 +211,7 @@ class SelectionTable(TreeTable):
 
     def outline(self, count: int, upper: float) -> Outline:
         """From the box relaxation."""
-        return selection_outline(self.Q, self.c, count)
+        return selection_outline(self.Q, self.c, count, self._stop)
 
     def floor(self) -> FloatArray:
         """½ yᵀQy ≥ 0: the smallest entries of c."""
@@ -209,8 +225,8 @@ class SelectionTable(TreeTable):
 class JointTable(TreeTable):
     """Of ½ w_Pᵀ(A_PP)⁻¹w_P; A, H float64 (n, n), inverse to each other, w float64 (n,)."""
 
-    def __init__(self, A: FloatArray, H: FloatArray, w: FloatArray) -> None:
-        super().__init__(w.size)
+    def __init__(self, A: FloatArray, H: FloatArray, w: FloatArray, stop: Int8Array = NEVER) -> None:
+        super().__init__(w.size, stop)
         self.A, self.H, self.w = np.ascontiguousarray(A), np.ascontiguousarray(H), np.ascontiguousarray(w)
         self._group = np.zeros(self.n, np.int64)
         self._shared: tuple[FloatArray, tuple[FloatArray, IntArray]] | None = None
@@ -219,7 +235,7 @@ class JointTable(TreeTable):
         """Branch and bound."""
         starts = [] if start is None else [start]
         return prepare_joint(
-            self.A, self.H, self.w, self._group, np.array([self.n - count]), starts, tolerance=tolerance
+            self.A, self.H, self.w, self._group, np.array([self.n - count]), starts, None, tolerance, self._stop
         )
 
     def subsets(self) -> tuple[FloatArray, IntArray]:
@@ -233,7 +249,7 @@ class JointTable(TreeTable):
         if self._shared is None:  # what all numbers share
             self._shared = outline_diagonal(self.A), eliminated(self.A, self.H, self.w)
         diagonal, greedy = self._shared
-        return Outline(joint_bounds(self.A, self.H, self.w, diagonal, count, upper), *greedy)
+        return Outline(joint_bounds(self.A, self.H, self.w, diagonal, count, upper, self._stop), *greedy)
 
     def floor(self) -> FloatArray:
         """The loss is never negative."""

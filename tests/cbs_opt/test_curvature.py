@@ -219,6 +219,6 @@ def test_a_large_mapped_matrix_that_is_nearly_symmetric_is_copied_to_a_file(tmp_
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(flat.os, "posix_fallocate", full)
+    monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(InstanceError, match=r"symmetric only up to rounding, .* No space left .* TMPDIR"):
         HessianBlocks(mapped, [12, 12])

@@ -25,7 +25,7 @@ def test_the_smaller_of_system_and_container_counts(tmp_path, monkeypatch):
     ("solver", "objective"), [("search", "selection"), ("relax", "selection"), ("exact", "joint")]
 )
 def test_solvers_that_hold_all_blocks_say_what_they_need(problem, monkeypatch, solver, objective):
-    instance = problem(0, kind="hessian", n=12, blocks=2).instance
+    instance = problem(0, kind="hessian", n=12, blocks=1).instance
     monkeypatch.setattr(memory, "available_bytes", lambda: 100.0)
     with pytest.raises(SolverError, match=r"at once would take 0.0 GB, 0.0 GB of memory are free: 'cbs'"):
         solve(instance, solver, objective=objective)

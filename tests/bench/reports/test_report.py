@@ -292,6 +292,17 @@ def test_an_empty_store_and_bad_places_are_refused_in_one_sentence(make, tmp_pat
     assert not (tmp_path / "p.png").exists()
 
 
+def test_a_report_never_overwrites_its_store(make, tmp_path):
+    for name in ("store.md", "store.html"):
+        path = make([row("a", kind="error")], name)
+        before = path.read_bytes()
+        (tmp_path / f"link{path.suffix}").symlink_to(path)
+        for output in (None, tmp_path / "store", path, tmp_path / "link"):
+            with pytest.raises(cbs_opt.CbsError, match="is an input"):
+                write_report(path, output)
+        assert path.read_bytes() == before
+
+
 def test_a_folder_takes_the_name_of_the_store(make, tmp_path):
     (tmp_path / "folder").mkdir()
     files = write_report(make([row("a", kind="error")]), tmp_path / "folder")

@@ -86,8 +86,22 @@ def test_a_false_claim_is_refused(file, call, tmp_path):
 
 def test_outputs_that_cannot_be(file, call, tmp_path):
     before = file.read_bytes()
-    for target, sentence in ((file, "is an input"), (tmp_path / "no" / "c.npz", "there is no directory")):
-        code, out, err = call(file, "--solver", "exact", "--set", f"certificate={target}")
-        assert (code, out) == (3, "")
+    (tmp_path / "link.npz").symlink_to(file)
+    start, taken = tmp_path / "start.npz", tmp_path / "taken.npz"
+    assert call(file, "--solver", "magnitude", "--solution", start)[0] == 0
+    kept = start.read_bytes()
+    for target, more, expected, sentence in (
+        (file, (), 2, "is an input"),
+        (tmp_path / "link.npz", (), 2, "is an input"),
+        (start, ("--warm-start", start), 2, "is an input"),
+        (taken, ("--solution", taken), 2, "two outputs"),
+        (taken, ("--json", taken), 2, "two outputs"),
+        (taken, ("--sparsity", 0.2, 0.4), 2, "several budgets"),
+        (tmp_path / "no" / "c.npz", (), 3, "there is no directory"),
+    ):
+        code, out, err = call(file, "--solver", "exact", "--set", f"certificate={target}", *more)
+        assert (code, out) == (expected, "")
         assert sentence in err
     assert file.read_bytes() == before
+    assert start.read_bytes() == kept
+    assert not taken.exists()

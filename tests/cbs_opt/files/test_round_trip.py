@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import zipfile
@@ -95,6 +96,38 @@ def owner(array):
     while getattr(array, "base", None) is not None:
         array = array.base
     return array
+
+
+def test_compressed_arrays_are_mapped_from_a_temporary_file(instance, tmp_path, monkeypatch):
+    path, packed = tmp_path / "i.npz", tmp_path / "packed.npz"
+    write_instance(path, instance)
+    with np.load(path) as arrays:
+        np.savez_compressed(packed, **arrays)
+    monkeypatch.setattr(npz, "SPILL_BYTES", 1)
+    found = read_instance(packed)
+    assert_same(read_instance(path), found)
+    large = found.curvature.gradients if found.curvature.kind == "gradients" else found.curvature.flat
+    while not isinstance(large, np.memmap):
+        large = large.base
+    damaged = bytearray(packed.read_bytes())
+    at = damaged.index(b"weights.npy") + 60
+    damaged[at : at + 8] = bytes(8)
+    packed.write_bytes(damaged)
+    with pytest.raises(InstanceError, match="is damaged"):
+        read_instance(packed)
+
+
+def test_an_address_space_that_is_too_small_is_no_damage(instance, tmp_path, monkeypatch):
+    path = tmp_path / "i.npz"
+    write_instance(path, instance)
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(npz, "MAP_BYTES", 1)
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(InstanceError, match=r"i.npz: does not fit into memory, or into what `ulimit -v` leaves"):
+        read_instance(path)
 
 
 def test_memory_mapped_equals_in_memory(instance, tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ import pytest
 import cbs_opt
 from cbs_opt import SolverError, UsageError
 from cbs_opt.engines import Processes, Ray, Serial
+from cbs_opt.price_curves import counts_at_one_price
 from cbs_opt.solvers.layers.distributed import ScoutTask, scout_task, solve_distributed
-from cbs_opt.solvers.layers.price_curves import counts_at_one_price, curve_of
+from cbs_opt.solvers.layers.price_curves import curve_of
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, row_losses
 from cbs_opt.solvers.layers.refit import refit_layer
 from cbs_opt.solvers.layers.solve import solve_layers
