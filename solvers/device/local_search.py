@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from cbs_opt.device import DeviceError
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.solvers.device.objective import DeviceObjective, host
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
@@ -16,6 +17,7 @@ MOST_GROUPS = 64
 """Groups beyond which the CPU is faster: each has launches of its own."""
 
 _CHUNK = 2048  # entries of a row that a program updates together
+_LAUNCH = 1 << 27  # entries of Q that one launch may read for each start: some tenths of a second
 
 
 class DeviceLocalSearch:
@@ -63,6 +65,7 @@ class DeviceLocalSearch:
         size = np.repeat(sizes, sizes)
         row = np.repeat(starts[:-1], sizes) + (np.arange(curvature.n) - first) * size
         self.row_start = torch.tensor(row, device=device)
+        self.most = max(1, _LAUNCH // (2 * int(sizes.max())))
         self.first, self.size = torch.tensor(first, device=device), torch.tensor(size, device=device)
         self.diagonal = torch.tensor(objective.problem.diagonal, device=device)
 
@@ -142,10 +145,15 @@ class DeviceLocalSearch:
             cost = torch.where(inside, torch.inf, cost + 0.0)
             C = members[torch.argsort(cost, dim=1, stable=True)[:, : size - p]]
             available = torch.ones(S, size - p, dtype=torch.int8, device=device)
-            window_swaps[(S,)](
-                *layout, s, flags, P, C, available, epsilon, swaps, n, p, size - p, self.rho, self.tau,
-                WIDTH=width, CHUNK=_CHUNK, num_warps=8,
-            )  # fmt: skip
+            progress = torch.zeros(S, 2, dtype=torch.int32, device=device)
+            for _ in range(0, p, self.most):
+                checkpoint()
+                window_swaps[(S,)](
+                    *layout, s, flags, P, C, available, epsilon, swaps, progress, n, p, size - p, self.rho,
+                    self.tau, self.most, WIDTH=width, CHUNK=_CHUNK, num_warps=8,
+                )  # fmt: skip
+                if p <= self.most or not bool(((progress[:, 0] < p) & (progress[:, 1] <= self.tau)).any()):
+                    break
         x.copy_(flags == 1)
         return np.asarray(swaps.cpu().numpy())
 

@@ -23,7 +23,7 @@ def partner_costs(
     tl.store(cost + start * size + at, value - 2.0 * entry, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def window_swaps(
     q,
     row_start,
@@ -37,18 +37,22 @@ def window_swaps(
     available,
     epsilon,
     swaps,
+    progress,
     n,
     p,
     c,
     rho,
     tau,
+    most,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One step of Algorithm 1 in one group; s (doubled gradient) and x change in place.
+    """At most `most` weights of P of a step of Algorithm 1 in one group; s (doubled gradient), x change in place.
 
     q holds the rows of Q of all blocks, row i from row_start[i] on, its block from the weight block_first[i] on.
-    P (p,) is π, C (c,) is θ, available (c,) is 1 where no swap took a position of θ yet; each for every start.
+    P (p,) is π, C (c,) is θ, available (c,) is 1 where no swap took a position of θ yet; progress (2,) is the next
+    position in π and the number of failures so far; each for every start. A step whose position is p, or whose
+    failures are more than τ, is over.
     """
     start = tl.program_id(0).to(tl.int64)
     s += start * n
@@ -60,9 +64,10 @@ def window_swaps(
     lanes = tl.arange(0, WIDTH)
     offsets = tl.arange(0, CHUNK)
     taken = 0
-    failures = 0
-    k = 0
-    while (k < p) & (failures <= tau):
+    k = tl.load(progress + 2 * start)
+    failures = tl.load(progress + 2 * start + 1)
+    end = tl.minimum(p, k + most)
+    while (k < end) & (failures <= tau):
         i = tl.load(P + k)
         first_i = tl.load(block_first + i)
         row_i = tl.load(row_start + i)
@@ -109,4 +114,6 @@ def window_swaps(
         else:
             failures += tl.where(k == 0, tau + 1, 1)
         k += 1
+    tl.store(progress + 2 * start, k)
+    tl.store(progress + 2 * start + 1, failures)
     tl.store(swaps + start, tl.load(swaps + start) + taken)

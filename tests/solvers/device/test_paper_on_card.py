@@ -8,6 +8,7 @@ import torch
 
 from cbs_opt import Status, Stop, read_instance, selection_loss, solve
 from cbs_opt.selection import SelectionObjective
+from cbs_opt.solvers.device import local_search
 from cbs_opt.solvers.device.draws import DeviceDraws
 from cbs_opt.solvers.device.local_search import DeviceLocalSearch
 from cbs_opt.solvers.device.objective import DeviceObjective
@@ -81,6 +82,20 @@ def test_local_search_takes_the_steps_of_the_cpu(problem, card, options, kind):
     expected = [x.copy() for x, _, taken in LocalSearch(instance, parameters).steps(start) if taken]
     assert [step[0][1].tolist() for step in steps[1 : 1 + len(expected)]] == [x.tolist() for x in expected]
     assert len(expected) > 1
+
+
+def test_launches_that_are_cut_take_the_same_steps(problem, card, monkeypatch):
+    instance = problem(7, n=30, m=9, damping=0.01, blocks=2, linear=True).instance
+    parameters = LocalSearchParameters(epsilon_relative=1e-6, rho=3, tau=4, steps=4)
+    draws, rng = Draws(instance, RmpParameters()), np.random.default_rng(0)
+    starts = [draws.draw(rng) for _ in range(3)]
+    whole = masks_of(instance, parameters, starts, card)
+    monkeypatch.setattr(local_search, "_LAUNCH", 3 * 2 * int(instance.curvature.block_sizes.max()))
+    pieces = masks_of(instance, parameters, starts, card)
+    assert len(pieces) == len(whole) > 2
+    for before, after in zip(whole, pieces, strict=True):
+        assert [value for value, _ in before] == [value for value, _ in after]
+        assert [x.tolist() for _, x in before] == [x.tolist() for _, x in after]
 
 
 def test_many_starts_are_searched_as_each_alone(problem, card):
