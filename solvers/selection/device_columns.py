@@ -101,14 +101,18 @@ class DeviceColumns:
         return torch.tensor(array, device=self.device)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Qx, float64 (r,), of x float64 (r,)."""
+        """Qx of many points, float64 (R, r), in products of matrices; or of one, (r,)."""
+        if x.ndim == 1:
+            return self.product(x[None])[0]
         out = self.ridge * x
         for bundle in self.bundles:
             K, b = bundle.matrices.shape[:2]
-            mine = x[bundle.at].view(K, b, 1).to(bundle.matrices.dtype)
+            mine = x[:, bundle.at].view(x.shape[0], K, b).transpose(0, 1).to(bundle.matrices.dtype)
             if bundle.factored:
-                mine = torch.bmm(bundle.matrices.transpose(1, 2), mine)
-            out[bundle.at] += torch.bmm(bundle.matrices, mine).reshape(-1).to(torch.float64)
+                mine = torch.bmm(torch.bmm(mine, bundle.matrices), bundle.matrices.transpose(1, 2))
+            else:
+                mine = torch.bmm(mine, bundle.matrices)
+            out[:, bundle.at] += mine.transpose(0, 1).reshape(x.shape[0], -1).to(torch.float64)
         return out
 
     def core_matrices(self, cores: list[tuple[int, IntArray]], padded: int) -> torch.Tensor:

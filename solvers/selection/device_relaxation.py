@@ -6,8 +6,8 @@ badly conditioned the working sets of the CPU need less time: the search takes t
 
 from __future__ import annotations
 
+import copy
 import logging
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -37,8 +37,9 @@ _CHECK = 10  # iterations between two looks at the progress and the clock
 
 
 class DeviceRelaxation:
-    """min ½ xᵀQx + cᵀx + t/2 Σ Q_ii x_i (1 − x_i), 0 ≤ x ≤ 1, with given group sums.
+    """min ½ xᵀQx + cᵀx + t/2 Σ d_i x_i (1 − x_i), 0 ≤ x ≤ 1, with given group sums, from one or many points.
 
+    d_i is Q_ii, or weights of each point's own (`scattered`); products of many points are products of matrices.
     Steps of FISTA (Beck, Teboulle 2009) with restarts where the objective rises, in the metric D = L diag(Q) with
     D ⪰ Q, so that badly scaled variables move as fast as others. The concave term only lowers the curvature. Its
     answer is a point; the bound is computed from it elsewhere, in float64.
@@ -50,8 +51,10 @@ class DeviceRelaxation:
 
     Attributes
     ----------
-    x : float64 (r,)
-        On the card.
+    x : float64 (R, r)
+        R points, on the card; one at first.
+    concave : float64 (R, r)
+        d.
     iterations : int
     """
 
@@ -65,10 +68,11 @@ class DeviceRelaxation:
             self.member[there.tensor(problem.group), torch.arange(problem.n, device=there.device)] = 1.0
         self.group = there.tensor(problem.group)
         self.groups = groups
-        self.x = there.tensor(problem.cheapest())
-        self.momentum, self.weight = (self.x, 1.0), 0.0
+        self.x = there.tensor(problem.cheapest())[None]
+        self.concave = there.diagonal[None]
+        self.weight: float | None = None  # t of the momentum
         self.iterations = 0
-        self.price = torch.zeros(self.groups, dtype=torch.float64, device=there.device)
+        self.price = torch.zeros(1, self.groups, dtype=torch.float64, device=there.device)
         # Uncoupled variables have a linear cost only: any small curvature lets them go to the right bound.
         diagonal = there.diagonal
         floor = max(_FLOOR * float(diagonal.max()) if problem.n else 0.0, 1e-300)
@@ -91,16 +95,29 @@ class DeviceRelaxation:
                 return 1.0
         return max(_SAFETY * value, 1.0)
 
+    def scattered(self, points: int, noise: float, generator: torch.Generator) -> DeviceRelaxation:
+        """The same from `points` copies of the first point, whose concave weights have log-normal noise.
+
+        The first copy has none, the last one noise of this spread.
+        """
+        other = copy.copy(self)
+        other.x, other.price = self.x[:1].repeat(points, 1), self.price[:1].repeat(points, 1)
+        random = torch.randn(other.x.shape, generator=generator, dtype=torch.float64, device=other.x.device)
+        random *= torch.linspace(0.0, noise, points, dtype=torch.float64, device=other.x.device)[:, None]
+        other.concave, other.weight, other.iterations = self.there.diagonal * torch.exp(random), None, 0
+        return other
+
     def value(self) -> float:
-        """The relaxed objective at x, in the units of presolve."""
-        return float(0.5 * self.x @ self.there.product(self.x) + self.linear @ self.x)
+        """The relaxed objective at the first point, in the units of presolve."""
+        x = self.x[0]
+        return float(0.5 * x @ self.there.product(x) + self.linear @ x)
 
     def numpy(self) -> FloatArray:
-        """X, float64 (r,), in the memory of the computer."""
-        return np.array(self.x.cpu().numpy())
+        """The first point, float64 (r,), in the memory of the computer."""
+        return np.array(self.x[0].cpu().numpy())
 
     def run(self, t: float, iterations: int, tolerance: float, should_stop: Callable[[], bool]) -> int:
-        """At most so many steps; fewer where `_CHECK` steps gain less than `tolerance` of the objective.
+        """At most so many steps; fewer where `_CHECK` steps gain less than `tolerance` of every objective.
 
         Raises
         ------
@@ -109,17 +126,17 @@ class DeviceRelaxation:
         """
         if self.problem.n == 0:
             return 0
-        x, (z, theta) = self.x, self.momentum if self.weight == t else (self.x, 1.0)
+        x = self.x
+        z, theta = self.momentum if self.weight == t else (x, torch.ones_like(x[:, :1]))
         self.weight = t
         product_x = self.there.product(x)
         product_z = product_x if z is x else self.there.product(z)
-        diagonal = self.there.diagonal
         last = self._objective(x, product_x, t)
         for made in range(1, iterations + 1):
-            slope = product_z + self.linear + t * diagonal * (0.5 - z)
+            slope = product_z + self.linear + t * self.concave * (0.5 - z)
             new = self.project(z - slope / self.metric)
             product_new = self.there.product(new)
-            following = 0.5 * (1.0 + math.sqrt(1.0 + 4.0 * theta * theta))
+            following = 0.5 * (1.0 + (1.0 + 4.0 * theta * theta).sqrt())
             push = (theta - 1.0) / following
             z = new + push * (new - x)
             product_z = product_new + push * (product_new - product_x)
@@ -127,24 +144,28 @@ class DeviceRelaxation:
             self.iterations += 1
             if made % _CHECK == 0 or made == iterations:
                 value = self._objective(x, product_x, t)
-                if not math.isfinite(value):
+                if not np.isfinite(value).all():
                     raise DeviceError("the relaxed objective is not a number")
-                if value > last:  # momentum carried too far: begin again from here
-                    z, product_z, theta = x, product_x, 1.0
+                if (value > last).any():  # momentum carried too far: begin again from here
+                    worse = torch.tensor(value > last, device=x.device)[:, None]
+                    z, product_z = torch.where(worse, x, z), torch.where(worse, product_x, product_z)
+                    theta = torch.where(worse, 1.0, theta)
                 self.x, self.momentum = x, (z, theta)
                 if should_stop():
                     return made
-                if 0 <= last - value <= tolerance * max(abs(value), 1e-300):
+                gain, enough = last - value, tolerance * np.maximum(np.abs(value), 1e-300)
+                if ((gain >= 0) & (gain <= enough)).all():
                     return made
                 last = value
         return iterations
 
-    def _objective(self, x: torch.Tensor, product: torch.Tensor, t: float) -> float:
-        concave = 0.5 * t * (self.there.diagonal * x * (1.0 - x)).sum()
-        return float(0.5 * x @ product + self.linear @ x + concave)
+    def _objective(self, x: torch.Tensor, product: torch.Tensor, t: float) -> FloatArray:
+        """Of every point, float64 (R,)."""
+        value = (x * (0.5 * product + self.linear + 0.5 * t * self.concave * (1.0 - x))).sum(1)
+        return np.array(value.cpu().numpy())
 
     def project(self, z: torch.Tensor) -> torch.Tensor:
-        """The nearest point in the metric D with the right group sums: clip(z + μ / D), one μ for each group.
+        """The nearest points in the metric D with the right group sums: clip(z + μ / D), one μ for each group.
 
         μ is cut out of a bracket by many prices at once, first by steps of 10 around the last one; between two of
         them the sum is nearly linear, and a last interpolation leaves little.
@@ -153,34 +174,33 @@ class DeviceRelaxation:
         high = self._bracket((1.0 - z) * self.metric, "amax")
         share = torch.linspace(0.0, 1.0, _PRICES, dtype=torch.float64, device=z.device)
         powers = 0.1 ** torch.arange(_PRICES // 2 - 1, dtype=torch.float64, device=z.device)
-        rows = torch.arange(self.groups, device=z.device)
-        under = over = self.budget
+        under = over = self.budget.expand(z.shape[0], -1)
         for cut in range(1 + _CUTS):
-            price = low[:, None] + (high - low)[:, None] * share  # (G, prices)
+            price = low[..., None] + (high - low)[..., None] * share  # (R, G, prices)
             if cut == 0:
-                around = (high - low)[:, None] * powers
-                last = self.price[:, None]
-                ends = (low[:, None], last - around, last + around.flip(1), high[:, None])
-                price = torch.minimum(torch.maximum(torch.cat(ends, 1), low[:, None]), high[:, None])
+                around = (high - low)[..., None] * powers
+                last = self.price[..., None]
+                ends = (low[..., None], last - around, last + around.flip(2), high[..., None])
+                price = torch.minimum(torch.maximum(torch.cat(ends, 2), low[..., None]), high[..., None])
             sums = self._sums(z, price)
-            below = (sums < self.budget[:, None]).sum(1).clamp(1, _PRICES - 1)
-            low, high = price[rows, below - 1], price[rows, below]
-            under, over = sums[rows, below - 1], sums[rows, below]
+            above = (sums < self.budget[:, None]).sum(2, keepdim=True).clamp(1, _PRICES - 1)
+            low, high = (price.gather(2, at)[..., 0] for at in (above - 1, above))
+            under, over = (sums.gather(2, at)[..., 0] for at in (above - 1, above))
         part = ((self.budget - under) / (over - under).clamp_min(1e-300)).clamp(0.0, 1.0)
         self.price = price = low + part * (high - low)
-        return (z + price[self.group] / self.metric).clamp(0.0, 1.0)
+        return (z + price[:, self.group] / self.metric).clamp(0.0, 1.0)
 
     def _bracket(self, values: torch.Tensor, reduction: str) -> torch.Tensor:
-        """The least or largest value of every group, float64 (G,); 0 for an empty one."""
+        """The least or largest value of every group, float64 (R, G); 0 for an empty one."""
         if self.groups == 1:
-            return (values.amin() if reduction == "amin" else values.amax()).view(1)
-        out = torch.zeros(self.groups, dtype=torch.float64, device=values.device)
-        return out.scatter_reduce(0, self.group, values, reduction, include_self=False)
+            return values.amin(1, keepdim=True) if reduction == "amin" else values.amax(1, keepdim=True)
+        out = torch.zeros(values.shape[0], self.groups, dtype=torch.float64, device=values.device)
+        return out.scatter_reduce(1, self.group.expand(values.shape), values, reduction, include_self=False)
 
     def _sums(self, z: torch.Tensor, price: torch.Tensor) -> torch.Tensor:
-        """Group sums at prices (G, k): float64 (G, k)."""
-        moved = (z[:, None] + price[self.group] / self.metric[:, None]).clamp(0.0, 1.0)
-        return moved.sum(0, keepdim=True) if self.groups == 1 else self.member @ moved
+        """Group sums at prices (R, G, k): float64 (R, G, k)."""
+        moved = (z[..., None] + price[:, self.group] / self.metric[:, None]).clamp(0.0, 1.0)
+        return moved.sum(1, keepdim=True) if self.groups == 1 else self.member @ moved
 
 
 def card_for(problem: SelectionProblem, context: Context) -> Card | None:

@@ -33,6 +33,8 @@ _TIGHT_ITERATIONS = 300  # between two bounds
 _PATIENT_VISITS = 40  # after which a bound that hardly rises is settled
 _HARDEN = tuple(float(t) for t in np.geomspace(0.01, 1.2, 12))
 _HARDEN_ITERATIONS = 30
+_HARDENED = 16  # points at a time, from one point of the relaxation
+_SPREAD = 1.2  # log-normal, of the concave weights of the last of them
 _BOUND_EVERY = 4  # visits
 _STARTS = 64
 _LANES = 2048  # that fill a card
@@ -40,6 +42,7 @@ _REPLICAS = 16  # cores of one block at a time, at most
 _CORE = LARGEST  # variables of a core of a larger block
 _SWAPS = 60  # over all variables, after a visit
 _NOISE = 0.7  # log-normal, of what cores are chosen by
+_BYTES_OF_POINT = 2000  # that a point takes for each variable while it hardens
 _SLOPE = 1e-3  # concave weight of the slopes of the relaxation by which they are chosen
 
 
@@ -130,7 +133,7 @@ class DeviceSearch:
         self.problem, self.monitor, self.offer = problem, monitor, offer
         self.there = DeviceColumns(problem.columns, card)
         self.device = card.device
-        generator = torch.Generator(self.device)
+        self.generator = generator = torch.Generator(self.device)
         generator.manual_seed(seed)
         self.rng = np.random.default_rng(seed)
         self.relaxed: Relaxed | None = None
@@ -147,6 +150,8 @@ class DeviceSearch:
         emulated = card.torch_name == "cpu"
         many = max(_STARTS, min(16 * _STARTS, _LANES // max(len(sizes) * self.replicas, 1)))
         self.starts = 4 if emulated else many
+        room = card.free_bytes() // (_BYTES_OF_POINT * max(problem.n, 1))
+        self.points = max(1, min(4 if emulated else _HARDENED, room))
         self.cores = CoreSearch(engine or engine_for(card), self.starts, parameters.stall, generator)
         self.roaming: Roaming | None = None
         if Roaming.fits(sizes, card):
@@ -180,14 +185,14 @@ class DeviceSearch:
         self.monitor.report_bound(self.problem.certified_bound(relaxation.numpy()))
 
     def _harden(self, relaxation: DeviceRelaxation) -> None:
-        """Offer what the point of a relaxation hardens to; the relaxation is where it was afterwards."""
-        stop, x = self.monitor.should_stop, relaxation.x
+        """Offer the best of what the point of a relaxation hardens to, with different concave weights."""
+        stop, many = self.monitor.should_stop, relaxation.scattered(self.points, _SPREAD, self.generator)
         for t in _HARDEN:
-            relaxation.run(t, _HARDEN_ITERATIONS, 1e-7, stop)
+            many.run(t, _HARDEN_ITERATIONS, 1e-7, stop)
             if stop():
                 break
-        point = self.incumbent(self.problem.smallest(-relaxation.numpy()))
-        relaxation.x = x
+        found = [self.incumbent(self.problem.smallest(-x)) for x in many.x.cpu().numpy()]
+        point = min(found, key=lambda point: point.f)
         self.offer(point.copy())
         if not stop():
             trade(point, stop, rounds=3)

@@ -65,13 +65,41 @@ def test_relaxation_on_a_card_is_that_of_the_cpu(problem, card, groups, t):
         assert there.value() + concave <= here.value() + 0.05 * abs(here.value())
 
 
+def test_points_harden_together_as_each_alone(problem, card):
+    instance = problem(5, n=40, m=30, blocks=2, groups="layers", damping=0.02, kind="gradients").instance
+    host = SelectionProblem(instance)
+    there = DeviceRelaxation(host, DeviceColumns(host.columns, card))
+    there.run(1e-3, 100, 1e-9, lambda: False)
+    many = there.scattered(3, 1.0, torch.Generator(card.device).manual_seed(1))
+    assert many.concave[0].tolist() == there.there.diagonal.tolist()
+    alone = []
+    for row in range(3):
+        one = many.scattered(1, 0.0, torch.Generator(card.device).manual_seed(1))
+        one.concave = many.concave[row : row + 1]
+        alone.append(one)
+    for t in (0.03, 0.3, 1.2):
+        for relaxation in (many, *alone):
+            relaxation.run(t, 30, 0.0, lambda: False)
+    x = many.x.cpu().numpy()
+    for row, one in zip(x, alone, strict=True):
+        assert one.numpy() == pytest.approx(row, abs=1e-6)
+        assert np.bincount(host.group, row, host.budget.size) == pytest.approx(host.budget, abs=1e-6)
+    assert np.minimum(x, 1 - x).max() < 0.5 and not np.array_equal(x[0].round(), x[2].round())
+
+
 def test_projection_meets_the_sums_and_leaves_points_of_the_set(problem, card):
     instance = problem(5, n=40, m=30, groups="layers", damping=0.02, kind="gradients").instance
     host = SelectionProblem(instance)
     there = DeviceRelaxation(host, DeviceColumns(host.columns, card))
     assert there.project(there.x).cpu().numpy() == pytest.approx(there.x.cpu().numpy(), abs=1e-7)
-    z = torch.randn(host.n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(card.device)
-    x, metric, z = there.project(z).cpu().numpy(), there.metric.cpu().numpy(), z.cpu().numpy()
+    points = torch.randn(3, host.n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    there.price = there.price.repeat(3, 1)
+    found, metric = there.project(points.to(card.device)).cpu().numpy(), there.metric.cpu().numpy()
+    for x, z in zip(found, points.numpy(), strict=True):
+        is_projection(host, metric, x, z)
+
+
+def is_projection(host, metric, x, z):
     assert np.bincount(host.group, x, host.budget.size) == pytest.approx(host.budget, abs=1e-6)
     inner = (x > 1e-6) & (x < 1 - 1e-6)
     for g in range(host.budget.size):  # one price for all that lie inside
