@@ -71,6 +71,7 @@ class DeviceRelaxation:
         self.x = there.tensor(problem.cheapest())[None]
         self.concave = there.diagonal[None]
         self.weight: float | None = None  # t of the momentum
+        self.momentum: tuple[torch.Tensor, torch.Tensor] = (self.x, torch.ones_like(self.x[:, :1]))
         self.iterations = 0
         self.price = torch.zeros(1, self.groups, dtype=torch.float64, device=there.device)
         # Uncoupled variables have a linear cost only: any small curvature lets them go to the right bound.
