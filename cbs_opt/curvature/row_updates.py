@@ -32,6 +32,7 @@ CORRECTIONS = 5
 _ROWS = 256  # that go through one product together
 _COMPACT = 0.8  # share of unfinished rows below which the finished ones are left out of the products
 _WORTH = 8.0  # rows of more than this times K^(2/3) kept weights are cheaper by gradients than by a factorisation
+_WORTH_FROM_START = 3.0  # the same where the weights are near the best ones to start with
 _LONG = 1000  # columns
 _TINY = 64  # columns below which the libraries take one thread of their own accord
 _SMALLEST_PIVOT = 1e-7  # of a unit-diagonal system: below it a row is singular to working precision
@@ -98,10 +99,14 @@ def solve_on_support(
     return out
 
 
-def long_rows(pruned: BoolArray) -> BoolArray:
-    """Which rows, bool (rows, K), keep so many weights that `update_rows` is faster than a factorisation each."""
+def long_rows(pruned: BoolArray, started: bool = False) -> BoolArray:
+    """Which rows, bool (rows,), keep so many weights that `update_rows` is faster than a factorisation each.
+
+    pruned : (rows, K); started : whether weights near the best ones are known.
+    """
     K = pruned.shape[1]
-    return np.asarray((K > _LONG) & ((~pruned).sum(1) > _WORTH * K ** (2 / 3)))
+    worth = _WORTH_FROM_START if started else _WORTH
+    return np.asarray((K > _LONG) & ((~pruned).sum(1) > worth * K ** (2 / 3)))
 
 
 @dataclass(frozen=True)

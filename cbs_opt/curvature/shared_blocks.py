@@ -239,7 +239,9 @@ class SharedBlocks(Curvature):
     ) -> tuple[FloatArray, bool]:
         """Best weights of the rows of stored block s, and whether they are: not where `should_stop` ended it."""
         done, complete = np.where(P, np.float64(0), W if start is None else start), True
-        long, few = long_rows(P), _FEW * P.sum(1) < (~P).sum(1)
+        factor = self.stored.as_factor()
+        low_rank = factor is not None and factor.m < P.shape[1]  # its systems are smaller than S
+        long, few = long_rows(P, start is not None), low_rank | (_FEW * P.sum(1) < (~P).sum(1))
         rest = [np.flatnonzero(few & ~long)]
         for method, chosen in ((update_rows, long), (factored_rows, ~long & ~few)):
             if not chosen.any():

@@ -48,7 +48,7 @@ def refit_layer(layer: Layer, pruned: BoolArray, start: FloatArray | None = None
 
     start : float (rows, K), optional, weights near the best ones, for long rows.
     """
-    long, out = long_rows(pruned), np.empty_like(layer.weights)
+    long, out = long_rows(pruned, start is not None), np.empty_like(layer.weights)
     for method, chosen in ((update_rows, long), (factored_rows, ~long)):
         if (index := np.flatnonzero(chosen)).size:
             begin = None if start is None else start[index]

@@ -90,7 +90,7 @@ def solve_layers(
         Whether to compute the weights of the answer (after the clock); without, they are the masked weights.
     keep_back : callable, optional
         Called with the seconds that an exact refit of the answer takes, where the caller is to do it: the run ends
-        so much earlier, after half of its limit at least. Only for layers that are searched on tableaus.
+        so much earlier, after half of its limit at least.
     wide : bool
         Whether to search short rows as long ones, for the joint objective: that needs no compiled kernels.
     clock : callable
@@ -173,18 +173,22 @@ class _Run:
         if self.wide:
             wide = WideSearch(
                 self.layers, self.budget, self.incumbent, self.stop, lambda: self.ends - self.clock(),
-                self.max_rounds, self.clock,
+                self.max_rounds, self.clock, self._keep_back,
             )  # fmt: skip
             with library_threads(self.threads):
                 self.compared = wide.run(pending)
             return
         self.incumbent.offer(self._zeroed_loss(magnitude), magnitude)  # a first answer at once
         if self.keep_back is not None and np.isfinite(self.ends):
-            seconds = seconds_of_refit(self.layers, magnitude, self.clock)
-            self.keep_back(seconds)
-            self.ends -= min(seconds, 0.5 * (self.ends - self.started))
+            self._keep_back(seconds_of_refit(self.layers, magnitude, self.clock))
         with RowPool(self.threads, self.stop) as pool:
             self._joint_small(pending, pool)
+
+    def _keep_back(self, seconds: float) -> None:
+        """End so much earlier, if the caller evaluates the answer within the limit."""
+        if self.keep_back is not None and np.isfinite(self.ends):
+            self.keep_back(seconds)
+            self.ends -= min(seconds, 0.5 * (self.ends - self.started))
 
     def _joint_on(self, card: Card, pending: list[list[BoolArray]]) -> bool:
         """The search on a card; False where the CPU is to go on, from what was found as well."""

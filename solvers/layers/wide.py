@@ -26,7 +26,7 @@ Found = tuple[list[BoolArray], list[Single], float]
 BRIEF, LONGER = 4, 20
 """Iterations of conjugate gradients on a start: for a first answer, and near its refit."""
 
-QUICK, PATIENT, MORE = 3, 6, 2
+QUICK, PATIENT, MORE = 3, 4, 2
 """Iterations between two changes of ρ: in the first ADMM, as ALPS, and the second; times more in later ones."""
 
 SETTLED = 1e-3
@@ -36,10 +36,10 @@ GAIN = 1e-5
 """Relative gain of a round of exchanges below which the search has converged."""
 
 _FAR = 0.5  # of the loss of a start after the first of these, which the others lower by a tenth or two
-_PRODUCTS_OF_REFIT, _PRODUCTS_OF_EVALUATION = 45, 25  # in single precision, or what takes that long
-_WITHOUT_LIMIT = 12  # iterations between two changes of ρ in the last one, without a limit on time
+_PRODUCTS_OF_EVALUATION = 25  # in single precision, or what takes that long
+_WITHOUT_LIMIT = 8  # iterations between two changes of ρ in the last one, without a limit on time
 _WORTHWHILE = 4  # below this another run gains little
-_SHARE = 0.85  # of the remaining time for the last ADMM, which it decides
+_SHARE = 0.85  # of the remaining time for the last ADMM
 
 
 class WideSearch:
@@ -64,6 +64,9 @@ class WideSearch:
     max_rounds : int, optional
         Every ADMM is one, and every exchange of all rows.
     clock : callable
+    keep_back : callable
+        Called with the seconds that an evaluation of the answer takes, once they are known; the run may then end
+        earlier by so much.
     """
 
     def __init__(
@@ -75,8 +78,10 @@ class WideSearch:
         remaining: Callable[[], float],
         max_rounds: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        keep_back: Callable[[float], object] = lambda seconds: None,
     ) -> None:
         self.layers, self.budget, self.incumbent = layers, budget, incumbent
+        self.keep_back = keep_back
         self.should_stop, self.remaining, self.clock = should_stop, remaining, clock
         self.rounds_left = np.inf if max_rounds is None else max_rounds
 
@@ -90,9 +95,12 @@ class WideSearch:
                 wide = [WideLayer(layer) for layer in self.layers]
                 known: list[Found] = []  # masks, their weights after a few iterations, and the loss of these
                 for masks in starts:
+                    began = self.clock()
                     weights = [refit_rows(w, mask, None, BRIEF) for w, mask in zip(wide, masks, strict=True)]
                     known.append((masks, weights, value := self._objective(wide, weights)))
                     self.incumbent.offer(value, masks, weights)
+                product = (self.clock() - began) / (BRIEF + 2)  # one more for the residual, and for the loss
+                self.keep_back(_PRODUCTS_OF_EVALUATION * product)
                 self._to_beat = _FAR * min(value for *_, value in known)
                 self._admm = WideAdmm(wide, self.budget, self._offer, self.clock)
                 found = self._first(wide, known)
@@ -137,13 +145,11 @@ class WideSearch:
         return masks, weights, value
 
     def _search(self, wide: list[WideLayer], best: Found) -> None:
-        """Further ADMMs, a refit, and exchanges; time is left for the refit and for the evaluation."""
-        product = self._admm.seconds_of_iteration
-        reserve, hold = (_PRODUCTS_OF_REFIT + _PRODUCTS_OF_EVALUATION) * product, PATIENT
+        """Further ADMMs; then, in the time that they leave, a refit and exchanges."""
+        hold = PATIENT
         while self.rounds_left >= 1:
             if np.isfinite(self.remaining()):
-                affordable = self._admm.affordable(_SHARE * (self.remaining() - reserve))
-                hold = int(min(hold, affordable))
+                hold = int(min(hold, self._admm.affordable(_SHARE * self.remaining())))
             if not _WORTHWHILE <= hold <= (_WITHOUT_LIMIT if np.isinf(self.remaining()) else np.inf):
                 break
             self.rounds_left -= 1
@@ -157,9 +163,9 @@ class WideSearch:
                 break
             hold *= MORE
         if self.rounds_left >= 1:
-            self._exchange(wide, best, _PRODUCTS_OF_EVALUATION * product)
+            self._exchange(wide, best)
 
-    def _exchange(self, wide: list[WideLayer], start: Found, reserve: float) -> None:
+    def _exchange(self, wide: list[WideLayer], start: Found) -> None:
         masks, weights, _ = start
         self.incumbent.adopt(masks, weights)
         for w, mask, x in zip(wide, masks, weights, strict=True):
@@ -170,8 +176,6 @@ class WideSearch:
         value = sum(engine.objective for engine in engines)
         self.incumbent.offer(value, [e.pruned for e in engines], [e.X for e in engines])
         while self.rounds_left >= 1 and any((engine.moves > 0).any() for engine in engines):
-            if self.remaining() < reserve:
-                return
             self.rounds_left -= 1
             improved = sum(engine.round() for engine in engines)
             before, value = value, sum(engine.objective for engine in engines)

@@ -186,6 +186,7 @@ def long_instance(monkeypatch):
     """An instance with one wide layer whose rows the evaluator updates by gradients, and counts its iterations."""
     monkeypatch.setattr(row_updates, "_LONG", 1)
     monkeypatch.setattr(row_updates, "_WORTH", 0.1)
+    monkeypatch.setattr(row_updates, "_WORTH_FROM_START", 0.1)
     counted, plain = [0], row_updates.solve_on_support
 
     def counting(S, right, pruned, iterations, tolerance, should_stop):
