@@ -15,6 +15,7 @@ from cbs_opt.pruning.schedule import SCHEDULES
 Schedule = Literal["cubic", "exponential", "linear"]
 Masks = Literal["grow", "return"]
 Recalibrate = Literal["auto", "yes", "no"]
+Refit = Literal["auto", "yes", "no"]
 Split = Literal["global", "layer", "normalised", "auto"]
 Targets = Literal["loss", "dense", "none"]
 
@@ -26,6 +27,7 @@ ROW_DAMPINGS = (0.001, 0.01)
 FISHER_DAMPINGS = (0.1, 1.0, 10.0)
 STAGE_DAMPINGS = (1.0, 10.0, 100.0)
 STEPS = (0.1, 0.3, 1.0)
+KFAC_STEPS = (0.02, 0.05, 0.1)
 TIME_LIMITS = (10.0, 30.0)  # for the smallest networks and for large ones; kernels may have to be compiled
 STAGE_TIME_LIMITS = (5.0, 10.0)
 WEIGHTS_A_SECOND = 1000
@@ -60,7 +62,11 @@ class Method:
         Where the first-order term comes from: the gradient of the loss on the samples of H ("loss"), or, for
         reconstruction and kfac, the outputs that each layer has in the dense network ("dense"), so that errors of
         earlier stages are made up for. By default "none" in one shot, and in stages "loss" for the Fisher matrix
-        and "dense" for the others: H of kfac is too small along the gradient of the loss, and its steps too long.
+        and "dense" for the others.
+    first_order_scale : float or sequence of float, optional
+        For the gradient of the loss: it is multiplied by this; of several the best is taken as for `damping`. 1 by
+        default; for kfac 0.02, 0.05 and 0.1, as its H leaves out how rows and layers depend on each other, and is
+        too small along the gradient.
     sequential : bool
         For reconstruction and kfac: layers are solved one after the other, each with the inputs that the layers
         pruned before give it, and the outputs of the dense network as targets.
@@ -70,7 +76,12 @@ class Method:
         that of H for the Fisher matrix, 1, 10 and 100 times in stages.
     update_scale : float or sequence of float
         The update of the kept weights is multiplied by this; 0 for none. Of several the best is taken likewise. 1
-        by default; with the gradient of the loss 0.1, 0.3 and 1, as a whole step may be too long.
+        by default; for the Fisher matrix with the gradient of the loss 0.1, 0.3 and 1, as a whole step may be too
+        long.
+    refit : {"auto", "yes", "no"}, optional
+        Whether the kept weights are then fitted, layer after layer, to the outputs of the dense network, see
+        `refits.refit`; batch norms may take their statistics on the way. "auto", the default for kfac and
+        reconstruction, decides by the loss on the held-out samples; "no" is that for the Fisher matrix.
     curvature, blocks : optional
         Form and blocks of H, see `Recipe`.
     solver, objective : str, optional
@@ -122,7 +133,9 @@ class Method:
     sequential: bool = False
     damping: float | Sequence[float] | None = None
     relative_damping: float | Sequence[float] | None = None
+    first_order_scale: float | Sequence[float] | None = None
     update_scale: float | Sequence[float] | None = None
+    refit: Refit | None = None
     curvature: Form | None = None
     blocks: str | int | None = None
     solver: str | None = None
@@ -148,6 +161,7 @@ class Method:
     own_batch: bool = field(init=False)
     dampings: tuple[float, ...] = field(init=False)
     scales: tuple[float, ...] = field(init=False)
+    first_order_scales: tuple[float, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         one_of("schedule", self.schedule, SCHEDULES)
@@ -155,6 +169,9 @@ class Method:
             self._set(masks="grow" if self.source == "fisher" else "return")
         one_of("masks", self.masks, ("grow", "return"))
         one_of("recalibrate_bn", self.recalibrate_bn, ("auto", "yes", "no"))
+        if self.refit is None:
+            self._set(refit="no" if self.source == "fisher" else "auto")
+        one_of("refit", self.refit, ("auto", "yes", "no"))
         one_of("split", self.split, ("global", "layer", "normalised", "auto"))
         for name, least in (("stages", 1), ("final_stages", 1), ("samples", 1), ("batch", 1), ("held_out", 0)):
             value = getattr(self, name)
@@ -231,13 +248,22 @@ class Method:
             self._set(relative_damping=dampings)
         scales = _grid("update_scale", self.update_scale)
         if self.update_scale is None:
-            scales = STEPS if self.targets == "loss" else (1.0,)
+            scales = STEPS if self.targets == "loss" and self.source == "fisher" else (1.0,)
             self._set(update_scale=scales)
         if not scales:
             raise UsageError("`update_scale` must have at least one number")
         if len(dampings) > 1 and self.curvature == "inverse-hessian":
             raise UsageError("several dampings need `curvature` hessian or gradients, got inverse-hessian")
-        self._set(dampings=dampings, scales=scales)
+        steps = _grid("first_order_scale", self.first_order_scale)
+        if self.first_order_scale is not None and self.targets != "loss":
+            raise UsageError(f"`first_order_scale` is for `targets` loss, got {self.targets}")
+        if self.first_order_scale is None:
+            steps = KFAC_STEPS if self.targets == "loss" and self.source == "kfac" else (1.0,)
+        if not steps:
+            raise UsageError("`first_order_scale` must have at least one number")
+        if self.refit == "yes" and not any(scales):
+            raise UsageError("`refit` changes the kept weights: it goes without `update_scale` 0")
+        self._set(dampings=dampings, scales=scales, first_order_scales=steps)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -261,8 +287,8 @@ class Method:
     @property
     def chooses(self) -> bool:
         """Whether there is something that held-out samples choose."""
-        several = len(self.dampings) > 1 or len(self.scales) > 1
-        return several or self.recalibrate_bn == "auto" or self.split == "auto"
+        several = max(len(self.dampings), len(self.scales), len(self.first_order_scales)) > 1
+        return several or "auto" in (self.recalibrate_bn, self.split, self.refit)
 
     def limited(self, n: int) -> Method:
         """The method for n weights: with its default of the time limit, unless a limit is given."""
@@ -311,10 +337,14 @@ class Method:
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON types, defaults included."""
         content = asdict(self)
-        for name in ("own_batch", "dampings", "scales", "memory", "threads", "engine", "workers"):
+        grids = ("dampings", "scales", "first_order_scales")
+        for name in ("own_batch", *grids, "memory", "threads", "engine", "workers"):
             del content[name]
-        if self.keep is None:
-            del content["keep"]  # states of earlier versions have no such option
+        # States of earlier versions have no such options.
+        later = {"keep": self.keep is None, "refit": self.refit == "no"}
+        later["first_order_scale"] = self.first_order_scale is None
+        for name in (name for name, unused in later.items() if unused):
+            del content[name]
         return {
             name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
             for name, value in content.items()

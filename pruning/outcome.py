@@ -46,6 +46,7 @@ class Stage:
         Loss and metric on the held-out samples after the stage.
     metric : str or None
     damping, update_scale, split, recalibrated : float, float, str, bool
+    first_order_scale, refitted : float, bool
         What was chosen, see `Method`.
     status : str
         Of the solver.
@@ -68,6 +69,8 @@ class Stage:
     recalibrated: bool
     status: str
     seconds: float
+    first_order_scale: float = 1.0
+    refitted: bool = False
 
     def line(self) -> str:
         """The stage in one line of text."""
@@ -78,7 +81,9 @@ class Stage:
             if self.metric is not None and self.value is not None:
                 parts.append(f"{self.metric} {self.value:.4f}")
         chosen = [f"damping {self.damping:g}"]
+        chosen += [f"gradient × {self.first_order_scale:g}"] if self.first_order_scale != 1.0 else []
         chosen += [f"update × {self.update_scale:g}"] if self.update_scale != 1.0 else []
+        chosen += ["refitted"] if self.refitted else []
         chosen += [f"split {self.split}"] if self.split != "global" else []
         chosen += ["statistics re-estimated"] if self.recalibrated else []
         return f"{', '.join(parts)}; {', '.join(chosen)}; {self.seconds:.1f} s"

@@ -38,11 +38,14 @@ class Problem:
         Of the grid, relative or not as the method says.
     split : str
         "global", "layer" or "normalised".
+    first_order_scale : float
+        By which the gradient of the loss was multiplied.
     """
 
     instance: Instance
     damping: float
     split: str
+    first_order_scale: float = 1.0
 
 
 def exported(
@@ -89,7 +92,11 @@ def problems(instance: Instance, method: Method, dampings: Sequence[float]) -> I
             damped = instance
             if damping != dampings[0]:
                 damped = redamped(instance, dampings[0], damping, relative=method.relative)
-            yield Problem(normalised(damped) if split == "normalised" else damped, damping, split)
+            if split == "normalised":
+                damped = normalised(damped)
+            for scale in method.first_order_scales:
+                linear = None if damped.linear is None or scale == 0 else scale * damped.linear
+                yield Problem(damped if scale == 1 else replace(damped, linear=linear), damping, split, scale)
 
 
 def redamped(instance: Instance, old: float, new: float, *, relative: bool) -> Instance:

@@ -67,6 +67,8 @@ class Run:
     device : {"auto", "cpu", "cuda"}
     state : Path or str, optional
         A file that is written after every stage; a run with the same arguments continues from it.
+    first_model : Instance, optional
+        The `first_model` of a run in one shot that differs in nothing but its budget: it is not made again.
     progress : callable, optional
         See `cbs_opt.instances.export.Progress`.
     on_stage : callable, optional
@@ -89,6 +91,8 @@ class Run:
     stages : list of Stage
         Those done.
     pruned : bool (n,)
+    first_model : Instance or None
+        The quadratic model of one shot, once it is made.
     before, score : Score or None
         Of the dense network and of the copy, on the held-out samples.
 
@@ -112,6 +116,7 @@ class Run:
         held_out: SampleSource | None = None,
         device: str = "auto",
         state: Path | str | None = None,
+        first_model: Instance | None = None,
         progress: Progress | None = None,
         on_stage: Callable[[Stage], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
@@ -150,11 +155,13 @@ class Run:
         )
         self._fisher: Fisher | None = method.fisher
         self.dense = self.copy.state()
-        self._dense = copy.deepcopy(self.copy.model) if method.targets == "dense" else None
+        aims = method.targets == "dense" or method.refit != "no"
+        self._dense = copy.deepcopy(self.copy.model) if aims else None
         self.before: Score | None = None
         self.score: Score | None = None
         self.stages: list[Stage] = []
         self.pruned: BoolArray = np.zeros(self.n, dtype=bool)
+        self.first_model = first_model if method.stages == 1 else None
         self.interrupted = False
 
     def _judged(self, loss: LossLike | None, metric: MetricLike | None, output_key: str | None) -> Judge:
@@ -235,7 +242,11 @@ class Run:
         """
         started = time.perf_counter()
         samples = in_memory(self.pool.drawn(number, self.method.samples or 1))
-        choice = self.choice(number, part, samples, self.model_around(number, samples))
+        model = self.first_model
+        if model is None:
+            model = self.model_around(number, samples)
+            self.first_model = model if self.method.stages == 1 else None
+        choice = self.choice(number, part, samples, model)
         self.take(number, choice, time.perf_counter() - started)
 
     def choice(self, number: int, part: float, samples: SampleSource, instance: Instance) -> Choice:
@@ -251,7 +262,7 @@ class Run:
             samples,
             seed=self.method.seed + number - 1,
             should_stop=self._should_stop,
-            dense=self._dense if self.method.sequential else None,
+            dense=self._dense,
         )
         if found is None or (self._should_stop() and self.method.stages > 1):
             raise Stopped
@@ -331,11 +342,9 @@ class Run:
                     device=self._device.type,
                     progress=self._checked_progress,
                 )
-                return (
-                    made
-                    if self._dense is None
-                    else with_dense_targets(made, self.copy.model, self._dense, samples)
-                )
+                if method.targets != "dense" or self._dense is None:
+                    return made
+                return with_dense_targets(made, self.copy.model, self._dense, samples)
             except FisherError as error:
                 if method.fisher is not None or fisher not in weaker:
                     raise
@@ -376,6 +385,8 @@ class Run:
             choice.recalibrated,
             str(choice.result.status),
             seconds,
+            choice.first_order_scale,
+            choice.refitted,
         )
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from cbs_opt.losses import predicted_loss
 from cbs_opt.pruning.method import Method
 from cbs_opt.pruning.network import State, WorkingCopy
 from cbs_opt.pruning.problem import Problem, of_layers, redamped, scaled_update
+from cbs_opt.pruning.refits import refit
 from cbs_opt.pruning.statistics import reestimate
 from cbs_opt.pruning.targets import one_by_one
 from cbs_opt.result import Result
@@ -68,10 +70,11 @@ class Scorer:
             metric=self.metric,  # type: ignore[arg-type]
             output_key=self.output_key,
             device=self.device,
-            progress=self._check,
+            progress=self.check,
         )
 
-    def _check(self, samples: int) -> None:
+    def check(self, samples: int = 0) -> None:
+        """Raise `Stopped` where a stop was asked for."""
         if self.should_stop():
             raise Stopped
 
@@ -89,7 +92,7 @@ class Choice:
         On the held-out samples.
     predicted : float
         Change of the quadratic model, without its damping, by the change of the weights.
-    damping, update_scale, split, recalibrated : float, float, str and bool
+    damping, update_scale, split, recalibrated, first_order_scale, refitted : float, float, str, bool, float, bool
         What was chosen.
     result : Result
         Of the solver.
@@ -104,6 +107,8 @@ class Choice:
     split: str
     recalibrated: bool
     result: Result
+    first_order_scale: float = 1.0
+    refitted: bool = False
 
     @property
     def loss(self) -> float:
@@ -174,7 +179,7 @@ def best(
     should_stop : callable, optional
         True ends the search; what was found before counts.
     dense : torch.nn.Module, optional
-        The dense network: layers are solved one after the other, with its outputs as targets.
+        The dense network, whose outputs are the targets of methods that are `sequential` or `refit`.
 
     Returns
     -------
@@ -192,19 +197,22 @@ def best(
                 instance = budgeted(problem, budget, fixed)
                 where = "cpu" if scorer.device.type == "cpu" else "auto"  # solvers without a card refuse "cuda"
                 result = solved(instance, method, seed, should_stop, where, engine)
-                if dense is not None and not should_stop():
+                if method.sequential and dense is not None and not should_stop():
                     result = _sequential(
                         copy, dense, instance, result, samples, method, seed, should_stop, where, engine
                     )
                     copy.restore(before)
                 try:
-                    for choice in _applied(copy, before, problem, instance, result, method, scorer, samples):
+                    applied = _applied(copy, before, problem, instance, result, method, scorer, samples, dense)
+                    for choice in applied:
                         if found is None or choice.loss < found.loss:
                             found = choice
                 except Stopped:
                     if found is None:
-                        unscored = replace(scorer, source=None)
-                        (found,) = _applied(copy, before, problem, instance, result, method, unscored, samples)
+                        unscored, plain = replace(scorer, source=None), replace(method, refit="no")
+                        (found,) = _applied(
+                            copy, before, problem, instance, result, plain, unscored, samples, dense
+                        )
                 if scorer.source is None:
                     break  # nothing could tell one variant from another: the first is taken
     finally:
@@ -242,38 +250,45 @@ def _applied(
     method: Method,
     scorer: Scorer,
     samples: SampleSource,
+    dense: nn.Module | None,
 ) -> Iterable[Choice]:
-    """The network with every scale of the update, with and without re-estimated statistics."""
+    """The network with every scale of the update, refitted and not, with and without re-estimated statistics."""
     scales = method.scales if result.weights is not None else (0.0,)
     if scorer.source is None:
         scales = scales[:1]
     for scale in scales:
         weights = instance.weights if result.weights is None else result.weights
         new = scaled_update(instance, result.pruned, weights, scale)
-        for recalibrated in _statistics(copy, method, scorer):
+        statistics = _tried(method.recalibrate_bn if copy.statistics else "no", scorer)
+        for refitted, recalibrated in product(_tried(method.refit if scale else "no", scorer), statistics):
             copy.restore(before)
             copy.take(new)
-            if recalibrated:
+            if refitted:
+                assert dense is not None
+                how = {"relative": method.relative, "statistics": recalibrated}
+                refit(copy, dense, samples, result.pruned, problem.damping, check=scorer.check, **how)
+            elif recalibrated:
                 reestimate(copy.model, samples)
             yield Choice(
                 copy.state(),
                 result.pruned,
                 scorer(copy),
-                _predicted(problem, instance, new, method),
+                _predicted(problem, instance, copy.weights if refitted else new, method),
                 problem.damping,
                 scale,
                 problem.split,
                 recalibrated,
                 result,
+                problem.first_order_scale,
+                refitted,
             )
 
 
-def _statistics(copy: WorkingCopy, method: Method, scorer: Scorer) -> tuple[bool, ...]:
-    if not copy.statistics or method.recalibrate_bn == "no":
-        return (False,)
-    if method.recalibrate_bn == "yes":
-        return (True,)
-    return (False,) if scorer.source is None else (False, True)
+def _tried(choice: str | None, scorer: Scorer) -> tuple[bool, ...]:
+    """Whether something is done or not; both, where held-out samples decide."""
+    if choice == "auto":
+        return (False,) if scorer.source is None else (False, True)
+    return (choice == "yes",)
 
 
 def _predicted(problem: Problem, instance: Instance, new: FloatArray, method: Method) -> float:
@@ -281,4 +296,6 @@ def _predicted(problem: Problem, instance: Instance, new: FloatArray, method: Me
     bare = instance
     if problem.damping > 0 and method.curvature != "inverse-hessian":
         bare = redamped(instance, problem.damping, 0.0, relative=method.relative)
+    if bare.linear is not None and problem.first_order_scale > 0:
+        bare = replace(bare, linear=bare.linear / problem.first_order_scale)
     return predicted_loss(bare, new - instance.weights)

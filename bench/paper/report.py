@@ -49,7 +49,7 @@ def make_study_document(results: Results, title: str | None = None) -> Document:
     document = Document(title or study.title)
     document.add(Points([*_glance(results), *study.notes]))
     for family in FAMILIES:
-        methods = [method for method in study.methods if method.family == family]
+        methods = [method for method in results.methods if method.family == family]
         if methods:
             document.add(Heading(f"Accuracy, {'methods ' if family == PUBLISHED else ''}{family}"))
             document.add(accuracy_table(results, methods, family))
@@ -83,7 +83,8 @@ def make_study_document(results: Results, title: str | None = None) -> Document:
     document.add(Heading("Methods, images and time"), methods_table(results))
     document.add(*_scales(results))
     document.add(Heading("Each sparsity"))
-    document.add(*(Folded(f"Sparsity {s:g}", [detail_table(results, s)]) for s in study.sparsities))
+    there = {sparsity for _, sparsity in results.rows}
+    document.add(*(Folded(f"Sparsity {s:g}", [detail_table(results, s)]) for s in study.sparsities if s in there))
     document.add(Heading("Failed, and not run"), Points(list(_missing(results))))
     document.add(Heading("How to read this"), Points(_HOW_TO_READ))
     return document
@@ -183,9 +184,9 @@ def ratio_table(results: Results) -> Table:
 def methods_table(results: Results) -> Table:
     """What each method is, how many images it saw, how long it took."""
     rows = []
-    for method in results.study.methods:
+    for method in results.methods:
         found = [row for s in method.sparsities for row in results.rows.get((method.name, s), [])]
-        images = f"{max(int((row.scores or {})['images']) for row in found):,}" if found else NOTHING
+        images = f"{max(int((row.scores or {})['images']) for row in found):,}"
         seconds = [row.cpu_s for row in found if row.cpu_s is not None]
         mean = seconds_text(sum(seconds) / len(seconds)) if seconds else NOTHING
         most = seconds_text(max(seconds)) if seconds else NOTHING
@@ -258,17 +259,25 @@ def detail_table(results: Results, sparsity: float) -> Table:
 def _missing(results: Results) -> Iterator[str]:
     for row in results.failed:
         yield f"{row.label} at {row.sparsity:g}, seed {row.seed}: {row.kind}: {row.message}"
-    for method in results.study.methods:
-        missing: dict[tuple[int, ...], list[float]] = {}
+    complete = not results.failed
+    run = [method.name for method in results.methods]
+    absent = [method.name for method in results.study.methods if method.name not in run]
+    if absent:
+        complete = False
+        yield f"Not run: {'; '.join(absent)}."
+    for method in results.methods:
+        missing: dict[tuple[int, ...], list[str]] = {}
         for sparsity in method.sparsities:
             there = {row.seed for row in results.rows.get((method.name, sparsity), [])}
             seeds = tuple(seed for seed in method.seeds if seed not in there)
             if seeds:
-                missing.setdefault(seeds, []).append(sparsity)
-        for seeds, sparsities in missing.items():
-            which = ", ".join(f"{s:g}" for s in sparsities)
-            yield f"{method.name} was not run at {which} for the seeds {seeds_text(seeds)}."
-    if not results.failed and all(
-        len(results.rows.get((m.name, s), [])) == len(m.seeds) for m in results.study.methods for s in m.sparsities
-    ):
+                missing.setdefault(seeds, []).append(f"{sparsity:g}")
+        if missing:
+            complete = False
+            parts = []
+            for seeds, sparsities in missing.items():
+                which = "" if len(seeds) == len(method.seeds) else f" (seeds {seeds_text(seeds)})"
+                parts.append(f"{', '.join(sparsities)}{which}")
+            yield f"{method.name} was not run at {'; '.join(parts)}."
+    if complete:
         yield "None: every row of the study is there."

@@ -61,7 +61,7 @@ class Staged(NamedTuple):
     images : int
         Training images that it saw, those of the choice included.
     seconds : float
-        Of the processor, exports and choices included.
+        Of the processor, exports and choices included; the export of one shot only where it is made.
     status : str
     """
 
@@ -113,6 +113,7 @@ class Subject:
         self.network = open_network(study, files)
         self._scratch: Module = copy.deepcopy(self.network.model)
         self._images = _images(study, files, self.network, seed)
+        self._models: dict[str, Instance | None] = {}
 
     @cached_property
     def places(self) -> list[Place]:
@@ -172,7 +173,8 @@ class Subject:
         ----------
         sparsity : float
         options : str
-            JSON, of `cbs_opt.pruning.method.Method`.
+            JSON, of `cbs_opt.pruning.method.Method`. The quadratic model of one shot is made once for all
+            sparsities.
         """
         from cbs_opt.pruning.method import Method
         from cbs_opt.pruning.run import Run
@@ -189,8 +191,10 @@ class Subject:
             metric=network.metric,
             output_key=network.output_key,
             held_out=images.choice,
+            first_model=self._models.get(options),
         )
         found = run()
+        self._models[options] = run.first_model
         seconds = time.process_time() - clock
         predicted = found.stages[0].predicted_change if len(found.stages) == 1 else None
         choice, test = score(found.model, images.choice), score(found.model, images.test)

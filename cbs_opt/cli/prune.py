@@ -97,7 +97,21 @@ def prune_parser() -> common.Parser:
         nargs="+",
         metavar="X",
         help="the update of the kept weights is multiplied by this; of several the best is taken; default: 1, "
-        "with the gradient of the loss 0.1 0.3 1",
+        "for fisher with the gradient of the loss 0.1 0.3 1",
+    )
+    add(
+        "--first-order-scale",
+        type=number_option(0),
+        nargs="+",
+        metavar="X",
+        help="the gradient of `--targets loss` is multiplied by this; of several the best is taken; default: 1, "
+        "for kfac 0.02 0.05 0.1",
+    )
+    add(
+        "--refit",
+        choices=("auto", "yes", "no"),
+        help="fit the kept weights, layer after layer, to the outputs of the dense network; auto, the default for "
+        "kfac and reconstruction: where it lowers the loss on the samples held out",
     )
     add("--no-update", action="store_true", help="kept weights stay as they are")
     add(
@@ -247,7 +261,9 @@ def _method(options: argparse.Namespace) -> Method:
         sequential=options.sequential,
         damping=options.damping,
         relative_damping=options.relative_damping,
+        first_order_scale=options.first_order_scale,
         update_scale=0.0 if options.no_update else options.update_scale,
+        refit=options.refit,
         curvature=options.curvature,
         blocks=options.blocks,
         solver=options.solver,

@@ -56,6 +56,9 @@ METHODS = {
     "stages, kfac": {"stages": 3},
     "stages, fisher": {"source": "fisher", "stages": 3, "samples": 160, "batch": 4, "damping": 0.1},
     "stages, masks return": {"source": "fisher", "stages": 3, "samples": 160, "masks": "return", "damping": 0.1},
+    "one shot, gradient of the loss": {"targets": "loss", "relative_damping": 0.01},
+    "one shot, refitted": {"refit": "yes", "recalibrate_bn": "yes"},
+    "one shot, fisher, refitted": {"source": "fisher", "damping": 1.0, "refit": "yes"},
     "no update": {"update_scale": 0.0, "objective": "selection", "solver": "magnitude"},
     "2:4": {"nm": "2:4", "stages": 2},
     "per layer": {"per_layer": True, "sparsity": 0.5, "stages": 2, "schedule": "linear"},
@@ -114,6 +117,26 @@ def test_the_first_order_term_is_followed(trained):
         assert loss_of(pruned.model, data) < start
         without = cbs_opt.prune(moved, data, targets="none", **kept, **FAST)
         assert loss_of(without.model, data) == pytest.approx(start, abs=1e-5)
+
+
+def test_the_best_scale_of_the_gradient_is_taken(trained):
+    """Of several scales, and of refitted and other networks, that with the least loss on held-out samples."""
+    options = {"targets": "loss", "relative_damping": 0.01, "recalibrate_bn": "no"} | FAST
+    scales = (0.01, 0.1, 1.0)
+    single = {
+        (scale, refit): cbs_opt.prune(
+            trained, blobs(600), 0.8, first_order_scale=scale, refit=refit, **options
+        ).after.loss
+        for scale in scales
+        for refit in ("no", "yes")
+    }
+    pruned = cbs_opt.prune(trained, blobs(600), 0.8, first_order_scale=scales, refit="auto", **options)
+    assert pruned.after.loss == pytest.approx(min(single.values()), rel=1e-6)
+    (stage,) = pruned.stages
+    assert single[stage.first_order_scale, "yes" if stage.refitted else "no"] == pytest.approx(
+        stage.loss, rel=1e-6
+    )
+    assert f"gradient × {stage.first_order_scale:g}" in stage.line() or stage.first_order_scale == 1.0
 
 
 def test_statistics_are_those_of_the_stage(trained):
@@ -196,6 +219,10 @@ def test_stages_take_fresh_samples():
         ({"damping": 1, "relative_damping": 1}, "exclude each other"),
         ({"damping": (0.1, -1)}, "must be finite numbers ≥ 0, got -1"),
         ({"update_scale": ()}, "at least one number"),
+        ({"first_order_scale": 0.1}, "is for `targets` loss, got none"),
+        ({"first_order_scale": (), "targets": "loss"}, "at least one number"),
+        ({"refit": "perhaps"}, "`refit` must be one of"),
+        ({"refit": "yes", "update_scale": 0.0}, "it goes without `update_scale` 0"),
         ({"split": "auto", "per_layer": True}, "goes without"),
         ({"curvature": "inverse-hessian", "damping": (1, 2)}, "several dampings need"),
     ],

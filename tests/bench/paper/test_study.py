@@ -93,4 +93,4 @@ def test_reconstruction_predicts_no_loss():
     methods = {method.name: method for method in read_study("mlpnet").methods}
     assert not methods["reconstruction + joint"].predicts_loss
     assert methods["kfac exact + joint"].predicts_loss
-    assert methods["20 stages, Fisher"].predicts_loss
+    assert methods["60 stages, Fisher"].predicts_loss

@@ -1,0 +1,266 @@
+"""Kept weights fitted to the outputs that each layer has in the dense network, all layers in one pass.
+
+The layers are fitted in the order of the forward pass, each with the inputs that the layers fitted before give it:
+the error ½‖WX − W₀X₀‖²/m of `cbs_opt.instances.output_errors`, minimised over the kept weights. No label is used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbs_opt.budget import Budget
+from cbs_opt.curvature import HessianBlocks, SharedBlocks
+from cbs_opt.errors import UnboundedError
+from cbs_opt.instance import Instance
+from cbs_opt.instances.batches import call, placed
+from cbs_opt.instances.data import SampleSource
+from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
+from cbs_opt.instances.products import Product, Products
+from cbs_opt.instances.tensors import Layout, Place
+from cbs_opt.pruning.network import WorkingCopy, norms_of
+from cbs_opt.typing import BoolArray, FloatArray
+from cbs_opt.update import best_update
+
+logger = logging.getLogger("cbs_opt")
+
+MEMORY = 4 << 30
+"""Bytes for targets and patches: as many of the samples are used as fit. No share of the free memory, on which the
+result must not depend."""
+
+_PIECE_BYTES = 1 << 26  # of inputs whose products are summed in single precision
+
+
+@torch.no_grad()
+def refit(
+    copy: WorkingCopy,
+    dense: nn.Module,
+    samples: SampleSource,
+    pruned: BoolArray,
+    damping: float,
+    *,
+    relative: bool,
+    statistics: bool,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Fit the kept weights of all layers, one after the other.
+
+    Parameters
+    ----------
+    copy : WorkingCopy
+        The pruned network, changed in place.
+    dense : torch.nn.Module
+        Its layers' outputs are the targets.
+    samples : SampleSource
+        The first of them, as many as `MEMORY` allows and as have one shape.
+    pruned : bool (n,)
+    damping : float
+        λ of XXᵀ/m + λI; it holds the weights near their present values.
+    relative : bool
+        Whether the damping is a multiple of the mean diagonal entry of XXᵀ/m.
+    statistics : bool
+        Whether batch norms take their statistics from the samples on the way, and keep them.
+    check : callable, optional
+        Called between products; raises to stop, which leaves the copy with some layers fitted.
+
+    Notes
+    -----
+    Weights that are used several times in a pass, looked up, or not followed stay as they are. One forward pass of
+    each network, and the update of every layer.
+    """
+    layouts = {place.name: place.layout for place in copy.places}
+    with ExitStack() as stack:
+        for network in (copy.model, dense):
+            stack.enter_context(evaluation_mode(network))
+            stack.enter_context(single_precision(network))
+        few = fewest(copy.model)
+        count = len(samples) if not samples.borders else min(samples.borders[1:-1] or [len(samples)])
+        one = placed(samples.batch(0, few), copy.model)
+        x = placed(samples.batch(0, max(few, min(count, MEMORY // _bytes(dense, one, layouts)))), copy.model)
+        targets = _targets(dense, x, layouts, check)
+        fit = _Fit(copy, targets, pruned, len(x), damping, relative, check)
+        if statistics:
+            stack.enter_context(_statistics_of_a_batch(copy.model))
+        with fit:
+            call(copy.model, x)
+    left = [name for name in layouts if name not in fit.done]
+    if left:
+        logger.debug(f"not fitted to the outputs of the dense network: {', '.join(left)}")
+
+
+Targets = dict[str, deque[tuple[tuple[int, int], Tensor]]]
+"""By weight: the rows of each product, and its outputs (rows, places) in the dense network."""
+
+
+def _bytes(dense: nn.Module, one: Any, layouts: Mapping[str, Layout]) -> int:
+    """Memory for a sample: the targets of all layers, and the patches of the largest with three copies."""
+    outputs, patches = 0, [1]
+
+    def measure(product: Product) -> None:
+        nonlocal outputs
+        if product.inputs is not None:
+            X = product.inputs()
+            outputs += (product.last - product.first) * X.shape[1] * X.element_size()
+            patches.append(X.nbytes)
+
+    with _Products(dense, layouts, measure):
+        call(dense, one)
+    return -(-(outputs + 4 * max(patches)) // len(one))
+
+
+def _targets(dense: nn.Module, x: Any, layouts: Mapping[str, Layout], check: Callable[[], None]) -> Targets:
+    """The outputs of the dense network; none for weights that it uses more than once."""
+    targets: Targets = {name: deque() for name in layouts}
+    rows = {name: (tensor, layouts[name]) for name, tensor in dense.named_parameters() if name in layouts}
+
+    def note(product: Product) -> None:
+        if product.inputs is not None:
+            W = _as_rows(*rows[product.name])[product.first : product.last]
+            targets[product.name].append(((product.first, product.last), W @ product.inputs()))
+
+    with _Products(dense, layouts, note, check):
+        call(dense, x)
+    for products in targets.values():
+        ranges = sorted(rows for rows, _ in products)
+        if any(later[0] < earlier[1] for earlier, later in pairwise(ranges)):
+            products.clear()
+    return targets
+
+
+class _Products(Products):
+    """The products of a network that are followed; `check` is called before each call of torch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layouts: Mapping[str, Layout],
+        report: Callable[[Product], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        weights = {name: (parameters[name].detach(), layout) for name, layout in layouts.items()}
+        super().__init__(weights, report, lambda name, reason: None)
+        self._check = check
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a call; here, as what is raised by a report counts as a reason not to follow a weight."""
+        self._check()
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class _Fit(_Products):
+    """Fit each weight when the network multiplies by it, and repeat the call with the new one.
+
+    Attributes
+    ----------
+    done : set of str
+        Weights that were fitted.
+    """
+
+    def __init__(
+        self,
+        copy: WorkingCopy,
+        targets: Targets,
+        pruned: BoolArray,
+        m: int,
+        damping: float,
+        relative: bool,
+        check: Callable[[], None],
+    ) -> None:
+        self._parameters = dict(copy.model.named_parameters(remove_duplicate=False))
+        self._places = {place.name: place for place in copy.places}
+        layouts = {place.name: place.layout for place in copy.places}
+        super().__init__(copy.model, layouts, self._fit, check)
+        self._targets, self._pruned, self._m = targets, pruned, m
+        self._damping, self._relative = damping, relative
+        self._changed = False
+        self.done: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a call, and again where it changed a weight."""
+        result = super().__torch_function__(func, types, args, kwargs)
+        if self._changed:
+            self._changed = False
+            return func(*args, **(kwargs or {}))
+        return result
+
+    def _fit(self, product: Product) -> None:
+        left = self._targets[product.name]
+        if product.inputs is None or not left:
+            return
+        rows, target = left.popleft()
+        X = product.inputs()
+        if rows != (product.first, product.last) or target.shape[1] != X.shape[1]:
+            left.clear()  # the network chooses other inputs than the dense one: nothing to aim at
+            return
+        place, held = self._places[product.name], self._parameters[product.name]
+        W = _as_rows(held, place.layout)
+        part = slice(*rows)
+        new = self._fitted(W[part].double(), X, target, _rows_pruned(place, self._pruned)[part])
+        if new is None:
+            return
+        W[part] = torch.from_numpy(new).to(W)
+        held.copy_(place.layout.from_rows(W.reshape(-1)).reshape(held.shape))
+        self.done.add(product.name)
+        self._changed = True
+
+    def _fitted(self, W: Tensor, X: Tensor, target: Tensor, pruned: BoolArray) -> FloatArray | None:
+        """The weights of some rows, (rows, K), with the least error; None where no update can be found."""
+        K, places = X.shape
+        H = torch.zeros(K, K, dtype=torch.float64, device=X.device)
+        TX = torch.zeros(len(W), K, dtype=torch.float64, device=X.device)
+        step = max(1, _PIECE_BYTES // (4 * K))
+        for start in range(0, places, step):
+            piece = slice(start, start + step)
+            H += (X[:, piece] @ X[:, piece].T).double()
+            TX += (target[:, piece] @ X[:, piece].T).double()
+        H = (H + H.T) / (2 * self._m)
+        gradient = W @ H - TX / self._m
+        if not bool(torch.isfinite(H).all() and torch.isfinite(gradient).all()):
+            return None
+        H.diagonal().add_(self._damping * (float(H.diagonal().mean()) if self._relative else 1.0))
+        curvature = SharedBlocks(HessianBlocks.from_blocks([H.cpu().numpy()]), [0] * len(W), [1.0] * len(W))
+        flat = pruned.ravel()
+        layer = Instance(
+            W.cpu().numpy().ravel(), curvature, Budget(int(flat.sum())), gradient.cpu().numpy().ravel()
+        )
+        try:
+            return best_update(layer, flat).reshape(W.shape)
+        except UnboundedError:  # H is singular, without a damping
+            return None
+
+
+@contextmanager
+def _statistics_of_a_batch(model: nn.Module) -> Iterator[None]:
+    """Batch norms take mean and variance from what goes through the network, and keep them."""
+    norms = [norm for _, norm in norms_of(model)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval()
+            norm.momentum = momentum
+
+
+def _as_rows(tensor: Tensor, layout: Layout) -> Tensor:
+    """A copy of a weight in single precision, (rows, K)."""
+    return layout.to_rows(tensor.detach().float().clone().reshape(-1)).reshape(layout.rows, layout.inputs)
+
+
+def _rows_pruned(place: Place, pruned: BoolArray) -> BoolArray:
+    return pruned[place.part].reshape(place.layout.rows, place.layout.inputs)
