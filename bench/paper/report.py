@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cbs_opt.bench.paper import pictures
 from cbs_opt.bench.paper.results import Mean, Results, increase, mean_of, ratio, read_results
 from cbs_opt.bench.paper.study import FAMILIES, NETWORK, OURS, PUBLISHED, UPDATES, Method
-from cbs_opt.bench.reports.canvas import as_svg, short
+from cbs_opt.bench.reports.canvas import Style, as_svg, short
 from cbs_opt.bench.reports.document import Block, Document, Folded, Heading, Paragraph, Picture, Points, Table
 from cbs_opt.bench.reports.report import report_base, write_document
 from cbs_opt.bench.reports.tables import NOTHING, seconds_text, seeds_text
@@ -66,20 +66,8 @@ def make_study_document(results: Results, title: str | None = None) -> Document:
         document.add(
             Points(far) if far else Paragraph(f"Every figure lies within {NEAR:g} points of the paper's.")
         )
-    document.add(Heading("Predicted and measured increase of the loss"))
-    document.add(
-        Paragraph(
-            "Median over the seeds of measured / predicted: 1 where the quadratic model holds, more where it "
-            "promises too much."
-        ),
-        ratio_table(results),
-        Picture(
-            "losses",
-            as_svg(pictures.scatter(results, looks), "losses"),
-            "Increase of the loss, predicted by the quadratic model and measured on training images. A point for "
-            "each network; on the line the two agree.",
-        ),
-    )
+    if any(results.increases(method, sparsity) for method in results.methods for sparsity in method.sparsities):
+        document.add(*_predictions(results, looks))
     document.add(Heading("Methods, images and time"), methods_table(results))
     document.add(*_scales(results))
     document.add(Heading("Each sparsity"))
@@ -88,6 +76,22 @@ def make_study_document(results: Results, title: str | None = None) -> Document:
     document.add(Heading("Failed, and not run"), Points(list(_missing(results))))
     document.add(Heading("How to read this"), Points(_HOW_TO_READ))
     return document
+
+
+def _predictions(results: Results, looks: Mapping[str, Style]) -> Iterator[Block]:
+    """How far the quadratic models can be trusted."""
+    yield Heading("Predicted and measured increase of the loss")
+    yield Paragraph(
+        "Median over the seeds of measured / predicted: 1 where the quadratic model holds, more where it promises "
+        "too much."
+    )
+    yield ratio_table(results)
+    yield Picture(
+        "losses",
+        as_svg(pictures.scatter(results, looks), "losses"),
+        "Increase of the loss, predicted by the quadratic model and measured on training images. A point for each "
+        "network; on the line the two agree.",
+    )
 
 
 def _glance(results: Results) -> Iterator[str]:

@@ -146,6 +146,14 @@ def test_the_report_shows_means_published_figures_and_gaps(study_file, capsys):
     assert names == {"accuracy.svg", "losses.svg"}
 
 
+def test_a_report_without_predictions(study_file, capsys):
+    path = study_file.with_name("stages.sqlite")
+    assert main(["paper", "tiny.toml", "-o", str(path), "-q", "--methods", "two stages"]) == 0
+    assert main(["report", str(path), "-o", "out", "-q"]) == 0
+    text = study_file.with_name("out.md").read_text()
+    assert "Accuracy, ours" in text and "Predicted and measured" not in text and "as published |" not in text
+
+
 def _expected(path, label, sparsity):
     with Store(path) as store:
         found = [
