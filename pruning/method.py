@@ -254,16 +254,16 @@ class Method:
             raise UsageError("`update_scale` must have at least one number")
         if len(dampings) > 1 and self.curvature == "inverse-hessian":
             raise UsageError("several dampings need `curvature` hessian or gradients, got inverse-hessian")
-        steps = _grid("first_order_scale", self.first_order_scale)
+        first_order = _grid("first_order_scale", self.first_order_scale)
         if self.first_order_scale is not None and self.targets != "loss":
             raise UsageError(f"`first_order_scale` is for `targets` loss, got {self.targets}")
         if self.first_order_scale is None:
-            steps = KFAC_STEPS if self.targets == "loss" and self.source == "kfac" else (1.0,)
-        if not steps:
+            first_order = KFAC_STEPS if self.targets == "loss" and self.source == "kfac" else (1.0,)
+        if not first_order:
             raise UsageError("`first_order_scale` must have at least one number")
         if self.refit == "yes" and not any(scales):
             raise UsageError("`refit` changes the kept weights: it goes without `update_scale` 0")
-        self._set(dampings=dampings, scales=scales, first_order_scales=steps)
+        self._set(dampings=dampings, scales=scales, first_order_scales=first_order)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
