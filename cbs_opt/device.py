@@ -29,6 +29,9 @@ EMULATE = "CBS_OPT_EMULATE_DEVICE"
 """Environment variable: 1 runs the code of the card on the CPU, by torch and Triton's interpreter. For tests."""
 
 _OLDEST = (7, 0)  # compute capability: Triton supports no older card
+_FAILED: list[str] = []  # why the card of this process can do nothing more
+_FEW = 1000  # weights up to which importing torch takes longer than a card can save
+_IMPORT = 1.0  # seconds that importing torch takes at least
 _SHARE = 0.8  # of the free memory that one problem may take
 _AND_THEN = ", which failed; cpu"
 _ADVANTAGE = 0.7  # the card is chosen where it takes at most this share of the time of the CPU
@@ -160,7 +163,7 @@ def find_card() -> tuple[Card | None, str]:
     """The card of this process, or None and the reason: no torch, no CUDA, a card that is too old."""
     if os.environ.get(EMULATE) == "1":
         return _emulated(), ""
-    return _real_card()
+    return (None, f"it failed before: {_FAILED[0]}") if _FAILED else _real_card()
 
 
 def _emulated() -> Card:
@@ -209,9 +212,12 @@ def is_plausible() -> bool:
     return any(Path(file).exists() for file in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvhost-gpu"))
 
 
-def is_wanted(requested: str) -> bool:
-    """Whether to look for a card, which imports torch; a warning where one is asked for and torch is missing."""
-    if requested == "cpu" or (requested == "auto" and not is_plausible()):
+def is_wanted(requested: str, weights: int) -> bool:
+    """Whether to look for a card for so many weights: that imports torch, which takes seconds.
+
+    A warning where one is asked for and torch is missing.
+    """
+    if requested == "cpu" or (requested == "auto" and (weights <= _FEW or not is_plausible())):
         return False
     with suppress(ValueError):  # its entry in sys.modules is None: imports of it are blocked
         if importlib.util.find_spec("torch") is not None:
@@ -238,6 +244,11 @@ def choose(requested: str, work: Work, threads: int = 1) -> Card | None:
     if requested == "auto" and not is_plausible():
         logger.debug(f"{work.what}: on the CPU, no card is here")
         return None
+    if requested == "auto" and "torch" not in sys.modules:
+        seconds = seconds_on_cpu(work, Constants(), threads)
+        if seconds < _IMPORT:
+            logger.debug(f"{work.what}: on the CPU, where it takes {seconds:.2g} s; importing torch takes longer")
+            return None
     card, why_not = find_card()
     if card is not None and work.triton and not card.triton:
         card, why_not = None, "Triton is not installed: pip install triton"
@@ -334,8 +345,9 @@ def keep_constants(name: str, constants: Constants) -> Path | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch says that the memory of the card is used up."""
+    text = str(error).lower()
     return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+        isinstance(error, RuntimeError) and ("out of memory" in text or "status_alloc_failed" in text)
     )
 
 
@@ -422,7 +434,18 @@ class or_on_cpu:  # noqa: N801 - reads as a function, like those of contextlib
         if self._failed is not None:
             self._failed.append(short)
         release_memory()
+        _note_whether_it_lives()
         return True
+
+
+def _note_whether_it_lives() -> None:
+    """Use the card no more where every further call fails, as after a wrong access to its memory."""
+    torch = sys.modules.get("torch")
+    try:
+        if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        _FAILED.append((str(error).splitlines() or [""])[0][:200])
 
 
 def _is_of_the_card(error: Exception) -> bool:

@@ -54,7 +54,7 @@ class LayeredInstance:
 
     def card_for(self, context: Context) -> Card | None:
         """The card on which the layers are searched, if any; the log says why not."""
-        if not is_wanted(context.device):
+        if not is_wanted(context.device, self.instance.n):
             return None
         rows, columns = (max(getattr(layer, name) for layer in self.layers) for name in ("rows", "columns"))
         many = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbs_opt.device import choose, in_batches, is_plausible, or_on_cpu
+from cbs_opt.device import choose, in_batches, is_wanted, or_on_cpu
 from cbs_opt.instance import Instance
 from cbs_opt.interrupt import checkpoint
 from cbs_opt.selection import SelectionObjective
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     import torch
 
     from cbs_opt.solvers.device.objective import DeviceObjective
-
-logger = logging.getLogger("cbs_opt")
 
 _PIECE_BYTES = 1 << 26  # of the matrix that is converted at a time
 _ON_CARD = 256  # selections evaluated together there
@@ -50,12 +47,8 @@ class BatchEvaluator:
         self.on_card: DeviceObjective | None = None
         self._extras = context.extras
         context.extras["device"] = "cpu"
-        if context.device != "cuda" and not is_plausible():
-            return  # torch, whose import takes seconds, has nothing to do here
-        try:
+        if is_wanted(context.device, instance.n):
             self._choose(context, selections)
-        except ModuleNotFoundError as error:
-            logger.warning(f"the losses of selections: on the CPU, as {error.name} is not installed")
 
     def _choose(self, context: Context, selections: int) -> None:
         """Bring the objective to the card if that pays."""

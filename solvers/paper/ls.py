@@ -70,7 +70,7 @@ class SwapLocalSearch(Solver):
         """Form Q on the card, where that pays."""
         self._search = LocalSearch(instance, self.parameters)
         self._on_card = None
-        if is_wanted(context.device):
+        if is_wanted(context.device, instance.n):
             from cbs_opt.solvers.paper.on_card import local_search
 
             self._on_card = local_search(self._search, context, 1)

@@ -55,7 +55,7 @@ class Relax(Solver):
         warm_up_products(instance.curvature.as_factor() is not None)
         self._problem = SelectionProblem(instance, context.threads)
         self._card: Card | None = None
-        if is_wanted(context.device):
+        if is_wanted(context.device, instance.n):
             from cbs_opt.solvers.selection.device_relaxation import card_for
 
             self._card = card_for(self._problem, context)

@@ -83,7 +83,7 @@ class Search(Solver):
             self._prover = prove.Prover(self._problem)
             loading.request(*self._prover.kernels)
         self._card: Card | None = None
-        if (context.device == "cuda" or self._prover is None) and is_wanted(context.device):
+        if (context.device == "cuda" or self._prover is None) and is_wanted(context.device, instance.n):
             from cbs_opt.solvers.selection.device_search import card_for
 
             self._card = card_for(self._problem, context)

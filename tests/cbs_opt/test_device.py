@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ LIGHT = Work("light work", flops64=1e6, upload=1e6)
 
 @pytest.fixture
 def here(monkeypatch, tmp_path, caplog):
-    """A card that is there, without measured constants."""
+    """A card that is there, without measured constants; torch is loaded."""
+    pytest.importorskip("torch")
     caplog.set_level(logging.DEBUG, "cbs_opt")
     monkeypatch.setattr(device, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(device, "is_plausible", lambda: True)
@@ -97,6 +99,40 @@ def test_no_driver_no_import_of_torch(monkeypatch, caplog):
     monkeypatch.setattr(device, "find_card", lambda: pytest.fail("looked for a card"))
     assert choose("auto", HEAVY) is None
     assert caplog.records[0].levelno == logging.DEBUG
+
+
+def test_small_problems_do_not_import_torch_to_find_out(here, monkeypatch, caplog):
+    monkeypatch.setattr(device, "find_card", lambda: pytest.fail("looked for a card"))
+    assert not device.is_wanted("auto", 500) and device.is_wanted("cuda", 500) and device.is_wanted("auto", 50_000)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert choose("auto", LIGHT) is None and "importing torch takes longer" in caplog.text
+
+
+def test_a_card_that_can_do_nothing_more_is_not_asked_again(monkeypatch):
+    """As after a wrong access to its memory."""
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, empty_cache=broken, synchronize=broken
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(device, "_FAILED", [])
+    monkeypatch.setattr(device, "_real_card", lambda: (CARD, ""))
+    monkeypatch.delenv(device.EMULATE, raising=False)
+    assert device.find_card() == (CARD, "")
+    with device.or_on_cpu("the work"):
+        broken()
+    found, why_not = device.find_card()
+    assert found is None and why_not == "it failed before: CUDA error: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"]
+)
+def test_lack_of_memory_has_several_names(text):
+    assert device.is_out_of_memory(RuntimeError(text)) and not device.is_out_of_memory(ValueError(text))
 
 
 def out_of_memory(size):
