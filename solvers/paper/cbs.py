@@ -92,6 +92,13 @@ class CombinatorialBrainSurgeon(Solver):
             swaps += self._search.walk(start, context)
         monitor, given = context.monitor, self.parameters
         if given.epsilon is None and given.epsilon_relative is None and monitor.pruned is not None:
-            swaps += improve_by_all_pairs(self._search, monitor.pruned, monitor)
+            made = None
+            if self._on_card is not None:
+                from cbs_opt.solvers.paper.on_card import improve_by_all_pairs_on
+
+                made = improve_by_all_pairs_on(self._on_card, monitor.pruned, context)
+            if made is None:
+                made = improve_by_all_pairs(self._search, monitor.pruned, monitor)
+            swaps += made
         context.extras["swaps"] = swaps
         return Status.CONVERGED

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from cbs_opt import Status, Stop, read_instance, selection_loss, solve
+from cbs_opt.monitor import Monitor
 from cbs_opt.selection import SelectionObjective
-from cbs_opt.solvers.device import local_search
+from cbs_opt.solvers.device import all_pairs, local_search
+from cbs_opt.solvers.device.all_pairs import AllPairs
 from cbs_opt.solvers.device.draws import DeviceDraws
 from cbs_opt.solvers.device.local_search import DeviceLocalSearch
 from cbs_opt.solvers.device.objective import DeviceObjective
+from cbs_opt.solvers.paper.all_swaps import GAIN, improve_by_all_pairs
 from cbs_opt.solvers.paper.ls import LocalSearch, LocalSearchParameters
 from cbs_opt.solvers.paper.rmp import Draws, RmpParameters
 
@@ -133,6 +136,26 @@ def test_published_trajectory_on_a_card(shared_instances, card, budget, epsilon,
             taken += int((x != before).sum()) // 2
             before = x.copy()
     assert taken == swaps
+
+
+@pytest.mark.parametrize("options", [{}, {"blocks": 3}, {"groups": "layers", "blocks": 2}, {"fixed": True}])
+@pytest.mark.parametrize("kind", ["hessian", "gradients"])
+def test_no_swap_gains_after_all_pairs(problem, card, monkeypatch, options, kind):
+    monkeypatch.setattr(all_pairs, "_PAIRS", 40)  # several pieces
+    monkeypatch.setattr(all_pairs, "_TOGETHER", 4)
+    instance = problem(11, n=40, m=60, damping=0.01, kind=kind, linear=True, **options).instance
+    search = LocalSearch(instance, LocalSearchParameters())
+    there = DeviceLocalSearch(DeviceObjective(search.problem, card), search.groups, lambda doubled: 0.0, 10, 20)
+    start, reported = Draws(instance, RmpParameters()).draw(np.random.default_rng(0)), []
+    x = torch.tensor(start, device=card.device)
+    swaps = AllPairs(there, GAIN).improve(x, lambda: False, lambda value, pruned: reported.append((value, pruned)))
+    assert swaps >= len(reported) > 0
+    value, pruned = reported[-1]
+    assert pruned.tolist() == x.cpu().tolist() and instance.admits(pruned)
+    assert value == pytest.approx(selection_loss(instance, pruned), rel=1e-12)
+    assert [value for value, _ in reported] == sorted((value for value, _ in reported), reverse=True)
+    assert improve_by_all_pairs(search, pruned, Monitor(Stop())) == 0
+    assert AllPairs(there, GAIN).improve(x, lambda: True, reported.append) == 0
 
 
 @pytest.mark.parametrize("solver", ["rmp", "ls", "cbs"])
