@@ -5,7 +5,7 @@ Room: device; `paper.on_card` uses it. The CPU's version is `cbs_opt.solvers.pap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ class AllPairs:
         entries = [host(self._entries(*sides)) for sides in ((left, left), (left, right), (right, right))]
         groups = np.array([group_of[j] for j in host(right).astype(int).tolist()])
         allowed = host(group[best])[:, None] == groups
-        made = _in_turn(alpha, beta, *entries, allowed, least)
+        made = _in_turn(alpha, beta, entries, allowed, least)
         for side, value in ((left, False), (right, True)):
             at = torch.tensor([pair[int(value)] for pair in made], dtype=torch.int64, device=x.device)
             x[side[at]] = value
@@ -128,17 +128,16 @@ class AllPairs:
 def _in_turn(
     alpha: FloatArray,
     beta: FloatArray,
-    within: FloatArray,
-    between: FloatArray,
-    beyond: FloatArray,
+    entries: Sequence[FloatArray],
     allowed: BoolArray,
     least: float,
 ) -> list[tuple[int, int]]:
     """The best pair again and again, each weight once, while it gains more than `least`.
 
-    alpha (I,), beta (J,): what a swap gains and costs before its own entry of Q; within (I, I), between (I, J) and
-    beyond (J, J): entries of Q.
+    alpha (I,), beta (J,): what a swap gains and costs before its own entry of Q; entries: Q within I, between I
+    and J, and within J.
     """
+    within, between, beyond = entries
     made: list[tuple[int, int]] = []
     while True:
         gains = np.where(allowed, alpha[:, None] - beta + 2.0 * between, -np.inf)

@@ -9,7 +9,7 @@ from cbs_opt.instance import Instance
 from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
-from cbs_opt.solvers.paper.all_swaps import improve_by_all_pairs
+from cbs_opt.solvers.paper.all_swaps import GAIN, improve_by_all_pairs
 from cbs_opt.solvers.paper.batch_evaluator import BatchEvaluator
 from cbs_opt.solvers.paper.ls import LocalSearch, LocalSearchParameters
 from cbs_opt.solvers.paper.rmp import Draws, RmpParameters, evaluate_draws
@@ -96,7 +96,7 @@ class CombinatorialBrainSurgeon(Solver):
             if self._on_card is not None:
                 from cbs_opt.solvers.paper.on_card import improve_by_all_pairs_on
 
-                made = improve_by_all_pairs_on(self._on_card, monitor.pruned, context)
+                made = improve_by_all_pairs_on(self._on_card, monitor.pruned, GAIN, context)
             if made is None:
                 made = improve_by_all_pairs(self._search, monitor.pruned, monitor)
             swaps += made

@@ -17,7 +17,6 @@ from cbs_opt.solver import Context
 from cbs_opt.solvers.device.all_pairs import AllPairs
 from cbs_opt.solvers.device.local_search import MOST_GROUPS, DeviceLocalSearch
 from cbs_opt.solvers.device.objective import DeviceObjective
-from cbs_opt.solvers.paper.all_swaps import GAIN
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -106,10 +105,12 @@ def walk_all(search: LocalSearch, on_card: DeviceLocalSearch, starts: list[BoolA
     return swaps
 
 
-def improve_by_all_pairs_on(on_card: DeviceLocalSearch, start: BoolArray, context: Context) -> int | None:
+def improve_by_all_pairs_on(
+    on_card: DeviceLocalSearch, start: BoolArray, gain: float, context: Context
+) -> int | None:
     """`all_swaps.improve_by_all_pairs` on a card; None where the card failed, and the CPU has to do it."""
     monitor = context.monitor
     with or_on_cpu("all swaps", context.extras):
         x = torch.tensor(start, device=on_card.objective.device)
-        return AllPairs(on_card, GAIN).improve(x, monitor.should_stop, monitor.report)
+        return AllPairs(on_card, gain).improve(x, monitor.should_stop, monitor.report)
     return None
