@@ -24,7 +24,10 @@ from cbs_opt.version import __version__
 
 logger = logging.getLogger("cbs_opt")
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
+# Control characters but tab and line feed, and those that end lines or turn the direction of writing.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_LONGEST = 2000  # characters of an error
+
 
 EXIT_OK, EXIT_NONE, EXIT_FILE, EXIT_SOLVER, EXIT_KILLED = 0, 1, 3, 4, 130
 
@@ -113,6 +116,8 @@ def _open_streams() -> None:
 
 
 def _complain(sentence: str) -> None:
+    if len(sentence) > _LONGEST:  # it quotes what a user or a file gave
+        sentence = f"{sentence[:_LONGEST]} … ({len(sentence)} characters)"
     print(visible(sentence), file=sys.stderr)  # noqa: T201
 
 

@@ -100,6 +100,24 @@ def test_absurd_options_and_files_are_refused(instance_file, tmp_path, capsys):
     (tmp_path / "deep.toml").write_text("a = " + "[" * 5000 + "]" * 5000)
     assert solve.main([str(instance_file), "--config", str(tmp_path / "deep.toml")]) == 3
     assert "deep.toml: is not valid TOML: it is nested too deeply" in capsys.readouterr().err
+    deep, parts = tmp_path / "deep.toml", ".".join("a" * 30_000)
+    for text in (f"[{parts}]\n", f"{parts} = 1\n", f"set = {{{parts} = 1}}\n"):
+        deep.write_text(text)
+        assert solve.main([str(instance_file), "--config", str(deep)]) == 3
+        assert "deep.toml: is not valid TOML: a key is nested too deeply" in capsys.readouterr().err
+    deep.write_text(f"sparsity = [{', '.join(['0.5'] * 300)}]\nsolver = 'obd'\n")
+    assert solve.main([str(instance_file), "--config", str(deep), "-q"]) == 0
+    deep.write_text("x" * (1 << 24) + "y")
+    assert solve.main([str(instance_file), "--config", str(deep)]) == 3
+    assert "is longer than 16 MB" in capsys.readouterr().err
+
+
+def test_messages_are_short_and_leave_the_terminal_alone(instance_file, capsys):
+    assert solve.main([str(instance_file), "--solver", "x" * 100_000]) == 4
+    assert len(capsys.readouterr().err) < 2200
+    assert solve.main(["\x1b[31m\x9b\u202eabc\u2028def.npz"]) == 3
+    shown = capsys.readouterr().err
+    assert r"\x1b[31m\x9b\u202eabc\u2028def.npz" in shown
 
 
 @pytest.mark.parametrize("text", ["{broken", '{"format": "cbs-library", "version": 1}', "[]", ""])
