@@ -152,14 +152,21 @@ class Monitor:
         stop = self.stop
         return (stop.should_stop is not None and stop.should_stop()) or self.remaining <= 0
 
-    def _rule_that_holds(self) -> Status | None:
+    def reached(self) -> Status | None:
+        """The goal that the incumbent has reached: the target or the gap, if any."""
         stop = self.stop
-        if stop.should_stop is not None and stop.should_stop():
-            return Status.INTERRUPTED
         if self.objective is not None and stop.target is not None and self.objective <= stop.target:
             return Status.TARGET_REACHED
         if stop.gap is not None and self.gap is not None and self.gap <= stop.gap:
             return Status.GAP_REACHED
+        return None
+
+    def _rule_that_holds(self) -> Status | None:
+        stop = self.stop
+        if stop.should_stop is not None and stop.should_stop():
+            return Status.INTERRUPTED
+        if (reached := self.reached()) is not None:
+            return reached
         if stop.max_iterations is not None and self.iterations >= stop.max_iterations:
             return Status.ITERATION_LIMIT
         if (

@@ -138,8 +138,9 @@ def run_solver(
         else:
             solve_seconds = monitor.elapsed
         processor = time.process_time() - processor
-        if error is None and monitor.reason is not None and status is not Status.OPTIMAL:
-            status = monitor.reason
+        if error is None and status is not Status.OPTIMAL:
+            # A run that ended by itself may have reached its goal, without having asked.
+            status = monitor.reason or monitor.reached() or status
         pruned = monitor.pruned
         if pruned is None and context.warm_start is not None:  # stopped, or failed, before the first report
             pruned = context.warm_start

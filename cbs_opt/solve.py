@@ -62,8 +62,9 @@ def solve(
     stop : Stop, optional
         Without one the solver runs to its own end.
     seed : int
-        The same seed, instance, parameters, number of threads and iteration limit give the same history; with
-        another number of threads sums are rounded differently, and a search may take another way.
+        The same seed, instance, parameters, number of threads and iteration limit give the same history. With
+        another number of threads sums are rounded differently and blocks are visited together, so that a search
+        may take another way; docs/reliability.md has the details.
     parameters : mapping, optional
         Parameters of the solver by name.
     update : bool
