@@ -7,7 +7,6 @@ the process and of all processes that it starts.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cbs_opt.bench.startup import Run, fresh_process, machine
+from cbs_opt.cli.arguments import whole_option
 from cbs_opt.cli.common import Parser, run_main
 
 
@@ -104,19 +104,12 @@ def _main(arguments: list[str]) -> int:
     parser = Parser("python -m cbs_opt.bench.first_minute", "Measure the first runs on a new machine.")
     names = [job.solver for job in JOBS]
     parser.add_argument("--solvers", nargs="+", choices=names, default=names, metavar="NAME")
-    parser.add_argument("--repeats", type=_positive, default=3, metavar="N", help="default: 3")
+    parser.add_argument("--repeats", type=whole_option(1), default=3, metavar="N", help="default: 3")
     options = parser.parse_args(arguments)
     shipped = Path(room).parent / "library" / "digits-mlp.npz"
     jobs = [job for job in JOBS if job.solver in options.solvers]
     sys.stdout.write(f"{machine()}\n\n{table(shipped, jobs, options.repeats)}\n")
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ No view of `cbs-bench`: it measures within a process, after imports and warm-up.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -22,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cbs_opt.cli.arguments import whole_option
 from cbs_opt.cli.common import Parser, run_main
 from cbs_opt.errors import CbsError
 
@@ -173,7 +173,7 @@ def _main(arguments: list[str]) -> int:
     add("--ls-instance", type=Path, metavar="FILE.npz", help="instance for ls; default: the same")
     add("--ls-budget", type=int, metavar="N", help="default: the file's")
     add("--ls-epsilon", type=float, default=1e-8, metavar="E", help="default: 1e-8")
-    add("--repeats", type=_positive, default=5, metavar="N", help="default: 5")
+    add("--repeats", type=whole_option(1), default=5, metavar="N", help="default: 5")
     options = parser.parse_args(arguments)
     rows = measure(
         options.instance,
@@ -184,13 +184,6 @@ def _main(arguments: list[str]) -> int:
     )
     sys.stdout.write(f"{machine()}\n\n{table(rows)}\n")
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
 
 
 if __name__ == "__main__":
