@@ -13,7 +13,7 @@ class SelectionSearch(JointSearch):
     """The search of `JointSearch` with the loss ½ w_Pᵀ H w_P: greedy paths, then tabu exchanges row by row.
 
     With q the number of kept weights, an exchange costs O(K + p K) in one pass over the pruned rows of
-    Q = diag(w) S diag(w); after a search with tenure 0 no exchange improves a row.
+    Q = diag(w) S diag(w). After the first visits of all rows no exchange improves one, whenever the run stops.
     """
 
     def eliminate(self) -> bool:
@@ -72,13 +72,15 @@ class SelectionSearch(JointSearch):
         locked = np.zeros(size, dtype=np.uint8) if layer.locked is None else (layer.locked[i] != 0).view(np.uint8)
         group = self.groups[k]
         groups = np.zeros(size, dtype=np.int64) if group is None else group
-        # The best mask of a tabu search need not be a local optimum: a descent follows.
-        searches = [(10_000, 0)] if tenure == 0 else [(steps, self._tenure(r, tenure)), (10_000, 0)]
-        for moves, wait in searches:
+        searches = [(10_000, 0, self.pool.flag)]
+        if tenure:
+            # The best mask of a tabu search need not be a local optimum: a descent follows, also after a stop.
+            searches = [(steps, self._tenure(r, tenure), self.pool.flag), (10_000, 0, np.zeros(1, dtype=np.uint8))]
+        for moves, wait, flag in searches:
             y = table.masks[at].copy()
             h = Q @ y
             search_selection_row(
                 Q, y, h, locked, groups, group is not None, float(y @ h), 2.0 * self.price / self.scale[r],
                 table.lowest, table.values, table.masks, np.zeros(y.size, dtype=np.int64), 0, moves, wait,
-                1 + r + 7919 * round_number, self.pool.flag,
+                1 + r + 7919 * round_number, flag,
             )  # fmt: skip

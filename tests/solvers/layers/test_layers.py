@@ -13,6 +13,7 @@ from cbs_opt.solvers.layers.incumbent import Incumbent
 from cbs_opt.solvers.layers.parallel import RowPool
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, layer_losses
 from cbs_opt.solvers.layers.refit import refit_layer, refit_row
+from cbs_opt.solvers.layers.selection import SelectionSearch
 from cbs_opt.solvers.layers.solve import solve_layers
 
 
@@ -157,6 +158,28 @@ def test_time_is_kept_back_for_the_refit_of_the_answer():
     assert len(kept) == 1 and 1e-3 < kept[0] < 1.0
     assert readings[0] <= 2.0 - kept[0] + 0.1
     assert solution.history[-1][0] <= 2.0 - kept[0] + 0.1
+
+
+def test_no_exchange_improves_a_row_that_a_stop_has_interrupted():
+    """A stop during the tabu search of a row does not leave out the descent behind it."""
+    layer = random_layer(10, rows=1, columns=24)
+    budget = LayerBudget(per_row=(np.array([12]),))
+    start = np.arange(24)[None] % 2 == 0
+    with RowPool(1, lambda: False) as pool:
+        search = SelectionSearch([layer], budget, Incumbent([layer]), pool)
+        search.start_from([start])
+        pool.flag[0] = 1
+        search._visit(0, 1000, 5, 1)
+        search.allocate()
+    mask = search.incumbent.pruned[0][0]
+    Q = layer.weights[0][:, None] * layer.hessian * layer.weights[0]
+    best = mask @ Q @ mask
+    assert best < start[0] @ Q @ start[0]
+    for i in np.flatnonzero(mask):
+        for j in np.flatnonzero(~mask):
+            other = mask.copy()
+            other[[i, j]] = False, True
+            assert other @ Q @ other >= best * (1 - 1e-9)
 
 
 def test_scaling_the_weights_and_the_rows():
