@@ -25,6 +25,7 @@ _MOST_ENTRIES = 4 * 10**7  # of the stack of levels, where the worst case would 
 
 
 _LARGEST_DIAGONAL = 400  # weights up to which a diagonal is fitted, in about two seconds there
+_ROUGH = 0.3  # cost of the barriers in the fit of a diagonal: the decisions below profit from a central one
 _COUNTING_ROOM = 10**5  # entries that enumeration may use where a tree is small
 _COUNTED_PER_NODE = 0.1  # sets looked at in about the time that a node takes, over the cube of its columns
 _MOST_COUNTED = 2 * 10**8  # of one node, so that a limit is kept
@@ -228,7 +229,7 @@ class JointWorker(TreeWorker):
         scale = scale if np.isfinite(scale) else 0.5 * float(v @ M @ v)
         full = np.zeros((2, self.problem.n))
         try:
-            full[:, open_] = best_diagonal(M, v, starts, keep, scale, stop=self._stop)
+            full[:, open_] = best_diagonal(M, v, starts, keep, scale, _ROUGH, self._stop)
         except (np.linalg.LinAlgError, Interrupted):
             return None
         return Shift(full[0]), full[1]

@@ -79,7 +79,7 @@ def best_shift(
     r: IntArray,
     with_products: bool = True,
     scale: float = 1.0,
-    rel: float = 1e-2,
+    rel: float = 5e-2,
     floor: float = 1e-9,
     before: tuple[FloatArray, FloatArray] | None = None,
     stop: Int8Array = NEVER,

@@ -30,11 +30,12 @@ def without_heuristics(patch, start):
     def improve(Q, c, group, y, seed):
         return y, float(0.5 * y @ Q @ y + c @ y)
 
-    def eliminate(H, b, kept, group, target):
+    def eliminate(H, b, kept, group, target, stop):
         """The heaviest are pruned, where too many are kept."""
         for a, count in enumerate(target):
             at = np.flatnonzero((group == a) & (kept > 0))
             kept[at[np.argsort(np.abs(b[at]), kind="stable")[count:]]] = 0
+        return True
 
     patch.setattr("cbs_opt.solvers.trees.selection_worker.take_smallest", largest)
     patch.setattr("cbs_opt.solvers.trees.selection_worker.improve", improve)

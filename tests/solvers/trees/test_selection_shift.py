@@ -10,7 +10,7 @@ import pytest
 from cbs_opt.certificate_bounds import SelectionPart
 from cbs_opt.certificate_tree import least
 from cbs_opt.solvers.trees import best_first
-from cbs_opt.solvers.trees.best_first import Subproblem
+from cbs_opt.solvers.trees.best_first import Shift, Subproblem
 from cbs_opt.solvers.trees.selection_shift import best_shift, inverse_on_complement
 from cbs_opt.solvers.trees.selection_worker import DenseSelection, SelectionWorker, prepare_selection
 
@@ -30,11 +30,16 @@ def problem(seed):
     return Q, c, group, np.maximum(np.bincount(group) * int(rng.integers(2, 6)) // 7, 1)
 
 
+def selections(n, group, budget):
+    """All that meet the budget, float64 (R, n)."""
+    every = np.array(list(itertools.product([0.0, 1.0], repeat=n)))
+    sums = np.stack([every[:, group == a].sum(1) for a in range(budget.size)], axis=1)
+    return every[(sums == budget).all(1)]
+
+
 def least_value(Q, c, group, budget):
     """By enumeration."""
-    every = np.array(list(itertools.product([0.0, 1.0], repeat=c.size)))
-    sums = np.stack([every[:, group == a].sum(1) for a in range(budget.size)], axis=1)
-    every = every[(sums == budget).all(1)]
+    every = selections(c.size, group, budget)
     return float((0.5 * np.einsum("ri,ij,rj->r", every, Q, every) + every @ c).min())
 
 
@@ -75,6 +80,7 @@ def test_products_lift_the_bound():
         bounds = []
         for with_products in (False, True):
             shift = best_shift(dense.Q, c, np.array([0, 12]), budget, with_products)
+            assert (shift.price.size > 0) == with_products
             worker = SelectionWorker(dense, 0.0, 0.0, np.array([np.inf]))
             worker.load(Subproblem(-np.inf, np.full(12, -1, np.int8), None, shift))
             assert worker.run(1)
@@ -83,6 +89,35 @@ def test_products_lift_the_bound():
         lifted.append(bounds[1] - bounds[0])
     assert np.mean(lifted) > 0.03
     assert min(lifted) > -0.02
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bounds_of_nodes_below_a_shift(seed):
+    """No node has a bound above the best selection below it, whatever is pruned above and by reduced costs."""
+    Q, c, group, budget = problem(seed)
+    every = selections(c.size, group, budget)
+    values = 0.5 * np.einsum("ri,ij,rj->r", every, Q, every) + every @ c
+    scale = max(abs(values.min()), 1e-3)
+    dense = DenseSelection(Q / scale, c / scale, group, budget)
+    first, second = (at.astype(np.int32) for at in np.tril_indices(c.size, -1))
+    price = 0.3 * np.random.default_rng(seed).random(first.size)
+    rows = np.bincount(first, price, c.size) + np.bincount(second, price, c.size)
+    ordered = np.sort(values) / scale
+    for shift, limit in itertools.product(
+        (best_shift(dense.Q, dense.c, dense.starts, budget), Shift(-rows, first, second, price)),
+        (1e3, ordered[values.size // 2], ordered[values.size // 20]),
+    ):
+        worker = SelectionWorker(dense, 0.0, 0.0, np.array([limit]))
+        worker.load(Subproblem(-np.inf, np.full(c.size, -1, np.int8), None, shift))
+        more = True
+        while more:
+            worker.best[0] = np.inf  # so that nodes are closed by `limit` only
+            more = worker.run(1)
+            view = worker.snapshot()
+            for i in range(view.top + 1):
+                y = view.decisions(i, view.entry(i).level)
+                below = values[((y < 0) | (every == y)).all(1)] / scale
+                assert below.min(initial=limit) >= min(view.bounds[i], limit) - 1e-9
 
 
 @pytest.mark.parametrize("seed", SEEDS)
