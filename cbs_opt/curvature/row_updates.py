@@ -35,6 +35,10 @@ _WORTH = 8.0  # rows of more than this times K^(2/3) kept weights are cheaper by
 _WORTH_FROM_START = 3.0  # the same where the weights are near the best ones to start with
 _LONG = 1000  # columns
 _TINY = 64  # columns below which the libraries take one thread of their own accord
+ROW_OVERHEAD = 2e5
+"""Operations that take as long as what a row costs beside its products."""
+
+_UNASKED = 1e9  # operations between two questions whether to stop
 _SMALLEST_PIVOT = 1e-7  # of a unit-diagonal system: below it a row is singular to working precision
 
 
@@ -128,18 +132,38 @@ class Updated:
     stopped: bool
 
 
+class Pace:
+    """Asks whether to stop after every 10⁹ operations or so: what takes less time is finished in any case.
+
+    Parameters
+    ----------
+    should_stop : callable
+    """
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self.should_stop, self._done = should_stop, 0.0
+
+    def over(self, operations: float) -> bool:
+        """Whether to stop before work of so many operations."""
+        self._done += operations
+        if self._done < _UNASKED:
+            return False
+        self._done = 0.0
+        return self.should_stop()
+
+
 def factored_rows(
     S: FloatArray,
     W: FloatArray,
     pruned: BoolArray,
     linear: FloatArray | None = None,
     start: NDArray[Any] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    pace: Pace | None = None,
 ) -> Updated:
     """Best weights of rows by one Cholesky factorisation each, on the kept side.
 
-    Parameters are those of `update_rows`. Rows that are singular to working precision fail; `should_stop` is asked
-    before every row, and the rows behind it keep the weights of `start`, or the given ones.
+    Parameters are those of `update_rows`. Rows that are singular to working precision fail. Where `pace` is over,
+    the rows that are left keep the weights of `start`, or the given ones.
 
     Notes
     -----
@@ -161,11 +185,11 @@ def factored_rows(
         right *= scale
         with _single_thread(S.shape[0]):
             for r in range(first, min(first + _ROWS, W.shape[0])):
-                if should_stop():
-                    return Updated(out, np.zeros(0, dtype=np.int64), True)
                 kept = np.flatnonzero(~pruned[r])
                 if kept.size == 0:
                     continue
+                if pace is not None and pace.over(kept.size**3 / 3 + kept.size**2 + ROW_OVERHEAD):
+                    return Updated(out, np.zeros(0, dtype=np.int64), True)
                 system, b = unit[kept[:, None], kept].T, right[r - first, kept]
                 L, move, info = lapack.dposv(system, b, lower=1, overwrite_a=1)
                 if info != 0 or not L.diagonal().min() > _SMALLEST_PIVOT:

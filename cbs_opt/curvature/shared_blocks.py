@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cbs_opt.curvature.base import LARGE_BLOCK, Curvature, SharedRows
-from cbs_opt.curvature.row_updates import factored_rows, long_rows, update_rows
+from cbs_opt.curvature.row_updates import Pace, factored_rows, long_rows, update_rows
 from cbs_opt.errors import InstanceError
 from cbs_opt.interrupt import checkpoint
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
@@ -214,7 +214,7 @@ class SharedBlocks(Curvature):
         should_stop: Callable[[], bool] = lambda: False,
     ) -> tuple[FloatArray, bool]:
         """That of all kinds; rows start from `start` where that helps, and may be stopped. See `row_updates`."""
-        updated, complete = np.zeros(self.n), True
+        updated, complete, pace = np.zeros(self.n), True, Pace(should_stop)
         for s, index, rows, scales in self._each():
             b = int(self.stored.block_sizes[s])
             W, P = w[index].reshape(rows, b), pruned[index].reshape(rows, b)
@@ -222,7 +222,7 @@ class SharedBlocks(Curvature):
             done = _in_batches(self.stored.block(s), W, P) if G is None and b <= _BATCH_LARGEST < rows else None
             if done is None:
                 begin = None if start is None else start[index].reshape(rows, b)
-                done, finished = self._updated_rows(s, W, P, G, begin, should_stop)
+                done, finished = self._updated_rows(s, W, P, G, begin, pace)
                 complete = complete and finished
             updated[index] = done.ravel()
         updated[pruned] = 0.0
@@ -235,26 +235,30 @@ class SharedBlocks(Curvature):
         P: BoolArray,
         G: FloatArray | None,
         start: NDArray[Any] | None,
-        should_stop: Callable[[], bool],
+        pace: Pace,
     ) -> tuple[FloatArray, bool]:
-        """Best weights of the rows of stored block s, and whether they are: not where `should_stop` ended it."""
+        """Best weights of the rows of stored block s, and whether they are: not where it was told to stop."""
         done, complete = np.where(P, np.float64(0), W if start is None else start), True
         factor = self.stored.as_factor()
         low_rank = factor is not None and factor.m < P.shape[1]  # its systems are smaller than S
         long, few = long_rows(P, start is not None), low_rank | (_FEW * P.sum(1) < (~P).sum(1))
         rest = [np.flatnonzero(few & ~long)]
-        for method, chosen in ((update_rows, long), (factored_rows, ~long & ~few)):
+        for chosen, by_gradients in ((long, True), (~long & ~few, False)):
             if not chosen.any():
                 continue
             at = slice(None) if chosen.all() else np.flatnonzero(chosen)  # a slice copies nothing
             g, begin = None if G is None else G[at], None if start is None else start[at]
-            found = method(self.stored.block(s), W[at], P[at], g, begin, should_stop)
+            S = self.stored.block(s)
+            if by_gradients:
+                found = update_rows(S, W[at], P[at], g, begin, pace.should_stop)
+            else:
+                found = factored_rows(S, W[at], P[at], g, begin, pace)
             done[at], complete = found.weights, complete and not found.stopped
             rest.append(np.arange(P.shape[0])[at][found.failed])
         for r in np.concatenate(rest).tolist():
             if P.shape[1] > LARGE_BLOCK:
                 checkpoint()
-            if not complete or should_stop():
+            if not complete or pace.over(float(P.shape[1]) ** 3 / 3):
                 return done, False
             done[r] = W[r] + self.stored.best_update(s, W[r], P[r], None if G is None else G[r])
         return done, complete

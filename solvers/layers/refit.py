@@ -7,12 +7,11 @@ from collections.abc import Callable
 import numpy as np
 from scipy.linalg import lapack
 
-from cbs_opt.curvature.row_updates import factored_rows, long_rows, refit_by_gradients, update_rows
+from cbs_opt.curvature.row_updates import ROW_OVERHEAD, factored_rows, long_rows, refit_by_gradients, update_rows
 from cbs_opt.solvers.layers.problem import Layer, row_losses
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _ROW_COST, _LITTLE = 4e6, 8e9  # operations: overhead of a row; what is done exactly at any rate
-_ROW_OVERHEAD = 2e5  # operations that take as long as what a row costs beside its products
 _LONG_REFIT = 150  # products of a long row with S, from its original weights
 _FACTOR_COST = 8.0  # an operation of a small factorisation relative to one of a large float32 product
 
@@ -64,7 +63,7 @@ def seconds_of_refit(layers: list[Layer], masks: list[BoolArray], clock: Callabl
     works = []
     for layer, mask in zip(layers, masks, strict=True):
         q, K = (~mask).sum(1).astype(np.float64), float(layer.columns)
-        works.append(np.where(long_rows(mask), _LONG_REFIT * K**2, q**3 / 3 + q**2 + K**2 + _ROW_OVERHEAD))
+        works.append(np.where(long_rows(mask), _LONG_REFIT * K**2, q**3 / 3 + q**2 + K**2 + ROW_OVERHEAD))
     k = int(np.argmax([work.sum() for work in works]))
     layer, rows = layers[k], np.argsort(-works[k])[:2]
     part = Layer(layer.weights[rows], layer.hessian, layer.scale[rows])

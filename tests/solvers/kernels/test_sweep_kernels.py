@@ -150,7 +150,11 @@ def test_linear_algebra_of_the_trees():
     K /= np.sqrt(np.outer(K.diagonal(), K.diagonal()))
     lower = np.linalg.cholesky(K[:k, :k])
     factor = K.copy()
-    tree_kernels.cholesky.py_func(factor, k)
+    tree_kernels.cholesky_rows.py_func(factor, 0, k)  # whole, and in two pieces
+    pieces = K.copy()
+    for first, last in ((0, 2), (2, k)):
+        tree_kernels.cholesky_rows.py_func(pieces, first, last)
+    np.testing.assert_array_equal(pieces, factor)
     expected = np.tril(lower, -1) + np.diag(1 / lower.diagonal())
     np.testing.assert_allclose(np.tril(factor[:k, :k]), expected, rtol=1e-10)
     np.testing.assert_array_equal(factor[k:], K[k:])
