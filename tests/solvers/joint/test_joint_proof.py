@@ -53,7 +53,7 @@ class Unprovable:
     def __init__(self, bound):
         self.bound, self.runs = bound, []
 
-    def run(self, context):
+    def run(self, context, out_of_time=None):
         """Until it is told to stop."""
         monitor = context.monitor
         monitor.report_bound(self.bound)
