@@ -18,6 +18,7 @@ from cbs_opt.view import text
 
 _CACHE_BYTES = 1 << 30  # of inverses of stored blocks
 _BATCH_BYTES = 1 << 27  # of the systems of one batch of updates
+_LARGEST_SCALE = 1e100  # of a block; beyond it products overflow
 _FEW = 2.0  # of a row with fewer pruned weights than kept ones by this factor the stored block knows best
 _BATCH_LARGEST = 96  # weights of a block; beyond this LAPACK alone keeps a core busy
 
@@ -354,7 +355,7 @@ def stored_sizes(block_sizes: IntArray, shared: ArrayLike) -> IntArray:
     index = np.asarray(shared)
     if index.shape != block_sizes.shape:
         raise InstanceError(f"`shared` must have one entry per block, {block_sizes.size}, got {index.shape}")
-    number = int(index.max(initial=-1)) + 1 if np.issubdtype(index.dtype, np.integer) else 0
+    number = int(index.max()) + 1 if index.size and np.issubdtype(index.dtype, np.integer) else 0
     if number > block_sizes.size:
         raise InstanceError(f"`shared` must hold numbers below {block_sizes.size}, got {number - 1}")
     index = _indices(index, number)
@@ -393,7 +394,10 @@ def _scales(block_scale: ArrayLike | None, blocks: int) -> FloatArray:
             f"`block_scale` must be float of length {blocks}, got {scale.dtype} of shape {scale.shape}"
         )
     scale = scale.astype(np.float64)
-    if not (np.isfinite(scale) & (scale > 0)).all():
-        raise InstanceError("`block_scale` must hold finite numbers above 0")
+    if not ((scale >= 1 / _LARGEST_SCALE) & (scale <= _LARGEST_SCALE)).all():
+        raise InstanceError(
+            f"`block_scale` must hold numbers from {1 / _LARGEST_SCALE:g} to {_LARGEST_SCALE:g}, got "
+            f"{scale.min():g} to {scale.max():g}"
+        )
     scale.flags.writeable = False
     return scale

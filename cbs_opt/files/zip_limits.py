@@ -36,7 +36,7 @@ def check_archive(archive: zipfile.ZipFile, path: Path, error: type[CbsError], m
     for info in packed:
         if info.compress_type != zipfile.ZIP_DEFLATED:
             raise error(
-                f"{path}: '{info.filename[:60]}' is compressed by method {info.compress_type}; members must be "
+                f"{path}: {info.filename[:60]!r} is compressed by method {info.compress_type}; members must be "
                 "stored as they are or deflated, as `numpy.savez` and `numpy.savez_compressed` write them"
             )
     length = path.stat().st_size

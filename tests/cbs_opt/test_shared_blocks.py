@@ -147,8 +147,10 @@ def test_another_damping_reaches_the_stored_gradients(problem):
         ([], None, "array of integers"),
         ([0, 1], [1.0], "must be float of length 2"),
         ([0, 1], [1, 2], "must be float"),
-        ([0, 1], [1.0, 0.0], "above 0"),
-        ([0, 1], [1.0, np.inf], "above 0"),
+        ([0, 1], [1.0, 0.0], "from 1e-100 to 1e"),
+        ([0, 1], [1.0, np.inf], "from 1e-100 to 1e"),
+        ([0, 1], [1.0, np.nan], "from 1e-100 to 1e"),
+        ([0, 1], [1.0, 1e300], "got 1 to 1e"),
     ],
 )
 def test_what_does_not_fit_is_refused(shared, scale, sentence):
@@ -165,7 +167,8 @@ def test_what_does_not_fit_is_refused(shared, scale, sentence):
         ({"shared": np.array([0, 5])}, "`shared` must hold numbers below 2"),
         ({"shared": np.array([1, 1])}, "no block uses the stored block 0"),
         ({"shared": np.array([0, 0]), "block_sizes": np.array([1, 3])}, "must have the same size"),
-        ({"block_scale": np.array([1.0, -1.0])}, "above 0"),
+        ({"shared": np.array([0, 2**63], np.uint64)}, "`shared` must hold numbers below 2"),
+        ({"block_scale": np.array([1.0, -1.0])}, "from 1e-100 to 1e"),
         ({"version": np.array(1)}, "`block_scale` needs `version` 2"),
     ],
 )
@@ -175,6 +178,13 @@ def test_damaged_files_are_refused_in_a_sentence(changes, sentence, problem, tmp
     with pytest.raises(InstanceError, match=sentence) as refused:
         read_instance(tmp_path / "i.npz")
     assert str(refused.value).startswith(str(tmp_path / "i.npz"))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.uint64, np.int16])
+def test_indices_of_any_integer_type_are_read(dtype, problem, tmp_path):
+    arrays = instance_arrays(problem(2, kind="hessian", shared=(0, 1, 0), n=6).instance)
+    np.savez(tmp_path / "i.npz", **arrays | {"shared": arrays["shared"].astype(dtype)})
+    assert read_instance(tmp_path / "i.npz").curvature.shared.tolist() == [0, 1, 0]
 
 
 def test_scales_without_sharing_are_refused(problem, tmp_path):

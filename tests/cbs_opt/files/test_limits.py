@@ -78,6 +78,11 @@ def test_many_members_and_other_compressions_are_refused(instance_file, tmp_path
     archive.close()
     with pytest.raises(InstanceError, match="is compressed by method 14"):
         read_instance(path)
+    path, archive = small(instance_file, tmp_path, None)
+    with archive:
+        archive.writestr("two\nlines.npy", b"", zipfile.ZIP_LZMA)
+    with pytest.raises(InstanceError, match=r"'two\\nlines.npy' is compressed by method 14"):
+        read_instance(path)
 
 
 def test_counts_are_bounded_by_the_weights(instance_file, tmp_path):
