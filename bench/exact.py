@@ -131,7 +131,7 @@ def _main(arguments: list[str]) -> int:
     say(text)
     if options.output is not None:
         with atomic_write(options.output) as file:
-            file.write(text.encode())
+            file.write(text.encode(errors="backslashreplace"))
     return 0
 
 

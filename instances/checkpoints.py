@@ -209,7 +209,7 @@ def checkpoint_sha256(path: Path | str) -> str:
             assert isinstance(archive, FolderArchive)
             total = hashlib.sha256()
             for member in archive.members():
-                total.update(f"{member.name} {file_sha256(member)}\n".encode())
+                total.update(f"{member.name} {file_sha256(member)}\n".encode(errors="surrogateescape"))
             return total.hexdigest()
         return file_sha256(path)
     except OSError as error:

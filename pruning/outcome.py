@@ -194,7 +194,7 @@ class Pruned:
         for stage in self.stages:
             rows.writerow(asdict(stage).values())
         with atomic_write(path) as file:
-            file.write(text.getvalue().encode())
+            file.write(text.getvalue().encode(errors="backslashreplace"))
 
     def plot(self, path: Path | str) -> None:
         """Draw loss and sparsity over the stages, and the sparsity of every layer; see `picture.draw`."""

@@ -310,5 +310,5 @@ def _on_paper(svg: str) -> str:
 
 def _write(path: Path, text: str) -> Path:
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
     return path

@@ -166,7 +166,7 @@ def _write_csv(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     table.writerow((name, *_COLUMNS))
     table.writerows(row.values() for row in rows)
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="backslashreplace"))
 
 
 def draw_path(

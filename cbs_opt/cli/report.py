@@ -77,4 +77,4 @@ def write_history(path: Path, result: Result) -> None:
     rows.writerow(["seconds", "iteration", "objective", "bound"])
     rows.writerows(result.history)
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="backslashreplace"))

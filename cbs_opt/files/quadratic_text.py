@@ -175,7 +175,7 @@ def write_ubqp(path: Path | str, n: int, diagonal: FloatArray, terms: Iterable[T
     """
     entries = int(np.count_nonzero(diagonal)) + sum(1 for _ in terms)
     with atomic_write(path) as file:
-        file.write("".join(f"# {line}\n" for line in comments).encode())
+        file.write("".join(f"# {line}\n" for line in comments).encode(errors="backslashreplace"))
         file.write(f"{n} {entries}\n".encode())
         for i in np.flatnonzero(diagonal).tolist():
             file.write(f"{i + 1} {i + 1} {float(diagonal[i])!r}\n".encode())
@@ -189,7 +189,7 @@ def write_qubo(path: Path | str, n: int, diagonal: FloatArray, terms: Iterable[T
     Parameters are those of `write_ubqp`; variables in the comments count from 0, and the leading letter is `c`.
     """
     with atomic_write(path) as file:
-        file.write("".join(f"c {line}\n" for line in comments).encode())
+        file.write("".join(f"c {line}\n" for line in comments).encode(errors="backslashreplace"))
         file.write(f"p qubo 0 {n} {n} {sum(1 for _ in terms)}\n".encode())
         for i, value in enumerate(diagonal.tolist()):
             file.write(f"{i} {i} {value!r}\n".encode())

@@ -84,7 +84,7 @@ def _write_linear(path: Path | str, instance: Instance, suffix: str) -> None:
                 f"loss = {problem.scale!r} * objective",
                 f"column y<i> is weight i, column z<i>_<j> the product of two; pruned by presolve: {kept}",
             ):
-                file.write(f"{comment} {line}\n".encode())
+                file.write(f"{comment} {line}\n".encode(errors="backslashreplace"))
             shutil.copyfileobj(source, file)
 
 
@@ -98,7 +98,7 @@ def write_qplib(path: Path | str, instance: Instance) -> None:
     with atomic_write(path) as file:
 
         def put(*lines: str) -> None:
-            file.write("".join(line + "\n" for line in lines).encode())
+            file.write("".join(line + "\n" for line in lines).encode(errors="backslashreplace"))
 
         put(
             "CBS_SELECTION # problem name",

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 import cbs_opt
+from cbs_opt.bench.reports import report
 from cbs_opt.bench.reports.analysis import analyse
 from cbs_opt.bench.reports.limitations import limitations
 from cbs_opt.bench.reports.report import make_document, profile_picture, write_report
@@ -323,3 +324,8 @@ def test_texts():
         "–", "< 0.001", "0.0123", "12.3", "12,345",
     ]  # fmt: skip
     assert seeds_text([3, 0, 1, 2, 7]) == "0-3, 7"
+
+
+def test_bytes_of_names_that_are_no_text_are_written_out(tmp_path):
+    path = report._write(tmp_path / "report.md", "the store \udc80.sqlite")
+    assert path.read_text(encoding="utf-8") == "the store \\udc80.sqlite"
