@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+# Control characters but tab and line feed, and those that end lines or turn the direction of writing.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """A text with control characters written out: what comes from a file must not command the terminal."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def bounded(text: str, most: int = 2000) -> str:
+    """A text of at most about `most` characters: what it quotes may be as long as a file."""
+    return text if len(text) <= most else f"{text[:most]} … ({len(text)} characters)"
 
 
 class CbsError(Exception):
-    """Base of all errors whose message is one sentence for the user."""
+    """Base of all errors whose message is one sentence for the user.
+
+    As text it has no control characters and at most about 2000 characters, whatever it quotes of a file.
+    """
 
     exit_code: ClassVar[int] = 4
+
+    def __str__(self) -> str:
+        return bounded(visible(bounded(super().__str__())))
 
 
 class UsageError(CbsError):

@@ -47,7 +47,7 @@ class _Decoder(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Whatever the file names, only a record can be made."""
         if (module, name) not in _NAMES:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+            raise pickle.UnpicklingError(f"it holds {f'{module}.{name}'[:60]!r}")
         return _NAMES[module, name]
 
     def persistent_load(self, _: Any) -> Any:

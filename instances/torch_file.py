@@ -14,6 +14,7 @@ import pickle
 import struct
 import sys
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,9 @@ MOST_TENSORS = 20_000
 """Members of an archive of tensors; a file with more is refused."""
 
 _MAGIC = 0x1950A86A20F9469CFC6C
+_DAMAGED = (  # what zipfile raises for members that are not what the directory says
+    KeyError, ValueError, EOFError, OSError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _ALIGNMENT = 64
 
 
@@ -210,7 +214,7 @@ class TorchFile:
                 storage = members.get(info.filename)
                 try:
                     data = source_zip.read(info) if storage is None else self._changed(storage, by_key[storage])
-                except zipfile.BadZipFile as error:
+                except _DAMAGED as error:
                     raise InstanceError(f"{self.path}: is damaged: {error}") from None
                 fresh = zipfile.ZipInfo(info.filename, info.date_time)
                 fresh.compress_type = info.compress_type
@@ -252,7 +256,7 @@ class TorchFile:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return archive.read(f"{self._prefix}data/{storage.key}")
-        except (KeyError, zipfile.BadZipFile, OSError) as error:
+        except _DAMAGED as error:
             raise InstanceError(f"{self.path}: is damaged: {error}") from None
 
     def _read_archive(self) -> None:

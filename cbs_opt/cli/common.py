@@ -6,7 +6,6 @@ import argparse
 import io
 import logging
 import os
-import re
 import signal
 import sys
 import warnings
@@ -16,7 +15,7 @@ from typing import NoReturn
 
 from cbs_opt import early_signals
 from cbs_opt.device import is_out_of_memory
-from cbs_opt.errors import CbsError, OutputError, UsageError
+from cbs_opt.errors import CbsError, OutputError, UsageError, bounded, visible
 from cbs_opt.files.atomic import check_writable
 from cbs_opt.files.paths import real_path
 from cbs_opt.optional import missing
@@ -24,10 +23,7 @@ from cbs_opt.version import __version__
 
 logger = logging.getLogger("cbs_opt")
 
-# Control characters but tab and line feed, and those that end lines or turn the direction of writing.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_LONGEST = 2000  # characters of an error
-
+_LONGEST = 2500  # characters of what is printed about an error, which has a limit of its own
 
 EXIT_OK, EXIT_NONE, EXIT_FILE, EXIT_SOLVER, EXIT_KILLED = 0, 1, 3, 4, 130
 
@@ -116,9 +112,7 @@ def _open_streams() -> None:
 
 
 def _complain(sentence: str) -> None:
-    if len(sentence) > _LONGEST:  # it quotes what a user or a file gave
-        sentence = f"{sentence[:_LONGEST]} … ({len(sentence)} characters)"
-    print(visible(sentence), file=sys.stderr)  # noqa: T201
+    print(bounded(visible(sentence), _LONGEST), file=sys.stderr)  # noqa: T201
 
 
 def _in_words(error: OSError) -> str:
@@ -129,11 +123,6 @@ def _in_words(error: OSError) -> str:
         return "the working directory has been removed: change to one that exists"
     name = "" if error.filename is None else f"{error.filename}: "
     return f"{name}{error.strerror or error}"
-
-
-def visible(text: str) -> str:
-    """A text with control characters written out: what comes from a file must not command the terminal."""
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _keep_printing(stream: object) -> None:

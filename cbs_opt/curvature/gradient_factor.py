@@ -20,6 +20,7 @@ from cbs_opt.view import text
 _CHUNK_BYTES = 1 << 26  # float64 copies of large gradients are made in chunks of this size
 _COPY_BYTES = 1 << 29  # and of smaller ones once and for all
 _CHUNK_PRODUCTS = 1 << 30  # multiplications between two checkpoints
+_LARGEST = 1e150  # of an entry, whose square must be finite
 _SAMPLES = 16  # between two checkpoints
 _MOST_COMPONENTS = 1000  # of more than one weight, of one block; the rest is left together
 
@@ -74,6 +75,11 @@ class GradientFactor(Curvature):
             if not np.isfinite(piece).all():
                 raise InstanceError(
                     f"`gradients` has NaN or infinite entries in columns {columns.start} … {columns.stop - 1}"
+                )
+            if np.abs(piece).max(initial=0.0) > _LARGEST:
+                raise InstanceError(
+                    f"`gradients` has entries above {_LARGEST:g} in columns {columns.start} … {columns.stop - 1}, "
+                    "whose squares overflow: rescale the loss"
                 )
 
     def facts(self) -> text.Facts:

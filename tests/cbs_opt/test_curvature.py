@@ -222,3 +222,13 @@ def test_a_large_mapped_matrix_that_is_nearly_symmetric_is_copied_to_a_file(tmp_
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(InstanceError, match=r"symmetric only up to rounding, .* No space left .* TMPDIR"):
         HessianBlocks(mapped, [12, 12])
+
+
+def test_gradients_whose_squares_overflow_are_refused():
+    with pytest.raises(InstanceError, match=r"entries above 1e\+150 in columns 0 … 1"):
+        GradientFactor(np.array([[1.0, 1e200]]), 0.1)
+
+
+def test_sentences_about_files_are_bounded_and_visible():
+    sentence = str(InstanceError("a name \x1b[31m" + "x" * 10_000))
+    assert len(sentence) < 2100 and "\x1b" not in sentence and r"\x1b[31m" in sentence
