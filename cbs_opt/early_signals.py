@@ -26,10 +26,28 @@ def end_quietly_while_importing() -> None:
         signal.signal(signal.SIGINT, _end)
 
 
-def imports_done() -> None:
-    """Give Ctrl-C back its usual meaning once a command has started."""
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+class Noted:
+    """Ctrl-C raises `KeyboardInterrupt` inside of this block, as usual, and is known afterwards.
+
+    Extension modules that are being imported turn it into errors of their own.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Noted:
+        ours = signal.getsignal(signal.SIGINT) in (_end, signal.default_int_handler)
+        if ours and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        raise KeyboardInterrupt
 
 
 def is_command(argv: list[str], original: list[str]) -> bool:

@@ -55,7 +55,11 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
     given = list(sys.argv[1:] if arguments is None else arguments)
     _open_streams()
     _keep_printing(sys.stdout)
-    early_signals.imports_done()
+    with early_signals.Noted() as interrupt:
+        return _run(program, body, given, interrupt)
+
+
+def _run(program: str, body: Callable[[list[str]], int], given: list[str], interrupt: early_signals.Noted) -> int:
     try:
         with warnings.catch_warnings():
             if "--debug" not in given:
@@ -84,6 +88,8 @@ def run_main(program: str, body: Callable[[list[str]], int], arguments: Sequence
         _complain(f"{program}: out of memory")
         return EXIT_SOLVER
     except ImportError as error:  # as without memory for a shared library
+        if interrupt.asked:
+            return EXIT_KILLED
         if "--debug" in given:
             raise
         _complain(f"{program}: a library cannot be loaded: {error}")

@@ -198,7 +198,8 @@ class _InProcess(_Job):
     def end(self) -> None:
         if self._owner == os.getpid() and not self.has_ended():
             self._process.kill()
-            self._process.wait()
+            with suppress(KeyboardInterrupt):  # a process that ends by itself needs none
+                self._process.wait()
 
 
 class _Leave(BaseException):

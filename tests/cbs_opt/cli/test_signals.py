@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from cbs_opt import Instance, read_instance, read_solution
+from cbs_opt.cli import common
 from cbs_opt.cli.solve import main
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="NOT TESTED: needs POSIX signals")
@@ -141,3 +144,18 @@ def test_interrupt_while_reading_gives_magnitude(instance_file, monkeypatch, cap
     assert content["pruned_count"] == 6
     assert content["iterations"] == 0
     assert w.size == 12
+
+
+def test_an_import_that_an_interrupt_breaks_is_an_interrupt():
+    """Extension modules turn the interrupt into an error of their own."""
+
+    def body(_):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    assert common.run_main("cbs-info", body, []) == 130
+    assert signal.getsignal(signal.SIGINT) is before
