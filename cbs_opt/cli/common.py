@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -102,6 +103,9 @@ def _run(program: str, body: Callable[[list[str]], int], given: list[str], inter
     except Exception as error:
         if "--debug" in given:
             raise
+        if os.strerror(errno.EMFILE) in str(error):  # libraries that do not raise OSError
+            _complain(f"{program}: {os.strerror(errno.EMFILE)}: `ulimit -n` sets how many may be")
+            return EXIT_FILE
         if is_out_of_memory(error):
             _complain(f"{program}: the memory of the card is too short: `--device cpu` has more")
             return EXIT_SOLVER

@@ -159,3 +159,11 @@ def test_an_import_that_an_interrupt_breaks_is_an_interrupt():
     before = signal.getsignal(signal.SIGINT)
     assert common.run_main("cbs-info", body, []) == 130
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_too_many_open_files_in_a_library_are_told(capsys):
+    def body(_):
+        raise RuntimeError("unable to open file <x> in read-only mode: Too many open files (24)")
+
+    assert common.run_main("cbs-prune", body, []) == 3
+    assert capsys.readouterr().err == "cbs-prune: Too many open files: `ulimit -n` sets how many may be\n"
