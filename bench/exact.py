@@ -22,7 +22,7 @@ from cbs_opt.bench.runs.show import progress
 from cbs_opt.bench.runs.store import Store
 from cbs_opt.cli.common import Interrupts, Parser, check_outputs, run_main, say, start_logging
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.files.atomic import atomic_write
+from cbs_opt.files.atomic import write_text
 from cbs_opt.solver import OBJECTIVES
 
 SOLVERS = ("exact", "highs", "scip", "gurobi")
@@ -130,8 +130,7 @@ def _main(arguments: list[str]) -> int:
         text += f"\nInterrupted after {outcome.there + outcome.made} of {outcome.planned} rows.\n"
     say(text)
     if options.output is not None:
-        with atomic_write(options.output) as file:
-            file.write(text.encode(errors="backslashreplace"))
+        write_text(options.output, text)
     return 0
 
 

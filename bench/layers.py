@@ -26,7 +26,7 @@ from cbs_opt.bench.layer_pictures import Course, draw
 from cbs_opt.bench.startup import machine
 from cbs_opt.cli.common import Parser, check_outputs, run_main
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.files.atomic import atomic_write
+from cbs_opt.files.atomic import atomic_write, write_text
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution
 from cbs_opt.solvers.layers.solve import solve_layers
 from cbs_opt.solvers.layers.warm_up import layers_joint, layers_selection
@@ -353,8 +353,7 @@ def _main(arguments: list[str]) -> int:
         sys.stdout.flush()
         pieces.append(piece)
     if options.output is not None:
-        with atomic_write(options.output) as file:
-            file.write("".join(pieces).encode())
+        write_text(options.output, "".join(pieces))
     if courses:
         figure = draw(courses.get(_DRAWN) or next(iter(courses.values())))
         with atomic_write(options.picture) as file:

@@ -21,7 +21,7 @@ from cbs_opt.bench.peers import PEERS, MissingPeerError, Samplers, run_sampler
 from cbs_opt.bench.startup import machine
 from cbs_opt.cli.common import Parser, check_outputs, run_main
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.files.atomic import atomic_write
+from cbs_opt.files.atomic import write_text
 from cbs_opt.solver import OBJECTIVES
 from cbs_opt.threads import thread_limit
 
@@ -207,8 +207,7 @@ def _main(arguments: list[str]) -> int:
         sys.stdout.flush()
         pieces.append(piece)
     if options.output is not None:
-        with atomic_write(options.output) as file:
-            file.write("".join(pieces).encode())
+        write_text(options.output, "".join(pieces))
     return 0
 
 

@@ -80,36 +80,28 @@ def output_error_gradients(
         stack.enter_context(torch.no_grad())
         first = placed(inputs[: fewest(model)], model)
         size = max(len(first), chunk_size(model, first, (), chunk_bytes // 2))
-        theirs, own = _rows(original, layouts), _rows(model, layouts)
+        targets, own = LayerOutputs(original, layouts), rows_of(model, layouts)
+
+        def compare(product: Product) -> None:
+            if product.inputs is None:
+                return
+            X = product.inputs()
+            target = targets.take(product, X)
+            if target is None:
+                different.add(product.name)
+                return
+            W = own[product.name][product.first : product.last]
+            sums[product.name][product.first : product.last] += ((W @ X - target) @ X.T).double().cpu()
+
         for part in slices(inputs, size):
             x = placed(inputs[part], model)
-            targets: dict[str, deque[tuple[tuple[int, int], Tensor]]] = {name: deque() for name in layouts}
-
-            def note(product: Product) -> None:
-                if product.inputs is not None:
-                    W = theirs[product.name][product.first : product.last]
-                    targets[product.name].append(((product.first, product.last), W @ product.inputs()))  # noqa: B023
-
-            with watched(original, layouts, note, reasons):
+            targets.clear()
+            with watched(original, layouts, targets.note, reasons):
                 checked_call(original, x)
-
-            def compare(product: Product) -> None:
-                if product.inputs is None:
-                    return
-                left = targets[product.name]  # noqa: B023
-                rows, target = left.popleft() if left else (None, None)
-                X = product.inputs()
-                W = own[product.name][product.first : product.last]
-                if rows != (product.first, product.last) or target is None or target.shape[1] != X.shape[1]:
-                    different.add(product.name)  # noqa: B023
-                    return
-                error = ((W @ X - target) @ X.T).double().cpu()
-                sums[product.name][product.first : product.last] += error
-
             with watched(model, layouts, compare, reasons):
                 checked_call(model, x)
             refuse(reasons)
-            different |= {name for name, left in targets.items() if left}
+            different.update(targets.left)
             progress(part.stop)
     if different >= {*layouts}:
         raise UnreachedError("the network and the original one do not make the same products")
@@ -126,8 +118,52 @@ def output_error_gradients(
     return out
 
 
-def _rows(model: nn.Module, layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
-    """Weights as (rows, K)."""
+class LayerOutputs:
+    """The outputs of the products of a network, by weight and in order: what those of another network aim at.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        In single precision.
+    layouts : mapping of str to Layout
+        The weights, by name.
+    """
+
+    def __init__(self, model: nn.Module, layouts: Mapping[str, Layout]) -> None:
+        self._weights = rows_of(model, layouts)
+        self._of: dict[str, deque[tuple[tuple[int, int], Tensor]]] = {name: deque() for name in layouts}
+
+    def note(self, product: Product) -> None:
+        """Keep the outputs (rows, places) of a product of the network."""
+        if product.inputs is not None:
+            W = self._weights[product.name][product.first : product.last]
+            self._of[product.name].append(((product.first, product.last), W @ product.inputs()))
+
+    def take(self, product: Product, X: Tensor) -> Tensor | None:
+        """The outputs of the next product by the weight; None where that has other rows or places than X."""
+        left = self._of[product.name]
+        rows, target = left.popleft() if left else (None, None)
+        if rows != (product.first, product.last) or target is None or target.shape[1] != X.shape[1]:
+            return None
+        return target
+
+    def rows(self, name: str) -> list[tuple[int, int]]:
+        """The ranges of rows of the products by a weight that are left."""
+        return [rows for rows, _ in self._of[name]]
+
+    @property
+    def left(self) -> list[str]:
+        """Weights with products that were not taken."""
+        return [name for name, products in self._of.items() if products]
+
+    def clear(self, name: str | None = None) -> None:
+        """Forget the products by a weight, or by all."""
+        for each in self._of if name is None else (name,):
+            self._of[each].clear()
+
+
+def rows_of(model: nn.Module, layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
+    """Weights as (rows, K), float32."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {
         name: layout.to_rows(parameters[name].detach().float().reshape(-1)).reshape(layout.rows, layout.inputs)

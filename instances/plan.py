@@ -171,9 +171,9 @@ def _followed(
     _, reasons = followed(model, run, layouts)
     for turn in (0, 1):  # other orders in which a tensor may be stored
         other = {
-            name: _orders(layouts[name])[turn]
+            name: orders[turn]
             for name, reason in reasons.items()
-            if reason != UNUSED and turn < len(_orders(layouts[name]))
+            if reason != UNUSED and turn < len(orders := _orders(layouts[name]))
         }
         turned, _ = followed(model, run, other) if other else ([], {})
         for name in turned:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from cbs_opt.files.atomic import atomic_write
+from cbs_opt.files.atomic import write_csv
 from cbs_opt.instances.masks import LayerMask, kept_masks
 from cbs_opt.instances.scores import Score
 from cbs_opt.jsonable import finite
@@ -188,13 +186,7 @@ class Pruned:
 
     def write_csv(self, path: Path | str) -> None:
         """A line for every stage, with the columns of `Stage`; unknown values are empty."""
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(Stage.__dataclass_fields__)
-        for stage in self.stages:
-            rows.writerow(asdict(stage).values())
-        with atomic_write(path) as file:
-            file.write(text.getvalue().encode(errors="backslashreplace"))
+        write_csv(path, Stage.__dataclass_fields__, (asdict(stage).values() for stage in self.stages))
 
     def plot(self, path: Path | str) -> None:
         """Draw loss and sparsity over the stages, and the sparsity of every layer; see `picture.draw`."""

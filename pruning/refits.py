@@ -7,7 +7,6 @@ the error ½‖WX − W₀X₀‖²/m of `cbs_opt.instances.output_errors`, mini
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
@@ -23,6 +22,7 @@ from cbs_opt.instance import Instance
 from cbs_opt.instances.batches import call, placed
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
+from cbs_opt.instances.output_errors import LayerOutputs
 from cbs_opt.instances.products import Product, Products
 from cbs_opt.instances.tensors import Layout, Place
 from cbs_opt.pruning.network import WorkingCopy, norms_of
@@ -95,10 +95,6 @@ def refit(
         logger.debug(f"not fitted to the outputs of the dense network: {', '.join(left)}")
 
 
-Targets = dict[str, deque[tuple[tuple[int, int], Tensor]]]
-"""By weight: the rows of each product, and its outputs (rows, places) in the dense network."""
-
-
 def _bytes(dense: nn.Module, one: Any, layouts: Mapping[str, Layout]) -> int:
     """Memory for a sample: the targets of all layers, and the patches of the largest with three copies."""
     outputs, patches = 0, [1]
@@ -115,22 +111,14 @@ def _bytes(dense: nn.Module, one: Any, layouts: Mapping[str, Layout]) -> int:
     return -(-(outputs + 4 * max(patches)) // len(one))
 
 
-def _targets(dense: nn.Module, x: Any, layouts: Mapping[str, Layout], check: Callable[[], None]) -> Targets:
+def _targets(dense: nn.Module, x: Any, layouts: Mapping[str, Layout], check: Callable[[], None]) -> LayerOutputs:
     """The outputs of the dense network; none for weights that it uses more than once."""
-    targets: Targets = {name: deque() for name in layouts}
-    rows = {name: (tensor, layouts[name]) for name, tensor in dense.named_parameters() if name in layouts}
-
-    def note(product: Product) -> None:
-        if product.inputs is not None:
-            W = _as_rows(*rows[product.name])[product.first : product.last]
-            targets[product.name].append(((product.first, product.last), W @ product.inputs()))
-
-    with _Products(dense, layouts, note, check):
+    targets = LayerOutputs(dense, layouts)
+    with _Products(dense, layouts, targets.note, check):
         call(dense, x)
-    for products in targets.values():
-        ranges = sorted(rows for rows, _ in products)
-        if any(later[0] < earlier[1] for earlier, later in pairwise(ranges)):
-            products.clear()
+    for name in targets.left:
+        if any(later[0] < earlier[1] for earlier, later in pairwise(sorted(targets.rows(name)))):
+            targets.clear(name)
     return targets
 
 
@@ -169,7 +157,7 @@ class _Fit(_Products):
     def __init__(
         self,
         copy: WorkingCopy,
-        targets: Targets,
+        targets: LayerOutputs,
         pruned: BoolArray,
         m: int,
         damping: float,
@@ -196,17 +184,16 @@ class _Fit(_Products):
         return result
 
     def _fit(self, product: Product) -> None:
-        left = self._targets[product.name]
-        if product.inputs is None or not left:
+        if product.inputs is None or not self._targets.rows(product.name):
             return
-        rows, target = left.popleft()
         X = product.inputs()
-        if rows != (product.first, product.last) or target.shape[1] != X.shape[1]:
-            left.clear()  # the network chooses other inputs than the dense one: nothing to aim at
+        target = self._targets.take(product, X)
+        if target is None:
+            self._targets.clear(product.name)  # the network chooses other inputs than the dense one
             return
         place, held = self._places[product.name], self._parameters[product.name]
         W = _as_rows(held, place.layout)
-        part = slice(*rows)
+        part = slice(product.first, product.last)
         new = self._fitted(W[part].double(), X, target, _rows_pruned(place, self._pruned)[part])
         if new is None:
             return

@@ -19,7 +19,7 @@ from cbs_opt.bench.reports.limitations import limitations
 from cbs_opt.bench.reports.proofs import proofs
 from cbs_opt.bench.runs.store import KINDS, OK, Store
 from cbs_opt.errors import CbsError, OutputError, UsageError
-from cbs_opt.files.atomic import atomic_write, check_writable
+from cbs_opt.files.atomic import atomic_write, check_writable, write_text
 from cbs_opt.files.paths import real_path
 
 if TYPE_CHECKING:
@@ -309,6 +309,5 @@ def _on_paper(svg: str) -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    with atomic_write(path) as file:
-        file.write(text.encode(errors="backslashreplace"))
+    write_text(path, text)
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from cbs_opt.cli.arguments import engine_of, kept_of
 from cbs_opt.cli.report import result_json, write_json
 from cbs_opt.errors import CbsError, OutputError, UsageError
 from cbs_opt.files import write_solution
-from cbs_opt.files.atomic import atomic_write
+from cbs_opt.files.atomic import atomic_write, write_csv
 from cbs_opt.instance import Instance
 from cbs_opt.path import solve_path
 from cbs_opt.result import Result
@@ -161,12 +160,7 @@ def _line(cells: Any) -> str:
 
 
 def _write_csv(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow((name, *_COLUMNS))
-    table.writerows(row.values() for row in rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode(errors="backslashreplace"))
+    write_csv(path, (name, *_COLUMNS), (row.values() for row in rows))
 
 
 def draw_path(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cbs_opt.cli.common import say
-from cbs_opt.files.atomic import atomic_write
+from cbs_opt.files.atomic import write_csv
 from cbs_opt.files.library_file import BestKnown
 from cbs_opt.files.quadratic_text import STATED, stated_value
 from cbs_opt.files.solution_file import write_json as write_json_file
@@ -72,9 +70,4 @@ def write_json(target: str, content: dict[str, Any]) -> None:
 
 def write_history(path: Path, result: Result) -> None:
     """Write the history as CSV with a header; unknown values are empty."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["seconds", "iteration", "objective", "bound"])
-    rows.writerows(result.history)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode(errors="backslashreplace"))
+    write_csv(path, ("seconds", "iteration", "objective", "bound"), result.history)
