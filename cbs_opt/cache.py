@@ -21,6 +21,8 @@ logger = logging.getLogger("cbs_opt")
 VARIABLE = "CBS_OPT_CACHE"
 """Environment variable that names the cache folder."""
 
+_private: set[Path] = set()
+
 
 @functools.cache
 def cache_folder() -> Path | None:
@@ -40,9 +42,15 @@ def cache_folder() -> Path | None:
         return None
     logger.info(f"{what}: kernels are kept for this process only; {VARIABLE} names another folder")
     owner = os.getpid()
+    _private.add(private)
     os.environ[VARIABLE] = str(private)
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(private, ignore_errors=True))
     return private
+
+
+def is_lasting() -> bool:
+    """Whether later processes find what this one stores."""
+    return cache_folder() not in (None, *_private)
 
 
 def is_writable(folder: Path) -> bool:

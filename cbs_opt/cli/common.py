@@ -6,6 +6,7 @@ import argparse
 import errno
 import io
 import logging
+import math
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from cbs_opt.device import is_out_of_memory
 from cbs_opt.errors import CbsError, OutputError, UsageError, bounded, visible
 from cbs_opt.files.atomic import check_writable
 from cbs_opt.files.paths import real_path
+from cbs_opt.memory import available_bytes
 from cbs_opt.optional import missing
 from cbs_opt.version import __version__
 
@@ -86,7 +88,9 @@ def _run(program: str, body: Callable[[list[str]], int], given: list[str], inter
     except MemoryError:
         if "--debug" in given:
             raise
-        _complain(f"{program}: out of memory")
+        left = available_bytes()
+        known = f": {max(left, 0.0) / 1e9:.1f} GB are left to this process" if left < math.inf else ""
+        _complain(f"{program}: out of memory{known}")
         return EXIT_SOLVER
     except ImportError as error:  # as without memory for a shared library
         if interrupt.asked:

@@ -22,7 +22,7 @@ from typing import Any
 import llvmlite.binding
 import numba
 
-from cbs_opt.cache import VARIABLE, cache_folder, is_writable
+from cbs_opt.cache import VARIABLE, cache_folder, is_lasting, is_writable
 
 _FAST = {"reassoc", "contract", "arcp", "nsz"}  # sums may be reordered; infinities and NaN keep their meaning
 _OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
@@ -59,6 +59,13 @@ def kernel_folder() -> Path | None:
         return None
     os.utime(folder)
     return folder
+
+
+def how_often() -> str:
+    """How often kernels are compiled, for a message."""
+    if kernel_folder() is not None and (os.environ.get("NUMBA_CACHE_DIR") or is_lasting()):
+        return "once for this machine"
+    return "for this process alone"
 
 
 def _remove_unused(root: Path) -> None:

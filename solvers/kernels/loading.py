@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cbs_opt.solver import usable_threads
-from cbs_opt.solvers.kernels.compilation import is_ready, kernel_folder, mark_ready
+from cbs_opt.solvers.kernels.compilation import how_often, is_ready, kernel_folder, mark_ready
 
 logger = logging.getLogger("cbs_opt")
 
@@ -57,7 +57,8 @@ UNITS = {
 }
 
 _POLL = 0.02  # seconds
-_HEADROOM = 1 << 27  # bytes that must be there before kernels are loaded
+_TO_LOAD = 1 << 27  # bytes that must be there before kernels are loaded
+_TO_COMPILE = 1 << 29  # and before they are compiled in this process
 _LEAVING = 5.0  # seconds that the end of the process waits for a compilation in a thread to notice
 
 _loaded: set[str] = set()
@@ -80,7 +81,7 @@ def request(*units: str) -> None:
             unit for unit in needs if unit not in wanted and unit not in _jobs and not is_ready([unit])
         ] + wanted
         if not _started:
-            logger.info("compiling kernels beside the solver, once for this machine")
+            logger.info(f"compiling kernels beside the solver, {how_often()}")
         for part in _shares(wanted, min(usable_threads(), len(wanted))):
             _started.append(job := _start(part))
             _jobs.update(dict.fromkeys(part, job))
@@ -123,12 +124,17 @@ def finish() -> None:
 
 def _load(unit: str) -> None:
     """Call every kernel of a unit once, in this process."""
-    np.empty(_HEADROOM, dtype=np.uint8)  # MemoryError here, where LLVM would end the process
-    _function(unit)()
+    _call(unit)
     _loaded.add(unit)
     _jobs.pop(unit, None)
     if not is_ready([unit]):
         mark_ready(unit)
+
+
+def _call(unit: str) -> None:
+    """Compile a unit, or load it; `MemoryError` where LLVM would end the process for want of memory."""
+    np.empty(_TO_LOAD if is_ready([unit]) else _TO_COMPILE, dtype=np.uint8)
+    _function(unit)()
 
 
 def _function(unit: str) -> Callable[[], None]:
@@ -218,7 +224,7 @@ class _InThread(_Job):
         with suppress(_Leave):
             try:
                 for unit in self._units:
-                    _function(unit)()
+                    _call(unit)
                     self._done.add(unit)
             except Exception:
                 logger.debug("compilation failed", exc_info=True)  # `wait` meets it again in its own thread
@@ -261,7 +267,7 @@ def _compile(parent: int, units: Sequence[str]) -> None:
     for unit in [part for wanted in units for part in (*UNITS[wanted].needs, wanted)]:
         with _alone(unit):
             if not is_ready([unit]):
-                _function(unit)()
+                _call(unit)
                 mark_ready(unit)
 
 

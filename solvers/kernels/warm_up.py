@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from cbs_opt.solvers.kernels import selection_numba as kernels
+from cbs_opt.solvers.kernels.compilation import how_often
 from cbs_opt.solvers.kernels.swap_descent import swap_descent
 
 logger = logging.getLogger("cbs_opt")
@@ -19,8 +20,8 @@ _PATIENCE = 2.0  # seconds: loading from the cache is done by then
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Log that kernels are being compiled; this happens once, and the result is cached on disk."""
-    timer = threading.Timer(_PATIENCE, logger.info, ["compiling kernels, once for this machine: up to a minute"])
+    """Log that kernels are being compiled; the results are cached on disk where that can be written."""
+    timer = threading.Timer(_PATIENCE, logger.info, [f"compiling kernels, {how_often()}: up to a minute"])
     timer.daemon = True
     timer.start()
     try:

@@ -35,6 +35,7 @@ def test_the_variable_comes_first_and_the_folder_is_made(fresh, tmp_path):
 def test_the_users_cache_is_the_default(fresh, tmp_path):
     fresh.setenv("HOME", str(tmp_path))
     assert cache.cache_folder() == tmp_path / ".cache" / "cbs-opt"
+    assert cache.is_lasting()
     cache.cache_folder.cache_clear()
     fresh.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache.cache_folder() == tmp_path / "xdg" / "cbs-opt"
@@ -47,6 +48,7 @@ def test_a_folder_that_cannot_be_made_gives_a_private_one_and_one_line(fresh, tm
         found = cache.cache_folder()
         assert cache.cache_folder() == found
     assert found is not None and found.is_dir() and found != tmp_path / "file" / "cache"
+    assert not cache.is_lasting()
     assert [record.message for record in caplog.records] == [
         f"{tmp_path}/file/cache: cannot be written: kernels are kept for this process only; "
         "CBS_OPT_CACHE names another folder"

@@ -69,6 +69,27 @@ def test_a_child_process_that_fails_leaves_the_work_to_this_one(pool, monkeypatc
     assert "quick" in calls
 
 
+def test_without_the_memory_to_compile_the_wait_raises_where_the_compiler_would_end_the_process(pool, monkeypatch):
+    calls, gate = pool
+    monkeypatch.setattr(loading, "_TO_COMPILE", 1 << 62)
+    loading.request("quick")
+    with pytest.raises(MemoryError):
+        loading.wait("quick")
+    assert calls == []
+    gate.set()
+
+
+@pytest.mark.parametrize(
+    ("folder", "lasting", "said"),
+    [("", True, "process alone"), ("folder", False, "process alone"), ("folder", True, "once for this machine")],
+)
+def test_the_message_promises_no_cache_where_there_is_none(monkeypatch, tmp_path, folder, lasting, said):
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(compilation, "kernel_folder", lambda: tmp_path if folder else None)
+    monkeypatch.setattr(compilation, "is_lasting", lambda: lasting)
+    assert said in compilation.how_often()
+
+
 def test_work_is_shared_out_evenly_and_in_the_order_in_which_it_is_wanted(monkeypatch):
     seconds = {"a": 5.0, "b": 10.0, "c": 3.0}
     monkeypatch.setattr(loading, "UNITS", {name: loading.Unit("", cost) for name, cost in seconds.items()})
