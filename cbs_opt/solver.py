@@ -18,6 +18,7 @@ from cbs_opt.errors import SolverError, UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.monitor import Monitor
 from cbs_opt.result import Status
+from cbs_opt.scalars import MOST_WHOLE
 from cbs_opt.typing import BoolArray
 
 OBJECTIVES = ("selection", "joint")
@@ -254,7 +255,7 @@ def _convert(solver: str, name: str, value: Any, hint: Any) -> Any:
                 return value
         elif kind is int and not isinstance(value, bool):
             number = int(value)
-            if not isinstance(value, float) or number == value:
+            if abs(number) <= MOST_WHOLE and (not isinstance(value, float) or number == value):
                 return number
         elif kind is float and not isinstance(value, bool):
             number_ = float(value)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from cbs_opt.errors import UsageError
-from cbs_opt.scalars import is_finite
+from cbs_opt.scalars import MOST_WHOLE, is_finite
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,11 @@ class Stop:
     def __post_init__(self) -> None:
         for name in ("time_limit", "max_iterations", "no_improvement", "gap"):
             value = getattr(self, name)
-            if value is not None and not (is_finite(value) and value >= 0):
-                raise UsageError(f"`{name}` must be a finite number ≥ 0, got {value!r}")
+            counts = name in ("max_iterations", "no_improvement")
+            if value is not None and not (is_finite(value) and 0 <= value <= (MOST_WHOLE if counts else math.inf)):
+                raise UsageError(
+                    f"`{name}` must be a finite number ≥ 0{' and below 2^63' if counts else ''}, got {value!r}"
+                )
         if self.target is not None and not is_finite(self.target):
             raise UsageError(f"`target` must be a finite number, got {self.target!r}")
         if self.should_stop is not None and not callable(self.should_stop):

@@ -13,6 +13,7 @@ import numpy as np
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.instances.fisher import row_blocks
 from cbs_opt.linalg import inverse_pd
+from cbs_opt.scalars import is_integer
 from cbs_opt.typing import FloatArray, RealArray
 
 Shape = tuple[int, ...]
@@ -46,9 +47,9 @@ def block_sizes(shapes: Sequence[Shape], blocks: str | int) -> list[int]:
         return numbers
     if blocks == "row":
         return row_blocks(list(shapes))
-    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+    if not is_integer(blocks) or blocks < 1:
         raise UsageError(f"`blocks` must be 'full', 'layer', 'row' or a size of at least 1, got {blocks!r}")
-    return cut(numbers, blocks)
+    return cut(numbers, int(blocks))
 
 
 def cut(lengths: Sequence[int], size: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from cbs_opt.errors import OutputError, UsageError
 from cbs_opt.instances.budgets import budget_of_layers
 from cbs_opt.instances.curvature import Shape, block_sizes, cut, working_bytes
 from cbs_opt.memory import available_bytes
+from cbs_opt.scalars import is_finite, is_integer
 from cbs_opt.typing import IntArray
 
 logger = logging.getLogger("cbs_opt")
@@ -124,17 +124,18 @@ class Recipe:
                 raise UsageError(f"`fisher` chooses the labels of `source` kfac, got {self.source}")
         if self.curvature is not None:
             one_of("curvature", self.curvature, ("gradients", "hessian", "inverse-hessian"))
-        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+        if not is_integer(self.batch) or self.batch < 1:
             raise UsageError(f"`batch` must be a whole number of at least 1, got {self.batch!r}")
+        object.__setattr__(self, "batch", int(self.batch))
         if self.damping is not None and self.relative_damping is not None:
             raise UsageError("`damping` and `relative_damping` exclude each other")
         for name, value in (("damping", self.damping), ("relative_damping", self.relative_damping)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            if value is not None and not (is_finite(value) and value >= 0):
                 raise UsageError(f"`{name}` must be a finite number ≥ 0, got {value}")
-        if self.sparsity is not None and not 0 <= self.sparsity <= 1:
+        if self.sparsity is not None and not (is_finite(self.sparsity) and 0 <= self.sparsity <= 1):
             raise UsageError(f"`sparsity` must be between 0 and 1, got {self.sparsity}")
         if self.keep is not None:
-            if isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 0:
+            if not is_integer(self.keep) or self.keep < 0:
                 raise UsageError(f"`keep` must be a whole number ≥ 0, got {self.keep!r}")
             others = {"sparsity": self.sparsity is not None, "nm": self.nm is not None}
             others |= {"per_layer": self.per_layer, "sparsity_per_layer": bool(self.layers)}
@@ -174,7 +175,7 @@ class Recipe:
             rule = rule if rule is not None else "full" if form == "gradients" else "layer"
         block_sizes([(1,)], rule)
         object.__setattr__(self, "form", form)
-        object.__setattr__(self, "block_rule", rule)
+        object.__setattr__(self, "block_rule", int(rule) if is_integer(rule) else rule)
         default = "float32" if form == "gradients" else "float64"
         object.__setattr__(self, "entry", np.dtype(self.dtype or default))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from cbs_opt.engines import make_engine
 from cbs_opt.errors import UsageError
 from cbs_opt.instances.recipe import Along, Fisher, Form, Recipe, Source, one_of
 from cbs_opt.pruning.schedule import SCHEDULES
+from cbs_opt.scalars import is_finite, is_integer
 
 Schedule = Literal["cubic", "exponential", "linear"]
 Masks = Literal["grow", "return"]
@@ -175,8 +175,10 @@ class Method:
         one_of("split", self.split, ("global", "layer", "normalised", "auto"))
         for name, least in (("stages", 1), ("final_stages", 1), ("samples", 1), ("batch", 1), ("held_out", 0)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            if value is not None and (not is_integer(value) or value < least):
                 raise UsageError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
+            if value is not None:
+                self._set(**{name: int(value)})
         if self.final_stages > self.stages:
             raise UsageError(
                 f"`final_stages` are some of the stages, at most {self.stages}, got {self.final_stages}"
@@ -356,6 +358,6 @@ def _grid(name: str, value: float | Sequence[float] | None) -> tuple[float, ...]
         return ()
     numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
     for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+        if not is_finite(number) or number < 0:
             raise UsageError(f"`{name}` must be finite numbers ≥ 0, got {number!r}")
     return tuple(float(number) for number in numbers)

@@ -13,16 +13,16 @@ from typing import Any
 
 from cbs_opt.errors import CbsError, UsageError
 from cbs_opt.files.toml_text import read_toml
+from cbs_opt.scalars import is_integer
 
 Check = tuple[Callable[[Any], bool], str]
 
 WHOLE = "a whole number"
-_MOST_SEED = 2**63  # what a store holds
 
 
 def is_whole(value: Any, lowest: int) -> bool:
-    """Whether this is a whole number of at least `lowest`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+    """Whether this is a whole number of at least `lowest`, within int64."""
+    return isinstance(value, int) and is_integer(value) and value >= lowest
 
 
 def is_number(value: Any, lowest: float, highest: float) -> bool:
@@ -36,7 +36,7 @@ def is_list(value: Any, item: Callable[[Any], bool]) -> bool:
 
 
 SEEDS: Check = (
-    lambda v: is_list(v, lambda s: is_whole(s, 0) and s < _MOST_SEED) and len(set(v)) == len(v),
+    lambda v: is_list(v, lambda s: is_whole(s, 0)) and len(set(v)) == len(v),
     "a list of different whole numbers ≥ 0 and below 2^63",
 )
 TEXT: Check = (lambda v: isinstance(v, str) and bool(v), "a text")

@@ -14,6 +14,7 @@ from cbs_opt.cli.common import Parser
 from cbs_opt.engines import ENGINES, Engine, make_engine
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files.toml_text import read_toml
+from cbs_opt.scalars import MOST_WHOLE
 from cbs_opt.solve import DEFAULT_SOLVERS
 
 
@@ -319,16 +320,17 @@ def number_option(lowest: float = -math.inf, highest: float = math.inf) -> Calla
     return convert
 
 
-def whole_option(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+def whole_option(lowest: int, highest: int = MOST_WHOLE) -> Callable[[str], int]:
     """The type of an option that takes a whole number from `lowest` on, or up to `highest`."""
-    expected = f"≥ {lowest}" if highest is None else f"from {lowest} to {highest}"
+    bounded = f"from {lowest} to {highest}"
 
     def convert(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = lowest - 1
-        if value < lowest or (highest is not None and value > highest):
+        if not lowest <= value <= highest:
+            expected = f"≥ {lowest}" if highest == MOST_WHOLE and value < lowest else bounded
             raise argparse.ArgumentTypeError(f"must be a whole number {expected}, got '{text[:40]}'")
         return value
 

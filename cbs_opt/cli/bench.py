@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cbs_opt.cli import common
+from cbs_opt.cli.arguments import whole_option
 from cbs_opt.errors import UsageError
 from cbs_opt.files.toml_text import read_toml
 
@@ -39,7 +40,7 @@ def _parser() -> common.Parser:
     add("configuration", metavar="CONFIG.toml|NAME", help="a file, or a name from `cbs-bench list`")
     add("-o", "--output", type=Path, metavar="STORE", help="default: here, CONFIGURATION.sqlite")
     add("--engine", choices=("serial", "processes", "ray"), help="default: serial; processes with --workers")
-    add("--workers", type=_whole, metavar="N", help="runs at a time; default: the number of processors")
+    add("--workers", type=whole_option(1), metavar="N", help="runs at a time; default: the number of processors")
     add("--time-limit", type=_seconds, metavar="S", help="instead of every time limit of the configuration")
     add("--rerun-timeouts", action="store_true", help="repeat runs that ended at their time limit")
     add("--rerun-errors", action="store_true", help="repeat runs that are not ok")
@@ -93,11 +94,11 @@ def _add_paper(commands: Any) -> None:
     add("--test-data", metavar="PATH", help="test images; default: the test split of --data")
     add("-o", "--output", type=Path, metavar="STORE", help="default: here, paper-STUDY.sqlite")
     add("--report", type=Path, metavar="NAME", help="also write the report; as by `cbs-bench report STORE`")
-    add("--seeds", type=_from_zero, nargs="+", metavar="N", help="instead of those of the study")
+    add("--seeds", type=whole_option(0), nargs="+", metavar="N", help="instead of those of the study")
     add("--sparsities", type=_share, nargs="+", metavar="F", help="only these")
     add("--methods", nargs="+", metavar="NAME", help="only these")
     add("--engine", choices=("serial", "processes", "ray"), help="default: serial; processes with --workers")
-    add("--workers", type=_whole, metavar="N", help="rows at a time")
+    add("--workers", type=whole_option(1), metavar="N", help="rows at a time")
     add("--rerun-errors", action="store_true", help="repeat rows that are not ok")
     add("--dry-run", action="store_true", help="show what would be done")
     _talk(paper)
@@ -286,16 +287,6 @@ class _AtOnce(common.Interrupts):
         raise KeyboardInterrupt
 
 
-def _whole(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got '{text[:40]}'")
-    return int(text)
-
-
-def _from_zero(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got '{text[:40]}'")
-    return int(text)
 
 
 def _share(text: str) -> float:

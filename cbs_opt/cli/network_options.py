@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cbs_opt.cli.arguments import number_option, share_option, whole_option
 from cbs_opt.cli.common import Parser
+from cbs_opt.scalars import MOST_WHOLE
 
 if TYPE_CHECKING:
     from cbs_opt.instances.networks import Network
@@ -115,7 +116,7 @@ def blocks_option(text: str) -> str | int:
         size = int(text)
     except ValueError:
         size = 0
-    if size < 1:
+    if not 1 <= size <= MOST_WHOLE:
         raise argparse.ArgumentTypeError(f"must be full, layer, row or a size of at least 1, got '{text[:40]}'")
     return size
 
@@ -123,6 +124,6 @@ def blocks_option(text: str) -> str | int:
 def pattern_option(text: str) -> tuple[int, int]:
     """The type of an option that takes N:M."""
     keep, _, of = text.partition(":")
-    if not (keep.isdecimal() and of.isdecimal()):
+    if not (keep.isdecimal() and of.isdecimal() and max(len(keep), len(of)) <= 9):
         raise argparse.ArgumentTypeError(f"must be N:M, such as 2:4, got '{text[:40]}'")
     return int(keep), int(of)

@@ -34,6 +34,8 @@ def test_defaults(given, form, rule, dtype):
         ({"blocks": 0}, "`blocks` must be"),
         ({"blocks": "all"}, "`blocks` must be"),
         ({"batch": 0}, "`batch` must be a whole number of at least 1, got 0"),
+        ({"damping": 10**400}, "`damping` must be a finite number ≥ 0"),
+        ({"sparsity": "much"}, "`sparsity` must be between 0 and 1, got much"),
         ({"damping": 1e-5, "relative_damping": 0.1}, "exclude each other"),
         ({"damping": -1.0}, "`damping` must be a finite number ≥ 0"),
         ({"relative_damping": float("nan")}, "`relative_damping` must be"),
@@ -114,3 +116,9 @@ def test_shorter_groups_of_a_pattern_are_told(caplog):
     recipe.budget([(3, 8), (2, 6)], ["a", "b"])
     assert "'b' (6)" in caplog.text
     assert "'a'" not in caplog.text
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    recipe = Recipe(batch=np.int64(2), blocks=np.int32(4), keep=np.int64(3))
+    assert recipe.block_rule == 4
+    assert recipe.sizes([(2, 5)]) == [4, 4, 2]

@@ -97,6 +97,9 @@ def test_tiny_losses_keep_the_incumbent_and_say_why(tmp_path, capsys):
 def test_absurd_options_and_files_are_refused(instance_file, tmp_path, capsys):
     assert solve.main([str(instance_file), "--threads", "100000"]) == 2
     assert "--threads: must be a whole number from 1 to 1024, got '100000'" in capsys.readouterr().err
+    for option in ("--max-iterations", "--no-improvement", "--seed", "--batch-size", "--budget", "--keep"):
+        assert solve.main([str(instance_file), "--solver", "search", option, "9" * 400]) == 2
+        assert f"{option}: must be a whole number from" in capsys.readouterr().err
     (tmp_path / "deep.toml").write_text("a = " + "[" * 5000 + "]" * 5000)
     assert solve.main([str(instance_file), "--config", str(tmp_path / "deep.toml")]) == 3
     assert "deep.toml: is not valid TOML: it is nested too deeply" in capsys.readouterr().err
