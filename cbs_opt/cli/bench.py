@@ -287,8 +287,6 @@ class _AtOnce(common.Interrupts):
         raise KeyboardInterrupt
 
 
-
-
 def _share(text: str) -> float:
     try:
         value = float(text)
