@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 MOST_WHOLE = 2**63 - 1
-"""The largest whole number that is accepted anywhere: that of int64."""
+"""The largest whole number of int64."""
 
 
 def is_finite(value: Any) -> bool:
@@ -19,8 +19,8 @@ def is_finite(value: Any) -> bool:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number within int64, 3.0 included."""
-    return is_finite(value) and int(value) == value and abs(value) <= MOST_WHOLE
+    """Whether a value is a whole number, 3.0 included."""
+    return is_finite(value) and int(value) == value
 
 
 def is_integer(value: Any) -> bool:

@@ -162,7 +162,7 @@ def test_a_busy_store_is_refused(config, here, run, tmp_path):
     ("arguments", "code", "sentence"),
     [
         (["run", "nothing"], 2, "nothing: is neither a file nor one of the configurations"),
-        (["run", "bench.toml", "--workers", "0"], 2, "--workers: must be a whole number >= 1"),
+        (["run", "bench.toml", "--workers", "0"], 2, "--workers: must be a whole number ≥ 1"),
         (["run", "bench.toml", "--engine", "serial", "--workers", "2"], 2, "`serial` has one worker, not 2"),
         (["run", "bench.toml", "-o", "no/rows.sqlite"], 3, "there is no directory no"),
         (["run", "bench.toml", "-o", "bench.toml"], 3, "bench.toml: cannot be read as a store"),
