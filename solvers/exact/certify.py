@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from cbs_opt.certificate_tables import small_table
 from cbs_opt.certificate_tree import root_table
 from cbs_opt.files.certificate_file import Certificate, write_certificate
 from cbs_opt.instance import Instance
-from cbs_opt.interrupt import interruptible
+from cbs_opt.interrupt import Interrupted, interruptible
 from cbs_opt.monitor import OPTIMAL_GAP, Monitor
+from cbs_opt.solvers.kernels.stop_flag import NEVER, stop_flag
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.trees.block_search import BlockSearch, multiplier
 from cbs_opt.solvers.trees.joint_worker import JointWorker, prepare_joint
@@ -97,21 +99,28 @@ class Certifier:
         self._most, self._heard = MOST_NODES, 0
         interrupted = monitor.stop.should_stop
         self._should_stop: Callable[[], bool] = interrupted or (lambda: False)
+        self._stop: Int8Array = NEVER
 
     def build(self) -> Certificate:
-        """Record the trees and check them; the bound is what the check finds."""
-        if self._should_stop():
-            self._most = 1
-        if np.isfinite(self.target) and self.problem.n:
-            if self.search is None:
-                self._dense()
-            elif self.search.built:
-                self._blocks(self.search)
+        """Record the trees and check them; the bound is what the check finds. An interrupt ends the recording."""
+        if np.isfinite(self.target) and self.problem.n and not self._should_stop():
+            asked = self._should_stop
+            with suppress(Interrupted), interruptible(asked), stop_flag(asked) as self._stop:
+                self._record(self.search)
         found = self._assembled(np.float32)
         wanted = self.objective - OPTIMAL_GAP * abs(self.objective)
         if found.bound < min(self.target, wanted) - 1e-9 * abs(self.target) and self._trees:
             found = self._assembled(np.float64)
         return found
+
+    def _record(self, search: BlockSearch | None) -> None:
+        if search is None:
+            self._dense()
+            return
+        if self.monitor.closed and not search.built:  # by a heuristic
+            search.run(lambda: False, self._should_stop)
+        if search.built:
+            self._blocks(search)
 
     def _pieces(self) -> IntArray:
         problem = self.problem
@@ -128,7 +137,8 @@ class Certifier:
         root = recorder.run(most, self._heartbeat(recorder))
         self.nodes += recorder.nodes
         self.cut |= recorder.cut
-        self._trees.append(_Tree(piece, count, flatten(root, recorder.part)))
+        if not root.is_blank:
+            self._trees.append(_Tree(piece, count, flatten(root, recorder.part)))
 
     def _heartbeat(self, recorder: Recorder) -> Callable[[], bool]:
         def ask() -> bool:
@@ -151,11 +161,13 @@ class Certifier:
         if isinstance(problem, SelectionProblem):
             recorder = _selection(
                 part, left, inner, problem.scale, problem.index, problem.matrix, problem.linear, problem.group,
-                problem.budget, start,
+                problem.budget, start, self._stop,
             )  # fmt: skip
         else:
             A, H, w = problem.matrices()
-            recorder = _joint(part, left, inner, problem.index, A, H, w, problem.group, problem.keep, start)
+            recorder = _joint(
+                part, left, inner, problem.index, A, H, w, problem.group, problem.keep, start, self._stop
+            )
         self._note(recorder, 0, -1)
 
     def _blocks(self, search: BlockSearch) -> None:
@@ -179,6 +191,8 @@ class Certifier:
             base = part.value(part.state) if self.kind == "joint" else 0.0
             known = root_table(None, part)
             for j in np.argsort(np.abs(numbers - path[k]), kind="stable").tolist():
+                if self._should_stop():
+                    return
                 need = base + problem.scale * wanted[j]
                 if j != path[k] and known[j] >= need - 1e-12 * abs(need):
                     continue
@@ -190,8 +204,9 @@ class Certifier:
                 if isinstance(table, SelectionTable):
                     group = np.zeros(table.n, np.int64)
                     recorder = _selection(
-                        part, left, wanted[j], problem.scale, index, table.Q, table.c, group, left, start
-                    )
+                        part, left, wanted[j], problem.scale, index, table.Q, table.c, group, left, start,
+                        self._stop,
+                    )  # fmt: skip
                 else:
                     group = np.zeros(table.n, np.int64)
                     recorder = _joint(
@@ -205,6 +220,7 @@ class Certifier:
                         group,
                         table.n - left,
                         start,
+                        self._stop,
                     )
                 self._note(recorder, k, j)
                 known = np.maximum(known, root_table(recorder.root_point, part))
@@ -250,11 +266,12 @@ def _selection(
     group: IntArray,
     budget: IntArray,
     start: Int8Array,
+    stop: Int8Array,
 ) -> Recorder:
     """Prepare a tree of the selection problem that is closed at `target`, in units of Q."""
     search = prepare_selection(Q, c, group, budget, [start], 0.0, roundings=0, should_stop=lambda: True)
     threshold = target / search.scale
-    worker = SelectionWorker(search.problem, 0.0, 0.0, np.array([threshold]))
+    worker = SelectionWorker(search.problem, 0.0, 0.0, np.array([threshold]), stop)
     place = np.searchsorted(part.index, index[search.problem.order])
     ones = np.ones(place.size)
     return SelectionRecorder(part, left, worker, target * scale, place, ones, ones * search.scale * scale)
@@ -271,10 +288,11 @@ def _joint(
     group: IntArray,
     keep: IntArray,
     start: Int8Array,
+    stop: Int8Array,
 ) -> Recorder:
     """Prepare a tree of the joint problem that is closed at `target`, above what the part's state costs."""
     search = prepare_joint(A, H, w, group, keep, [start])
-    worker = JointWorker(search.problem, 0.0, 0.0, np.array([target / search.scale]))
+    worker = JointWorker(search.problem, 0.0, 0.0, np.array([target / search.scale]), stop)
     place = np.searchsorted(part.index, index[search.order])
     s = 1 / np.sqrt(np.diag(A)[search.order])
     return JointRecorder(
@@ -297,7 +315,7 @@ def certify(
         When the file cannot be written.
     """
     certifier = Certifier(instance, problem, monitor, search)
-    with interruptible(monitor.stop.should_stop):  # a time limit ended the search, not what is written about it
+    with interruptible(None):  # a time limit ended the search, not what is written about it
         certificate = certifier.build()
     write_certificate(path, certificate)
     optimal = certifier.objective - certificate.bound <= OPTIMAL_GAP * abs(certifier.objective)

@@ -188,7 +188,7 @@ class Exact(Solver):
                 raise SolutionError(
                     f"{self._prover.problem.n} uncoupled weights in groups are sorted, without a tree to record"
                 )
-            found = certify(path, instance, self._prover.problem, context.monitor, self._prover.search)
+            found = certify(path, instance, self._prover.problem, context.monitor, self._prover.tables())
         except (OutputError, SolutionError) as error:
             logger.warning(f"no certificate: {error}")
             found = {"error": str(error)}

@@ -152,6 +152,14 @@ class Prover:
         kind = "selection" if isinstance(self.problem, SelectionProblem) else "joint"
         return f"{kind}_tree", f"{kind}_tables"
 
+    def tables(self) -> BlockSearch | None:
+        """The tables of the components, not yet built where the proof has not begun; None for one tree."""
+        return self.search or (None if self.one_tree else self._new_tables(TOLERANCE, 1, NEVER))
+
+    def _new_tables(self, tolerance: float, threads: int, stop: Int8Array) -> BlockSearch:
+        problem = self.problem
+        return BlockSearch(tables_of(problem, stop), int(problem.budget.sum()), tolerance, threads)
+
     def start(self, context: Context) -> None:
         """Report first selections."""
         report = Report(self.problem, context.monitor)
@@ -248,8 +256,7 @@ class Prover:
     def _tables(self, context: Context, report: Report, tolerance: float, stop: Int8Array) -> None:
         """A table for every component under one budget."""
         problem, monitor, extras = self.problem, context.monitor, context.extras
-        search = BlockSearch(tables_of(problem, stop), int(problem.budget.sum()), tolerance, context.workers)
-        self.search = search
+        self.search = search = self._new_tables(tolerance, context.workers, stop)
         seen = [0]
 
         def progress() -> bool:

@@ -39,6 +39,11 @@ class Node:
         self.diagonal: FloatArray | None = None
         self.products: Products | None = None
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing is known at it or below it."""
+        return self.bounded_by == INHERIT and self.branch == LEAF and not self.fixings and self.diagonal is None
+
     def become(self, other: Node) -> None:
         """Take everything over."""
         for name in self.__slots__:

@@ -77,12 +77,15 @@ class Recorder:
         self._top: tuple[Node, States] = (self.root, part.state.copy())
 
     def run(self, most: int, should_stop: Callable[[], bool]) -> Node:
-        """Record up to about `most` nodes; what is open then stays with the bound of the last point above it."""
+        """Record up to about `most` nodes; what is open then stays with the bound of the last point above it.
+
+        Told to stop, it may record none.
+        """
         tick = itertools.count()
         whole = Subproblem(-np.inf, np.full(self.place.size, -1, np.int8), None, None)
         heap = [(-np.inf, next(tick), whole, self.root, self.part.state.copy())]
         while heap:
-            if self.nodes and (self.nodes >= most or should_stop()):
+            if (self.nodes and self.nodes >= most) or should_stop():
                 self.cut = True
                 break
             _, _, sub, node, state = heapq.heappop(heap)

@@ -29,6 +29,8 @@ from cbs_opt.files.certificate_file import (
     read_certificate,
     write_certificate,
 )
+from cbs_opt.solvers.exact.certify import Certifier
+from cbs_opt.solvers.exact.solver import Exact
 from cbs_opt.solvers.trees import best_first, recorder, tables
 
 STREAMS = (
@@ -92,6 +94,55 @@ def test_small_problems(cases, family, objective, tmp_path, monkeypatch):
             assert found.optimal, where
         else:
             assert found.bound >= result.bound - 1e-6 * abs(result.bound) - 1e-12 * sizes[best], where
+
+
+@pytest.mark.parametrize("objective", ["selection", "joint"])
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_blocks_without_tables_yet_are_no_dense_tree(cases, objective, interrupted, tmp_path, monkeypatch):
+    """Stopped, or closed, after the heuristic: what is certified are the components, not one tree over all."""
+    instance, asked = several(cases), []
+    heuristic = Exact._heuristic
+
+    def stops(self, instance, context):
+        heuristic(self, instance, context)
+        asked.append(True)
+        if not interrupted:
+            context.monitor.report_bound(context.monitor.objective)
+
+    monkeypatch.setattr(Exact, "_heuristic", stops)
+    monkeypatch.setattr(Certifier, "_dense", lambda self: pytest.fail("a tree over all blocks"))
+    stop = Stop(should_stop=lambda: interrupted and bool(asked))
+    path, best = tmp_path / "c.npz", solve(instance, "exact", objective=objective)
+    asked.clear()
+    result = solve(
+        instance, "exact", objective=objective, stop=stop, parameters={"certificate": str(path), "heuristic": 1}
+    )
+    found = verify(instance, read_certificate(path))
+    assert asked and found.bound <= best.objective * (1 + 1e-9)
+    if interrupted:
+        assert result.status is Status.INTERRUPTED and result.extras["certificate"]["nodes"] == 0
+    elif result.objective <= best.objective * (1 + 1e-9):
+        assert found.optimal
+
+
+@pytest.mark.parametrize("objective", ["selection", "joint"])
+def test_an_interrupt_ends_the_recording(cases, objective, tmp_path, monkeypatch):
+    """What is recorded by then is a valid proof; the root too is left when the interrupt comes in it."""
+    instance = dense(cases, objective)
+    best = solve(instance, "exact", objective=objective).objective
+    for nodes in (0, 7):
+        begun = []
+
+        def stops(self, most, should_stop, nodes=nodes, begun=begun, run=recorder.Recorder.run):
+            begun.append(self)
+            return run(self, most, should_stop)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(recorder.Recorder, "run", stops)
+            stop = Stop(should_stop=lambda nodes=nodes, begun=begun: bool(begun) and begun[0].nodes >= nodes)
+            _, certificate = certified(instance, objective, tmp_path / "c.npz", stop=stop)
+        assert begun and certificate.branch.size <= 4 * nodes + 4
+        assert verify(instance, certificate).bound <= best * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("objective", ["selection", "joint"])
