@@ -61,8 +61,8 @@ def fisher_terms(fisher: Fisher, loss: SampleLoss, seed: int = 0) -> Terms:
     generator = torch.Generator().manual_seed(seed)
     if isinstance(loss, ClassLoss):
         if fisher == "exact":
-            return lambda outputs, targets: _all_classes(loss, _view(loss, outputs, targets))
-        return lambda outputs, targets: _drawn_classes(loss, _view(loss, outputs, targets), generator)
+            return lambda outputs, targets: _all_classes(loss, scores_and_places(loss, outputs, targets))
+        return lambda outputs, targets: _drawn_classes(loss, scores_and_places(loss, outputs, targets), generator)
     if fisher == "exact":
         raise FisherError(
             f"`fisher` exact weights the classes of a classifier, the loss is {loss.name}: `sampled` draws "
@@ -78,7 +78,7 @@ def fisher_terms(fisher: Fisher, loss: SampleLoss, seed: int = 0) -> Terms:
     return lambda outputs, targets: _drawn_values(loss, output_tensor(outputs, loss.output_key), generator)
 
 
-def _view(loss: ClassLoss, outputs: Any, targets: Any) -> ClassView:
+def scores_and_places(loss: ClassLoss, outputs: Any, targets: Any) -> ClassView:
     """Scores, and which places count: all of one class a sample where there are no targets."""
     if targets is not None:
         return loss.classes(outputs, targets)

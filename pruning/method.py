@@ -33,6 +33,11 @@ STAGE_TIME_LIMITS = (5.0, 10.0)
 WEIGHTS_A_SECOND = 1000
 
 
+_LEAST = (
+    ("stages", 1), ("final_stages", 1), ("samples", 1), ("batch", 1), ("held_out", 0), ("gauss_newton", 0)
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Method:
     """How a network is pruned; what is not given gets a default that depends on the rest.
@@ -82,6 +87,10 @@ class Method:
         Whether the kept weights are then fitted, layer after layer, to the outputs of the dense network, see
         `refits.refit`; batch norms may take their statistics on the way. "auto", the default for kfac and
         reconstruction, decides by the loss on the held-out samples; "no" is that for the Fisher matrix.
+    gauss_newton : int
+        After each stage, so many steps of all kept weights together towards the outputs of the dense network, see
+        `gauss_newton.steps`; each on `samples` new training samples, and only as far as it lowers the loss on the
+        held-out samples, without which there are none. For reconstruction and kfac.
     curvature, blocks : optional
         Form and blocks of H, see `Recipe`.
     solver, objective : str, optional
@@ -136,6 +145,7 @@ class Method:
     first_order_scale: float | Sequence[float] | None = None
     update_scale: float | Sequence[float] | None = None
     refit: Refit | None = None
+    gauss_newton: int = 0
     curvature: Form | None = None
     blocks: str | int | None = None
     solver: str | None = None
@@ -173,7 +183,7 @@ class Method:
             self._set(refit="no" if self.source == "fisher" else "auto")
         one_of("refit", self.refit, ("auto", "yes", "no"))
         one_of("split", self.split, ("global", "layer", "normalised", "auto"))
-        for name, least in (("stages", 1), ("final_stages", 1), ("samples", 1), ("batch", 1), ("held_out", 0)):
+        for name, least in _LEAST:
             value = getattr(self, name)
             if value is not None and (not is_integer(value) or value < least):
                 raise UsageError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
@@ -204,6 +214,8 @@ class Method:
         staged = self.stages > 1
         if self.sequential and not by_rows:
             raise UsageError("`sequential` goes layer by layer: `source` reconstruction or kfac, got fisher")
+        if self.gauss_newton and not by_rows:
+            raise UsageError("`gauss_newton` is for `source` reconstruction and kfac, got fisher")
         targets = self.targets
         if targets is None:
             own: Targets = "dense" if by_rows else "loss"
@@ -265,6 +277,8 @@ class Method:
             raise UsageError("`first_order_scale` must have at least one number")
         if self.refit == "yes" and not any(scales):
             raise UsageError("`refit` changes the kept weights: it goes without `update_scale` 0")
+        if self.gauss_newton and not any(scales):
+            raise UsageError("`gauss_newton` changes the kept weights: it goes without `update_scale` 0")
         self._set(dampings=dampings, scales=scales, first_order_scales=first_order)
 
     def _set(self, **values: Any) -> None:
@@ -290,7 +304,7 @@ class Method:
     def chooses(self) -> bool:
         """Whether there is something that held-out samples choose."""
         several = max(len(self.dampings), len(self.scales), len(self.first_order_scales)) > 1
-        return several or "auto" in (self.recalibrate_bn, self.split, self.refit)
+        return several or self.gauss_newton > 0 or "auto" in (self.recalibrate_bn, self.split, self.refit)
 
     def limited(self, n: int) -> Method:
         """The method for n weights: with its default of the time limit, unless a limit is given."""
@@ -344,6 +358,7 @@ class Method:
             del content[name]
         # States of earlier versions have no such options.
         later = {"keep": self.keep is None, "refit": self.refit == "no"}
+        later["gauss_newton"] = self.gauss_newton == 0
         later["first_order_scale"] = self.first_order_scale is None
         for name in (name for name, unused in later.items() if unused):
             del content[name]

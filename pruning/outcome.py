@@ -44,7 +44,7 @@ class Stage:
         Loss and metric on the held-out samples after the stage.
     metric : str or None
     damping, update_scale, split, recalibrated : float, float, str, bool
-    first_order_scale, refitted : float, bool
+    first_order_scale, refitted, gauss_newton : float, bool, int
         What was chosen, see `Method`.
     status : str
         Of the solver.
@@ -69,6 +69,7 @@ class Stage:
     seconds: float
     first_order_scale: float = 1.0
     refitted: bool = False
+    gauss_newton: int = 0
 
     def line(self) -> str:
         """The stage in one line of text."""
@@ -82,6 +83,7 @@ class Stage:
         chosen += [f"gradient × {self.first_order_scale:g}"] if self.first_order_scale != 1.0 else []
         chosen += [f"update × {self.update_scale:g}"] if self.update_scale != 1.0 else []
         chosen += ["refitted"] if self.refitted else []
+        chosen += [f"{self.gauss_newton} Gauss-Newton steps"] if self.gauss_newton else []
         chosen += [f"split {self.split}"] if self.split != "global" else []
         chosen += ["statistics re-estimated"] if self.recalibrated else []
         return f"{', '.join(parts)}; {', '.join(chosen)}; {self.seconds:.1f} s"

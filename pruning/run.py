@@ -155,7 +155,7 @@ class Run:
         )
         self._fisher: Fisher | None = method.fisher
         self.dense = self.copy.state()
-        aims = method.targets == "dense" or method.refit != "no"
+        aims = method.targets == "dense" or method.refit != "no" or method.gauss_newton > 0
         self._dense = copy.deepcopy(self.copy.model) if aims else None
         self.before: Score | None = None
         self.score: Score | None = None
@@ -241,13 +241,18 @@ class Run:
             When it was asked to stop; the copy is then as it was before.
         """
         started = time.perf_counter()
-        samples = in_memory(self.pool.drawn(number, self.method.samples or 1))
+        samples = self.samples_of(number)
         model = self.first_model
         if model is None:
             model = self.model_around(number, samples)
             self.first_model = model if self.method.stages == 1 else None
         choice = self.choice(number, part, samples, model)
         self.take(number, choice, time.perf_counter() - started)
+
+    def samples_of(self, number: int, step: int = 0) -> SampleSource:
+        """The samples of a stage, or those of its Gauss-Newton steps 1, 2, …."""
+        method = self.method
+        return in_memory(self.pool.drawn((number - 1) * (1 + method.gauss_newton) + 1 + step, method.samples or 1))
 
     def choice(self, number: int, part: float, samples: SampleSource, instance: Instance) -> Choice:
         """The best network of a stage that prunes a part of the budget; raises `Stopped` as `advance` does."""
@@ -263,6 +268,7 @@ class Run:
             seed=self.method.seed + number - 1,
             should_stop=self._should_stop,
             dense=self._dense,
+            fresh=lambda step: self.samples_of(number, step),
         )
         if found is None or (self._should_stop() and self.method.stages > 1):
             raise Stopped
@@ -373,7 +379,7 @@ class Run:
             number,
             float(choice.pruned.mean()),
             int(choice.pruned.sum()),
-            min(self.method.samples or 0, len(self.pool)),
+            min((self.method.samples or 0) * (1 + choice.gauss_newton), len(self.pool)),
             choice.predicted,
             before.loss + choice.predicted if known and before is not None else None,
             None if score is None or not math.isfinite(score.loss) else score.loss,
@@ -387,6 +393,7 @@ class Run:
             seconds,
             choice.first_order_scale,
             choice.refitted,
+            choice.gauss_newton,
         )
 
 

@@ -9,7 +9,6 @@ from cbs_opt.errors import UsageError
 from cbs_opt.instances.scores import Score, cost
 from cbs_opt.pruning.outcome import Pruned
 from cbs_opt.pruning.run import Run
-from cbs_opt.pruning.samples import in_memory
 from cbs_opt.pruning.stage import Choice, Stopped
 
 logger = logging.getLogger("cbs_opt")
@@ -64,7 +63,7 @@ def sparsest(run: Run, max_drop: float) -> Pruned:
 def _within(run: Run, number: int, low: float, high: float, max_drop: float) -> float | None:
     """Do the stage as far as it goes: the part of the budget that it reached, None for none."""
     started = time.perf_counter()
-    samples = in_memory(run.pool.drawn(number, run.method.samples or 1))
+    samples = run.samples_of(number)
     instance = run.model_around(number, samples)
     taken: tuple[float, Choice] | None = None
     failed = high

@@ -14,11 +14,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cbs_opt.budget import Budget
+from cbs_opt.curvature import Curvature
 from cbs_opt.engines import Engine, make_engine
+from cbs_opt.errors import CbsError
 from cbs_opt.instance import Instance
 from cbs_opt.instances.data import SampleSource
+from cbs_opt.instances.losses import SampleLoss
 from cbs_opt.instances.scores import Score, evaluate
 from cbs_opt.losses import predicted_loss
+from cbs_opt.pruning.gauss_newton import Distance, preconditioner, steps
 from cbs_opt.pruning.method import Method
 from cbs_opt.pruning.network import State, WorkingCopy
 from cbs_opt.pruning.problem import Problem, of_layers, redamped, scaled_update
@@ -31,6 +35,9 @@ from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray, FloatArray
 
 logger = logging.getLogger("cbs_opt")
+
+STEP_SCALES = (1.0, 0.5)
+"""Parts of a Gauss-Newton step that are tried."""
 
 
 class Stopped(Exception):  # noqa: N818  # no error: someone asked for it
@@ -94,6 +101,8 @@ class Choice:
         Change of the quadratic model, without its damping, by the change of the weights.
     damping, update_scale, split, recalibrated, first_order_scale, refitted : float, float, str, bool, float, bool
         What was chosen.
+    gauss_newton : int
+        Steps that were taken then.
     result : Result
         Of the solver.
     """
@@ -109,6 +118,7 @@ class Choice:
     result: Result
     first_order_scale: float = 1.0
     refitted: bool = False
+    gauss_newton: int = 0
 
     @property
     def loss(self) -> float:
@@ -160,6 +170,7 @@ def best(
     seed: int,
     should_stop: Callable[[], bool] = lambda: False,
     dense: nn.Module | None = None,
+    fresh: Callable[[int], SampleSource] | None = None,
 ) -> Choice | None:
     """Solve the variants and return the network with the least loss on the held-out samples.
 
@@ -179,7 +190,10 @@ def best(
     should_stop : callable, optional
         True ends the search; what was found before counts.
     dense : torch.nn.Module, optional
-        The dense network, whose outputs are the targets of methods that are `sequential` or `refit`.
+        The dense network, whose outputs are the targets of methods that are `sequential`, `refit` or take
+        Gauss-Newton steps.
+    fresh : callable, optional
+        The samples of the Gauss-Newton steps 1, 2, ….
 
     Returns
     -------
@@ -188,6 +202,7 @@ def best(
     """
     before = copy.state()
     found: Choice | None = None
+    origin: tuple[Problem, Instance] | None = None
     workers = make_engine(method.engine, method.workers, method.threads or 1)
     try:
         with workers.kept() as engine:
@@ -206,15 +221,18 @@ def best(
                     applied = _applied(copy, before, problem, instance, result, method, scorer, samples, dense)
                     for choice in applied:
                         if found is None or choice.loss < found.loss:
-                            found = choice
+                            found, origin = choice, (problem, instance)
                 except Stopped:
                     if found is None:
                         unscored, plain = replace(scorer, source=None), replace(method, refit="no")
                         (found,) = _applied(
                             copy, before, problem, instance, result, plain, unscored, samples, dense
                         )
+                        origin = problem, instance
                 if scorer.source is None:
                     break  # nothing could tell one variant from another: the first is taken
+        if found is not None and origin is not None and dense is not None and fresh is not None:
+            found = _together(copy, found, origin, dense, method, scorer, fresh, seed)
     finally:
         copy.restore(before)
     return found
@@ -282,6 +300,48 @@ def _applied(
                 problem.first_order_scale,
                 refitted,
             )
+
+
+def _together(
+    copy: WorkingCopy,
+    found: Choice,
+    origin: tuple[Problem, Instance],
+    dense: nn.Module,
+    method: Method,
+    scorer: Scorer,
+    fresh: Callable[[int], SampleSource],
+    seed: int,
+) -> Choice:
+    """The choice after Gauss-Newton steps, each as far as it lowers the loss on the held-out samples."""
+    if scorer.source is None or not isinstance(scorer.loss, SampleLoss):
+        return found
+    distance = Distance(scorer.loss)
+    copy.restore(found.state)
+    K: Curvature | None = None
+    try:
+        for number in range(1, method.gauss_newton + 1):
+            samples = fresh(number)
+            K = preconditioner(copy, samples, distance, seed) if K is None else K
+            weights, before = copy.weights, found
+            for move, scale in product(
+                steps(copy, dense, samples, found.pruned, distance, K, scorer.check), STEP_SCALES
+            ):
+                copy.take(weights + scale * move)
+                score = scorer(copy)
+                if score is not None and math.isfinite(score.loss) and score.loss < found.loss:
+                    predicted = _predicted(*origin, copy.weights, method)
+                    found = replace(
+                        found, state=copy.state(), score=score, predicted=predicted, gauss_newton=number
+                    )
+            if found is before:
+                break
+            copy.restore(found.state)
+            logger.debug(f"after {number} Gauss-Newton steps: held-out loss {found.loss:.4f}")
+    except Stopped:
+        pass
+    except CbsError as error:
+        logger.info(f"no Gauss-Newton step after {found.gauss_newton}: {error}")
+    return found
 
 
 def _tried(choice: str | None, scorer: Scorer) -> tuple[bool, ...]:

@@ -113,6 +113,14 @@ def prune_parser() -> common.Parser:
         help="fit the kept weights, layer after layer, to the outputs of the dense network; auto, the default for "
         "kfac and reconstruction: where it lowers the loss on the samples held out",
     )
+    add(
+        "--gauss-newton",
+        type=whole_option(0),
+        default=0,
+        metavar="N",
+        help="after each stage, at most N steps of all kept weights together towards the outputs of the dense "
+        "network, each on new samples and only as far as it lowers the loss on those held out; default: 0",
+    )
     add("--no-update", action="store_true", help="kept weights stay as they are")
     add(
         "--masks",
@@ -264,6 +272,7 @@ def _method(options: argparse.Namespace) -> Method:
         first_order_scale=options.first_order_scale,
         update_scale=0.0 if options.no_update else options.update_scale,
         refit=options.refit,
+        gauss_newton=options.gauss_newton,
         curvature=options.curvature,
         blocks=options.blocks,
         solver=options.solver,
