@@ -7,7 +7,8 @@ This package imports the core, `cbs_opt`, and `cbs_opt.instances`, and neither `
 - `schedule`: how many weights each stage prunes;
 - `samples`: training samples of each stage, and those held out; `network`: the copy of the network that changes;
 - `problem`: the quadratic models of a stage; `statistics`: those of batch norms, re-estimated;
-- `refits`: kept weights fitted to the outputs of the dense network;
+- `refits`: kept weights fitted to the outputs of the dense network, layer by layer;
+- `gauss_newton`: steps of all of them together towards its outputs;
 - `stage`: one stage: solve, apply, choose by the loss on held-out samples;
 - `run`: all stages; `state`: what is stored for a restart; `search`: the largest sparsity for a given cost;
 - `outcome`: the result, `Pruned`; `picture`: loss and layers.

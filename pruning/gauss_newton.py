@@ -55,7 +55,7 @@ logger = logging.getLogger("cbs_opt")
 ITERATIONS = 6
 """Of conjugate gradients. With more, the model is fitted to its samples rather than to the network."""
 
-TEMPERATURE = 4.0
+TEMPERATURE = 2.0
 """Of the class probabilities: above 1, also classes that the dense network holds for unlikely say something."""
 
 DAMPING = 0.1

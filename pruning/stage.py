@@ -341,6 +341,8 @@ def _together(
         pass
     except CbsError as error:
         logger.info(f"no Gauss-Newton step after {found.gauss_newton}: {error}")
+    except torch.OutOfMemoryError:
+        logger.warning(f"no Gauss-Newton step after {found.gauss_newton}: the memory of the card is too short")
     return found
 
 
