@@ -60,6 +60,7 @@ METHODS = {
     "one shot, refitted": {"refit": "yes", "recalibrate_bn": "yes"},
     "one shot, fisher, refitted": {"source": "fisher", "damping": 1.0, "refit": "yes"},
     "no update": {"update_scale": 0.0, "objective": "selection", "solver": "magnitude"},
+    "stages, Gauss-Newton": {"stages": 2, "gauss_newton": 1, "relative_damping": 0.01},
     "2:4": {"nm": "2:4", "stages": 2},
     "per layer": {"per_layer": True, "sparsity": 0.5, "stages": 2, "schedule": "linear"},
 }
