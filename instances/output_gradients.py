@@ -1,11 +1,14 @@
 """The mean squared gradient of the loss by the output of every row: the second factor of K-FAC.
 
 Every product that the network makes with a weight is seen where torch is called (`products`); its result is noted,
-and the loss is differentiated by it. Calls that hide their products are written out (`unfused`).
+and the loss is differentiated by it. Calls that hide their products are written out (`unfused`); functions with a
+backward pass of their own run once more (`autograd_functions`). A block of the network without gradients
+(`torch.no_grad`) is differentiated all the same: the loss depends on its weights, whoever trains them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,13 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.instances.batches import Samples, checked_call, moved, placed, reason, slices, within_memory
+from cbs_opt.instances.autograd_functions import functions_seen
+from cbs_opt.instances.batches import Samples, call, checked_call, moved, placed, reason, slices, within_memory
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
 from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.products import Product, Products
 from cbs_opt.instances.tensors import Layout
 from cbs_opt.instances.unfused import UNFUSED
+from cbs_opt.instances.views import NotFollowed
 from cbs_opt.typing import FloatArray
+
+logger = logging.getLogger("cbs_opt")
 
 Terms = Callable[[Any, Any], Iterator[Tensor]]
 """Outputs and targets of a few samples → losses, whose squared gradients are added up."""
@@ -51,29 +58,59 @@ class RowGradients:
 class TracedProducts(Products):
     """Note the products of weights with their results, so that a loss can be differentiated by the latter.
 
+    Parameters
+    ----------
+    weights, refuse
+        As for `Products`.
+    everywhere : bool
+        Whether blocks of the network without gradients have them all the same.
+
     Attributes
     ----------
     seen : list of (Tensor, list of Product)
         Results that are part of the graph, and the products within.
+    muted : bool
+        Whether products are ignored.
+    hidden : str or None
+        The function without a graph that is running, whose products are refused.
     """
 
-    def __init__(self, weights: Mapping[str, tuple[Tensor, Layout]], refuse: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, tuple[Tensor, Layout]],
+        refuse: Callable[[str, str], None],
+        everywhere: bool = True,
+    ) -> None:
         super().__init__(weights, self._note, refuse)
         self.seen: list[tuple[Tensor, list[Product]]] = []
+        self.muted, self.hidden = False, None
         self._new: list[Product] = []
+        self._everywhere = everywhere
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Write a call out that hides its products, and note those of all others."""
         kwargs = kwargs or {}
+        if self.muted:
+            return func(*args, **kwargs)
+        if self._everywhere and func is torch._C._set_grad_enabled and not args[0]:
+            return None
         unfused = UNFUSED.get(getattr(func, "__name__", ""))
         if unfused is not None and self.names_in(args, kwargs):
             with self:
                 return unfused(*args, **kwargs)
         return super().__torch_function__(func, types, args, kwargs)
 
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a weight, or a part of one."""
+        return bool(self.names_in((tensor,), {}))
+
     def _note(self, product: Product) -> None:
+        if self.hidden is not None:
+            raise NotFollowed(
+                f"it is multiplied in the function {self.hidden}, which cannot be differentiated twice"
+            )
         self._new.append(product)
 
     def result_of(self, result: Any) -> Any:
@@ -138,18 +175,37 @@ def row_gradients(
         weights = {name: (parameters[name].detach(), layout) for name, layout in layouts.items()}
         size = max(fewest(model), chunk_size(model, placed(inputs[: fewest(model)], model), (), chunk_bytes))
         for part in slices(inputs, size):
-            traced = TracedProducts(weights, lambda name, reason: reasons.update({name: reason}))
             x = placed(inputs[part], model)
             y = None if targets is None else moved(targets[part], device)
             with torch.enable_grad():
-                with traced:
-                    outputs = checked_call(model, x)
+                traced, outputs = _traced(model, x, weights, lambda name, reason: reasons.update({name: reason}))
                 if reasons:
                     name, why = next(iter(reasons.items()))
                     raise UsageError(f"'{name}' has no output gradients that can be computed: {why}")
                 _add(traced, sums, terms(outputs, y))
             progress(part.stop)
     return {name: total.gradients(name, len(inputs)) for name, total in sums.items()}
+
+
+def _traced(
+    model: nn.Module, x: Any, weights: Mapping[str, tuple[Tensor, Layout]], refuse: Callable[[str, str], None]
+) -> tuple[TracedProducts, Any]:
+    """The products of a forward pass, and the outputs of the network."""
+    traced = TracedProducts(weights, refuse)
+    try:
+        with functions_seen(traced), traced:
+            return traced, call(model, x)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the network changes tensors where it has no gradients: it must not have any there
+        logger.debug("kfac: blocks of the network without gradients stay without")
+    finally:
+        for buffer in model.buffers():
+            if buffer.requires_grad and not buffer.is_leaf:
+                buffer.detach_()
+    traced = TracedProducts(weights, refuse, everywhere=False)
+    with functions_seen(traced), traced:
+        return traced, checked_call(model, x)
 
 
 def _add(traced: TracedProducts, sums: Mapping[str, _Sums], losses: Iterator[Tensor]) -> None:

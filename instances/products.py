@@ -129,8 +129,8 @@ class Products(TorchFunctionMode):
         handler(self, *args, **kwargs)
 
     def _tell(self, product: Product) -> None:
-        self._followed.add(product.name)
         self._report(product)
+        self._followed.add(product.name)
 
     def names_in(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[str]:
         """The weights among the arguments of a call."""
@@ -191,7 +191,7 @@ class Products(TorchFunctionMode):
         if (flipped != transposed) == layout.inputs_first:
             self._tell(Product(name, first, last, outputs, inputs))
         else:  # Σ_j (Σ_r δ_rj x_r)²: of each row's own terms x_r² is what all its weights share
-            squares = inputs().double().square()
+            squares = inputs().detach().double().square()
 
             def counts(factors: Tensor | None) -> Tensor:
                 return squares.sum(1) if factors is None else squares @ factors

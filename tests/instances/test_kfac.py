@@ -326,3 +326,41 @@ def test_options_that_make_no_sense():
         cbs_opt.export(model, x, source="reconstruction", fisher="exact")
     with pytest.raises(UsageError, match="kfac has a block for each output row"):
         cbs_opt.export(model, x, source="kfac", fisher="exact", blocks="layer")
+
+
+@pytest.mark.parametrize("first", ["x W", "x Wt"])
+def test_a_matrix_used_from_both_sides_counts_what_an_untied_copy_says(first):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 6) / 2)
+            self.scale = nn.Parameter(torch.randn(5, 6 if first == "x Wt" else 4))
+
+        def forward(self, x, back=None):
+            back = self.w if back is None else back
+            v, u = (self.w, back) if first == "x Wt" else (self.w.t(), back.t())
+            return functional.linear(torch.tanh(functional.linear(x @ self.scale, v)), u.t())
+
+    torch.manual_seed(0)
+    network = Tied().double()
+    x = torch.randn(9, 5, dtype=torch.float64)
+    y = torch.randn(9, 6 if first == "x Wt" else 4, dtype=torch.float64)
+    found = row_gradients(network, x, y, {"w": Layout((4, 6))}, fisher_terms("empirical", declared("mse")))["w"]
+    squares, shifts = np.zeros(4), np.zeros(4)
+    for s in range(9):
+        back = network.w.detach().clone().requires_grad_()
+        loss = functional.mse_loss(network(x[s : s + 1], back), y[s : s + 1])
+        own, other = (g.numpy() for g in torch.autograd.grad(loss, [network.w, back]))
+        # The row's own product is of one place, g xᵀ: ‖g_r x‖² = g_r² ‖x‖²; that from the other side is h_r g_j.
+        side = own if first == "x Wt" else other
+        across = other if first == "x Wt" else own
+        a = (x[s] @ network.scale).detach()
+        if first == "x Wt":
+            squares += (side**2).sum(1) / float(a @ a) / 9
+        else:
+            h = torch.tanh(functional.linear(a, network.w.t())).detach()
+            squares += (side**2).sum(1) / float(h @ h) / 9
+        shifts += (across**2).mean(1) / 9
+    np.testing.assert_allclose(found.squares, squares, rtol=1e-9)
+    np.testing.assert_allclose(found.shifts, shifts, rtol=1e-9)
+    assert shifts.min() > 0
