@@ -7,8 +7,9 @@ nothing more; its modules load torch, and `cbs_opt.instances.digits` scikit-lear
 - `gradients`: the gradient of every sample or mini-batch, by layers (`layers`) or by `torch.func`;
 - `fisher`, `curvature`: the empirical Fisher matrix of these gradients, in the form that an instance needs;
 - `reconstruction`: the layer-wise reconstruction error, another source of H;
-- `kfac`, with `output_gradients` and `fisher_terms`: that of each row times the mean squared gradient of the loss
-  by its output; `row_sources`, `row_blocks`: both sources, and what their rows share in an instance;
+- `kfac`, with `output_gradients`, `autograd_functions` and `fisher_terms`: that of each row times the mean squared
+  gradient of the loss by its output; `row_sources`, `row_blocks`: both sources, and what their rows share in an
+  instance;
 - `prunable`, `plan`, `tensors`: which tensors are pruned, and their layout in an instance;
 - `plain`, `stored_forms`: weights that are computed from others, in networks and in checkpoints;
 - `products`, with `patches`, `recurrent`, `unfused` and `views`: what each weight of a network multiplies;

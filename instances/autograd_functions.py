@@ -106,7 +106,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     def joined(result: Any, other: Any) -> Any:
         if not isinstance(result, Tensor) or not isinstance(other, Tensor) or not other.requires_grad:
             return result
-        return _Joined.apply(result, other) if result.requires_grad or not needed else result
+        if needed and not result.requires_grad:  # a result that the function says has no gradient
+            return result
+        return _Joined.apply(result, other)  # type: ignore[no-untyped-call]
 
     if isinstance(results, tuple):
         return tuple(joined(*pair) for pair in zip(results, again, strict=True))
