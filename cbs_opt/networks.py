@@ -6,11 +6,13 @@ torch, `cbs_opt.instances` and `cbs_opt.pruning` are loaded when a function is c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.result import Result
+from cbs_opt.scalars import is_finite
 from cbs_opt.solution import Solution
 
 if TYPE_CHECKING:
@@ -77,7 +79,9 @@ def export(
     from cbs_opt.instances.export import export as export_samples
     from cbs_opt.instances.modes import unwrapped
     from cbs_opt.instances.own_data import own_samples
+    from cbs_opt.instances.recipe import check_options
 
+    check_options("export", options, [*signature(export_samples).parameters][3:])
     data = inputs if labels is None else (inputs, _array(labels))
     owned = own_samples(data, unwrapped(model), "the data", samples, seed)
     return export_samples(
@@ -105,6 +109,7 @@ def prune(
     metric: Any = None,
     output_key: str | None = None,
     device: str = "auto",
+    accuracy_drop: float | None = None,
     state: Any = None,
     on_stage: Any = None,
     should_stop: Any = None,
@@ -129,6 +134,9 @@ def prune(
         "2:4" in place of a sparsity.
     loss, metric, output_key, device : optional
         As for `export`.
+    accuracy_drop : float, optional
+        Take the largest sparsity, at most `sparsity`, that costs at most so many points of accuracy, or percent of
+        perplexity, error or loss, on the samples held out; without any such, the network as it was and no stages.
     state : Path or str, optional
         A file that is written after every stage, from which the same call continues.
     on_stage : callable, optional
@@ -163,19 +171,18 @@ def prune(
     from cbs_opt.instances.modes import unwrapped
     from cbs_opt.pruning.method import Method
     from cbs_opt.pruning.run import Run
+    from cbs_opt.pruning.search import sparsest
 
     other = None
     number = held_out if held_out is None or isinstance(held_out, int) else None
     inner = unwrapped(model)
     if held_out is not None and number is None:
         other = own_source(held_out, inner, "the held-out data")
-    method = Method(
-        sparsity=None if sparsity is None else share_of(sparsity, "`sparsity`"),
-        nm=None if nm is None else _pattern(nm),
-        held_out=number,
-        **options,
-    )
-    return Run(
+    given = {"sparsity": None if sparsity is None else share_of(sparsity, "`sparsity`")}
+    method = Method.of({**given, "nm": None if nm is None else _pattern(nm), "held_out": number, **options})
+    if accuracy_drop is not None and not (is_finite(accuracy_drop) and accuracy_drop >= 0):
+        raise UsageError(f"`accuracy_drop` must be a finite number ≥ 0, got {accuracy_drop!r}")
+    run = Run(
         model,
         own_source(data, inner, "the data"),
         method,
@@ -189,7 +196,8 @@ def prune(
         state=state,
         on_stage=on_stage,
         should_stop=should_stop or (lambda: False),
-    )()
+    )
+    return run() if accuracy_drop is None else sparsest(run, accuracy_drop)
 
 
 def apply(model: nn.Module, instance: Instance, solution: Result | Solution) -> list[LayerMask]:

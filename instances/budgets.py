@@ -14,6 +14,7 @@ from cbs_opt.budget import Budget
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files.toml_text import read_toml
 from cbs_opt.instances.prunable import matches
+from cbs_opt.scalars import is_finite
 from cbs_opt.typing import FloatArray
 
 logger = logging.getLogger("cbs_opt")
@@ -143,8 +144,8 @@ def keeping(
     UsageError
         For a number that is neither.
     """
-    if not math.isfinite(least) or least < 0 or (least > 1 and least != int(least)):
-        raise UsageError(f"`keep_at_least` must be a whole number of weights, or a share below 1, got {least:g}")
+    if not is_finite(least) or least < 0 or (least > 1 and least != int(least)):
+        raise UsageError(f"`keep_at_least` must be a whole number of weights, or a share below 1, got {least}")
     out = np.zeros(weights.size, np.int8) if fixed is None else np.array(fixed, np.int8)
     start = 0
     for size in sizes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from cbs_opt.budget import Budget, number_of
 from cbs_opt.errors import OutputError, UsageError
-from cbs_opt.instances.budgets import budget_of_layers
+from cbs_opt.instances.budgets import budget_of_layers, share_of
 from cbs_opt.instances.curvature import Shape, block_sizes, cut, working_bytes
 from cbs_opt.memory import available_bytes
 from cbs_opt.scalars import is_finite, is_integer
@@ -142,7 +144,18 @@ class Recipe:
             for name, given in others.items():
                 if given:
                     raise UsageError(f"`keep` and `{name}` exclude each other: `keep` counts over all tensors")
+        if self.layers is not None:
+            if not isinstance(self.layers, Mapping):
+                raise UsageError(
+                    f"`layers` must be a mapping from names or patterns to sparsities, got {self.layers!r}"
+                )
+            rules = {
+                name: share_of(value, f"`layers`: the sparsity of '{name}'") for name, value in self.layers.items()
+            }
+            object.__setattr__(self, "layers", rules)
         if self.nm is not None:
+            if not (isinstance(self.nm, list | tuple) and len(self.nm) == 2 and all(map(is_integer, self.nm))):
+                raise UsageError(f"`nm` must be two whole numbers, such as (2, 4), got {self.nm!r}")
             N, M = self.nm
             if not 0 <= N <= M or M < 1:
                 raise UsageError(f"N:M must have 0 ≤ N ≤ M and M ≥ 1, got {N}:{M}")
@@ -420,6 +433,18 @@ def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
     """Raise `UsageError` unless an option has one of the values that it may have."""
     if value not in known:
         raise UsageError(f"`{name}` must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_options(
+    function: str, given: Iterable[str], known: Sequence[str], other: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Raise `UsageError` for an option that a function has not, with the nearest name."""
+    other = {"sparsity_per_layer": "layers", **other}
+    for name in given:
+        if name not in known:
+            near = [other[name]] if name in other else difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
+            raise UsageError(f"`{function}` has no option `{name}`: {hint}")
 
 
 def _gb(size: float) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from cbs_opt.engines import make_engine
 from cbs_opt.errors import UsageError
-from cbs_opt.instances.recipe import Along, Fisher, Form, Recipe, Source, one_of
+from cbs_opt.instances.recipe import Along, Fisher, Form, Recipe, Source, check_options, one_of
 from cbs_opt.pruning.schedule import SCHEDULES
 from cbs_opt.scalars import is_finite, is_integer
 
@@ -33,8 +33,10 @@ STAGE_TIME_LIMITS = (5.0, 10.0)
 WEIGHTS_A_SECOND = 1000
 
 
+_IN_PYTHON = {"no_update": "update_scale=0", "update": "update_scale"}  # names that one might try
 _LEAST = (
-    ("stages", 1), ("final_stages", 1), ("samples", 1), ("batch", 1), ("held_out", 0), ("gauss_newton", 0)
+    ("stages", 1), ("final_stages", 1), ("samples", 1), ("batch", 1), ("held_out", 0), ("gauss_newton", 0),
+    ("seed", 0),
 )  # fmt: skip
 
 
@@ -172,6 +174,12 @@ class Method:
     dampings: tuple[float, ...] = field(init=False)
     scales: tuple[float, ...] = field(init=False)
     first_order_scales: tuple[float, ...] = field(init=False)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Method:
+        """The method with some options; raises `UsageError` for one that there is not, with the nearest name."""
+        check_options("prune", options, [option.name for option in fields(cls) if option.init], _IN_PYTHON)
+        return cls(**options)
 
     def __post_init__(self) -> None:
         one_of("schedule", self.schedule, SCHEDULES)

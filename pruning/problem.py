@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +19,13 @@ from cbs_opt.instances.export import Export, Progress
 from cbs_opt.instances.recipe import Recipe
 from cbs_opt.instances.scores import Judge
 from cbs_opt.instances.tensors import read_places
+from cbs_opt.losses import predicted_loss
 from cbs_opt.pruning.method import Method
 from cbs_opt.typing import FloatArray
 
 logger = logging.getLogger("cbs_opt")
+
+_EPSILON = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True)
@@ -115,24 +117,50 @@ def redamped(instance: Instance, old: float, new: float, *, relative: bool) -> I
     curvature = instance.curvature
     if isinstance(curvature, GradientFactor):
         return instance.with_damping(curvature.damping * factor if relative else new)
-    noted = instance.metadata["damping"]
-    count = len(read_places(instance))
-    before = np.full(count, noted, np.float64) if np.isscalar(noted) else np.asarray(noted, np.float64)
-    shift = before * (factor - 1.0) if relative else np.full(count, new - old)
+    before = damping_of_layers(instance)
+    shift = before * (factor - 1.0) if relative else np.full(before.size, new - old)
     stored = stored_blocks(curvature)
     of_stored = np.zeros(stored.number_of_blocks, np.int64)
     of_stored[shared_index(curvature)] = layer_of_blocks(instance)
     blocks = []
     for k in range(stored.number_of_blocks):
         block = stored.block(k).copy()
-        block[np.diag_indices_from(block)] += shift[of_stored[k]]
+        # What was added before cannot be taken away exactly: a zero row would become negative.
+        rounding = 2 * _EPSILON * float(block.diagonal().max()) if shift[of_stored[k]] < 0 else 0.0
+        block[np.diag_indices_from(block)] += shift[of_stored[k]] + rounding
         blocks.append(block)
     form: Curvature = HessianBlocks.from_blocks(blocks)
     if isinstance(curvature, SharedBlocks):
         form = SharedBlocks(form, curvature.shared, curvature.block_scale)
     after = (before + shift).tolist()
-    metadata: dict[str, Any] = {**instance.metadata, "damping": after[0] if np.isscalar(noted) else after}
-    return replace(instance, curvature=form, metadata=metadata)
+    noted = after[0] if np.isscalar(instance.metadata["damping"]) else after
+    return replace(instance, curvature=form, metadata={**instance.metadata, "damping": noted})
+
+
+def damping_of_layers(instance: Instance) -> FloatArray:
+    """The damping in the dense blocks of each tensor, float64."""
+    noted, count = instance.metadata["damping"], len(read_places(instance))
+    return np.full(count, noted, np.float64) if np.isscalar(noted) else np.asarray(noted, np.float64)
+
+
+def undamped_loss(instance: Instance, delta: FloatArray) -> float:
+    """The change of the loss by the quadratic model without its damping, which is no part of the loss.
+
+    Parameters
+    ----------
+    instance : Instance
+        With gradients or Hessian blocks.
+    delta : float64 (n,)
+        The change of the weights.
+    """
+    curvature = instance.curvature
+    if isinstance(curvature, GradientFactor):
+        return predicted_loss(instance.with_damping(0.0), delta)
+    damping = damping_of_layers(instance)[layer_of_blocks(instance)]
+    if isinstance(curvature, SharedBlocks):
+        damping = damping * curvature.block_scale
+    value = predicted_loss(instance, delta) - 0.5 * float(np.repeat(damping, curvature.block_sizes) @ delta**2)
+    return value if instance.linear is not None else max(value, 0.0)
 
 
 def normalised(instance: Instance) -> Instance:

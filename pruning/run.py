@@ -213,10 +213,15 @@ class Run:
         """
         method = self.method
         loss = "" if self._judge.loss is None else self._judge.loss.name
-        run = fingerprint(method, self.dense, self.names, len(self.pool), loss)
-        stored = None if self._state_path is None else read_state(self._state_path, run)
+        path, stored, run = self._state_path, None, ""
+        if path is not None:
+            run = fingerprint(method, self.copy.model, self.dense, self.names, self.pool, self._held_out, loss)
+            stored = read_state(path, run)
         self.score_dense()
+        dense_loss = None if self.before is None else self.before.loss
         if stored is not None:
+            assert path is not None
+            stored.check_same_network(path, dense_loss)
             logger.info(f"{self._state_path}: continues after stage {len(stored.stages)} of {method.stages}")
             self.copy.restore(stored.tensors)
             self.pruned = stored.pruned
@@ -228,7 +233,8 @@ class Run:
         for number in range(len(self.stages) + 1, method.stages + 1):
             self.advance(number, self.part(number))
             if self._state_path is not None:
-                write_state(self._state_path, Stored(tuple(self.stages), self.copy.state(), self.pruned), run)
+                done = Stored(tuple(self.stages), self.copy.state(), self.pruned, dense_loss)
+                write_state(self._state_path, done, run)
             self.tell(self.stages[-1])  # what has been told is stored
             yield self.stages[-1]
 

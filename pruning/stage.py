@@ -16,7 +16,7 @@ from torch import nn
 from cbs_opt.budget import Budget
 from cbs_opt.curvature import Curvature
 from cbs_opt.engines import Engine, make_engine
-from cbs_opt.errors import CbsError
+from cbs_opt.errors import CbsError, SolverError
 from cbs_opt.instance import Instance
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.losses import SampleLoss
@@ -25,7 +25,7 @@ from cbs_opt.losses import predicted_loss
 from cbs_opt.pruning.gauss_newton import Distance, preconditioner, steps
 from cbs_opt.pruning.method import Method
 from cbs_opt.pruning.network import State, WorkingCopy
-from cbs_opt.pruning.problem import Problem, of_layers, redamped, scaled_update
+from cbs_opt.pruning.problem import Problem, of_layers, scaled_update, undamped_loss
 from cbs_opt.pruning.refits import refit
 from cbs_opt.pruning.statistics import reestimate
 from cbs_opt.pruning.targets import one_by_one
@@ -201,6 +201,7 @@ def best(
         None when it was stopped before anything was found.
     """
     before = copy.state()
+    refusals: list[SolverError] = []
     found: Choice | None = None
     origin: tuple[Problem, Instance] | None = None
     workers = make_engine(method.engine, method.workers, method.threads or 1)
@@ -211,7 +212,12 @@ def best(
                     break
                 instance = budgeted(problem, budget, fixed)
                 where = "cpu" if scorer.device.type == "cpu" else "auto"  # solvers without a card refuse "cuda"
-                result = solved(instance, method, seed, should_stop, where, engine)
+                try:
+                    result = solved(instance, method, seed, should_stop, where, engine)
+                except SolverError as error:  # as where a Hessian without damping is singular
+                    logger.info(f"damping {problem.damping:g} is left out: {error}")
+                    refusals.append(error)
+                    continue
                 if method.sequential and dense is not None and not should_stop():
                     result = _sequential(
                         copy, dense, instance, result, samples, method, seed, should_stop, where, engine
@@ -235,6 +241,8 @@ def best(
             found = _together(copy, found, origin, dense, method, scorer, fresh, seed)
     finally:
         copy.restore(before)
+    if found is None and refusals:
+        raise refusals[0]
     return found
 
 
@@ -356,8 +364,7 @@ def _tried(choice: str | None, scorer: Scorer) -> tuple[bool, ...]:
 def _predicted(problem: Problem, instance: Instance, new: FloatArray, method: Method) -> float:
     """The change by the quadratic model without its damping, which is no part of the loss."""
     bare = instance
-    if problem.damping > 0 and method.curvature != "inverse-hessian":
-        bare = redamped(instance, problem.damping, 0.0, relative=method.relative)
     if bare.linear is not None and problem.first_order_scale > 0:
         bare = replace(bare, linear=bare.linear / problem.first_order_scale)
-    return predicted_loss(bare, new - instance.weights)
+    damped = problem.damping > 0 and method.curvature != "inverse-hessian"
+    return (undamped_loss if damped else predicted_loss)(bare, new - instance.weights)

@@ -60,20 +60,22 @@ Provable = SelectionProblem | JointProblem
 
 
 def is_provable(sizes: Sequence[int], groups: int, largest: int, stop: Stop) -> bool:
-    """Whether branch and bound is likely to prove something of components of these sizes under one budget.
+    """Whether branch and bound is likely to prove something of components of these sizes.
 
     Parameters
     ----------
     sizes : sequence of int
         Weights of the components.
     groups : int
-        Groups with a budget of their own; several tie all components together.
+        Groups with a budget of their own; several tie all components together, in one tree.
     largest : int
         Largest component that is taken on.
     stop : Stop
         The work must fit into half of the time, which heuristics use better for more; no limit on iterations.
     """
-    if not sizes or groups != 1 or max(sizes) > largest:
+    if groups > 1:
+        sizes = [sum(sizes)]
+    if not sizes or groups == 0 or max(sizes) > largest:
         return False
     if stop.time_limit is None:
         return not stop.limits_work and sum(size**2 for size in sizes) <= _TABLE_WORK

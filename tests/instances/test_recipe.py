@@ -34,6 +34,8 @@ def test_defaults(given, form, rule, dtype):
         ({"blocks": 0}, "`blocks` must be"),
         ({"blocks": "all"}, "`blocks` must be"),
         ({"batch": 0}, "`batch` must be a whole number of at least 1, got 0"),
+        ({"layers": {"fc1": -1}}, "`layers`: the sparsity of 'fc1' must be a fraction between 0 and 1"),
+        ({"nm": 3}, "`nm` must be two whole numbers, such as (2, 4), got 3"),
         ({"damping": 10**400}, "`damping` must be a finite number ≥ 0"),
         ({"sparsity": "much"}, "`sparsity` must be between 0 and 1, got much"),
         ({"damping": 1e-5, "relative_damping": 0.1}, "exclude each other"),
@@ -51,8 +53,9 @@ def test_defaults(given, form, rule, dtype):
     ],
 )
 def test_options_that_make_no_sense(wrong, message):
-    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+    with pytest.raises(UsageError) as refusal:
         Recipe(**wrong)
+    assert message in str(refusal.value)
 
 
 def test_blocks_of_layers_that_are_too_large_become_gradients(caplog):

@@ -10,8 +10,10 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import cbs_opt  # noqa: E402
-from cbs_opt import InstanceError, UsageError  # noqa: E402
+from cbs_opt import InstanceError, SolverError, UsageError  # noqa: E402
+from cbs_opt.pruning import stage  # noqa: E402
 from cbs_opt.pruning.method import Method  # noqa: E402
+from cbs_opt.pruning.problem import damping_of_layers  # noqa: E402
 
 
 def blobs(count, seed=0):
@@ -179,6 +181,67 @@ def test_a_run_that_ended_early_continues_to_the_same_network(trained, tmp_path,
         cbs_opt.prune(trained, blobs(600), 0.8, state=state, **options)
 
 
+class Shaped(nn.Module):
+    """A function in `forward` that its modules do not show."""
+
+    def __init__(self, layers, shape=torch.relu):
+        super().__init__()
+        self.layers, self.shape = layers, shape
+
+    def forward(self, x):
+        return self.layers(self.shape(x))
+
+
+@pytest.mark.parametrize("other", ["inputs", "labels", "module", "code"])
+def test_a_state_of_other_data_or_of_another_network_is_refused(trained, tmp_path, other):
+    options = {"source": "fisher", "stages": 2, "samples": 160, "batch": 4, "state": tmp_path / "state"} | FAST
+    (x, y), model = blobs(600), Shaped(trained)
+    cbs_opt.prune(model, (x, y), 0.8, **options)
+    changed = {
+        "inputs": (model, (0.5 * x - 1, y), "other options, data or weights"),
+        "labels": (model, (x, (y + 1) % 4), "other options, data or weights"),
+        "module": (Shaped(nn.Sequential(*trained[:2], nn.GELU(), trained[3])), (x, y), "other options, data or"),
+        "code": (Shaped(trained, torch.tanh), (x, y), "the network before pruning had the loss"),
+    }[other]
+    with pytest.raises(InstanceError, match=changed[2]):
+        cbs_opt.prune(*changed[:2], 0.8, **options)
+    assert len(cbs_opt.prune(model, (x, y), 0.8, **options).stages) == 2
+
+
+@pytest.mark.parametrize("source", ["kfac", "reconstruction"])
+@pytest.mark.parametrize("dampings", [(1e-2, 1e-3), (1e-5, 1e-4), (1e-3, 0.0)])
+def test_several_dampings_where_inputs_are_dead(trained, source, dampings):
+    """What one damping adds and the next takes away leaves rounding on rows that are zero."""
+    x, y = blobs(600)
+    x[:, 3], x[:, 5] = 0.0, x[:, 4]
+    pruned = cbs_opt.prune(trained, (x, y), 0.5, source=source, damping=dampings, **FAST)
+    assert pruned.stages[0].damping in dampings
+    assert pruned.stages[0].predicted_loss is None or pruned.stages[0].predicted_loss >= 0
+
+
+def test_a_damping_that_the_solver_refuses_is_left_out(trained, monkeypatch):
+    solve = stage.solved
+
+    def refuses(instance, *rest):
+        if damping_of_layers(instance).max() == 0:
+            raise SolverError("the Hessian is singular")
+        return solve(instance, *rest)
+
+    monkeypatch.setattr(stage, "solved", refuses)
+    pruned = cbs_opt.prune(trained, blobs(600), 0.5, damping=(0.0, 1e-2), **FAST)
+    assert pruned.stages[0].damping == 1e-2
+    with pytest.raises(SolverError, match="singular"):
+        cbs_opt.prune(trained, blobs(600), 0.5, damping=0.0, **FAST)
+
+
+def test_the_largest_sparsity_from_python(trained):
+    pruned = cbs_opt.prune(trained, blobs(600), 0.99, accuracy_drop=2.0, **FAST)
+    assert 0 < pruned.sparsity < 0.99
+    assert pruned.before.value - pruned.after.value <= 0.02 + 1e-9
+    with pytest.raises(UsageError, match="`accuracy_drop` must be a finite number ≥ 0"):
+        cbs_opt.prune(trained, blobs(600), 0.99, accuracy_drop=-1)
+
+
 def test_a_stop_leaves_the_network_of_the_last_stage(trained):
     options = {"source": "fisher", "stages": 4, "samples": 160, "batch": 4, "damping": 0.1} | FAST
     states = []
@@ -211,6 +274,12 @@ def test_stages_take_fresh_samples():
     ("options", "words"),
     [
         ({"stages": 0}, "`stages` must be a whole number of at least 1, got 0"),
+        ({"seed": -1}, "`seed` must be a whole number of at least 0, got -1"),
+        ({"sampels": 3}, "`prune` has no option `sampels`: did you mean `samples`?"),
+        ({"sparsity_per_layer": {}}, "`prune` has no option `sparsity_per_layer`: did you mean `layers`?"),
+        ({"layers": {"0.weight": 90}}, "`layers`: the sparsity of '0.weight' must be a fraction between 0 and 1"),
+        ({"layers": {"0.weight": float("nan")}}, "`layers`: the sparsity of '0.weight' must be a fraction"),
+        ({"layers": 0.5}, "`layers` must be a mapping from names or patterns to sparsities, got 0.5"),
         ({"final_stages": 2}, "at most 1, got 2"),
         ({"schedule": "steep"}, "`schedule` must be one of"),
         ({"source": "fisher", "sequential": True}, "`sequential` goes layer by layer"),
@@ -229,8 +298,9 @@ def test_stages_take_fresh_samples():
     ],
 )
 def test_options_that_make_no_sense(options, words):
-    with pytest.raises(UsageError, match=words):
-        Method(**options)
+    with pytest.raises(UsageError) as refusal:
+        Method.of(options)
+    assert words in str(refusal.value)
 
 
 def test_data_without_labels(trained):

@@ -7,12 +7,14 @@ optimum. Half may not enumerate small blocks; a third are also stopped after a f
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbs_opt import Status, Stop, solve
+from cbs_opt import Status, Stop, from_regression, joint_loss, solve
 
 EACH = 36
 """Problems of a family, a kind and an objective."""
@@ -90,3 +92,16 @@ def test_bounds_of_interrupted_runs(cases, seed, number, kind, joint, nodes):
     assert result.objective >= values[best] - 1e-9 * abs(values[best]) - 1e-12 * sizes[best]
     if result.bound is not None:
         assert result.bound <= values[best] + 1e-9 * abs(values[best]) + 1e-12 * sizes[best]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_brute_proves_ill_conditioned_problems(seed):
+    """Losses that rounding has put in the wrong order are evaluated anew: no bound lies above the value."""
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((12, 6)) + 1e5
+    y = X @ rng.standard_normal(6) + rng.standard_normal(12)
+    instance = from_regression(X, y, 1e-6, keep=4, intercept=False)
+    result = solve(instance, "brute", objective="joint")
+    assert result.status is Status.OPTIMAL and result.gap <= 1e-6
+    selections = [np.isin(np.arange(6), pair) for pair in itertools.combinations(range(6), 2)]
+    assert result.objective <= min(joint_loss(instance, pruned) for pruned in selections)

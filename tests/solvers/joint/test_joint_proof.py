@@ -119,3 +119,17 @@ def test_exact_starts_from_a_heuristic_at_every_size(objective, loss, monkeypatc
     good = solve(instance, solver, parameters={"proof": 0}, stop=Stop(max_iterations=300))
     assert with_heuristic.objective <= good.objective * (1 + 1e-2)
     assert with_heuristic.objective == pytest.approx(loss(instance, with_heuristic.pruned))
+
+
+@pytest.mark.parametrize("solver", ["joint", "search"])
+@pytest.mark.parametrize("limit", [None, 20.0])
+def test_groups_over_several_blocks_are_proven_in_one_tree(solver, limit):
+    rng = np.random.default_rng(4)
+    factors = [rng.standard_normal((6, size)) for size in (5, 2, 2, 2)]
+    blocks = [A.T @ A + 0.1 * np.eye(A.shape[1]) for A in factors]
+    budget = Budget(7, np.array([0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0]), np.array([5, 2]))
+    instance = Instance(rng.standard_normal(11), HessianBlocks.from_blocks(blocks), budget)
+    objective = "joint" if solver == "joint" else "selection"
+    result = solve(instance, solver, objective=objective, stop=Stop(time_limit=limit), threads=1)
+    assert result.status is Status.OPTIMAL
+    assert result.objective == pytest.approx(solve(instance, "brute", objective=objective).objective, rel=1e-9)
