@@ -306,7 +306,7 @@ def _main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="layers as .npz files of `weight` and `covariance`")
     add("--parts", choices=PARTS, nargs="+", default=["joint", "gap", "row", "selection"], metavar="PART")
-    add("--sparsities", type=float, nargs="+", default=list(SPARSITIES), metavar="F")
+    add("--sparsities", type=float, nargs="*", default=list(SPARSITIES), metavar="F")
     add(
         "--shape", type=int, nargs=3, default=list(LARGE), metavar=("ROWS", "COLUMNS", "SAMPLES"),
         help="of the generated layer of the part `large`; default: %(default)s",
