@@ -39,7 +39,7 @@ from cbs_opt.pruning.problem import exported, problems
 from cbs_opt.pruning.samples import divided, in_memory
 from cbs_opt.pruning.schedule import part_of, share
 from cbs_opt.pruning.stage import Choice, Scorer, Stopped, best
-from cbs_opt.pruning.state import Stored, fingerprint, read_state, write_state
+from cbs_opt.pruning.state import DataFacts, Stored, fingerprint, read_state, write_state
 from cbs_opt.pruning.targets import with_dense_targets
 from cbs_opt.typing import BoolArray
 
@@ -213,15 +213,17 @@ class Run:
         """
         method = self.method
         loss = "" if self._judge.loss is None else self._judge.loss.name
-        path, stored, run = self._state_path, None, ""
+        path, stored, data, run = self._state_path, None, None, ""
         if path is not None:
-            run = fingerprint(method, self.copy.model, self.dense, self.names, self.pool, self._held_out, loss)
+            sizes = len(self.pool), self.held_out
+            run = fingerprint(method, self.copy.model, self.dense, self.names, *sizes, loss)
+            data = DataFacts.of(self.pool, self._held_out)
             stored = read_state(path, run)
         self.score_dense()
         dense_loss = None if self.before is None else self.before.loss
         if stored is not None:
-            assert path is not None
-            stored.check_same_network(path, dense_loss)
+            assert path is not None and data is not None
+            stored.check_same(path, data, dense_loss)
             logger.info(f"{self._state_path}: continues after stage {len(stored.stages)} of {method.stages}")
             self.copy.restore(stored.tensors)
             self.pruned = stored.pruned
@@ -232,9 +234,9 @@ class Run:
             yield self.stages[-1]
         for number in range(len(self.stages) + 1, method.stages + 1):
             self.advance(number, self.part(number))
-            if self._state_path is not None:
-                done = Stored(tuple(self.stages), self.copy.state(), self.pruned, dense_loss)
-                write_state(self._state_path, done, run)
+            if path is not None and data is not None:
+                done = Stored(tuple(self.stages), self.copy.state(), self.pruned, dense_loss, data)
+                write_state(path, done, run)
             self.tell(self.stages[-1])  # what has been told is stored
             yield self.stages[-1]
 

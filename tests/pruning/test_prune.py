@@ -198,14 +198,39 @@ def test_a_state_of_other_data_or_of_another_network_is_refused(trained, tmp_pat
     (x, y), model = blobs(600), Shaped(trained)
     cbs_opt.prune(model, (x, y), 0.8, **options)
     changed = {
-        "inputs": (model, (0.5 * x - 1, y), "other options, data or weights"),
-        "labels": (model, (x, (y + 1) % 4), "other options, data or weights"),
-        "module": (Shaped(nn.Sequential(*trained[:2], nn.GELU(), trained[3])), (x, y), "other options, data or"),
+        "inputs": (model, (0.5 * x - 1, y), "the state of another run, with other data"),
+        "labels": (model, (x, (y + 1) % 4), "the state of another run, with other data"),
+        "module": (Shaped(nn.Sequential(*trained[:2], nn.GELU(), trained[3])), (x, y), "with other options or"),
         "code": (Shaped(trained, torch.tanh), (x, y), "the network before pruning had the loss"),
     }[other]
     with pytest.raises(InstanceError, match=changed[2]):
         cbs_opt.prune(*changed[:2], 0.8, **options)
     assert len(cbs_opt.prune(model, (x, y), 0.8, **options).stages) == 2
+
+
+class DrawnAnew(torch.utils.data.Dataset):
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i] + 0.1 * torch.randn(12), self.y[i]
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_loader_that_shuffles_or_draws_anew_continues(trained, tmp_path, changes, caplog):
+    x, y = blobs(600)
+    samples = DrawnAnew(x, y) if changes else torch.utils.data.TensorDataset(x, y)
+    loader = torch.utils.data.DataLoader(samples, batch_size=50, shuffle=True)
+    options = {"source": "fisher", "stages": 2, "samples": 160, "batch": 4, "state": tmp_path / "state"} | FAST
+    first = cbs_opt.prune(trained, loader, 0.8, **options)
+    torch.manual_seed(99)
+    with caplog.at_level("INFO", "cbs_opt"):
+        again = cbs_opt.prune(trained, loader, 0.8, **options)
+    assert "another order than in the stored run, or are drawn anew" in caplog.text
+    assert [stage.predicted_change for stage in again.stages] == [stage.predicted_change for stage in first.stages]
 
 
 @pytest.mark.parametrize("source", ["kfac", "reconstruction"])
