@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from cbs_opt.device import release_memory
 from cbs_opt.errors import InstanceError
+from cbs_opt.instances.modes import differentiable
 
 logger = logging.getLogger("cbs_opt")
 
@@ -190,7 +191,8 @@ def placed(samples: Any, model: nn.Module) -> Any:
         return samples
 
     def move(tensor: Tensor) -> Tensor:
-        return tensor.to(first.device, first.dtype if tensor.is_floating_point() else tensor.dtype)
+        moved = tensor.to(first.device, first.dtype if tensor.is_floating_point() else tensor.dtype)
+        return differentiable(moved)
 
     return samples.changed(move) if isinstance(samples, Bundle) else move(samples)
 
@@ -203,8 +205,8 @@ def device_of(model: nn.Module) -> torch.device:
 def moved(targets: Any, device: torch.device | str) -> Any:
     """Targets on a device, in their own types."""
     if isinstance(targets, Bundle):
-        return targets.changed(lambda tensor: tensor.to(device))
-    return targets.to(device)
+        return targets.changed(lambda tensor: differentiable(tensor.to(device)))
+    return differentiable(targets.to(device))
 
 
 def arguments(samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

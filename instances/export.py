@@ -27,7 +27,7 @@ from cbs_opt.instances.dense import dense_scores
 from cbs_opt.instances.gradients import CHUNK_BYTES, gradient_rows
 from cbs_opt.instances.losses import LossLike, SampleLoss, declared
 from cbs_opt.instances.metrics import MetricLike
-from cbs_opt.instances.modes import fewest
+from cbs_opt.instances.modes import fewest, outside_inference
 from cbs_opt.instances.plan import make_plan, with_zeros
 from cbs_opt.instances.recipe import DAMPING, Along, Fisher, Form, Recipe, Source, one_of, scratch
 from cbs_opt.instances.reconstruction import passes
@@ -210,6 +210,7 @@ class Export:
         As for `export`.
     """
 
+    @outside_inference()
     def __init__(
         self,
         model: nn.Module,
@@ -300,6 +301,7 @@ class Export:
         """Number of samples used."""
         return self.rows * self.recipe.batch
 
+    @outside_inference()
     def instance(self) -> Instance:
         """Do the work in memory; gradients that are too many for it lie in a temporary file."""
         recipe = self.recipe
@@ -324,6 +326,7 @@ class Export:
                     form = SharedBlocks(form, rows.shared, rows.scale)
         return Instance(self.weights, form, self.budget, self._linear(), self.fixed, metadata=self._metadata())
 
+    @outside_inference()
     def write(self, path: Path | str) -> None:
         """Do the work and write the file in chunks: at most the gradients and one block are in memory."""
         path = Path(path)

@@ -33,7 +33,7 @@ from cbs_opt.instances.batches import (
 )
 from cbs_opt.instances.layers import columns, layer_gradients, layer_of, tapped
 from cbs_opt.instances.losses import LossLike, SampleLoss, declared
-from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
+from cbs_opt.instances.modes import evaluation_mode, fewest, outside_inference, single_precision
 
 logger = logging.getLogger("cbs_opt")
 
@@ -50,6 +50,7 @@ _TRIAL = 64  # samples that a timed trial differentiates at a time, at most
 _TOLERANCE = 1e-4  # largest relative difference of a route from automatic differentiation, in single precision
 
 
+@outside_inference()
 def per_sample_gradients(
     model: nn.Module,
     inputs: Any,
@@ -129,6 +130,7 @@ class _split:  # noqa: N801
         return self._samples[:1].with_leaves(leaves)
 
 
+@torch.inference_mode(False)
 def gradient_rows(
     model: nn.Module,
     inputs: Samples,

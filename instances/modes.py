@@ -1,4 +1,4 @@
-"""The state in which a network is run: evaluation mode, single precision."""
+"""The state in which a network is run: evaluation mode, single precision, with gradients where they are wanted."""
 
 from __future__ import annotations
 
@@ -9,6 +9,24 @@ import torch
 from torch import Tensor, nn
 
 _HALVES = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def outside_inference() -> Iterator[None]:
+    """Leave `torch.inference_mode`, in which no operation can be differentiated; also a decorator.
+
+    Unlike `torch.no_grad` it cannot be undone by `torch.enable_grad`.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False):
+        yield
+
+
+def differentiable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in `torch.inference_mode`, which no graph may hold."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 @contextmanager

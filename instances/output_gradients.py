@@ -22,7 +22,7 @@ from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.instances.autograd_functions import functions_seen
 from cbs_opt.instances.batches import Samples, call, checked_call, moved, placed, reason, slices, within_memory
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
-from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
+from cbs_opt.instances.modes import evaluation_mode, fewest, outside_inference, single_precision
 from cbs_opt.instances.products import Product, Products
 from cbs_opt.instances.tensors import Layout
 from cbs_opt.instances.unfused import UNFUSED
@@ -94,7 +94,7 @@ class TracedProducts(Products):
         kwargs = kwargs or {}
         if self.muted:
             return func(*args, **kwargs)
-        if self._everywhere and func is torch._C._set_grad_enabled and not args[0]:
+        if self._everywhere and getattr(func, "__name__", "") == "_set_grad_enabled" and not args[0]:
             return None
         unfused = UNFUSED.get(getattr(func, "__name__", ""))
         if unfused is not None and self.names_in(args, kwargs):
@@ -123,6 +123,7 @@ class TracedProducts(Products):
         return traced.clone()
 
 
+@outside_inference()
 @within_memory
 def row_gradients(
     model: nn.Module,

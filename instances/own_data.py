@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from cbs_opt.errors import CbsError, InstanceError
 from cbs_opt.instances.batches import Bundle, Pieces, Samples, leaves_of, map_leaves, reason
+from cbs_opt.instances.modes import differentiable, outside_inference
 
 logger = logging.getLogger("cbs_opt")
 
@@ -62,6 +63,7 @@ def is_pair(data: Any) -> bool:
     return _is_array(data[1]) or several
 
 
+@outside_inference()
 def own_samples(data: Any, model: nn.Module, name: str, limit: int | None, seed: int | None) -> Owned:
     """Read samples of a factory or a Python caller.
 
@@ -382,7 +384,7 @@ class _Fitting:
                 f"{self._name}: must be tensors or arrays, (inputs, labels) or batches of these, got "
                 f"{type(leaf).__name__}"
             )
-        return tensor.detach().cpu()
+        return differentiable(tensor.detach().cpu())
 
     def _count(self, tree: Any) -> int:
         for leaf in leaves_of(tree):

@@ -31,7 +31,8 @@ class Plain:
     Attributes
     ----------
     model : torch.nn.Module
-        The network itself where all its weights are plain; otherwise a copy that shares all other tensors with it.
+        The network itself where all its weights are plain; otherwise a copy that shares all other tensors with it,
+        but for those that were made in `torch.inference_mode`.
     masks : dict of str to bool Tensor
         By name of the effective tensor, what masks of the network keep at zero: True = masked.
     """
@@ -68,23 +69,27 @@ def plain_model(model: nn.Module) -> Plain:
         When the network cannot be copied.
     """
     found = list(computed_weights(model))
-    if not found:
+    tensors = [*model.parameters(), *model.buffers()]
+    inferred = {id(tensor) for tensor in tensors if tensor.is_inference()}
+    if not found and not inferred:
         return Plain(model, {})
     masks = {name: mask for name, module, leaf in found if (mask := mask_of(module, leaf)) is not None}
     private = {id(tensor) for _, module, leaf in found for tensor in stored_tensors(module, leaf).values()}
-    memo: dict[int, Any] = {
-        id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in private
-    }
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors if id(tensor) not in private | inferred}
     for module in model.modules():  # results of hooks, which torch refuses to copy
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach()
+    if found:
+        what, remedy = f"computed weights ({found[0][0]})", "make them plain before"
+    else:
+        what, remedy = "tensors made in torch.inference_mode", "make it outside"
     try:
         plain = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a user's network does when it is copied
         raise UsageError(
-            f"the network has computed weights ({found[0][0]}) and cannot be copied ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:120] if str(error) else ''}): make them plain before"
+            f"the network has {what} and cannot be copied ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:120] if str(error) else ''}): {remedy}"
         ) from error
     for _, module, leaf in list(computed_weights(plain)):
         make_plain(module, leaf)

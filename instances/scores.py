@@ -28,7 +28,7 @@ from cbs_opt.instances.batches import (
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.losses import ClassLoss, FunctionLoss, LossLike, SampleLoss, declared, guessed
 from cbs_opt.instances.metrics import Metric, MetricLike, declared_metric
-from cbs_opt.instances.modes import evaluation_mode, fewest, is_half, single_precision
+from cbs_opt.instances.modes import evaluation_mode, fewest, is_half, outside_inference, single_precision
 
 logger = logging.getLogger("cbs_opt")
 
@@ -169,6 +169,7 @@ def torch_device(name: str) -> torch.device:
     return torch.device("cpu") if card is None else card.device
 
 
+@outside_inference()
 def evaluate(
     model: nn.Module,
     source: SampleSource,

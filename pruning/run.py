@@ -28,6 +28,7 @@ from cbs_opt.instances.fisher_terms import FisherError
 from cbs_opt.instances.gradients import CHUNK_BYTES
 from cbs_opt.instances.losses import LossLike, declared
 from cbs_opt.instances.metrics import MetricLike
+from cbs_opt.instances.modes import outside_inference
 from cbs_opt.instances.plan import make_plan, with_zeros
 from cbs_opt.instances.recipe import Fisher
 from cbs_opt.instances.reconstruction import passes
@@ -102,6 +103,7 @@ class Run:
         For data that do not fit the network, options that do not fit it, or a `state` of another run.
     """
 
+    @outside_inference()
     def __init__(
         self,
         model: nn.Module,
@@ -190,6 +192,7 @@ class Run:
         """Number of samples held out."""
         return 0 if self._held_out is None else len(self._held_out)
 
+    @outside_inference()
     def __call__(self) -> Pruned:
         """Do the work; the model of the result is the copy."""
         try:
@@ -199,6 +202,7 @@ class Run:
             self.interrupted = True
         return self.outcome()
 
+    @outside_inference()
     def score_dense(self) -> None:
         """Score the dense network on the held-out samples."""
         self.before = self.score = self._scorer(self.copy)
@@ -240,6 +244,7 @@ class Run:
             self.tell(self.stages[-1])  # what has been told is stored
             yield self.stages[-1]
 
+    @outside_inference()
     def advance(self, number: int, part: float) -> None:
         """Do one stage, up to a part of the budget.
 
@@ -262,6 +267,7 @@ class Run:
         method = self.method
         return in_memory(self.pool.drawn((number - 1) * (1 + method.gauss_newton) + 1 + step, method.samples or 1))
 
+    @outside_inference()
     def choice(self, number: int, part: float, samples: SampleSource, instance: Instance) -> Choice:
         """The best network of a stage that prunes a part of the budget; raises `Stopped` as `advance` does."""
         budget, fixed = self.budget_of(part, self.pruned, instance)
@@ -288,6 +294,7 @@ class Run:
         self.stages.append(self._record(number, choice, self.score, seconds))
         self.pruned, self.score = choice.pruned, choice.score
 
+    @outside_inference()
     def outcome(self) -> Pruned:
         """The result, for the network as it is now."""
         self.copy.model.cpu()
@@ -335,6 +342,7 @@ class Run:
         """Those of the grid, the largest first: a relative one can be made from it, from 0 it cannot."""
         return tuple(sorted(self.method.dampings, reverse=True))
 
+    @outside_inference()
     def model_around(self, number: int, samples: SampleSource) -> Instance:
         """The quadratic model around the present weights, with the first damping."""
         method = self.method
