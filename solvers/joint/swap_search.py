@@ -110,7 +110,10 @@ class JointSearch(Solver):
             return
         sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
         provable = prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop)
-        if context.engine is not None or not provable:
+        limit = context.monitor.stop.time_limit
+        # While kernels compile, the search over layers is the one that gets ahead without them.
+        cold = limit is not None and loading.seconds_to_compile("joint", "joint_tree", "joint_tables") > limit
+        if context.engine is not None or not provable or cold:
             self._layered = layered_instance(instance, "joint")
         check_engine(context, self._layered)
         if self._layered is not None:

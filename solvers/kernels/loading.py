@@ -87,6 +87,12 @@ def request(*units: str) -> None:
             _jobs.update(dict.fromkeys(part, job))
 
 
+def seconds_to_compile(*units: str) -> float:
+    """Processor seconds, roughly, until units can be used that this machine has not compiled before."""
+    wanted = dict.fromkeys(part for unit in units for part in (*UNITS[unit].needs, unit))
+    return sum(UNITS[unit].seconds for unit in wanted if unit not in _loaded and not is_ready([unit]))
+
+
 def is_loaded(*units: str) -> bool:
     """Whether `wait` would return at once."""
     return all(unit in _loaded or (unit in _jobs and _jobs[unit].is_done(unit)) for unit in units)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from cbs_opt import Budget, HessianBlocks, Instance, Monitor, Status, Stop, joint_loss, selection_loss, solve
 from cbs_opt.solver import Context
+from cbs_opt.solvers.joint.swap_search import JointSearch
+from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.trees import prove
 from cbs_opt.testing import make_problem
 
@@ -133,3 +135,28 @@ def test_groups_over_several_blocks_are_proven_in_one_tree(solver, limit):
     result = solve(instance, solver, objective=objective, stop=Stop(time_limit=limit), threads=1)
     assert result.status is Status.OPTIMAL
     assert result.objective == pytest.approx(solve(instance, "brute", objective=objective).objective, rel=1e-9)
+
+
+def test_rows_that_share_a_hessian_are_searched_as_layers_while_kernels_compile(monkeypatch):
+    """The search over layers gets ahead without kernels; what could be proven waits for them."""
+    instance = make_problem(0, kind="hessian", n=24, shared=(0, 1, 0, 0)).instance
+    for seconds, limit, layered in (
+        (16.0, 5.0, True),
+        (16.0, 60.0, False),
+        (0.0, 5.0, False),
+        (16.0, None, False),
+    ):
+        monkeypatch.setattr(loading, "seconds_to_compile", lambda *units, seconds=seconds: seconds)
+        solver = JointSearch()
+        solver.prepare(instance, Context("joint", 0, Monitor(Stop(time_limit=limit)), threads=1))
+        assert (solver._layered is not None) is layered
+
+
+def test_seconds_to_compile_are_those_of_what_is_not_there(monkeypatch):
+    monkeypatch.setattr(loading, "_loaded", {"joint"})
+    monkeypatch.setattr(loading, "is_ready", lambda units: units == ["joint_tables"])
+    assert loading.seconds_to_compile("joint", "joint_tables") == 0
+    assert loading.seconds_to_compile("joint", "joint_tree") == loading.UNITS["joint_tree"].seconds
+    units = loading.UNITS
+    expected = units["selection_tree"].seconds + units["selection_relaxation"].seconds
+    assert loading.seconds_to_compile("selection_tree", "selection_tree") == expected
