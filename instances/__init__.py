@@ -10,6 +10,7 @@ nothing more; its modules load torch, and `cbs_opt.instances.digits` scikit-lear
 - `kfac`, with `output_gradients`, `autograd_functions` and `fisher_terms`: that of each row times the mean squared
   gradient of the loss by its output; `row_sources`, `row_blocks`: both sources, and what their rows share in an
   instance;
+- `losses`, `own_loss`: what is differentiated and reported; losses that a network computes itself;
 - `prunable`, `plan`, `tensors`: which tensors are pruned, and their layout in an instance;
 - `plain`, `stored_forms`: weights that are computed from others, in networks and in checkpoints;
 - `products`, with `patches`, `recurrent`, `unfused` and `views`: what each weight of a network multiplies;

@@ -28,17 +28,14 @@ from torch import Tensor, nn
 from cbs_opt.errors import CbsError, InstanceError
 from cbs_opt.instances.batches import Bundle, Pieces, Samples, leaves_of, map_leaves, reason
 from cbs_opt.instances.modes import differentiable, outside_inference
+from cbs_opt.instances.own_loss import LABELS, Item, with_labels
 
 logger = logging.getLogger("cbs_opt")
 
 UNSIZED = 10_000
 """Samples read from a loader of unknown length if no number is requested."""
 
-_LABELS = ("labels", "label", "targets", "target", "y", "label_ids")
 _COLLATED = 64  # samples of a data set that are collated at a time
-
-Item = tuple[Any, Any, int]
-"""Inputs, targets (or None) and number of samples of a batch."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def own_samples(data: Any, model: nn.Module, name: str, limit: int | None, seed:
         items = _items(batches, fitting, name, None)
         if limit is not None and limit > count:
             logger.warning(f"{name}: holds {count} samples, fewer than {limit}: all are used")
-    return _put_together(items, indices, name)
+    return _put_together(with_labels(items, model), indices, name)
 
 
 # Batches ----------------------------------------------------------------------------------------------------
@@ -137,7 +134,7 @@ def _is_sample(item: Any) -> bool:
     """Whether a part of a list is one sample: its label is a single number."""
     label = None
     if isinstance(item, Mapping):
-        label = next((item[key] for key in _LABELS if key in item), None)
+        label = next((item[key] for key in LABELS if key in item), None)
     elif isinstance(item, tuple | list) and len(item) > 1:
         label = item[1]
     return isinstance(label, int | float | np.number) or (
@@ -293,7 +290,7 @@ class _Fitting:
         )
 
     def _of_mapping(self, batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        label = next((key for key in _LABELS if key in batch), None)
+        label = next((key for key in LABELS if key in batch), None)
         rest = {str(key): part for key, part in batch.items() if key != label}
         taken = {key: part for key, part in rest.items() if self._any_name or key in self._names}
         target = None if label is None else batch[label]
@@ -315,7 +312,7 @@ class _Fitting:
 
     def _of_sequence(self, batch: Any) -> Item:
         parts = list(batch)
-        if hasattr(batch, "_fields") and any(field in _LABELS for field in batch._fields):
+        if hasattr(batch, "_fields") and any(field in LABELS for field in batch._fields):
             return self(dict(zip(batch._fields, parts, strict=True)))
         if len(parts) == 1:
             return self(parts[0]) if not _is_array(parts[0]) else self._item((parts[0],), {}, None)

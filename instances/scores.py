@@ -29,11 +29,14 @@ from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.losses import ClassLoss, FunctionLoss, LossLike, SampleLoss, declared, guessed
 from cbs_opt.instances.metrics import Metric, MetricLike, declared_metric
 from cbs_opt.instances.modes import evaluation_mode, fewest, is_half, outside_inference, single_precision
+from cbs_opt.instances.own_loss import chosen_loss
 
 logger = logging.getLogger("cbs_opt")
 
 BATCH = 100
 """Samples that go through the network at a time."""
+
+_ASKED = 8  # samples for which the network is asked for its own loss
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,11 @@ class Judge:
         self._weights += float(weights.double().sum())
         self.samples += len(targets)
         self._watch(targets)
+
+    def find_loss(self, model: nn.Module, inputs: Any, targets: Any) -> None:
+        """Ask the network for its loss, where none is declared; few samples on its device are enough."""
+        if self.loss is None:
+            self.loss = chosen_loss(model, inputs, targets, self._key)
 
     def _watch(self, targets: Any) -> None:
         if self.targets_vary or not isinstance(targets, Tensor):
@@ -247,7 +255,10 @@ def take_samples(
         begin = judge.samples - before  # where the CPU goes on
         x = placed(inputs[begin : begin + last - first], model)
         y = moved(targets[begin : begin + last - first], device_of(model))
-        judge.take(run(x), y, x)
+        outputs = run(x)
+        few = slice(0, max(_ASKED, fewest(model)))
+        judge.find_loss(model, x[few], y[few])
+        judge.take(outputs, y, x)
 
     while (left := len(inputs) - (judge.samples - before)) > 0:
         try:
