@@ -90,7 +90,7 @@ def dense_scores(
 
 
 def _warn(judge: Judge, score: Score, m: int) -> None:
-    if m > 1 and not judge.targets_vary:
+    if m > 1 and not judge.targets_vary and not (judge.loss is not None and judge.loss.of_batches):
         logger.warning(f"all {m} samples have the same label: draw them from all classes")
     if abs(score.loss) < _CERTAIN:
         right = " and the accuracy 1" if score.accuracy == 1 else ""

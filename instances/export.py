@@ -525,6 +525,11 @@ class Export:
     def _loss(self) -> SampleLoss:
         """The loss, each sample of which is a share of the whole."""
         assert self.judge.loss is not None
+        if self.judge.loss.of_batches and self.recipe.source == "fisher" and self.recipe.batch == 1:
+            raise UsageError(
+                f"the loss {self.judge.loss.name} compares the samples of a batch, and single samples have no "
+                "gradient: use batch means, such as `--batch 50` (from Python `batch=50`), or `--source kfac`"
+            )
         if self.labels is None:
             return self.judge.loss
         return self.judge.loss.over(self.judge.mean_weight)

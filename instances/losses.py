@@ -31,6 +31,8 @@ from cbs_opt.instances.outputs import output_tensor
 
 logger = logging.getLogger("cbs_opt")
 
+_NOTHING = 1e-6  # loss of a single sample relative to that of a batch which it says nothing about
+
 LossLike: TypeAlias = "SampleLoss | nn.Module | Callable[..., Tensor] | str"
 
 _MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -71,11 +73,14 @@ class SampleLoss(abc.ABC):
         Mean weight of a sample in the data at hand; a sample's own weight is used where it is None.
     output_key : str or None
         The part of the output that the loss is about, see `outputs.output_tensor`.
+    of_batches : bool
+        Whether it compares the samples of a batch with each other: a sample alone has no loss.
     """
 
     name: str
     mean_weight: float | None = None
     output_key: str | None = None
+    of_batches = False
 
     @abc.abstractmethod
     def terms(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
@@ -219,13 +224,15 @@ class FunctionLoss(SampleLoss):
     """Any function of outputs and targets, called with one sample at a time.
 
     It gets the network's output as it is, or the tensor that `output_tensor` finds in it where it takes that only.
-    A vector of m losses is taken as it is; for a scalar, the mean and the sum over a batch are distinguished.
+    A vector of m losses is taken as it is; for a scalar, the mean and the sum over a batch are distinguished. A
+    loss that is zero for single samples but not for all of them is one of batches, and taken of all at once.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, output_key: str | None = None) -> None:
         self.function, self.name, self.output_key = function, name, output_key
         self._raw = True
         self._vector = False
+        self._told = False
 
     def _call(self, outputs: Any, targets: Any) -> Tensor:
         value = self.function(outputs if self._raw else output_tensor(outputs, self.output_key), _plain(targets))
@@ -236,7 +243,9 @@ class FunctionLoss(SampleLoss):
     def terms(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Sums and weights of each of m samples."""
         m = len(targets)
-        if self._vector or m == 1:
+        if self.of_batches:
+            losses = self._call(outputs, targets).mean().expand(m)
+        elif self._vector or m == 1:
             losses = self._call(outputs, targets).reshape(m, -1).mean(1)
         else:
             parts = [self._call(_row(outputs, s, m), targets[s : s + 1]).mean() for s in range(m)]
@@ -264,19 +273,33 @@ class FunctionLoss(SampleLoss):
             return
         if m < 2:
             return
+        self.of_batches = False
         single = self.terms(outputs, targets)[0].detach().double()
         value, mean, total = float(whole.mean()), float(single.mean()), float(single.sum())
+        largest = float(single.abs().max())
         near = 1e-3 * max(abs(value), abs(mean), 1e-12)
         if abs(value - mean) <= near:
             return
         if abs(value - total) <= 1e-3 * max(abs(value), abs(total), 1e-12):
-            logger.info(f"the loss {self.name} sums over the samples of a batch: reported are means over samples")
-        else:
-            logger.warning(
-                f"the loss {self.name} of a batch is neither the mean nor the sum of the losses of its samples: "
-                "each "
-                "sample is taken alone; a loss of PyTorch with `weight` or `ignore_index` keeps its weights"
+            self._tell(logging.INFO, "sums over the samples of a batch: reported are means over samples")
+        elif largest <= _NOTHING * abs(value):
+            self.of_batches = True
+            self._tell(
+                logging.WARNING,
+                "compares the samples of a batch, and is zero for one alone: it is taken of as many samples as go "
+                "through the network at once",
             )
+        else:
+            self._tell(
+                logging.WARNING,
+                "of a batch is neither the mean nor the sum of the losses of its samples: each sample is taken "
+                "alone; a loss of PyTorch with `weight` or `ignore_index` keeps its weights",
+            )
+
+    def _tell(self, level: int, what: str) -> None:
+        if not self._told:
+            logger.log(level, f"the loss {self.name} {what}")
+        self._told = True
 
 
 def declared(loss: LossLike, output_key: str | None = None) -> SampleLoss:

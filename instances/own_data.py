@@ -3,6 +3,8 @@
 | data | what is taken |
 |---|---|
 | (inputs, labels), arrays or tensors | as they are; inputs may be a tuple or a dictionary of tensors |
+| (inputs, labels), lists of numbers | as tensors |
+| a list of samples (input, label) | collated; the label is a number, or a dictionary or tuple with one |
 | {"x": …, "labels": …} | labels by one of the usual names, everything else that `forward` takes by keyword |
 | inputs alone | without labels: for `--source reconstruction`, or kfac with `--fisher exact` or `sampled` |
 | an iterable of such batches, a DataLoader | one after the other, `UNSIZED` samples where it has no length |
@@ -82,6 +84,8 @@ def own_samples(data: Any, model: nn.Module, name: str, limit: int | None, seed:
     InstanceError
         When the data have another form, hold no samples, or reading them fails.
     """
+    if isinstance(data, tuple) and len(data) == 2 and not _is_collate(data):
+        data = tuple(map(_tensor_of_numbers, data))
     fitting = _Fitting(model, name)
     indices: torch.Tensor | None = None
     batches, count = _drawable(data, limit, seed)
@@ -131,15 +135,34 @@ def _drawable(data: Any, limit: int | None, seed: int | None) -> tuple[Iterable[
 
 
 def _is_sample(item: Any) -> bool:
-    """Whether a part of a list is one sample: its label is a single number."""
+    """Whether a part of a list is one sample: its label is a single number, or has one among its parts."""
     label = None
     if isinstance(item, Mapping):
         label = next((item[key] for key in LABELS if key in item), None)
     elif isinstance(item, tuple | list) and len(item) > 1:
         label = item[1]
-    return isinstance(label, int | float | np.number) or (
-        isinstance(label, Tensor | np.ndarray) and label.ndim == 0
+    parts = [label]
+    if isinstance(label, Mapping):
+        parts = list(label.values())
+    elif isinstance(label, tuple):
+        parts = list(label)
+    return any(
+        isinstance(part, int | float | np.number) or (isinstance(part, Tensor | np.ndarray) and part.ndim == 0)
+        for part in parts
     )
+
+
+def _tensor_of_numbers(part: Any) -> Any:
+    """A list of numbers, or of such lists of one length, as a tensor; everything else as it is."""
+    first = part
+    while isinstance(first, list) and first:
+        first = first[0]
+    if not isinstance(part, list) or not isinstance(first, int | float):
+        return part
+    try:
+        return torch.tensor(part)
+    except (TypeError, ValueError, RuntimeError):
+        return part
 
 
 class _Listed(torch.utils.data.Dataset[Any]):

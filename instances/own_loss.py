@@ -41,6 +41,9 @@ class OwnLoss(SampleLoss):
 
     name = "of the network"
 
+    def __init__(self, *, of_batches: bool = False) -> None:
+        self.of_batches = of_batches
+
     def terms(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """The loss of the batch for each of m samples: their sum has the derivatives of the sum over samples."""
         loss = loss_in(outputs)
@@ -81,7 +84,7 @@ def chosen_loss(model: nn.Module, inputs: Any, targets: Any, output_key: str | N
         return declared(name, output_key)
     if _returns_loss(model, inputs):
         logger.info(f"the loss is that of the network itself, {value:.4g} for the first samples")
-        return OwnLoss()
+        return OwnLoss(of_batches=_nothing_alone(model, inputs, value))
     logger.warning(
         f"the network itself has another loss, {value:.4g} for the first samples, than {', '.join(_KNOWN)}: "
         "declare it with `--loss` (from Python `loss=`)"
@@ -187,6 +190,15 @@ def _returns_loss(model: nn.Module, inputs: Any) -> bool:
         raise
     except Exception:  # whatever a user's network does
         return False
+
+
+def _nothing_alone(model: nn.Module, inputs: Any, value: float) -> bool:
+    """Whether the loss of single samples is zero where that of all is not."""
+    if value == 0 or len(inputs) < 2 or fewest(model) > 1:
+        return False
+    with torch.no_grad():
+        losses = [loss_in(call(model, inputs[s : s + 1])) for s in range(min(len(inputs), _TRIED))]
+    return all(loss is not None and abs(float(loss)) <= 1e-6 * abs(value) for loss in losses)
 
 
 def _targets_among(model: nn.Module, x: Any) -> list[str]:

@@ -6,6 +6,8 @@ import logging
 import numpy as np
 import pytest
 
+import cbs_opt
+
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
@@ -282,3 +284,45 @@ def test_data_without_information_are_warned_of(labels, bias, words, caplog):
         export(model, torch.randn(M, 3), labels)
     assert words in caplog.text
     assert ("ALL GRADIENTS ARE ZERO" in caplog.text) == (bias > 0)
+
+
+class Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(7, 4)
+
+    def forward(self, left, right):
+        return self.a(left), self.b(right)
+
+
+def info_nce(outputs, targets):
+    a, b = outputs
+    return functional.cross_entropy(a @ b.T, torch.arange(len(a)))
+
+
+@pytest.mark.parametrize("source", ["kfac", "reconstruction", "fisher"])
+def test_a_loss_that_compares_the_samples_of_a_batch_is_taken_of_batches(source, caplog):
+    torch.manual_seed(0)
+    network, data = Pairs(), ((torch.randn(50, 5), torch.randn(50, 7)), torch.zeros(50))
+    options = {"loss": info_nce, "source": source, "threads": 1, "max_iterations": 3, "held_out": data}
+    if source == "fisher":
+        with pytest.raises(UsageError, match=r"the loss info_nce compares the samples.*`--batch 50`"):
+            cbs_opt.prune(network, data, 0.5, **options)
+        options |= {"batch": 5}
+        caplog.clear()
+    with caplog.at_level(logging.INFO, logger="cbs_opt"):
+        done = cbs_opt.prune(network, data, 0.5, **options)
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert sum("info_nce compares the samples of a batch" in text for text in warnings) == 1
+    assert not any(word in text for text in warnings for word in ("ZERO", "IS 0", "same label"))
+    with torch.no_grad():
+        for net, score in ((network, done.before), (done.model, done.after)):
+            assert score.loss == pytest.approx(float(info_nce(net(*data[0]), None)), rel=1e-5)
+    assert done.before.loss > 1
+
+
+def test_a_loss_that_does_not_divide_is_told_once(caplog):
+    network = nn.Sequential(nn.Linear(4, 3))
+    x, y = torch.randn(40, 4), torch.arange(40) % 3
+    cbs_opt.prune(network, (x, y), 0.5, loss=lambda o, t: functional.cross_entropy(o, t) ** 2, max_iterations=3)
+    assert sum("neither the mean nor the sum" in text for text in caplog.messages) == 1

@@ -192,3 +192,25 @@ def test_trees():
     bundle = Bundle((X, {"mask": np.pi, "square": torch.eye(8)}), 60)
     part = bundle[5:9]
     assert len(part) == 4 and part.tree[0].shape == (4, 8) and part.tree[1]["square"].shape == (8, 8)
+
+
+def test_samples_with_several_targets():
+    """A list of them, a data set and a loader are read alike."""
+    targets = {"class": Y, "value": X[:, :2]}
+    samples = [(X[k], {"class": Y[k], "value": X[k, :2]}) for k in range(60)]
+    for data in (samples, DataLoader(samples, 20), [(x, (t["class"], t["value"])) for x, t in samples]):
+        read_in = read(data)
+        assert len(read_in.inputs) == len(read_in.targets) == 60
+        assert torch.equal(read_in.inputs, X)
+        tree = read_in.targets.tree
+        found = dict(zip(targets, tree, strict=True)) if not isinstance(tree, dict) else tree
+        assert all(torch.equal(found[name], values) for name, values in targets.items())
+    assert len(read(samples, limit=7, seed=0).targets) == 7
+
+
+def test_lists_of_numbers():
+    found = read((X.tolist(), Y.tolist()))
+    assert torch.equal(found.inputs, X) and torch.equal(found.targets, Y)
+    assert torch.equal(read((X, Y.tolist())).targets, Y)
+    with pytest.raises(InstanceError):
+        read(([[1.0, 2.0], [3.0]], [0, 1]))
