@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -70,7 +71,7 @@ def plain_model(model: nn.Module) -> Plain:
     """
     found = list(computed_weights(model))
     tensors = [*model.parameters(), *model.buffers()]
-    inferred = {id(tensor) for tensor in tensors if tensor.is_inference()}
+    inferred = {id(tensor) for tensor in tensors if not is_lazy(tensor) and tensor.is_inference()}
     if not found and not inferred:
         return Plain(model, {})
     masks = {name: mask for name, module, leaf in found if (mask := mask_of(module, leaf)) is not None}

@@ -103,9 +103,10 @@ def make_plan(
     by_rows = source != "fisher"
     if by_rows or not set(chosen.tensors) <= set(default.tensors):
         chosen = _followed(plain.model, chosen, run, required=by_rows, whole=whole)
-    if log:
-        chosen.log()
     parameters = dict(plain.model.named_parameters())
+    if log:
+        partly = any(parameter.requires_grad for parameter in parameters.values())
+        chosen.log({name for name in chosen.names if partly and not parameters[name].requires_grad})
     for tensor in chosen.tensors:
         if not bool(torch.isfinite(parameters[tensor.name].detach().float()).all()):
             raise InstanceError(f"'{tensor.name}' must hold finite real numbers")

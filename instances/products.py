@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from cbs_opt.instances.patches import convolution_patches, transposed_patches
 from cbs_opt.instances.recurrent import RECURRENT, recurrent_inputs
 from cbs_opt.instances.tensors import Layout
-from cbs_opt.instances.views import NotFollowed, is_view, memory_of, part_of
+from cbs_opt.instances.views import NotFollowed, is_view, is_wrapped, memory_of, part_of
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ class Products(TorchFunctionMode):
             self._followed: set[str] = set()
             reason = f"torch's '{title}' does not multiply by it"
             try:
+                if is_wrapped(result):
+                    raise NotFollowed("it is multiplied inside torch.vmap or another transform of torch.func")
                 self._follow(title, args, kwargs)
             except NotFollowed as error:
                 reason = str(error)

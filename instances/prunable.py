@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
@@ -118,12 +118,17 @@ class Selection:
         more = [LeftOut(t.names, reasons[t.name], t) for t in self.tensors if t.name in reasons]
         return Selection(kept, (*self.left_out, *more))
 
-    def log(self) -> None:
-        """Log what is pruned, and what is not, with reasons."""
+    def log(self, frozen: Collection[str] = ()) -> None:
+        """Log what is pruned, and what is not, with reasons; `frozen` names tensors that are not trained."""
         for t in self.tensors:
             order = ", stored inputs first" if t.layout.inputs_first else ""
             logger.debug(f"to prune: {' = '.join(t.names)}  {' × '.join(map(str, t.layout.shape))}{order}")
         logger.info(f"to prune: {_listed([' = '.join(t.names) for t in self.tensors])}")
+        if frozen:
+            still = _listed([name for name in self.names if name in frozen])
+            logger.info(
+                f"pruned although they are frozen (`requires_grad` is False; --exclude keeps them): {still}"
+            )
         by_reason: dict[str, list[str]] = {}
         for left in self.left_out:
             by_reason.setdefault(left.reason, []).append(" = ".join(left.names))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+_NO_MEMORY = "none"
 
 
 class NotFollowed(Exception):  # noqa: N818  (no error of the user's)
@@ -17,7 +20,12 @@ def memory_of(tensor: Tensor) -> tuple[str, int]:
     try:
         return str(tensor.device), tensor.untyped_storage().data_ptr() if tensor.numel() else 0
     except (RuntimeError, NotImplementedError):  # sparse tensors, and others without memory of their own
-        return "none", id(tensor)
+        return _NO_MEMORY, id(tensor)
+
+
+def is_wrapped(result: Any) -> bool:
+    """Whether a transform of `torch.func` stands for more than the tensor shows, such as all samples of `vmap`."""
+    return isinstance(result, Tensor) and result.layout is torch.strided and memory_of(result)[0] == _NO_MEMORY
 
 
 def is_view(result: Any, args: Sequence[Any]) -> bool:

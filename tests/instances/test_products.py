@@ -8,6 +8,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa: E402
 
+from cbs_opt.errors import UsageError  # noqa: E402
 from cbs_opt.instances.export import export  # noqa: E402
 from cbs_opt.instances.prunable import select  # noqa: E402
 from cbs_opt.instances.reconstruction import followed, input_covariances  # noqa: E402
@@ -286,3 +287,25 @@ def test_a_product_written_by_hand_tells_where_its_inputs_run():
         assert instance.curvature.block_sizes.tolist() == [4] * 5 + [5] * 3
         assert instance.metadata["tensors"][0]["inputs_first"]
         assert instance.weights[:4].tolist() == network.first[:, 0].tolist()
+
+
+@pytest.mark.parametrize("source", ["kfac", "reconstruction"])
+def test_a_layer_inside_vmap_is_left_out_with_the_reason(source, caplog):
+    class Mapped(nn.Module):
+        def __init__(self, inside):
+            super().__init__()
+            self.a, self.b, self.inside = nn.Linear(4, 5), nn.Linear(5, 3), inside
+
+        def forward(self, x):
+            h = torch.vmap(lambda row: self.a(row).tanh())(x)
+            return torch.vmap(self.b)(h) if self.inside else self.b(h)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    with caplog.at_level("WARNING", "cbs_opt"):
+        instance = export(Mapped(False), x, y, source=source)
+    assert [tensor["name"] for tensor in instance.metadata["tensors"]] == ["b.weight"]
+    assert "a.weight is left out" in caplog.text and "inside torch.vmap" in caplog.text
+    with pytest.raises(UsageError, match=r"inside torch.vmap.*`--source fisher` needs none"):
+        export(Mapped(True), x, y, source=source)
+    assert export(Mapped(True), x, y, source="fisher").n == 35

@@ -129,6 +129,27 @@ def test_the_log_tells_what_is_left_out(caplog):
     assert "multiply by it (its name after --tensors prunes it): cls_token, pos_embed, gain.weight" in caplog.text
 
 
+@pytest.mark.parametrize("source", ["fisher", "kfac"])
+def test_frozen_layers_are_pruned_and_named(source, caplog):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    x, y = torch.randn(20, 4), torch.arange(20) % 3
+    instances = {}
+    for frozen in ("nothing", "0", "all"):
+        network.requires_grad_(frozen != "all")
+        network[0].requires_grad_(frozen == "nothing")
+        with caplog.at_level(logging.INFO, logger="cbs_opt"):
+            caplog.clear()
+            instances[frozen] = export(network, x, y, source=source, sparsity=0.5)
+        told = [text for text in caplog.messages if "frozen" in text]
+        assert [text.endswith("--exclude keeps them): 0.weight") for text in told] == [True] * (frozen == "0")
+    for instance in instances.values():
+        assert [tensor["name"] for tensor in instance.metadata["tensors"]] == ["0.weight", "2.weight"]
+        for k in range(instance.curvature.number_of_blocks):
+            block, expected = instance.curvature.block(k), instances["nothing"].curvature.block(k)
+            np.testing.assert_allclose(block, expected, rtol=1e-5, atol=1e-9)
+
+
 def test_layers_without_a_shape_and_scripts_are_told():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is on its way out
