@@ -368,7 +368,8 @@ class Export:
 
     def _pieces(self) -> Iterator[NDArray[Any]]:
         """Mean gradients in order, in the model's precision, with the sums that the rest needs."""
-        done, nothing = 0, True
+        done = 0
+        silent = list(self.places)
         assert self.labels is not None
         for rows in gradient_rows(
             self.model,
@@ -385,14 +386,20 @@ class Export:
             if self.recipe.relative_damping is not None:
                 self._squares += float(np.square(piece, dtype=np.float64).sum())
             done += len(piece)
-            nothing = nothing and not piece.any()
+            silent = [place for place in silent if not piece[:, place.part].any()]
             self._progress("gradients", done, self.rows)
             yield piece
-        if nothing:
+        if len(silent) == len(self.places):
             logger.warning(
                 "ALL GRADIENTS ARE ZERO: nothing tells the weights apart; check that the loss is that of the "
                 "network, "
                 "`--loss mse` perhaps, and that its outputs depend on the weights that are pruned"
+            )
+        elif silent:
+            logger.warning(
+                f"{', '.join(place.name for place in silent[:6])}: the loss has no gradient there, as under "
+                "`torch.no_grad`, or behind `detach` or a choice such as argmax: these weights are pruned first; "
+                "--exclude (from Python `exclude=`) keeps them"
             )
 
     def _collected(self, dtype: np.dtype[Any], folder: Path | None) -> NDArray[Any]:

@@ -196,3 +196,12 @@ def test_a_layer_by_a_function_is_pruned_as_a_linear_layer():
     options = {"source": "kfac", "fisher": "exact", "sparsity": 0.5}
     first, second = (cbs_opt.export(net, x, y, **options) for net in (network, plain))
     np.testing.assert_allclose(first.curvature.block_scale, second.curvature.block_scale, rtol=1e-5)
+
+
+def test_fisher_names_what_no_gradient_reaches(caplog):
+    network, x, y = made("no_grad")
+    cbs_opt.export(network, x, y, names=["first", "second"], source="fisher", sparsity=0.5)
+    assert "first: the loss has no gradient there, as under `torch.no_grad`" in caplog.text
+    caplog.clear()
+    cbs_opt.export(network, x, y, names=["second"], source="fisher", sparsity=0.5)
+    assert "no gradient" not in caplog.text

@@ -180,3 +180,11 @@ def test_labels_that_the_network_does_not_take_are_withheld():
     network, batch, _ = made("next token")
     with pytest.raises(UsageError, match="declare the loss"):
         cbs_opt.export(network, {**batch, "labels": torch.rand(40, 3)}, sparsity=0.5)
+
+
+def test_a_calibration_loop_that_gives_labels_gives_them_as_labels():
+    network, batch, loss = made("next token")
+    instance = cbs_opt.export(network, lambda net: net(**batch), source="kfac", fisher="sampled", sparsity=0.5)
+    assert instance.metadata["loss"] == loss
+    with torch.no_grad():
+        assert instance.metadata["dense_loss"] == pytest.approx(float(network(**batch).loss), rel=1e-5)
