@@ -398,8 +398,8 @@ class Export:
         elif silent:
             logger.warning(
                 f"{', '.join(place.name for place in silent[:6])}: the loss has no gradient there, as under "
-                "`torch.no_grad`, or behind `detach` or a choice such as argmax: these weights are pruned first; "
-                "--exclude (from Python `exclude=`) keeps them"
+                "`torch.no_grad`, or behind `detach`, a choice such as argmax or weights that are zero: these are "
+                "pruned first; --exclude (from Python `exclude=`) keeps them"
             )
 
     def _collected(self, dtype: np.dtype[Any], folder: Path | None) -> NDArray[Any]:

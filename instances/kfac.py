@@ -61,8 +61,8 @@ def factored(
         without = int((squares == 0).sum())
         if without == squares.size:
             logger.warning(
-                f"{layer.name}: the loss has no gradient by its outputs, as behind `detach` or a choice such as "
-                "argmax: its weights are pruned first; --exclude (from Python `exclude=`) keeps them"
+                f"{layer.name}: the loss has no gradient by its outputs, as behind `detach`, a choice such as "
+                "argmax or weights that are zero: its weights are pruned first; --exclude (from Python `exclude=`) keeps them"
             )
         elif without:
             logger.info(
