@@ -18,19 +18,23 @@ from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.exact.kept_sets import PAIRS_PER_SECOND, KeptSets
+from cbs_opt.solvers.joint.breeding import LARGEST
 from cbs_opt.solvers.joint.rank_deficient import check_well_posed, is_rank_deficient
-from cbs_opt.solvers.joint.swap_search import JointSearch
+from cbs_opt.solvers.joint.swap_search import QUICK, JointSearch
 from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.search import Search
-from cbs_opt.solvers.trees.prove import MAX_WEIGHTS, Prover, Report, check_size, prove_shortly
+from cbs_opt.solvers.trees.prove import MAX_WEIGHTS, Prover, Report, check_size, prove_for, prove_shortly
 from cbs_opt.stop import Stop
 
 logger = logging.getLogger("cbs_opt")
 
+_MOVES = 10  # of `joint` for a cycle of `search`
 _SMALL, _LONGEST = 500, 10  # weights below which a heuristic takes more iterations, and how many times more
 _SHARE = 0.1  # of the time limit, for the heuristic
+_BEFORE_SEARCH = 0.02  # of the time limit, for a tree before a longer search
+_SEARCH = 0.08  # of the time limit, for that search where the gap is at least a half
 
 
 MOST_SECONDS = 600.0
@@ -117,6 +121,13 @@ class Exact(Solver):
                 prove_shortly(prover, context)
             if not (monitor.closed or monitor.should_stop()):
                 self._heuristic(instance, context)
+            limit = monitor.stop.time_limit
+            if limit is not None and not (monitor.closed or monitor.should_stop()):
+                # What is proven soon needs no better selection; where the gap stays large one is looked for.
+                prove_for(prover, context, _BEFORE_SEARCH * limit)
+                if not (monitor.closed or monitor.should_stop()):
+                    gap = 1.0 if monitor.gap is None else min(1.0, 2.0 * monitor.gap)
+                    self._heuristic(instance, context, gap * _SEARCH * limit)
             if monitor.closed or monitor.should_stop():
                 return Status.OPTIMAL if monitor.closed else Status.CONVERGED
         return prover.run(context)
@@ -155,21 +166,26 @@ class Exact(Solver):
             monitor.report_bound(min(max(least, 0.0), monitor.objective))
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
-    def _heuristic(self, instance: Instance, context: Context) -> None:
-        """A first incumbent from a heuristic of the package.
+    def _heuristic(self, instance: Instance, context: Context, seconds: float | None = None) -> None:
+        """A first incumbent from a heuristic of the package, or with `seconds` a better one.
 
-        It ends after a number of iterations without improvement, larger for small problems, whose iterations are
-        short, and at the latest after a tenth of the time limit.
+        Without `seconds` it ends after a number of iterations without improvement, larger for small problems,
+        whose iterations are short, and at the latest after a tenth of the time limit.
         """
         joint, outer, n = context.objective == "joint", context.monitor, self._prover.problem.n
-        steps = int(self.parameters.effort * (10 if joint else 1) * np.clip(_SMALL / n, 1, _LONGEST))
-        until = np.inf if outer.stop.time_limit is None else outer.elapsed + _SHARE * outer.stop.time_limit
+        steps = int(self.parameters.effort * (_MOVES if joint else 1) * np.clip(_SMALL / n, 1, _LONGEST))
+        if joint and n <= LARGEST:
+            steps *= QUICK
+        longest = np.inf if outer.stop.time_limit is None else _SHARE * outer.stop.time_limit
+        until = outer.elapsed + (longest if seconds is None else seconds)
         stop = Stop(
-            no_improvement=steps,
-            max_iterations=10 * steps,
+            no_improvement=steps if seconds is None else None,
+            max_iterations=10 * steps if seconds is None else 10**9,
             should_stop=lambda: outer.should_stop() or outer.elapsed > until,
         )
-        inner = Context(context.objective, context.seed, Monitor(stop), context.warm_start, threads=1)
+        start = context.warm_start if seconds is None else outer.pruned
+        seed = context.seed if seconds is None else context.seed + 1
+        inner = Context(context.objective, seed, Monitor(stop), start, threads=1)
         solver: Solver = JointSearch({"bound_steps": 0, "proof": 0}) if joint else Search({"proof": 0})
         solver.prepare(instance, inner)
         solver.run(instance, inner)

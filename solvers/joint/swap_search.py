@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.joint import backward
+from cbs_opt.solvers.joint.breeding import LARGEST, DenseJoint, JointBreeding
 from cbs_opt.solvers.joint.bulk_exchange import exchange_in_bulk
 from cbs_opt.solvers.joint.lagrangian_bound import improve_bound
 from cbs_opt.solvers.joint.moves import KEPT_LIMIT, JointMoves
@@ -33,6 +35,9 @@ from cbs_opt.typing import BoolArray
 from cbs_opt.update import best_update
 
 logger = logging.getLogger("cbs_opt")
+
+QUICK = 20
+"""Moves of small problems that take as long as one of others."""
 
 _GAIN = 1e-9  # smallest improvement that counts, relative to the loss
 _PATIENCE = 400  # moves without improvement after which a search without a limit ends
@@ -186,16 +191,59 @@ class JointSearch(Solver):
 
             if not np.array_equal(pruned, monitor.pruned):
                 monitor.report(joint_loss(instance, pruned), pruned)
+            go_on: Callable[[float | None], bool] = search
+            if _is_small(instance):
+                go_on = self._breed(instance, context)
             if self._prover is None:
                 # The core of a large block is chosen again as long as this improves the loss.
-                while not monitor.should_stop() and search(None):
+                while not monitor.should_stop() and go_on(None):
                     pass
             elif not monitor.should_stop():
                 limit = monitor.stop.time_limit
-                search(None if limit is None else _FIRST_SHARE * limit)
+                go_on(None if limit is None else _FIRST_SHARE * limit)
                 if not (monitor.should_stop() or monitor.closed):
-                    return prove.prove_within(self._prover, context, search)
+                    return prove.prove_within(self._prover, context, go_on)
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
+
+    def _breed(self, instance: Instance, context: Context) -> Callable[[float | None], bool]:
+        """A search for small problems: descent to where no swap gains, then `JointBreeding`."""
+        monitor, breeding = context.monitor, None
+
+        def descend() -> JointMoves:
+            assert monitor.pruned is not None
+            moves = JointMoves(instance, monitor.pruned)
+            best = self._search(moves, context, None, descent=True)
+            self._note_drift(moves, 2 * joint_loss(instance, best), context)
+            return moves
+
+        def search(until: float | None) -> bool:
+            nonlocal breeding
+            patience = self.parameters.patience
+            if patience is None and not monitor.stop.limits_work:
+                patience = QUICK * _PATIENCE
+            if patience is None and self._prover is not None and not self._bounded:
+                patience = QUICK * _patience_before_proof(instance)
+            moves = descend()
+            if monitor.should_stop() or monitor.closed:
+                return False
+            breeding = breeding or JointBreeding(DenseJoint(moves), monitor, self._rng, self.parameters.tenure)
+            index = breeding.problem.index
+
+            def offer(found: BoolArray, doubled: float) -> None:
+                pruned = moves.outside.copy()
+                pruned[index] = found
+                value = joint_loss(instance, pruned)
+                drift = abs(doubled - 2 * value) / max(abs(2 * value), 1e-300)
+                context.extras["drift"] = max(context.extras["drift"], float(drift))
+                monitor.report(value, pruned)
+
+            limit = np.inf if until is None else until
+            breeding.run(moves.pruned()[index], moves.doubled, patience, limit, offer)
+            if not monitor.should_stop():
+                descend()
+            return False
+
+        return search
 
     def _eliminated(self, copy: Instance, context: Context) -> BoolArray:
         """Backward elimination of the damped copy of a singular instance."""
@@ -235,8 +283,12 @@ class JointSearch(Solver):
             moves.instance, displacement, moves.doubled / 2, monitor, self.parameters.bound_steps, seconds
         )
 
-    def _search(self, moves: JointMoves, context: Context, until: float | None) -> BoolArray:
+    def _search(
+        self, moves: JointMoves, context: Context, until: float | None, descent: bool = False
+    ) -> BoolArray:
         """Best-swap descent, then tabu search, at most until the clock shows `until`; returns the best selection.
+
+        With `descent` alone it ends where no swap gains, and `moves` is there.
 
         It ends by itself only where no swap gains, tabu or not.
         """
@@ -264,6 +316,8 @@ class JointSearch(Solver):
                     self._bound(moves, context)
                     if monitor.closed:
                         break
+                if descent and not descending:
+                    break
             if move is None and not tabu:
                 break
             count += 1
@@ -313,6 +367,12 @@ class JointSearch(Solver):
                 at_best = False
         self._best_doubled = best_doubled
         return best
+
+
+def _is_small(instance: Instance) -> bool:
+    """Whether all open weights fit into one dense tableau."""
+    fixed = 0 if instance.fixed is None else int((instance.fixed == 1).sum())
+    return instance.n - fixed <= LARGEST
 
 
 def _patience_before_proof(instance: Instance) -> int:

@@ -78,7 +78,7 @@ class Tableau:
         self.one_group = bool((group == group[0]).all()) if group.size else True
         self.tabu = np.zeros(b.size, dtype=bool)  # weights that may not move for now
         self._late: tuple[FloatArray, FloatArray, FloatArray, FloatArray] | None = None  # terms that U lacks
-        self._floor = np.maximum(1e-14 * np.maximum(H.diagonal(), 1e-300), least)
+        self.floor = np.maximum(1e-14 * np.maximum(H.diagonal(), 1e-300), least)
         self.reset(kept)
 
     @property
@@ -118,7 +118,7 @@ class Tableau:
         self._late = None
         self.d = self.b[self.P] - H_PS @ self.x
         self.a = self.H.diagonal()[self.P] - np.einsum("rs,rs->r", self._U, H_PS)
-        np.maximum(self.a, self._floor[self.P], out=self.a)
+        np.maximum(self.a, self.floor[self.P], out=self.a)
         self.doubled = 2.0 * self.constant - float(self.b[self.S] @ self.x)
 
     def refactor(self) -> float:
@@ -226,7 +226,7 @@ class Tableau:
         self._late = (column, row, v, shift)
         self.S[s], self.P[r] = coming, leaving
         # Cancellation may leave nothing of a weight that the kept ones nearly determine.
-        np.maximum(self.a, self._floor[self.P], out=self.a)
+        np.maximum(self.a, self.floor[self.P], out=self.a)
 
     def remove(self, s: int) -> None:
         """Prune column s; O(p q + q)."""
@@ -267,7 +267,7 @@ class Tableau:
         self.inverse.append(u, pivot)
         self._late = (_without(v, r), np.append(shift, 0.0), np.zeros(last), np.zeros(q + 1))
         self.S, self.P = np.append(self.S, coming), _without(self.P, r)
-        np.maximum(self.a, self._floor[self.P], out=self.a)
+        np.maximum(self.a, self.floor[self.P], out=self.a)
 
     def _is_inaccurate(self, s: int, t: float) -> bool:
         """Whether taking out s would cancel most digits; T_ss H_ss ≥ 1 is large for nearly dependent weights."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from cbs_opt.solvers.joint.tableau import Tableau
 from cbs_opt.solvers.kernels import joint_numba as kernels
+from cbs_opt.solvers.kernels.sweep_tabu import sweep, sweep_tabu
 
 
 def warm_up_joint() -> None:
@@ -21,3 +22,7 @@ def warm_up_joint() -> None:
             r, s, _ = tableau.best_swap()
             tableau.swap(r, s)
         assert tableau.U.size
+    M, A, here = np.eye(3), np.eye(3), np.array([1, 0], dtype=np.int8)
+    sweep(M, here, np.zeros(2), A)
+    weights = (here, np.zeros(2), np.zeros(2, dtype=np.int64), np.array([0, 2]), np.full(2, -1), here.copy())
+    sweep_tabu(M, A, *weights, 1.0, 0, 0, 0, np.uint64(1), 1, 1, 1, 1, 9)

@@ -341,7 +341,7 @@ def pair_descent(
 
 
 @inner
-def _mix(state: Any) -> Any:
+def mix(state: Any) -> Any:
     """One step of the splitmix64 generator: new state and a 63-bit value."""
     state = state + np.uint64(0x9E3779B97F4A7C15)
     z = state
@@ -528,12 +528,12 @@ def tabu_swaps(
                 if bi == bj:
                     break
         f += gain + cost
-        rng, z = _mix(rng)
+        rng, z = mix(rng)
         release[i] = clock + tenure + np.int64(z % np.uint64(tenure))
         after[i] = chain[release[i] % turn]
         chain[release[i] % turn] = i
         if j != i:
-            rng, z = _mix(rng)
+            rng, z = mix(rng)
             release[j] = clock + tenure + np.int64(z % np.uint64(tenure))
             after[j] = chain[release[j] % turn]
             chain[release[j] % turn] = j

@@ -27,6 +27,18 @@ def add_rows(q: Any, index: Any, value: Any, out: Any) -> Any:
     out += q[index].astype(np.float64).T @ value
 
 
+def shift_to_counts(x: Any, group: Any, count: Any, out: Any) -> None:
+    """Shift x by one number per group, within [0, 1], so that the group sums are `count`; into `out`."""
+    groups = len(count)
+    low, high = np.full(groups, -1.0), np.full(groups, 1.0)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        below = np.bincount(group, np.clip(x + middle[group], 0, 1), groups) < count
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    off = np.abs(np.bincount(group, x, groups) - count) > 1e-9
+    out[:] = np.where(off[group], np.clip(x + high[group], 0, 1), x)
+
+
 def _dense(q: Any, q_start: Any, block_start: Any) -> Any:
     """Whole core matrix with zeros across blocks, and the block of each variable."""
     n = block_start[-1]

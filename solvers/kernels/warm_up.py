@@ -11,6 +11,7 @@ import numpy as np
 
 from cbs_opt.solvers.kernels import selection_numba as kernels
 from cbs_opt.solvers.kernels.compilation import how_often
+from cbs_opt.solvers.kernels.group_sums import shift_to_counts
 from cbs_opt.solvers.kernels.swap_descent import swap_descent
 
 logger = logging.getLogger("cbs_opt")
@@ -46,6 +47,7 @@ def warm_up_selection() -> None:
     layout = (q, np.array([0, 4]), start, np.array([0, 1]), cells, np.zeros(1, dtype=np.int64), 1)
     half, h = np.full(2, 0.5), np.array([1.0, 0.0])
     kernels.pair_descent(*layout, np.ones(2), np.zeros(2), np.array([1.0, 0.0]), h.copy(), 1, 1e-9)
+    shift_to_counts(np.ones(2), np.zeros(2, dtype=np.int64), np.ones(1, dtype=np.int64), h.copy())
     y = np.array([1, 0], dtype=np.int8)
     swap_descent(*layout, half, y, h, 1e-9, 1)
     release = np.zeros(2, dtype=np.int64)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cbs_opt.solvers.kernels import selection_numba as kernels
+from cbs_opt.solvers.kernels.group_sums import shift_to_counts
 from cbs_opt.solvers.kernels.swap_descent import swap_descent
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.core import Core
@@ -131,14 +132,9 @@ class CorePoint:
 
     def fit(self, x: FloatArray) -> FloatArray:
         """Shift x by one number per group, within [0, 1], so that the group sums are those of the core."""
-        group, groups = self.core.group, self.core.number_of_groups
-        low, high = np.full(groups, -1.0), np.full(groups, 1.0)
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            below = np.bincount(group, np.clip(x + middle[group], 0, 1), groups) < self.count
-            low, high = np.where(below, middle, low), np.where(below, high, middle)
-        off = np.abs(np.bincount(group, x, groups) - self.count) > 1e-9
-        return np.where(off[group], np.clip(x + high[group], 0, 1), x)
+        out = np.empty(self.core.n)
+        shift_to_counts(np.asarray(x, np.float64), self.core.group, self.count, out)
+        return out
 
     def round(self, x: FloatArray) -> FloatArray:
         """Binary point with the largest x of each group; ties by index."""

@@ -25,10 +25,10 @@ class SearchParameters(Parameters):
 
     core: int = option(1200, "variables of a core at most")
     working_set: int = option(256, "violating variables of a working set of the relaxation")
-    cycles: int = option(20, "cycles without improvement after which a new core is chosen")
+    cycles: int = option(40, "cycles without improvement after which a new core is chosen")
     stall: int = option(500, "tabu steps without improvement that end a cycle")
     proof: int = option(250, "weights of a component up to which branch and bound takes over; 0 for never")
-    ratio: float = option(1.6, "growth of the concave weight while a point hardens")
+    ratio: float = option(2.5, "growth of the concave weight while a point hardens")
     patience: int | None = option(
         None, "cycles without improvement after which the search ends; 150 without a limit on time or iterations"
     )

@@ -411,6 +411,11 @@ def prove_shortly(prover: Prover, context: Context) -> None:
     _prove(prover, context, nodes=SHORT)
 
 
+def prove_for(prover: Prover, context: Context, seconds: float) -> None:
+    """A tree for so many seconds."""
+    _prove(prover, context, seconds=seconds)
+
+
 def _limited(size: int, stop: Stop) -> int:
     """Nodes of a slice: no more than an iteration limit allows."""
     return size if stop.max_iterations is None else max(1, min(size, stop.max_iterations))

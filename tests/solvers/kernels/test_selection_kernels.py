@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cbs_opt.solvers.kernels import selection_numba, selection_numpy, swap_descent
+from cbs_opt.solvers.kernels import group_sums, selection_numba, selection_numpy, swap_descent
 from cbs_opt.solvers.kernels.warm_up import warm_up_selection
 from cbs_opt.solvers.problem.columns import Columns, DenseBlock, DiagonalBlock, FactorBlock
 from cbs_opt.solvers.selection.core import Core
@@ -196,3 +196,18 @@ def test_swap_descent(seed, blocks, groups):
     change = (0.5 * core.diagonal - h)[:, None] + (0.5 * core.diagonal + h) - Q
     allowed = (y == 1)[:, None] & (y == 0) & (core.group[:, None] == core.group)
     assert not (change[allowed] < -1e-8).any()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_group_sums(groups):
+    rng = np.random.default_rng(groups)
+    group, x = rng.integers(groups, size=30), rng.random(30)
+    count = np.bincount(group, minlength=groups) // 3
+    x[group == 0] = 0.0
+    x[np.flatnonzero(group == 0)[: count[0]]] = 1.0  # a group whose sum is right
+    one, two = np.empty(30), np.empty(30)
+    group_sums.shift_to_counts(x, group, count, one)
+    selection_numpy.shift_to_counts(x, group, count, two)
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_allclose(np.bincount(group, one), count, atol=1e-12)
+    np.testing.assert_array_equal(one[group == 0], x[group == 0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cbs_opt.solvers.selection.elites import Elites, Roulette
+from cbs_opt.solvers.problem.elites import Elites, Roulette
 
 
 def point(*ones, n=12):

@@ -1,4 +1,4 @@
-"""Good points that differ from each other, and random choices that learn; for the breeding of `search`."""
+"""Good points that differ from each other, and random choices that learn: for breeding in `search` and `joint`."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class Roulette:
 
     def choose(self, rng: np.random.Generator) -> int:
         """One of the choices."""
-        weight = np.square((self._successes + 0.5) / (self._uses + 2.0))
-        return int(rng.choice(weight.size, p=weight / weight.sum()))
+        reached = np.cumsum(np.square((self._successes + 0.5) / (self._uses + 2.0)))
+        return min(int(np.searchsorted(reached, rng.random() * reached[-1], side="right")), reached.size - 1)
 
     def learn(self, choice: int, success: bool) -> None:
         """Tell how a choice went."""
