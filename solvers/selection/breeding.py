@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,20 +15,48 @@ from cbs_opt.solvers.selection.parameters import SearchParameters
 from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.typing import FloatArray, IntArray
 
-ELITES = 16
-
 EXPONENT = 0.5
 """Of the relative diagonal in the concave weights, in some cycles; 0 in the others."""
 
 _APART = 16  # variables in which elites differ at least; fewer on small cores
 _START = (1e-3, 3e-2)  # concave weight of a start from the relaxation, log-uniform
-_BLUR = (0.02, 0.3)  # share of a random point in such a start, log-uniform
 _MELT = (5e-3, 0.5)  # concave weight after melting binary points, log-uniform
 _NOISE = ((0.03, 0.1), (0.1, 0.3), (0.3, 0.8), (0.8, 1.8))  # log-normal spread of the random concave weights
 _TENURE = (4, 15)
-_TOLERANCE, _SUM_OF_TOLERANCES = 1e-3, 0.2  # of descents, in units of the objective: of one variable, and of all
+_SUM_OF_TOLERANCES = 0.2  # of the descents on a core, in units of the objective
 _BLOCKS_OF_A_CORE = 8
 _FRESH, _MELTED, _CROSSED = range(3)
+
+SMALL = 500
+"""Open weights up to which cycles are rough."""
+
+
+class Manner(NamedTuple):
+    """What a cycle costs, and how many good points others are bred from.
+
+    Attributes
+    ----------
+    elites : int
+    cycles : int
+        Without a new elite, that end an epoch.
+    ratio : float
+        Growth of the concave weight.
+    tolerance : float
+        Of descents, in units of the objective.
+    blur : tuple of float
+        Share of a random point in a start from the relaxation, log-uniform. Descent takes back what changes the
+        objective much; a change where Q is nearly flat remains.
+    """
+
+    elites: int
+    cycles: int
+    ratio: float
+    tolerance: float
+    blur: tuple[float, float] | None
+
+
+ROUGH, FINE = Manner(16, 40, 2.5, 1e-3, (0.02, 0.3)), Manner(8, 20, 1.6, 1e-6, None)
+"""Up to `SMALL` weights, where many rough samples find more than few that are precise, and beyond."""
 
 
 class Breeding:
@@ -64,17 +93,18 @@ class Breeding:
         self.rng, self.incumbent, self.offer = rng, incumbent, offer
         self.state = np.uint64(rng.integers(1, 2**62))
         self.apart = int(np.clip(problem.n // 64, 2, _APART))
-        self.elites = Elites(ELITES, self.apart)
+        manner = ROUGH if problem.n <= SMALL else FINE
+        self.manner = manner._replace(
+            cycles=manner.cycles if parameters.cycles is None else parameters.cycles,
+            ratio=manner.ratio if parameters.ratio is None else parameters.ratio,
+        )
+        self.elites = Elites(manner.elites, self.apart)
         self.noise, self.kind = Roulette(2 * len(_NOISE)), Roulette(3)  # of noise with either exponent
         self.kind.learn(_CROSSED, True)  # what is best on most instances
 
     def tolerance(self, size: int) -> float:
-        """Of descents on a core of so many variables, absolute.
-
-        Many rough samples find more than few that are precise: on 200 to 400 weights of MLPNet 1e-3 of
-        the objective makes a cycle four times as fast as 1e-6, and its values worse by two per cent.
-        """
-        return min(_TOLERANCE, _SUM_OF_TOLERANCES / size) * max(abs(self.incumbent().f), 1e-300)
+        """Of descents on a core of so many variables, absolute."""
+        return min(self.manner.tolerance, _SUM_OF_TOLERANCES / size) * max(abs(self.incumbent().f), 1e-300)
 
     def choose_core(self, relaxed: Relaxation, t: float, size: int, spread: float = 0.0) -> IntArray:
         """The disputed variables, and those nearest to their threshold, from a few blocks.
@@ -115,10 +145,10 @@ class Breeding:
         self.elites.offer(known.y > 0.5, known.f)  # it may come from elsewhere
         size = int(np.clip(5 * relaxed.fractional, min(300, parameters.core), parameters.core))
         local = CorePoint(base, self.choose_core(relaxed, t, size, 0.0 if first else 0.5))
-        index, elites = local.core.index, Elites(ELITES, self.apart) if fresh else self.elites
+        index, elites = local.core.index, Elites(self.manner.elites, self.apart) if fresh else self.elites
         x = local.fit(relaxed.x[index])
         best, idle = np.inf, 0
-        while idle < parameters.cycles and not monitor.should_stop():
+        while idle < self.manner.cycles and not monitor.should_stop():
             level, kind = self.noise.choose(self.rng), self.kind.choose(self.rng)
             learning = elites.full
             if (fresh and not learning) or not elites.points:
@@ -151,13 +181,12 @@ class Breeding:
             self.elites.offer(*elites.best(), force=True)
 
     def _start(self, local: CorePoint, x: FloatArray, elites: Elites, kind: int) -> tuple[FloatArray, float]:
-        """A start of the kind, float64 (c,), and its concave weight; x is that from the relaxation.
-
-        A random point mixed into x changes it where Q is nearly flat: descent takes back the rest.
-        """
+        """A start of the kind, float64 (c,), and its concave weight; x is that from the relaxation."""
         if kind == _FRESH:
-            share = _log_uniform(self.rng, _BLUR)
-            return local.fit((1.0 - share) * x + share * self.rng.random(x.size)), _log_uniform(self.rng, _START)
+            if self.manner.blur is not None:
+                share = _log_uniform(self.rng, self.manner.blur)
+                x = local.fit((1.0 - share) * x + share * self.rng.random(x.size))
+            return x, _log_uniform(self.rng, _START)
         parents = elites.parents(self.rng, 2 if kind == _CROSSED else 1)
         return local.fit(np.mean(parents, axis=0)[local.core.index]), _log_uniform(self.rng, _MELT)
 
@@ -167,7 +196,7 @@ class Breeding:
         weight = local.weights(EXPONENT if level is None or level >= len(_NOISE) else 0.0)
         if level is not None:
             weight = weight * np.exp(_log_uniform(rng, _NOISE[level % len(_NOISE)]) * rng.standard_normal(core.n))
-        y = local.harden(start, weight, t, parameters.ratio, self.tolerance(core.n), should_stop)
+        y = local.harden(start, weight, t, self.manner.ratio, self.tolerance(core.n), should_stop)
         tenure = int(rng.integers(_TENURE[0], _TENURE[1] + 1))
         y, _, self.state = local.tabu(y, parameters.stall, tenure, self.state, should_stop)
         return local.swap(y)

@@ -25,10 +25,14 @@ class SearchParameters(Parameters):
 
     core: int = option(1200, "variables of a core at most")
     working_set: int = option(256, "violating variables of a working set of the relaxation")
-    cycles: int = option(40, "cycles without improvement after which a new core is chosen")
+    cycles: int | None = option(
+        None, "cycles without improvement after which a new core is chosen; 40 up to 500 open weights, else 20"
+    )
     stall: int = option(500, "tabu steps without improvement that end a cycle")
     proof: int = option(250, "weights of a component up to which branch and bound takes over; 0 for never")
-    ratio: float = option(2.5, "growth of the concave weight while a point hardens")
+    ratio: float | None = option(
+        None, "growth of the concave weight while a point hardens; 2.5 up to 500 open weights, else 1.6"
+    )
     patience: int | None = option(
         None, "cycles without improvement after which the search ends; 150 without a limit on time or iterations"
     )
@@ -46,14 +50,14 @@ class SearchParameters(Parameters):
 
     def __post_init__(self) -> None:
         for name, smallest in (("core", 2), ("working_set", 2), ("cycles", 1), ("stall", 1), ("proof", 0)):
-            if getattr(self, name) < smallest:
+            if getattr(self, name) is not None and getattr(self, name) < smallest:
                 raise UsageError(f"`{name}` must be at least {smallest}, got {getattr(self, name)}")
         for name in ("large", "many_blocks", "small_block", "dense_bytes", "double_bytes", "threaded_gradients"):
             if getattr(self, name) < 0:
                 raise UsageError(f"`{name}` must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.bound_share < 1:
             raise UsageError(f"`bound_share` must be at least 0 and less than 1, got {self.bound_share}")
-        if self.ratio <= 1:
+        if self.ratio is not None and self.ratio <= 1:
             raise UsageError(f"`ratio` must be more than 1, got {self.ratio}")
         if self.patience is not None and self.patience < 1:
             raise UsageError(f"`patience` must be at least 1, got {self.patience}")

@@ -360,7 +360,7 @@ class _Run:
             if t == _EARLY and not monitor.should_stop():
                 local = CorePoint(rounded, self.breeding.choose_core(relaxed, t, min(300, self.parameters.core)))
                 x = local.fit(relaxed.x[local.core.index])
-                ratio, tolerance = self.parameters.ratio, self.breeding.tolerance(local.core.n)
+                ratio, tolerance = self.breeding.manner.ratio, self.breeding.tolerance(local.core.n)
                 y = local.harden(x, local.weights(EXPONENT), t, ratio, tolerance, monitor.should_stop)
                 rounded.move(local.core.index, y)
                 candidate_swaps(rounded, monitor.should_stop)

@@ -10,6 +10,7 @@ import numpy as np
 from cbs_opt.monitor import Monitor
 from cbs_opt.solvers.kernels.threads import run_tasks
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
+from cbs_opt.solvers.selection.breeding import FINE
 from cbs_opt.solvers.selection.incumbent import GAIN, CorePoint, Incumbent
 from cbs_opt.solvers.selection.parameters import LARGE, MANY_BLOCKS, SMALL_BLOCK, SearchParameters
 from cbs_opt.solvers.selection.relaxation import Relaxation
@@ -211,6 +212,7 @@ class SweepSearch:
         local = CorePoint(point, part.start + np.sort(np.concatenate(chosen)))
         core = local.core
         best, value = local.y, local.value(local.y)
+        ratio = parameters.ratio or FINE.ratio
         tolerance = 1e-6 * max(abs(value - local.value(np.zeros(core.n))), 1e-300)
         state = np.uint64(rng.integers(1, 2**62))
         for cycle in range(_CYCLES):
@@ -218,7 +220,7 @@ class SweepSearch:
             if cycle:
                 t = float(_MELT[0] * (_MELT[1] / _MELT[0]) ** rng.random())
                 weight = core.diagonal * np.exp(rng.uniform(*_NOISE) * rng.standard_normal(core.n))
-                current = local.harden(best, weight, t, parameters.ratio, tolerance, halted)
+                current = local.harden(best, weight, t, ratio, tolerance, halted)
             if halted():
                 break
             current, f, state = local.tabu(current, _STALL, int(rng.integers(*_TENURE)), state, halted)
