@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cbs_opt.curvature import Curvature
 from cbs_opt.errors import CbsError, UnboundedError
@@ -189,6 +190,7 @@ def steps(
             stack.enter_context(evaluation_mode(network))
             stack.enter_context(single_precision(network))
             stack.enter_context(_norms_as_factors(network))
+        stack.enter_context(_plain_attention())
         model = _Model(copy, dense, samples, pruned, distance, check)
         return _conjugate_gradients(model, K, pruned)
 
@@ -296,6 +298,18 @@ def _norms_as_factors(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in changed:
             del vars(norm)["forward"]
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by operators that forward mode knows; fused ones are not among them."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _multiply_and_add(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:

@@ -43,6 +43,16 @@ class Stubborn(nn.Module):
         return NoForwardMode.apply(self.layer(x))
 
 
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, x):
+        return self.last(self.encoder(self.first(x)).mean(1))
+
+
 class Tokens(nn.Module):
     """Classes of each of five places, on the last axis."""
 
@@ -204,6 +214,17 @@ def test_each_step_lowers_the_loss(trained):
         for layer, tensor in zip(pruned.layers, (pruned.model[k].weight for k in (0, 2, 4)), strict=True):
             assert not bool(tensor[torch.from_numpy(layer.pruned)].any())
     assert losses[2] < losses[1] < losses[0]
+
+
+def test_a_transformer():
+    """Fused attention has no forward mode; the step is made without it."""
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    x = torch.randn(300, 5, 6)
+    y = model(x).argmax(1).detach()
+    pruned = cbs_opt.prune(model, (x, y), 0.7, gauss_newton=1, **FAST)
+    assert pruned.stages[0].gauss_newton == 1
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_what_is_refused(trained):
