@@ -47,7 +47,7 @@ def block_sizes(shapes: Sequence[Shape], blocks: str | int) -> list[int]:
         return numbers
     if blocks == "row":
         return row_blocks(list(shapes))
-    if not is_integer(blocks) or blocks < 1:
+    if isinstance(blocks, str) or not is_integer(blocks) or blocks < 1:
         raise UsageError(f"`blocks` must be 'full', 'layer', 'row' or a size of at least 1, got {blocks!r}")
     return cut(numbers, int(blocks))
 

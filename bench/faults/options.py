@@ -36,7 +36,7 @@ _LONG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 def absurd_options(material: Material, rng: Generator, folder: Path) -> Finding:
     """A command line with a few odd options or arguments; files that these do not name must stay as they are."""
     command = _COMMANDS[int(rng.integers(len(_COMMANDS)))]
-    copies = {name: shutil.copy(path, folder) for name, path in material.files.items()}
+    copies = {name: str(shutil.copy(path, folder)) for name, path in material.files.items()}
     arguments = _valid(command, copies, rng)
     options = _options(command, arguments[0] if command == "bench" else None, material.folder)
     untouched = set(copies.values())

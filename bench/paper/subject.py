@@ -268,6 +268,6 @@ def _images(study: Study, files: Files, network: Network, seed: int) -> _Images:
         test = HeldSource("the test images", read.inputs, read.labels)
     else:
         test = held("the test images", shared, count)
-    training = held("the training images", 0, study.source_images)
+    training = held("the training images", 0, max(study.source_images, 1))  # pictures cannot be none
     choice = held("the training images", last - study.choice_images, last)
     return _Images(drawn, last - study.choice_images, training, choice, test)
