@@ -62,8 +62,8 @@ def factored(
         if without == squares.size:
             logger.warning(
                 f"{layer.name}: the loss has no gradient by its outputs, as behind `detach`, a choice such as "
-                "argmax or weights that are zero: its weights are pruned first; --exclude (from Python `exclude=`) "
-                "keeps them"
+                "argmax or weights that are zero: its weights are pruned first; --exclude (from Python "
+                "`exclude=`) keeps them"
             )
         elif without:
             logger.info(
