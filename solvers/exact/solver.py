@@ -169,8 +169,8 @@ class Exact(Solver):
     def _heuristic(self, instance: Instance, context: Context, seconds: float | None = None) -> None:
         """A first incumbent from a heuristic of the package, or with `seconds` a better one.
 
-        Without `seconds` it ends after a number of iterations without improvement, larger for small problems,
-        whose iterations are short, and at the latest after a tenth of the time limit.
+        It ends after a number of iterations without improvement, larger for small problems, whose iterations are
+        short, and ten times as large with `seconds`; without, at the latest after a tenth of the time limit.
         """
         joint, outer, n = context.objective == "joint", context.monitor, self._prover.problem.n
         steps = int(self.parameters.effort * (_MOVES if joint else 1) * np.clip(_SMALL / n, 1, _LONGEST))
@@ -179,7 +179,7 @@ class Exact(Solver):
         longest = np.inf if outer.stop.time_limit is None else _SHARE * outer.stop.time_limit
         until = outer.elapsed + (longest if seconds is None else seconds)
         stop = Stop(
-            no_improvement=steps if seconds is None else None,
+            no_improvement=steps if seconds is None else 10 * steps,
             max_iterations=10 * steps if seconds is None else 10**9,
             should_stop=lambda: outer.should_stop() or outer.elapsed > until,
         )
