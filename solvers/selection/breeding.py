@@ -94,8 +94,9 @@ class Breeding:
         self.state = np.uint64(rng.integers(1, 2**62))
         self.apart = int(np.clip(problem.n // 64, 2, _APART))
         manner = ROUGH if problem.n <= SMALL else FINE
+        cycles = min(manner.cycles, parameters.patience or manner.cycles)
         self.manner = manner._replace(
-            cycles=manner.cycles if parameters.cycles is None else parameters.cycles,
+            cycles=cycles if parameters.cycles is None else parameters.cycles,
             ratio=manner.ratio if parameters.ratio is None else parameters.ratio,
         )
         self.elites = Elites(manner.elites, self.apart)
