@@ -20,10 +20,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from cbs_opt import Instance, Monitor, best_update, joint_loss
 from cbs_opt.errors import InstanceError
+from cbs_opt.solvers.kernels.compilation import compiled
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _GROWTH = 2.0  # of the step beyond the end of a quadratic piece
@@ -188,7 +188,7 @@ class Chita:
             stations *= 2
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})  # type: ignore[untyped-decorator]
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def sweep(
     rows: Any, beta: Any, w: Any, residual: Any, diagonal: Any, damping: float, support: Any, sweeps: int
 ) -> None:

@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from scipy.linalg import lapack
 
+from cbs_opt.solvers.kernels.compilation import entry
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _BLOCK = 128  # columns of SparseGPT that share a mask
@@ -160,7 +160,7 @@ def alps(
     return pruned, D / scale
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@entry
 def _best_exchanges(S: Any, w: Any, pruned: Any, limit: int) -> int:
     K = w.size
     effect = np.zeros(K)  # S w_P

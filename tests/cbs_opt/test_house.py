@@ -301,3 +301,13 @@ def test_compiled_functions_have_files_of_their_own(repository):
     }
     for path in {path for room in ROOMS for path in sources(repository, room)} - kernels:
         assert "# mypy: " not in path.read_text(encoding="utf-8"), path
+
+
+def test_one_place_decides_where_compiled_functions_are_kept(repository):
+    """numba's own cache fails where neither the package nor a home can be written; see `kernels.compilation`."""
+    allowed = repository / "solvers" / "kernels" / "compilation.py"
+    rooms = ("cbs_opt", "solvers", "instances", "pruning", "bench")
+    files = [path for room in rooms for path in (repository / room).rglob("*.py")]
+    assert len(files) > 300
+    words = ("njit", "numba.jit", "numba.vectorize", "numba.guvectorize", "numba.cfunc")
+    assert [str(path) for path in files if path != allowed and any(w in path.read_text() for w in words)] == []

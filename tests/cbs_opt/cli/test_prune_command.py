@@ -122,7 +122,8 @@ def test_a_factory_without_checkpoint(tmp_path, capsys, monkeypatch):
         (["--held-out", "100000"], "leaves none to prune with"),
     ],
 )
-def test_bad_options(checkpoint, tmp_path, capsys, more, words):
+def test_bad_options(checkpoint, tmp_path, capsys, more, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(arguments(checkpoint, tmp_path / "out.safetensors", *more)) == 2
     text, log = capsys.readouterr()
     assert words in log and "Traceback" not in log and text == ""
