@@ -93,7 +93,7 @@ def _run(program: str, body: Callable[[list[str]], int], given: list[str], inter
         _complain(f"{program}: out of memory{known}")
         return EXIT_SOLVER
     except ImportError as error:  # as without memory for a shared library
-        if interrupt.asked:
+        if interrupt.asked or _is_of_interrupt(error):
             return EXIT_KILLED
         if "--debug" in given:
             raise
@@ -105,6 +105,8 @@ def _run(program: str, body: Callable[[list[str]], int], given: list[str], inter
         _complain(f"{program}: {_in_words(error)}")
         return EXIT_FILE
     except Exception as error:
+        if _is_of_interrupt(error):
+            return EXIT_KILLED
         if "--debug" in given:
             raise
         if os.strerror(errno.EMFILE) in str(error):  # libraries that do not raise OSError
@@ -115,6 +117,16 @@ def _run(program: str, body: Callable[[list[str]], int], given: list[str], inter
             return EXIT_SOLVER
         _complain(f"{program}: unexpected {type(error).__name__}: {error}; --debug shows where: please report it")
         return EXIT_SOLVER
+
+
+def _is_of_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C is behind an error, as where Python makes one of what a class raises while it is defined."""
+    seen: BaseException | None = error
+    for _ in range(50):
+        if seen is None or isinstance(seen, KeyboardInterrupt):
+            break
+        seen = seen.__cause__ or seen.__context__
+    return isinstance(seen, KeyboardInterrupt)
 
 
 def _open_streams() -> None:

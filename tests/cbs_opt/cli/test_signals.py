@@ -161,6 +161,27 @@ def test_an_import_that_an_interrupt_breaks_is_an_interrupt():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_class_whose_definition_an_interrupt_breaks_is_an_interrupt(capsys):
+    """Python 3.11 makes a RuntimeError of whatever a descriptor raises while its class is defined."""
+
+    class Descriptor:
+        def __set_name__(self, owner, name):
+            raise KeyboardInterrupt
+
+    def body(_):
+        type("Enumeration", (), {"member": Descriptor()})
+
+    def wrapped(_):
+        try:
+            body(_)
+        except KeyboardInterrupt as error:  # Python 3.12 and later let it through
+            raise RuntimeError("Error calling __set_name__") from error
+
+    for run in (body, wrapped):
+        assert common.run_main("cbs-info", run, []) == 130
+    assert capsys.readouterr().err == ""
+
+
 def test_too_many_open_files_in_a_library_are_told(capsys):
     def body(_):
         raise RuntimeError("unable to open file <x> in read-only mode: Too many open files (24)")
