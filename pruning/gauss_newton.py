@@ -232,7 +232,6 @@ class _Model:
             count += float(counted.sum())
         self._share = 1.0 / max(count, 1.0)
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
-        self._outputs: list[Tensor] = []
 
     def _laid_out(self, x: Any) -> Any:
         return x if self._layout is torch.preserve_format else x.contiguous(memory_format=self._layout)

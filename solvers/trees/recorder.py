@@ -85,7 +85,7 @@ class Recorder:
         whole = Subproblem(-np.inf, np.full(self.place.size, -1, np.int8), None, None)
         heap = [(-np.inf, next(tick), whole, self.root, self.part.state.copy())]
         while heap:
-            if (self.nodes and self.nodes >= most) or should_stop():
+            if self.nodes >= most or should_stop():
                 self.cut = True
                 break
             _, _, sub, node, state = heapq.heappop(heap)
