@@ -10,9 +10,11 @@ imports none of the others; `cbs_opt.solvers` and `cbs_opt.instances` import thi
 `cbs_opt.pruning` imports `cbs_opt.instances`, and `cbs_opt.bench` all.
 """
 
+from cbs_opt.early_memory import refuse_small_address_space
 from cbs_opt.early_signals import end_quietly_while_importing
 
 end_quietly_while_importing()
+refuse_small_address_space()
 
 import logging  # noqa: E402
 from pathlib import Path  # noqa: E402

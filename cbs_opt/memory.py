@@ -6,10 +6,12 @@ refused before, in one sentence.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -19,10 +21,15 @@ _SYSTEM = Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")
 _PROCESS = Path("/proc/self")
 
+_PRODUCTS = 1 << 27  # bytes of address space that the first products of a thread take: buffers, and its stack
+_SCIPY = 3 << 26  # bytes of address space that the linear algebra of SciPy takes when it is loaded
+_ORDER = 256  # of matrices whose products need buffers
+
 _stated: ContextVar[float] = ContextVar("memory", default=math.inf)
+_holding = 0  # threads that linear algebra has its buffers for
 
 
-@contextmanager
+@contextlib.contextmanager
 def memory_limit(most: float | None) -> Iterator[None]:
     """Let solvers inside of this block take the process to so many bytes of its own; None for no such limit.
 
@@ -57,6 +64,72 @@ def available_bytes() -> float:
     except (OSError, ValueError):
         pass
     return min(found)
+
+
+def hold_products(threads: int = 1) -> None:
+    """Let linear algebra take its buffers for so many threads now, where the memory of this process is limited.
+
+    OpenBLAS, of which NumPy and SciPy have a copy each, ends the process or waits without end for a buffer that it
+    does not get. It keeps those that it has. Without `ulimit -v` and `ulimit -d` this does nothing.
+
+    Raises
+    ------
+    MemoryShortageError
+        Where less than 128 MB a thread are left, and 192 MB for SciPy where it is not loaded yet.
+    """
+    global _holding
+    if threads <= _holding or not _is_limited():
+        return
+    import numpy as np
+
+    if "scipy.linalg" not in sys.modules:
+        _probe(_SCIPY + _PRODUCTS)
+    from scipy.linalg.lapack import dpotrf
+
+    _probe((threads - _holding) * _PRODUCTS)
+    matrices = [np.eye(_ORDER) for _ in range(threads)]
+    meeting = threading.Barrier(threads)
+
+    def multiply(matrix: np.ndarray) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait()  # products at the same time take a buffer each
+        dpotrf(matrix @ matrix)
+
+    helpers = [threading.Thread(target=multiply, args=(matrix,)) for matrix in matrices[1:]]
+    try:
+        for helper in helpers:
+            helper.start()
+    except RuntimeError as error:  # no memory for another thread
+        meeting.abort()
+        raise MemoryShortageError(f"out of memory: {threads} threads do not fit") from error
+    multiply(matrices[0])
+    for helper in helpers:
+        helper.join()
+    _holding = threads
+
+
+def _probe(wanted: int) -> None:
+    """Raise `MemoryShortageError` where so many bytes cannot be had."""
+    import numpy as np
+
+    try:
+        np.empty(wanted, dtype=np.uint8)
+    except MemoryError as error:
+        left = max(available_bytes(), 0.0)
+        raise MemoryShortageError(
+            f"out of memory: linear algebra takes {wanted / 1e9:.2f} GB of address space, and {left / 1e9:.2f} GB "
+            "are left: `ulimit -v` and `ulimit -d` limit it"
+        ) from error
+
+
+def _is_limited() -> bool:
+    """Whether `ulimit` bounds the memory of this process."""
+    try:
+        import resource
+    except ImportError:
+        return False
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return any(limit != resource.RLIM_INFINITY for limit in limits)
 
 
 def _left_to_process() -> Iterator[float]:

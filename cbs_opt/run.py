@@ -22,6 +22,7 @@ from cbs_opt.errors import MemoryShortageError
 from cbs_opt.instance import Instance
 from cbs_opt.interrupt import Interrupted, checkpoint, interruptible
 from cbs_opt.losses import Losses, evaluate, selection_loss
+from cbs_opt.memory import hold_products
 from cbs_opt.monitor import OPTIMAL_GAP, Monitor
 from cbs_opt.result import Status
 from cbs_opt.solver import Context, Solver
@@ -118,6 +119,7 @@ def run_solver(
     monitor.start()
     with thread_limit(limit):
         try:
+            hold_products(limit or 1)
             work = _Work(solver, instance, context)
             with interruptible(monitor.should_stop if prepared is None else None):
                 work.prepare()

@@ -20,7 +20,7 @@ from cbs_opt.device import is_out_of_memory
 from cbs_opt.errors import CbsError, OutputError, UsageError, bounded, visible
 from cbs_opt.files.atomic import check_writable
 from cbs_opt.files.paths import real_path
-from cbs_opt.memory import available_bytes
+from cbs_opt.memory import available_bytes, hold_products
 from cbs_opt.optional import missing
 from cbs_opt.version import __version__
 
@@ -67,6 +67,7 @@ def _run(program: str, body: Callable[[list[str]], int], given: list[str], inter
         with warnings.catch_warnings():
             if "--debug" not in given:
                 warnings.simplefilter("ignore")  # of NumPy, as on overflow: results are checked to be finite
+            hold_products()
             return body(with_dashes(given))
     except CbsError as error:
         if "--debug" in given:

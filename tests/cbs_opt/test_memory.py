@@ -1,5 +1,8 @@
 """Memory: what is known not to fit is refused in a sentence, before the system ends the process."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -39,3 +42,48 @@ def test_a_heuristic_that_fails_for_memory_keeps_its_first_selection(problem, mo
     result = solve(instance, "joint", parameters={"proof": 0})
     assert instance.admits(result.pruned)
     assert np.isfinite(result.objective)
+
+
+_LIMITED = """
+import sys
+from cbs_opt.bench.faults.processes import limit_memory
+from cbs_opt.cli import {command}
+limit_memory({more})
+sys.exit({command}.main({arguments}))
+"""
+
+
+def _limited(command, more, *arguments):
+    program = _LIMITED.format(command=command, more=more, arguments=list(arguments))
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+@pytest.mark.parametrize("more", [100_000, 4_300_000, 30_000_000, 100_000_000])
+@pytest.mark.parametrize("command", ["solve", "info"])
+def test_commands_do_not_wait_for_buffers_that_linear_algebra_does_not_get(command, more):
+    ended = _limited(command, more, "library:digits-mlp")
+    assert ended.returncode == 4
+    assert ended.stderr.startswith(f"cbs-{command}: out of memory: linear algebra takes 0.")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_command_works_where_the_memory_is_limited_and_suffices():
+    ended = _limited("solve", 2_000_000_000, "library:digits-mlp", "--solver", "magnitude", "--threads", "2")
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_threads_for_which_linear_algebra_has_no_memory_are_refused():
+    ended = _limited("solve", 1_000_000_000, "library:digits-mlp", "--solver", "magnitude", "--threads", "50")
+    assert ended.returncode == 4
+    assert "out of memory: linear algebra takes 6." in ended.stderr
+
+
+@pytest.mark.parametrize("limit", [150_000, 400_000])
+def test_a_command_that_cannot_be_loaded_says_so(limit):
+    line = f"ulimit -v {limit} && exec {sys.executable} -m cbs_opt.cli.solve library:digits-mlp"
+    ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 4
+    expected = f"`ulimit -v` allows {limit * 1024 / 1e9:.2f} GB\n"
+    assert ended.stderr == f"out of memory: the libraries take 0.6 GB of address space, {expected}"
