@@ -46,6 +46,9 @@ def check_archive(archive: zipfile.ZipFile, path: Path, error: type[CbsError], m
             f"{path}: its compressed members would expand to {expanded / 1e9:.1f} GB, more than {_EXPANSION} "
             "times their size in the file: write it without compression if that is right"
         )
-    stored = sum(info.file_size for info in members if info.compress_type == zipfile.ZIP_STORED)
-    if stored > length:
-        raise error(f"{path}: is damaged: it announces {stored} bytes of data and has {length} bytes")
+    announced = sum(info.compress_size for info in members)
+    if announced > length:
+        raise error(f"{path}: is damaged: it announces {announced} bytes of data and has {length} bytes")
+    for info in members:
+        if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
+            raise error(f"{path}: is damaged: {info.filename[:60]!r} is stored as it is, in another number of bytes")

@@ -48,14 +48,25 @@ def test_members_that_expand_are_refused_unread(key, instance_file, tmp_path, mo
         read_instance(path)
 
 
-def test_sizes_that_the_file_cannot_have_are_refused(instance_file, tmp_path):
+@pytest.mark.parametrize(
+    ("packed", "expanded", "match"),
+    [
+        (10**9, 10**9, "is damaged: it announces 10000"),
+        (2**32 - 2, None, "is damaged: it announces 42949"),  # the archive would be read to its end, and beyond
+        (None, 10, "is damaged: 'weights.npy' is stored as it is, in another number of bytes"),
+        (None, 10**9, "is damaged: 'weights.npy' is stored as it is, in another number of bytes"),
+    ],
+)
+def test_sizes_that_the_file_cannot_have_are_refused(instance_file, tmp_path, packed, expanded, match):
     path, archive = small(instance_file, tmp_path, None, zipfile.ZIP_STORED)
     archive.close()
     data = bytearray(path.read_bytes())
     entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"weights.npy"))
-    data[entry + 20 : entry + 28] = struct.pack("<II", 10**9, 10**9)
+    for place, size in ((entry + 20, packed), (entry + 24, expanded)):
+        if size is not None:
+            data[place : place + 4] = struct.pack("<I", size)
     path.write_bytes(data)
-    with pytest.raises(InstanceError, match="is damaged: it announces 10000"):
+    with pytest.raises(InstanceError, match=match):
         read_instance(path)
 
 
