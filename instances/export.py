@@ -75,6 +75,7 @@ def export(
     keep_at_least: float | None = None,
     fisher: Fisher | None = None,
     seed: int = 0,
+    temperature: float = 1.0,
     exclude: Sequence[str] | None = None,
     device: str = "auto",
     path: Path | str | None = None,
@@ -104,7 +105,7 @@ def export(
         The part of a structured output that the loss is about, see `cbs_opt.instances.outputs`.
     source, curvature, blocks, batch, damping, relative_damping, dtype : optional
     sparsity, per_layer, nm, first_order, memory, keep_mask, nm_along, layers, keep_at_least : optional
-    fisher, seed, keep : optional
+    fisher, seed, temperature, keep : optional
         See `cbs_opt.instances.recipe.Recipe`.
     exclude : sequence of str, optional
         Names or patterns of what is not to be pruned.
@@ -157,6 +158,7 @@ def export(
         fisher,
         seed,
         keep,
+        temperature,
     )
     job = Export(
         model,
@@ -549,11 +551,12 @@ class Export:
         loss = "" if self.judge.loss is None else self.judge.loss.name
         fisher = recipe.fisher or "empirical"
         of = "single samples" if recipe.batch == 1 else f"mini-batches of {recipe.batch}"
+        warmth = "" if recipe.temperature == 1 else f" at temperature {recipe.temperature:g}"
         scaled = "" if recipe.batch == 1 else ", in the scale of single samples"
         hessian = {
             "fisher": f"empirical Fisher of the gradients of {of}{scaled}, {loss}",
             "reconstruction": "XXᵀ/m of each layer's inputs: half the squared error of its output",
-            "kfac": f"E[g²] XXᵀ/m of each row's inputs and output gradients, {fisher} Fisher, {loss}",
+            "kfac": f"E[g²] XXᵀ/m of each row's inputs and output gradients, {fisher} Fisher, {loss}{warmth}",
         }[recipe.source]
         facts: dict[str, Any] = {
             "network": type(self.model).__name__,
@@ -570,6 +573,8 @@ class Export:
             facts["fisher"] = fisher
             if fisher == "sampled":
                 facts["label_seed"] = recipe.seed
+            if recipe.temperature != 1:
+                facts["temperature"] = recipe.temperature
         if recipe.relative_damping is not None:
             facts["relative_damping"] = recipe.relative_damping
         if recipe.layers:

@@ -7,13 +7,17 @@
 | `exact` | every class, weighted by its probability; one class a sample; no labels needed | one for each class |
 
 The last two estimate the Fisher matrix proper, which for these losses is the Gauss-Newton matrix, scaled as the
-loss is: a mean over places stays a mean. The empirical one vanishes where samples are learnt by heart.
+loss is: a mean over places stays a mean. The empirical one vanishes where samples are learnt by heart, and the
+others nearly so. At a temperature T, with class probabilities softmax(z/T), they estimate the second derivative of
+T² times the Kullback-Leibler divergence of these by the scores z: above 1, classes that the network holds for
+unlikely count more, which a change of the weights that is not small can make likely.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,6 +32,7 @@ from cbs_opt.instances.outputs import output_tensor
 Fisher = Literal["empirical", "sampled", "exact"]
 FISHERS = ("empirical", "sampled", "exact")
 
+_MOST_CLASSES = 100
 _TAIL = 1e-4  # share of a sample's uncertainty in classes that are left out
 
 
@@ -35,7 +40,7 @@ class FisherError(UsageError):
     """The loss is not one of which the Fisher matrix that was asked for can be taken."""
 
 
-def fisher_terms(fisher: Fisher, loss: SampleLoss, seed: int = 0) -> Terms:
+def fisher_terms(fisher: Fisher, loss: SampleLoss, seed: int = 0, temperature: float = 1.0) -> Terms:
     """What to differentiate for a Fisher matrix.
 
     Parameters
@@ -44,6 +49,8 @@ def fisher_terms(fisher: Fisher, loss: SampleLoss, seed: int = 0) -> Terms:
     loss : SampleLoss
     seed : int
         Of the labels that are drawn.
+    temperature : float
+        Of the class probabilities of `sampled` and `exact`; 1 is the Fisher matrix.
 
     Returns
     -------
@@ -54,15 +61,22 @@ def fisher_terms(fisher: Fisher, loss: SampleLoss, seed: int = 0) -> Terms:
     Raises
     ------
     FisherError
-        For a loss without a distribution to draw from, or several classes a sample where all are wanted.
+        For a loss without a distribution to draw from, several classes a sample where all are wanted, or more than
+        100 where all are wanted at another temperature than 1.
     """
+    if temperature != 1 and not has_temperature(fisher, loss):
+        raise FisherError(
+            f"`temperature` is of class probabilities: `fisher` sampled or exact and cross entropy, got {fisher} "
+            f"and {loss.name}"
+        )
     if fisher == "empirical":
         return lambda outputs, targets: iter([loss.per_sample(outputs, targets).sum()])
     generator = torch.Generator().manual_seed(seed)
     if isinstance(loss, ClassLoss):
+        divided = partial(_divided, loss, temperature)
         if fisher == "exact":
-            return lambda outputs, targets: _all_classes(loss, scores_and_places(loss, outputs, targets))
-        return lambda outputs, targets: _drawn_classes(loss, scores_and_places(loss, outputs, targets), generator)
+            return lambda outputs, targets: _all_classes(loss, divided(outputs, targets), temperature)
+        return lambda outputs, targets: _drawn_classes(loss, divided(outputs, targets), generator, temperature)
     if fisher == "exact":
         raise FisherError(
             f"`fisher` exact weights the classes of a classifier, the loss is {loss.name}: `sampled` draws "
@@ -78,6 +92,17 @@ def fisher_terms(fisher: Fisher, loss: SampleLoss, seed: int = 0) -> Terms:
     return lambda outputs, targets: _drawn_values(loss, output_tensor(outputs, loss.output_key), generator)
 
 
+def has_temperature(fisher: Fisher | None, loss: object) -> bool:
+    """Whether there are class probabilities that labels are drawn from or weighted by."""
+    return fisher not in (None, "empirical") and isinstance(loss, ClassLoss)
+
+
+def _divided(loss: ClassLoss, temperature: float, outputs: Any, targets: Any) -> ClassView:
+    """Scores divided by the temperature."""
+    view = scores_and_places(loss, outputs, targets)
+    return view if temperature == 1 else dataclasses.replace(view, scores=view.scores / temperature)
+
+
 def scores_and_places(loss: ClassLoss, outputs: Any, targets: Any) -> ClassView:
     """Scores, and which places count: all of one class a sample where there are no targets."""
     if targets is not None:
@@ -91,28 +116,35 @@ def scores_and_places(loss: ClassLoss, outputs: Any, targets: Any) -> ClassView:
     return class_view(scores, torch.zeros(len(scores), dtype=torch.int64, device=scores.device), -1, False)
 
 
-def _all_classes(loss: ClassLoss, view: ClassView) -> Iterator[Tensor]:
-    """√p_c times the loss of class c, the likeliest class of each sample first."""
+def _all_classes(loss: ClassLoss, view: ClassView, temperature: float) -> Iterator[Tensor]:
+    """T√p_c times the loss of class c, the likeliest class of each sample first."""
     if view.scores.dim() != 2:
         raise FisherError(
             f"`fisher` exact needs one class a sample, the network gives {tuple(view.scores.shape[1:])}: with "
             "classes of tokens or pixels take `sampled`"
+        )
+    if temperature != 1 and view.scores.shape[1] > _MOST_CLASSES:
+        raise FisherError(
+            f"`fisher` exact at a temperature takes a pass for each of the {view.scores.shape[1]} classes, at "
+            f"most {_MOST_CLASSES}: take `sampled`"
         )
     probabilities, order = torch.softmax(view.scores.detach().double(), 1).sort(1, descending=True)
     left = probabilities.flip(1).cumsum(1).flip(1)  # what is in this class and those after it
     for k in range(order.shape[1]):
         if k and bool((left[:, k] <= _TAIL * left[:, 1]).all()):
             return
-        yield _share(loss, view, order[:, k], probabilities[:, k].sqrt())
+        yield _share(loss, view, order[:, k], temperature * probabilities[:, k].sqrt())
 
 
-def _drawn_classes(loss: ClassLoss, view: ClassView, generator: torch.Generator) -> Iterator[Tensor]:
-    """The loss of one class drawn for every place."""
+def _drawn_classes(
+    loss: ClassLoss, view: ClassView, generator: torch.Generator, temperature: float
+) -> Iterator[Tensor]:
+    """T times the loss of one class drawn for every place."""
     scores = view.scores.detach().movedim(1, -1)
     sums = torch.softmax(scores.double(), -1).cumsum(-1)
     drawn = torch.rand(sums.shape[:-1], generator=generator, dtype=torch.float64).to(sums.device)
     numbers = (sums < drawn.unsqueeze(-1)).sum(-1).clamp(max=sums.shape[-1] - 1)
-    yield _share(loss, view, numbers, None)
+    yield _share(loss, view, numbers, None if temperature == 1 else torch.full((len(scores),), temperature))
 
 
 def _share(loss: ClassLoss, view: ClassView, numbers: Tensor, factor: Tensor | None) -> Tensor:

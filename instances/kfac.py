@@ -5,8 +5,15 @@ if g and x were independent; with several places, those of a convolution [2]_ or
 (mean of ggᵀ over samples and places) ⊗ (sum of xxᵀ over places, mean over samples). Here the diagonal of ggᵀ is
 kept: rows are not coupled, and all rows of a layer share the second factor.
 
+E[g_r²] is a mean over samples. Where few of them say anything about a row, as about a class that hardly one of
+them shows, it is uncertain, and often all but zero: such rows would be pruned first, whatever they do for other
+samples. The means of rows with the same inputs are therefore drawn towards their own mean, by the share of their
+variance over the rows that their sampling errors explain, the linear empirical Bayes estimate [3]_.
+
 .. [1] Martens, Grosse: Optimizing Neural Networks with Kronecker-factored Approximate Curvature, ICML 2015.
 .. [2] Grosse, Martens: A Kronecker-factored approximate Fisher matrix for convolution layers, ICML 2016.
+.. [3] Efron, Morris: Stein's estimation rule and its competitors, Journal of the American Statistical Association,
+   1973.
 """
 
 from __future__ import annotations
@@ -42,8 +49,8 @@ def factored(
     layers : list of LayerCovariance
         Their `shifts` are those of the Hessians divided by the factor of the row.
     factors : dict of str to float64 (rows,)
-        E[g_r²], positive. Rows whose outputs the loss does not depend on get 1e-12 of the largest; the log says
-        so.
+        The estimate of E[g_r²], positive. Rows whose outputs the loss does not depend on get 1e-12 of the largest;
+        the log says so.
         Tensors that are looked up only have no factor of their own: the largest.
     """
     largest = max((float(g.squares.max(initial=0.0)) for g in gradients.values()), default=0.0)
@@ -57,7 +64,11 @@ def factored(
     for layer in layers:
         g = gradients[layer.name]
         looked_up = not g.places.any()
-        squares = np.full_like(g.squares, largest) if looked_up else g.squares
+        squares = np.full_like(g.squares, largest) if looked_up else g.squares.copy()
+        if not looked_up:
+            for r in layer.ranges:
+                part = slice(r.first, r.last)
+                squares[part] = shrunken(g.squares[part], g.variances[part])
         without = int((squares == 0).sum())
         if without == squares.size:
             logger.warning(
@@ -77,3 +88,30 @@ def factored(
         )
         out.append(replace(layer, ranges=ranges))
     return out, factors
+
+
+def shrunken(means: FloatArray, variances: FloatArray) -> FloatArray:
+    """Estimates of expectations from their sample means, drawn towards the mean of these.
+
+    Parameters
+    ----------
+    means : float64 (rows,)
+        At least 0. Zeros stay and take no part: the loss does not depend on such rows.
+    variances : float64 (rows,)
+        Of the sample means.
+
+    Returns
+    -------
+    float64 (rows,)
+        λ times the mean of all plus 1 − λ times each, λ the mean variance divided by the variance over the rows,
+        at most 1.
+    """
+    out = means.copy()
+    used = means > 0
+    if used.sum() < 2:
+        return out
+    values = means[used]
+    spread, centre = float(values.var(ddof=1)), float(values.mean())
+    share = min(1.0, float(variances[used].mean()) / spread) if spread > 0 else 0.0
+    out[used] = share * centre + (1.0 - share) * values
+    return out

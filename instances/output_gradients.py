@@ -48,11 +48,14 @@ class RowGradients:
     shifts : float64 (rows,)
         What every diagonal entry of a row gains by uses of the weight as an embedding or from the other side: the
         sum over places of x_r² g_j², averaged over samples and the outputs j.
+    variances : float64 (rows,)
+        Of the mean `squares`, as an estimate from places taken for independent.
     """
 
     squares: FloatArray
     places: FloatArray
     shifts: FloatArray
+    variances: FloatArray
 
 
 class TracedProducts(Products):
@@ -216,6 +219,7 @@ def _add(traced: TracedProducts, sums: Mapping[str, _Sums], losses: Iterator[Ten
         for product in products:
             if product.counts is None:
                 sums[product.name].places[product.first : product.last] += product.outputs(result).shape[1]
+    totals: list[list[Tensor | None]] = [[None] * len(products) for _, products in traced.seen]
     for loss in losses:
         if not loss.requires_grad or not results:
             continue
@@ -227,33 +231,43 @@ def _add(traced: TracedProducts, sums: Mapping[str, _Sums], losses: Iterator[Ten
             raise
         except RuntimeError as error:  # an operator without a derivative
             raise InstanceError(f"the loss cannot be differentiated: {reason(error)}") from error
-        for (_, products), gradient in zip(traced.seen, gradients, strict=True):
+        for (_, products), gradient, total in zip(traced.seen, gradients, totals, strict=True):
             if gradient is None:
                 continue
-            for product in products:
-                sums[product.name].add(product, product.outputs(gradient).double().square())
+            for k, product in enumerate(products):
+                squares = product.outputs(gradient).double().square()
+                before = total[k]
+                total[k] = squares if before is None else before.add_(squares)
+    for (_, products), total in zip(traced.seen, totals, strict=True):
+        for product, added in zip(products, total, strict=True):
+            if added is not None:
+                sums[product.name].add(product, added)
 
 
 class _Sums:
     """Sums over samples, places and losses for the rows of one weight."""
 
     def __init__(self, layout: Layout) -> None:
-        self.squares, self.places, self.shifts = (torch.zeros(layout.rows, dtype=torch.float64) for _ in range(3))
+        zeros = (torch.zeros(layout.rows, dtype=torch.float64) for _ in range(4))
+        self.squares, self.fourths, self.places, self.shifts = zeros
 
     def add(self, product: Product, squares: Tensor) -> None:
         """Add squared gradients (rows, places) of a product."""
         part = slice(product.first, product.last)
         if product.counts is None:
             self.squares[part] += squares.sum(1).cpu()
+            self.fourths[part] += squares.square().sum(1).cpu()
         else:
             self.shifts[part] += product.counts(squares.mean(0)).cpu()
 
     def gradients(self, name: str, samples: int) -> RowGradients:
         """The means."""
-        squares = (self.squares / self.places.clamp(min=1)).numpy()
+        places = self.places.clamp(min=1)
+        squares = (self.squares / places).numpy()
+        variances = (((self.fourths / places).numpy() - squares**2) / places.numpy()).clip(min=0)
         shifts = (self.shifts / samples).numpy()
         if not (np.isfinite(squares).all() and np.isfinite(shifts).all()):
             raise InstanceError(
                 f"the gradients by the outputs of '{name}' are not finite: check the data and the checkpoint"
             )
-        return RowGradients(squares, (self.places / samples).numpy(), shifts)
+        return RowGradients(squares, (self.places / samples).numpy(), shifts, np.nan_to_num(variances))

@@ -86,6 +86,9 @@ class Recipe:
         Labels that the gradients of kfac are taken for, see `fisher_terms`; empirical by default.
     seed : int
         Of the labels that `fisher` sampled draws.
+    temperature : float
+        Of the class probabilities that `fisher` sampled and exact draw labels from or weight them by, see
+        `fisher_terms`.
     keep : int, optional
         Weights that stay, over all tensors together, instead of `sparsity`.
 
@@ -114,6 +117,7 @@ class Recipe:
     fisher: Fisher | None = None
     seed: int = 0
     keep: int | None = None
+    temperature: float = 1.0
     form: Form = field(init=False)
     block_rule: str | int = field(init=False)
     entry: np.dtype[Any] = field(init=False)
@@ -124,6 +128,13 @@ class Recipe:
             one_of("fisher", self.fisher, ("empirical", "sampled", "exact"))
             if self.source != "kfac":
                 raise UsageError(f"`fisher` chooses the labels of `source` kfac, got {self.source}")
+        if not is_finite(self.temperature) or self.temperature <= 0:
+            raise UsageError(f"`temperature` must be a finite number > 0, got {self.temperature!r}")
+        if self.temperature != 1 and (self.source != "kfac" or self.fisher in (None, "empirical")):
+            raise UsageError(
+                "`temperature` is of the class probabilities of `source` kfac with `fisher` sampled or exact, got "
+                f"{self.source}" + ("" if self.source != "kfac" else f" and {self.fisher or 'empirical'}")
+            )
         if self.curvature is not None:
             one_of("curvature", self.curvature, ("gradients", "hessian", "inverse-hessian"))
         if not is_integer(self.batch) or self.batch < 1:

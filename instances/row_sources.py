@@ -59,7 +59,7 @@ def row_hessians(
             inputs,
             labels,
             layouts,
-            fisher_terms(recipe.fisher or "empirical", loss, recipe.seed),
+            fisher_terms(recipe.fisher or "empirical", loss, recipe.seed, recipe.temperature),
             chunk_bytes=chunk_bytes,
             progress=lambda done: progress("output gradients", done),
         )

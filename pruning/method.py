@@ -28,6 +28,7 @@ FISHER_DAMPINGS = (0.1, 1.0, 10.0)
 STAGE_DAMPINGS = (1.0, 10.0, 100.0)
 STEPS = (0.1, 0.3, 1.0)
 KFAC_STEPS = (0.02, 0.05, 0.1)
+TEMPERATURE = 4.0
 TIME_LIMITS = (10.0, 30.0)  # for the smallest networks and for large ones; kernels may have to be compiled
 STAGE_TIME_LIMITS = (5.0, 10.0)
 WEIGHTS_A_SECOND = 1000
@@ -58,6 +59,9 @@ class Method:
         Of H, see `cbs_opt.instances.recipe.Recipe`.
     fisher : {"exact", "sampled", "empirical"}, optional
         Labels of kfac; by default exact for classifiers with one class a sample, else sampled.
+    temperature : float, optional
+        Of the class probabilities that kfac draws labels from, see `instances.fisher_terms`; for networks with
+        class scores 4 by default, without the gradient of the loss as first-order term, else 1.
     samples : int, optional
         Training samples of each stage; drawn anew for each. 2000 by default; for the Fisher matrix 1000 single
         samples in one shot, and 500 mini-batches in stages.
@@ -170,6 +174,7 @@ class Method:
     workers: int | None = None
     memory: int | None = None
     keep: int | None = None
+    temperature: float | None = None
     own_batch: bool = field(init=False)
     dampings: tuple[float, ...] = field(init=False)
     scales: tuple[float, ...] = field(init=False)
@@ -231,6 +236,14 @@ class Method:
         one_of("targets", targets, ("loss", "dense", "none"))
         if targets == "dense" and not by_rows:
             raise UsageError("`targets` dense are the outputs of layers: `source` reconstruction or kfac")
+        if self.temperature is not None:
+            if not is_finite(self.temperature) or self.temperature <= 0:
+                raise UsageError(f"`temperature` must be a finite number > 0, got {self.temperature!r}")
+            if self.source != "kfac" or self.fisher == "empirical":
+                raise UsageError(
+                    "`temperature` is of the class probabilities of `source` kfac with `fisher` sampled or exact, "
+                    f"got {self.source if self.source != 'kfac' else 'empirical'}"
+                )
         if targets == "loss" and self.source == "reconstruction":
             raise UsageError(
                 "`targets` loss has the scale of the loss, which reconstruction has not: `source` kfac or fisher"
@@ -326,7 +339,7 @@ class Method:
         """Whether the kept weights change."""
         return self.scales != (0.0,)
 
-    def recipe(self, fisher: Fisher | None = None, stage: int = 1) -> Recipe:
+    def recipe(self, fisher: Fisher | None = None, stage: int = 1, temperature: float = 1.0) -> Recipe:
         """The export of a stage, with the final budget and the first damping.
 
         Parameters
@@ -335,6 +348,8 @@ class Method:
             In place of its own.
         stage : int
             Sets the seed of labels that are drawn.
+        temperature : float
+            Of the class probabilities.
         """
         damping = self.dampings[0]
         return Recipe(
@@ -356,6 +371,7 @@ class Method:
             seed=self.seed + stage - 1,
             memory=self.memory,
             keep=self.keep,
+            temperature=temperature,
         )
 
     def to_dict(self) -> dict[str, Any]:

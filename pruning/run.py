@@ -24,7 +24,7 @@ from cbs_opt.instances.budgets import keeping
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.dense import dense_scores
 from cbs_opt.instances.export import Progress
-from cbs_opt.instances.fisher_terms import FisherError
+from cbs_opt.instances.fisher_terms import FisherError, has_temperature
 from cbs_opt.instances.gradients import CHUNK_BYTES
 from cbs_opt.instances.losses import LossLike, declared
 from cbs_opt.instances.metrics import MetricLike
@@ -33,7 +33,7 @@ from cbs_opt.instances.plan import make_plan, with_zeros
 from cbs_opt.instances.recipe import Fisher
 from cbs_opt.instances.reconstruction import passes
 from cbs_opt.instances.scores import Judge, Score, torch_device
-from cbs_opt.pruning.method import Method
+from cbs_opt.pruning.method import TEMPERATURE, Method
 from cbs_opt.pruning.network import WorkingCopy, working_copy
 from cbs_opt.pruning.outcome import Pruned, Stage
 from cbs_opt.pruning.problem import exported, problems
@@ -156,6 +156,7 @@ class Run:
             self._held_out, self._judge.loss, metric, output_key, self._device, self._should_stop
         )
         self._fisher: Fisher | None = method.fisher
+        self._own_temperature = TEMPERATURE
         self.dense = self.copy.state()
         aims = method.targets == "dense" or method.refit != "no" or method.gauss_newton > 0
         self._dense = copy.deepcopy(self.copy.model) if aims else None
@@ -353,7 +354,8 @@ class Run:
             fisher = "exact"
         weaker: dict[str, Fisher] = {"exact": "sampled", "sampled": "empirical"}
         while True:
-            recipe = replace(method.recipe(fisher, number), **given)
+            temperature = self._temperature(fisher)
+            recipe = replace(method.recipe(fisher, number, temperature), **given)
             try:
                 made = exported(
                     self.copy.model,
@@ -368,10 +370,23 @@ class Run:
                     return made
                 return with_dense_targets(made, self.copy.model, self._dense, samples)
             except FisherError as error:
+                if method.fisher == "exact" and method.temperature is None and temperature != 1:
+                    self._own_temperature = 1.0
+                    continue
                 if method.fisher is not None or fisher not in weaker:
                     raise
                 fisher = self._fisher = weaker[str(fisher)]
                 logger.info(f"kfac takes `--fisher {fisher}`: {error}")
+
+    def _temperature(self, fisher: Fisher | None) -> float:
+        """Of the class probabilities for kfac."""
+        method = self.method
+        if method.temperature is not None:
+            return method.temperature
+        applies = method.source == "kfac" and method.targets != "loss" and fisher is not None
+        if not applies or self._judge.loss is None or not has_temperature(fisher, self._judge.loss):
+            return 1.0
+        return self._own_temperature
 
     def budget_of(
         self, part: float, pruned: BoolArray, instance: Instance

@@ -70,6 +70,13 @@ def export_parser() -> common.Parser:
         "classes by their probabilities; default: empirical",
     )
     add(
+        "--temperature",
+        type=number_option(0),
+        default=1.0,
+        metavar="T",
+        help="of these probabilities, for sampled and exact: above 1, unlikely classes count more; default: 1",
+    )
+    add(
         "--curvature",
         choices=("gradients", "hessian", "inverse-hessian"),
         help="form in which H is stored; default: gradients for one full block, hessian for kfac, "
@@ -210,6 +217,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         nm_along=options.nm_along,
         fisher=options.fisher,
         seed=options.seed,
+        temperature=options.temperature,
         memory=None if options.memory is None else int(options.memory * 1e9),
         keep=options.keep,
     )

@@ -70,6 +70,13 @@ def prune_parser() -> common.Parser:
     )
     add("--source", choices=("kfac", "fisher", "reconstruction"), default="kfac", help="of H; default: kfac")
     add("--fisher", choices=("exact", "sampled", "empirical"), help="labels of kfac; default: exact")
+    add(
+        "--temperature",
+        type=number_option(0),
+        metavar="T",
+        help="of the class probabilities of kfac: above 1, unlikely classes count more; default: 4, with the "
+        "gradient of the loss 1",
+    )
     add("--samples", type=whole_option(1), metavar="M", help="training samples of each stage, drawn anew for each")
     add("--batch", type=whole_option(1), metavar="B", help="fisher: samples of a mini-batch")
     add(
@@ -263,6 +270,7 @@ def _method(options: argparse.Namespace) -> Method:
         final_stages=options.final_stages,
         source=options.source,
         fisher=options.fisher,
+        temperature=options.temperature,
         samples=options.samples,
         batch=options.batch,
         targets=options.targets,

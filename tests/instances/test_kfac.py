@@ -12,6 +12,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from cbs_opt.instances.fisher_terms import fisher_terms  # noqa: E402
+from cbs_opt.instances.kfac import shrunken  # noqa: E402
 from cbs_opt.instances.losses import declared  # noqa: E402
 from cbs_opt.instances.output_gradients import row_gradients  # noqa: E402
 from cbs_opt.instances.prunable import select  # noqa: E402
@@ -306,7 +307,11 @@ def test_rows_are_factor_times_covariance(tmp_path):
     np.testing.assert_allclose(here.curvature.stored.block(0), S, rtol=1e-6, atol=1e-8)
     scale = here.curvature.block_scale
     p = torch.softmax(model(x).double(), 1).detach()
-    np.testing.assert_allclose(scale[5:], (p * (1 - p)).mean(0).numpy(), rtol=1e-5)
+    q = (p * (1 - p)).numpy()
+    variances = q.var(0) / 40
+    expected = (1 - (share := variances.mean() / q.mean(0).var(ddof=1))) * q.mean(0) + share * q.mean()
+    assert 0 < share < 1
+    np.testing.assert_allclose(scale[5:], expected, rtol=1e-5)
     assert scale[1] == pytest.approx(1e-12 * scale.max()) and scale[0] > 1e-6 * scale.max()
     fixed = cbs_opt.export(model, x, y, damping=0.5, **options)
     assert fixed.curvature.stored.block(0)[0, 0] == pytest.approx(X[:, 0] @ X[:, 0] / 40 + 0.5, rel=1e-6)
@@ -316,6 +321,70 @@ def test_rows_are_factor_times_covariance(tmp_path):
         for s in (0, 0, 1)
     ]
     assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
+
+
+def test_means_of_few_samples_are_drawn_together():
+    """The estimate is nearer to the expectations than the means are, and the means where they say enough."""
+    rng = np.random.default_rng(0)
+    truth = rng.gamma(4.0, 0.25, 200)
+    errors = {}
+    for m in (3, 10_000):
+        draws = truth[:, None] * rng.exponential(size=(200, m))
+        means, variances = draws.mean(1), draws.var(1) / m
+        found = shrunken(means, variances)
+        errors[m] = ((found - truth) ** 2).mean() / ((means - truth) ** 2).mean()
+        assert found.mean() == pytest.approx(means.mean())
+    assert errors[3] < 0.8 and errors[10_000] == pytest.approx(1, abs=0.01)
+    np.testing.assert_array_equal(shrunken(np.array([0.0, 2.0, 0.0]), np.ones(3)), [0, 2, 0])
+    np.testing.assert_allclose(
+        shrunken(np.array([1.0, 0.0, 3.0]), np.full(3, 9.0)), [2, 0, 2]
+    )  # nothing but error
+
+
+def test_a_class_without_a_sample_is_not_worth_nothing():
+    """Of 30 classes 20 samples show a part; the rows of the others are pruned as others are."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 30)
+    with torch.no_grad():
+        model.weight.mul_(8.0)
+    x = torch.randn(20, 8)
+    scale = cbs_opt.export(model, x, source="kfac", fisher="sampled", sparsity=0.5).curvature.block_scale
+    assert scale.min() > 0.1 * scale.mean()
+
+
+@pytest.mark.parametrize("T", [0.5, 4.0])
+@pytest.mark.parametrize("fisher", ["exact", "sampled"])
+def test_at_a_temperature_the_factors_are_second_derivatives_of_the_divergence(T, fisher):
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(50, 4, dtype=torch.float64)
+    z = model(x).detach()
+
+    def divergence(scores):
+        p = torch.softmax(z / T, 1)
+        return T * T * (p * (torch.log(p) - torch.log_softmax(scores / T, 1))).sum()
+
+    H = torch.autograd.functional.hessian(divergence, z)
+    expected = torch.stack([H[i, :, i].diagonal() for i in range(50)]).mean(0)
+    copies = 1 if fisher == "exact" else 400
+    terms = fisher_terms(fisher, declared("cross-entropy"), temperature=T)
+    found = row_gradients(model, x.repeat(copies, 1), None, {"weight": Layout((3, 4))}, terms)["weight"]
+    np.testing.assert_allclose(found.squares, expected.numpy(), rtol=1e-9 if fisher == "exact" else 0.05)
+
+
+def test_temperatures_that_make_no_sense():
+    model, x = nn.Linear(4, 3), torch.randn(9, 4)
+    with pytest.raises(UsageError, match="`temperature` must be a finite number > 0, got 0"):
+        cbs_opt.export(model, x, source="kfac", fisher="sampled", temperature=0)
+    with pytest.raises(UsageError, match=r"`temperature` is of the class probabilities.* got kfac and empirical"):
+        cbs_opt.export(model, x, source="kfac", temperature=2.0)
+    with pytest.raises(UsageError, match=r"`temperature` is of the class probabilities.* got reconstruction"):
+        cbs_opt.export(model, x, source="reconstruction", temperature=2.0)
+    with pytest.raises(UsageError, match=r"`temperature` is of class probabilities.* got sampled and mse"):
+        cbs_opt.export(model, x, torch.randn(9, 3), source="kfac", fisher="sampled", loss="mse", temperature=2.0)
+    with pytest.raises(UsageError, match=r"takes a pass for each of the 120 classes, at most 100: take `sampled`"):
+        cbs_opt.export(nn.Linear(4, 120), x, source="kfac", fisher="exact", temperature=2.0)
+    made = cbs_opt.export(model, x, source="kfac", fisher="exact", temperature=2, sparsity=0.5)
+    assert made.metadata["temperature"] == 2 and made.metadata["hessian"].endswith("at temperature 2")
 
 
 def test_options_that_make_no_sense():

@@ -11,9 +11,11 @@ from torch import nn  # noqa: E402
 
 import cbs_opt  # noqa: E402
 from cbs_opt import InstanceError, SolverError, UsageError  # noqa: E402
+from cbs_opt.instances.data import own_source  # noqa: E402
 from cbs_opt.pruning import stage  # noqa: E402
 from cbs_opt.pruning.method import Method  # noqa: E402
 from cbs_opt.pruning.problem import damping_of_layers  # noqa: E402
+from cbs_opt.pruning.run import Run  # noqa: E402
 
 
 def blobs(count, seed=0):
@@ -342,3 +344,50 @@ def test_small_networks_wait_less():
     assert Method(stages=2).limited(10**6).time_limit == 10.0
     assert Method(max_iterations=3).limited(10**6).time_limit is None
     assert Method(time_limit=0.5).limited(10**6).time_limit == 0.5
+
+
+def _model_of(model, data, sparsity=0.5, **options):
+    """The quadratic model of one shot."""
+    method = Method(sparsity=sparsity, held_out=20, samples=100, **FAST, **options)
+    run = Run(model, own_source(data, model, "data"), method)
+    run()
+    return run.first_model
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 4.0),
+        ({"fisher": "sampled"}, 4.0),
+        ({"temperature": 1.0}, None),
+        ({"temperature": 2.5}, 2.5),
+        ({"targets": "loss"}, None),
+        ({"targets": "loss", "temperature": 2}, 2),
+        ({"fisher": "empirical"}, None),
+        ({"source": "reconstruction"}, None),
+        ({"source": "fisher"}, None),
+    ],
+)
+def test_class_probabilities_of_kfac_are_softened(trained, options, expected):
+    made = _model_of(trained, blobs(200), **options)
+    assert made.metadata.get("temperature") == expected
+
+
+def test_the_temperature_goes_where_it_does_not_apply():
+    torch.manual_seed(0)
+    x, y = torch.randn(200, 6), torch.randint(120, (200,))
+    many = nn.Linear(6, 120)
+    assert _model_of(many, (x, y)).metadata["temperature"] == 4  # labels are drawn: there are many classes
+    assert "temperature" not in _model_of(many, (x, y), fisher="exact").metadata
+    values = cbs_opt.prune(nn.Linear(6, 3), (x, torch.randn(200, 3)), 0.5, loss="mse", samples=100, **FAST)
+    assert values.sparsity == pytest.approx(0.5, abs=0.1)
+    for wrong in (0, -1, float("nan"), "4"):
+        with pytest.raises(UsageError, match="`temperature` must be a finite number > 0"):
+            Method(temperature=wrong)
+    for options, got in (({"source": "fisher"}, "fisher"), ({"fisher": "empirical"}, "empirical")):
+        with pytest.raises(UsageError, match=f"`temperature` is of the class probabilities.*got {got}"):
+            Method(temperature=2.0, **options)
+    with pytest.raises(UsageError, match=r"`temperature` is of .*class probabilities"):
+        cbs_opt.prune(
+            nn.Linear(6, 3), (x, torch.randn(200, 3)), 0.5, loss="mse", fisher="sampled", temperature=2.0, **FAST
+        )
