@@ -36,10 +36,11 @@ class Stage:
         Training samples of its quadratic model.
     predicted_change : float
         Change of the quadratic model, without its damping, by the change of the weights: of the loss for fisher
-        and kfac, of the squared errors of the layers for reconstruction.
+        and kfac, with a temperature T of T² times the divergence of the softened class probabilities, of the
+        squared errors of the layers for reconstruction.
     predicted_loss : float or None
-        The loss on the held-out samples before the stage, and the predicted change; None for reconstruction, or
-        where nothing is held out.
+        The loss on the held-out samples before the stage, and the predicted change; None for reconstruction, for
+        kfac at a temperature, towards the outputs of the dense network, or where nothing is held out.
     loss, value : float or None
         Loss and metric on the held-out samples after the stage.
     metric : str or None

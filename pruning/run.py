@@ -404,7 +404,8 @@ class Run:
 
     def _record(self, number: int, choice: Choice, before: Score | None, seconds: float) -> Stage:
         errors = self.method.source == "reconstruction" or choice.split == "normalised"
-        known = before is not None and not errors and self.method.targets != "dense"
+        softened = self._temperature(self._fisher or "exact") != 1  # its model is not of the loss
+        known = before is not None and not (errors or softened) and self.method.targets != "dense"
         score = choice.score
         return Stage(
             number,
