@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 from cbs_opt.early_signals import is_command
 
@@ -25,9 +26,10 @@ def refuse_small_address_space() -> None:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY or limit >= _LIBRARIES:
         return
-    os.write(
-        2,
-        f"out of memory: the libraries take {_LIBRARIES / 1e9:.1f} GB of address space, `ulimit -v` allows "
-        f"{limit / 1e9:.2f} GB\n".encode(),
-    )
+    with suppress(OSError):  # a closed stderr
+        os.write(
+            2,
+            f"out of memory: the libraries take {_LIBRARIES / 1e9:.1f} GB of address space, `ulimit -v` allows "
+            f"{limit / 1e9:.2f} GB\n".encode(),
+        )
     os._exit(4)

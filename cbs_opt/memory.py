@@ -89,22 +89,30 @@ def hold_products(threads: int = 1) -> None:
     _probe((threads - _holding) * _PRODUCTS)
     matrices = [np.eye(_ORDER) for _ in range(threads)]
     meeting = threading.Barrier(threads)
+    errors: list[Exception] = []
 
     def multiply(matrix: np.ndarray) -> None:
-        with contextlib.suppress(threading.BrokenBarrierError):
+        try:
             meeting.wait()  # products at the same time take a buffer each
-        dpotrf(matrix @ matrix)
+            dpotrf(matrix @ matrix)
+        except threading.BrokenBarrierError:
+            pass
+        except MemoryError as error:
+            errors.append(error)
 
-    helpers = [threading.Thread(target=multiply, args=(matrix,)) for matrix in matrices[1:]]
+    helpers = [threading.Thread(target=multiply, args=(matrix,), daemon=True) for matrix in matrices[1:]]
     try:
         for helper in helpers:
             helper.start()
+        multiply(matrices[0])
+        for helper in helpers:
+            helper.join()
     except RuntimeError as error:  # no memory for another thread
+        errors.append(error)
+    finally:
         meeting.abort()
-        raise MemoryShortageError(f"out of memory: {threads} threads do not fit") from error
-    multiply(matrices[0])
-    for helper in helpers:
-        helper.join()
+    if errors:
+        raise MemoryShortageError(f"out of memory: {threads} threads do not fit") from errors[0]
     _holding = threads
 
 

@@ -551,12 +551,12 @@ class Export:
         loss = "" if self.judge.loss is None else self.judge.loss.name
         fisher = recipe.fisher or "empirical"
         of = "single samples" if recipe.batch == 1 else f"mini-batches of {recipe.batch}"
-        warmth = "" if recipe.temperature == 1 else f" at temperature {recipe.temperature:g}"
+        softened = "" if recipe.temperature == 1 else f" at temperature {recipe.temperature:g}"
         scaled = "" if recipe.batch == 1 else ", in the scale of single samples"
         hessian = {
             "fisher": f"empirical Fisher of the gradients of {of}{scaled}, {loss}",
             "reconstruction": "XXᵀ/m of each layer's inputs: half the squared error of its output",
-            "kfac": f"E[g²] XXᵀ/m of each row's inputs and output gradients, {fisher} Fisher, {loss}{warmth}",
+            "kfac": f"E[g²] XXᵀ/m of each row's inputs and output gradients, {fisher} Fisher, {loss}{softened}",
         }[recipe.source]
         facts: dict[str, Any] = {
             "network": type(self.model).__name__,

@@ -62,7 +62,7 @@ def fisher_terms(fisher: Fisher, loss: SampleLoss, seed: int = 0, temperature: f
     ------
     FisherError
         For a loss without a distribution to draw from, several classes a sample where all are wanted, or more than
-        100 where all are wanted at another temperature than 1.
+        100 where all are wanted at a temperature above 1.
     """
     if temperature != 1 and not has_temperature(fisher, loss):
         raise FisherError(
@@ -98,9 +98,12 @@ def has_temperature(fisher: Fisher | None, loss: object) -> bool:
 
 
 def _divided(loss: ClassLoss, temperature: float, outputs: Any, targets: Any) -> ClassView:
-    """Scores divided by the temperature."""
+    """Scores divided by the temperature; log-probabilities are brought to the sum that they must have."""
     view = scores_and_places(loss, outputs, targets)
-    return view if temperature == 1 else dataclasses.replace(view, scores=view.scores / temperature)
+    if temperature == 1:
+        return view
+    scores = view.scores / temperature
+    return dataclasses.replace(view, scores=scores if loss.logits else torch.log_softmax(scores, 1))
 
 
 def scores_and_places(loss: ClassLoss, outputs: Any, targets: Any) -> ClassView:
@@ -123,10 +126,10 @@ def _all_classes(loss: ClassLoss, view: ClassView, temperature: float) -> Iterat
             f"`fisher` exact needs one class a sample, the network gives {tuple(view.scores.shape[1:])}: with "
             "classes of tokens or pixels take `sampled`"
         )
-    if temperature != 1 and view.scores.shape[1] > _MOST_CLASSES:
+    if temperature > 1 and view.scores.shape[1] > _MOST_CLASSES:
         raise FisherError(
-            f"`fisher` exact at a temperature takes a pass for each of the {view.scores.shape[1]} classes, at "
-            f"most {_MOST_CLASSES}: take `sampled`"
+            f"`fisher` exact at a temperature above 1 takes a pass for each of the {view.scores.shape[1]} "
+            f"classes, at most {_MOST_CLASSES}: take `sampled`"
         )
     probabilities, order = torch.softmax(view.scores.detach().double(), 1).sort(1, descending=True)
     left = probabilities.flip(1).cumsum(1).flip(1)  # what is in this class and those after it
@@ -144,7 +147,11 @@ def _drawn_classes(
     sums = torch.softmax(scores.double(), -1).cumsum(-1)
     drawn = torch.rand(sums.shape[:-1], generator=generator, dtype=torch.float64).to(sums.device)
     numbers = (sums < drawn.unsqueeze(-1)).sum(-1).clamp(max=sums.shape[-1] - 1)
-    yield _share(loss, view, numbers, None if temperature == 1 else torch.full((len(scores),), temperature))
+    yield _share(loss, view, numbers, None if temperature == 1 else _all(temperature, scores))
+
+
+def _all(temperature: float, scores: Tensor) -> Tensor:
+    return torch.full((len(scores),), temperature, dtype=torch.float64)
 
 
 def _share(loss: ClassLoss, view: ClassView, numbers: Tensor, factor: Tensor | None) -> Tensor:

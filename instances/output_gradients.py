@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,8 @@ class RowGradients:
         What every diagonal entry of a row gains by uses of the weight as an embedding or from the other side: the
         sum over places of x_r² g_j², averaged over samples and the outputs j.
     variances : float64 (rows,)
-        Of the mean `squares`, as an estimate from places taken for independent.
+        Of the mean `squares`, as an estimate from places taken for independent: those of one sample are not, and
+        it is then too small. Infinite where there is one place only.
     """
 
     squares: FloatArray
@@ -220,7 +222,9 @@ def _add(traced: TracedProducts, sums: Mapping[str, _Sums], losses: Iterator[Ten
             if product.counts is None:
                 sums[product.name].places[product.first : product.last] += product.outputs(result).shape[1]
     totals: list[list[Tensor | None]] = [[None] * len(products) for _, products in traced.seen]
-    for loss in losses:
+    first = list(islice(losses, 2))
+    alone = len(first) == 1
+    for loss in chain(first, losses):
         if not loss.requires_grad or not results:
             continue
         try:
@@ -236,6 +240,9 @@ def _add(traced: TracedProducts, sums: Mapping[str, _Sums], losses: Iterator[Ten
                 continue
             for k, product in enumerate(products):
                 squares = product.outputs(gradient).double().square()
+                if alone:
+                    sums[product.name].add(product, squares)
+                    continue
                 before = total[k]
                 total[k] = squares if before is None else before.add_(squares)
     for (_, products), total in zip(traced.seen, totals, strict=True):
@@ -264,10 +271,11 @@ class _Sums:
         """The means."""
         places = self.places.clamp(min=1)
         squares = (self.squares / places).numpy()
-        variances = (((self.fourths / places).numpy() - squares**2) / places.numpy()).clip(min=0)
+        spread = ((self.fourths / places).numpy() - squares**2).clip(min=0)
+        variances = np.where(places.numpy() > 1, spread / (places.numpy() - 1).clip(min=1), np.inf)
         shifts = (self.shifts / samples).numpy()
         if not (np.isfinite(squares).all() and np.isfinite(shifts).all()):
             raise InstanceError(
                 f"the gradients by the outputs of '{name}' are not finite: check the data and the checkpoint"
             )
-        return RowGradients(squares, (self.places / samples).numpy(), shifts, np.nan_to_num(variances))
+        return RowGradients(squares, (self.places / samples).numpy(), shifts, variances)

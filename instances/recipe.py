@@ -37,6 +37,13 @@ SPARSITY = 0.9
 _SUGGESTED_SIZES = (5000, 2000, 1000, 500, 200, 100, 50, 20)
 
 
+def checked_temperature(value: object) -> float:
+    """The temperature as a float; raises `UsageError` where it is none."""
+    if not is_finite(value) or not 1e-3 <= float(value) <= 1e3:  # type: ignore[arg-type]
+        raise UsageError(f"`temperature` must be a number from 0.001 to 1000, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The options of an export, checked, with defaults for those that are not given.
@@ -88,7 +95,7 @@ class Recipe:
         Of the labels that `fisher` sampled draws.
     temperature : float
         Of the class probabilities that `fisher` sampled and exact draw labels from or weight them by, see
-        `fisher_terms`.
+        `fisher_terms`; from 0.001 to 1000.
     keep : int, optional
         Weights that stay, over all tensors together, instead of `sparsity`.
 
@@ -128,8 +135,7 @@ class Recipe:
             one_of("fisher", self.fisher, ("empirical", "sampled", "exact"))
             if self.source != "kfac":
                 raise UsageError(f"`fisher` chooses the labels of `source` kfac, got {self.source}")
-        if not is_finite(self.temperature) or self.temperature <= 0:
-            raise UsageError(f"`temperature` must be a finite number > 0, got {self.temperature!r}")
+        object.__setattr__(self, "temperature", checked_temperature(self.temperature))
         if self.temperature != 1 and (self.source != "kfac" or self.fisher in (None, "empirical")):
             raise UsageError(
                 "`temperature` is of the class probabilities of `source` kfac with `fisher` sampled or exact, got "

@@ -8,7 +8,16 @@ from typing import Any, Literal
 
 from cbs_opt.engines import make_engine
 from cbs_opt.errors import UsageError
-from cbs_opt.instances.recipe import Along, Fisher, Form, Recipe, Source, check_options, one_of
+from cbs_opt.instances.recipe import (
+    Along,
+    Fisher,
+    Form,
+    Recipe,
+    Source,
+    check_options,
+    checked_temperature,
+    one_of,
+)
 from cbs_opt.pruning.schedule import SCHEDULES
 from cbs_opt.scalars import is_finite, is_integer
 
@@ -58,10 +67,12 @@ class Method:
     source : {"kfac", "fisher", "reconstruction"}
         Of H, see `cbs_opt.instances.recipe.Recipe`.
     fisher : {"exact", "sampled", "empirical"}, optional
-        Labels of kfac; by default exact for classifiers with one class a sample, else sampled.
+        Labels of kfac; by default exact for classifiers with one class a sample, of at most 100 classes at a
+        temperature above 1, else sampled.
     temperature : float, optional
         Of the class probabilities that kfac draws labels from, see `instances.fisher_terms`; for networks with
-        class scores 4 by default, without the gradient of the loss as first-order term, else 1.
+        class scores 4 by default, without the gradient of the loss as first-order term, else 1. That of the
+        Gauss-Newton steps is another one.
     samples : int, optional
         Training samples of each stage; drawn anew for each. 2000 by default; for the Fisher matrix 1000 single
         samples in one shot, and 500 mini-batches in stages.
@@ -237,13 +248,13 @@ class Method:
         if targets == "dense" and not by_rows:
             raise UsageError("`targets` dense are the outputs of layers: `source` reconstruction or kfac")
         if self.temperature is not None:
-            if not is_finite(self.temperature) or self.temperature <= 0:
-                raise UsageError(f"`temperature` must be a finite number > 0, got {self.temperature!r}")
-            if self.source != "kfac" or self.fisher == "empirical":
-                raise UsageError(
-                    "`temperature` is of the class probabilities of `source` kfac with `fisher` sampled or exact, "
-                    f"got {self.source if self.source != 'kfac' else 'empirical'}"
-                )
+            self._set(temperature=checked_temperature(self.temperature))
+        without = self.source != "kfac" or self.fisher == "empirical"
+        if self.temperature not in (None, 1.0) and without:
+            raise UsageError(
+                "`temperature` is of the class probabilities of `source` kfac with `fisher` sampled or exact, got "
+                f"{self.source if self.source != 'kfac' else 'empirical'}"
+            )
         if targets == "loss" and self.source == "reconstruction":
             raise UsageError(
                 "`targets` loss has the scale of the loss, which reconstruction has not: `source` kfac or fisher"
@@ -382,6 +393,7 @@ class Method:
             del content[name]
         # States of earlier versions have no such options.
         later = {"keep": self.keep is None, "refit": self.refit == "no"}
+        later["temperature"] = self.temperature is None and self.source != "kfac"
         later["gauss_newton"] = self.gauss_newton == 0
         later["first_order_scale"] = self.first_order_scale is None
         for name in (name for name, unused in later.items() if unused):

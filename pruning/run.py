@@ -157,6 +157,7 @@ class Run:
         )
         self._fisher: Fisher | None = method.fisher
         self._own_temperature = TEMPERATURE
+        self._facts: Mapping[str, Any] = {}
         self.dense = self.copy.state()
         aims = method.targets == "dense" or method.refit != "no" or method.gauss_newton > 0
         self._dense = copy.deepcopy(self.copy.model) if aims else None
@@ -260,6 +261,7 @@ class Run:
         if model is None:
             model = self.model_around(number, samples)
             self.first_model = model if self.method.stages == 1 else None
+        self._facts = model.metadata
         choice = self.choice(number, part, samples, model)
         self.take(number, choice, time.perf_counter() - started)
 
@@ -352,6 +354,11 @@ class Run:
         fisher = self._fisher
         if method.source == "kfac" and fisher is None:
             fisher = "exact"
+        if method.temperature not in (None, 1.0) and not has_temperature("sampled", self._judge.loss):
+            raise UsageError(
+                "`temperature` is of class probabilities, which cross entropy and negative log likelihood have: "
+                "leave it out"
+            )
         weaker: dict[str, Fisher] = {"exact": "sampled", "sampled": "empirical"}
         while True:
             temperature = self._temperature(fisher)
@@ -404,7 +411,7 @@ class Run:
 
     def _record(self, number: int, choice: Choice, before: Score | None, seconds: float) -> Stage:
         errors = self.method.source == "reconstruction" or choice.split == "normalised"
-        softened = self._temperature(self._fisher or "exact") != 1  # its model is not of the loss
+        softened = "temperature" in self._facts  # then the model is not of the loss
         known = before is not None and not (errors or softened) and self.method.targets != "dense"
         score = choice.score
         return Stage(

@@ -196,7 +196,8 @@ class Subject:
         found = run()
         self._models[options] = run.first_model
         seconds = time.process_time() - clock
-        predicted = found.stages[0].predicted_change if len(found.stages) == 1 else None
+        of_loss = run.first_model is not None and "temperature" not in run.first_model.metadata
+        predicted = found.stages[0].predicted_change if len(found.stages) == 1 and of_loss else None
         choice, test = score(found.model, images.choice), score(found.model, images.test)
         return Staged(choice, test, predicted, found.seen + found.held_out, seconds, found.stages[-1].status)
 

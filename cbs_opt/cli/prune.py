@@ -69,13 +69,17 @@ def prune_parser() -> common.Parser:
         help="how many of the stages have the final sparsity; default: 1",
     )
     add("--source", choices=("kfac", "fisher", "reconstruction"), default="kfac", help="of H; default: kfac")
-    add("--fisher", choices=("exact", "sampled", "empirical"), help="labels of kfac; default: exact")
+    add(
+        "--fisher",
+        choices=("exact", "sampled", "empirical"),
+        help="labels of kfac; default: exact, sampled where there are many classes",
+    )
     add(
         "--temperature",
         type=number_option(0),
         metavar="T",
-        help="of the class probabilities of kfac: above 1, unlikely classes count more; default: 4, with the "
-        "gradient of the loss 1",
+        help="of the class probabilities of kfac: above 1, unlikely classes count more; default: 4; 1 with "
+        "`--targets loss` or without class scores",
     )
     add("--samples", type=whole_option(1), metavar="M", help="training samples of each stage, drawn anew for each")
     add("--batch", type=whole_option(1), metavar="B", help="fisher: samples of a mini-batch")

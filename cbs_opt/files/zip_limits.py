@@ -51,4 +51,6 @@ def check_archive(archive: zipfile.ZipFile, path: Path, error: type[CbsError], m
         raise error(f"{path}: is damaged: it announces {announced} bytes of data and has {length} bytes")
     for info in members:
         if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
-            raise error(f"{path}: is damaged: {info.filename[:60]!r} is stored in another number of bytes")
+            raise error(
+                f"{path}: is damaged: {info.filename[:60]!r} is stored in another number of bytes than it holds"
+            )

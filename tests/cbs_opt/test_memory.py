@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 from cbs_opt import SolverError, memory, solve
+from cbs_opt.errors import MemoryShortageError
 
 
 def test_the_smaller_of_system_and_container_counts(tmp_path, monkeypatch):
@@ -46,6 +48,7 @@ def test_a_heuristic_that_fails_for_memory_keeps_its_first_selection(problem, mo
 
 _LIMITED = """
 import sys
+import threading
 from cbs_opt.bench.faults.processes import limit_memory
 from cbs_opt.cli import {command}
 limit_memory({more})
@@ -87,3 +90,26 @@ def test_a_command_that_cannot_be_loaded_says_so(limit):
     assert ended.returncode == 4
     expected = f"`ulimit -v` allows {limit * 1024 / 1e9:.2f} GB\n"
     assert ended.stderr == f"out of memory: the libraries take 0.6 GB of address space, {expected}"
+
+
+def test_the_exit_code_stays_where_nobody_reads_the_sentence():
+    line = f"ulimit -v 150000 && exec {sys.executable} -m cbs_opt.cli.solve library:digits-mlp 2>&-"
+    assert subprocess.run(["sh", "-c", line], timeout=100, check=False).returncode == 4
+
+
+def test_an_error_in_a_thread_of_linear_algebra_is_one_sentence(monkeypatch):
+    """No thread is left behind, and the buffers do not count as held."""
+    calls = []
+
+    def failing(matrix):
+        calls.append(threading.get_ident())
+        if len(calls) == 2:
+            raise MemoryError
+
+    monkeypatch.setattr(memory, "_is_limited", lambda: True)
+    monkeypatch.setattr(memory, "_holding", 0)
+    monkeypatch.setattr("scipy.linalg.lapack.dpotrf", failing)
+    before = threading.active_count()
+    with pytest.raises(MemoryShortageError, match="out of memory: 3 threads do not fit"):
+        memory.hold_products(3)
+    assert memory._holding == 0 and len(calls) == 3 and threading.active_count() == before

@@ -308,7 +308,7 @@ def test_rows_are_factor_times_covariance(tmp_path):
     scale = here.curvature.block_scale
     p = torch.softmax(model(x).double(), 1).detach()
     q = (p * (1 - p)).numpy()
-    variances = q.var(0) / 40
+    variances = q.var(0) / 39
     expected = (1 - (share := variances.mean() / q.mean(0).var(ddof=1))) * q.mean(0) + share * q.mean()
     assert 0 < share < 1
     np.testing.assert_allclose(scale[5:], expected, rtol=1e-5)
@@ -335,6 +335,7 @@ def test_means_of_few_samples_are_drawn_together():
         errors[m] = ((found - truth) ** 2).mean() / ((means - truth) ** 2).mean()
         assert found.mean() == pytest.approx(means.mean())
     assert errors[3] < 0.8 and errors[10_000] == pytest.approx(1, abs=0.01)
+    np.testing.assert_array_equal(shrunken(np.array([1.0, 3.0]), np.full(2, np.inf)), [2, 2])  # one place only
     np.testing.assert_array_equal(shrunken(np.array([0.0, 2.0, 0.0]), np.ones(3)), [0, 2, 0])
     np.testing.assert_allclose(
         shrunken(np.array([1.0, 0.0, 3.0]), np.full(3, 9.0)), [2, 0, 2]
@@ -354,7 +355,8 @@ def test_a_class_without_a_sample_is_not_worth_nothing():
 
 @pytest.mark.parametrize("T", [0.5, 4.0])
 @pytest.mark.parametrize("fisher", ["exact", "sampled"])
-def test_at_a_temperature_the_factors_are_second_derivatives_of_the_divergence(T, fisher):
+@pytest.mark.parametrize("loss", ["cross-entropy", "nll"])
+def test_at_a_temperature_the_factors_are_second_derivatives_of_the_divergence(T, fisher, loss):
     torch.manual_seed(0)
     model, x = nn.Linear(4, 3).double(), torch.randn(50, 4, dtype=torch.float64)
     z = model(x).detach()
@@ -366,15 +368,18 @@ def test_at_a_temperature_the_factors_are_second_derivatives_of_the_divergence(T
     H = torch.autograd.functional.hessian(divergence, z)
     expected = torch.stack([H[i, :, i].diagonal() for i in range(50)]).mean(0)
     copies = 1 if fisher == "exact" else 400
-    terms = fisher_terms(fisher, declared("cross-entropy"), temperature=T)
-    found = row_gradients(model, x.repeat(copies, 1), None, {"weight": Layout((3, 4))}, terms)["weight"]
+    terms = fisher_terms(fisher, declared(loss), temperature=T)
+    network = model if loss == "cross-entropy" else nn.Sequential(model, nn.LogSoftmax(1))
+    layouts = {("weight" if network is model else "0.weight"): Layout((3, 4))}
+    (found,) = row_gradients(network, x.repeat(copies, 1), None, layouts, terms).values()
     np.testing.assert_allclose(found.squares, expected.numpy(), rtol=1e-9 if fisher == "exact" else 0.05)
 
 
 def test_temperatures_that_make_no_sense():
     model, x = nn.Linear(4, 3), torch.randn(9, 4)
-    with pytest.raises(UsageError, match="`temperature` must be a finite number > 0, got 0"):
-        cbs_opt.export(model, x, source="kfac", fisher="sampled", temperature=0)
+    for wrong in (0, -1, 1e300, float("nan"), "4"):
+        with pytest.raises(UsageError, match=r"`temperature` must be a number from 0.001 to 1000, got"):
+            cbs_opt.export(model, x, source="kfac", fisher="sampled", temperature=wrong)
     with pytest.raises(UsageError, match=r"`temperature` is of the class probabilities.* got kfac and empirical"):
         cbs_opt.export(model, x, source="kfac", temperature=2.0)
     with pytest.raises(UsageError, match=r"`temperature` is of the class probabilities.* got reconstruction"):

@@ -381,15 +381,22 @@ def test_the_temperature_goes_where_it_does_not_apply():
     many = nn.Linear(6, 120)
     assert _model_of(many, (x, y)).metadata["temperature"] == 4  # labels are drawn: there are many classes
     assert "temperature" not in _model_of(many, (x, y), fisher="exact").metadata
-    values = cbs_opt.prune(nn.Linear(6, 3), (x, torch.randn(200, 3)), 0.5, loss="mse", samples=100, **FAST)
-    assert values.sparsity == pytest.approx(0.5, abs=0.1)
-    for wrong in (0, -1, float("nan"), "4"):
-        with pytest.raises(UsageError, match="`temperature` must be a finite number > 0"):
+    with_values = own_source((x, torch.randn(200, 3)), nn.Linear(6, 3), "data")
+    run = Run(nn.Linear(6, 3), with_values, Method(sparsity=0.5, samples=100, **FAST), loss="mse")
+    assert run().stages[0].predicted_loss is not None and "temperature" not in run.first_model.metadata
+    for wrong in (0, -1, float("nan"), "4", 1e39):
+        with pytest.raises(UsageError, match=r"`temperature` must be a number from 0.001 to 1000"):
             Method(temperature=wrong)
+    assert Method(source="fisher", temperature=1).temperature == 1
     for options, got in (({"source": "fisher"}, "fisher"), ({"fisher": "empirical"}, "empirical")):
         with pytest.raises(UsageError, match=f"`temperature` is of the class probabilities.*got {got}"):
             Method(temperature=2.0, **options)
-    with pytest.raises(UsageError, match=r"`temperature` is of .*class probabilities"):
-        cbs_opt.prune(
-            nn.Linear(6, 3), (x, torch.randn(200, 3)), 0.5, loss="mse", fisher="sampled", temperature=2.0, **FAST
-        )
+    for fisher in (None, "sampled"):
+        with pytest.raises(UsageError, match=r"`temperature` is of class probabilities, which cross entropy"):
+            values = x, torch.randn(200, 3)
+            cbs_opt.prune(nn.Linear(6, 3), values, 0.5, loss="mse", fisher=fisher, temperature=2.0, **FAST)
+
+
+def test_states_of_methods_without_a_temperature_have_none():
+    assert "temperature" not in Method(source="fisher").to_dict()
+    assert Method().to_dict()["temperature"] is None and Method(temperature=2).to_dict()["temperature"] == 2

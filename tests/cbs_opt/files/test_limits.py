@@ -53,8 +53,8 @@ def test_members_that_expand_are_refused_unread(key, instance_file, tmp_path, mo
     [
         (10**9, 10**9, "is damaged: it announces 10000"),
         (2**32 - 2, None, "is damaged: it announces 42949"),  # the archive would be read to its end, and beyond
-        (None, 10, "is damaged: 'weights.npy' is stored in another number of bytes"),
-        (None, 10**9, "is damaged: 'weights.npy' is stored in another number of bytes"),
+        (None, 10, "is damaged: 'weights.npy' is stored in another number of bytes than it holds"),
+        (None, 10**9, "is damaged: 'weights.npy' is stored in another number of bytes than it holds"),
     ],
 )
 def test_sizes_that_the_file_cannot_have_are_refused(instance_file, tmp_path, packed, expanded, match):
