@@ -78,7 +78,7 @@ def hold_products(threads: int = 1) -> None:
         Where less than 128 MB a thread are left, and 192 MB for SciPy where it is not loaded yet.
     """
     global _holding
-    if threads <= _holding or not _is_limited():
+    if threads <= _holding or min(_limits()) == math.inf:
         return
     import numpy as np
 
@@ -130,30 +130,27 @@ def _probe(wanted: int) -> None:
         ) from error
 
 
-def _is_limited() -> bool:
-    """Whether `ulimit` bounds the memory of this process."""
+def _limits() -> tuple[float, float]:
+    """Bytes of address space and of data that `ulimit` allows this process; infinity for no limit."""
     try:
         import resource
     except ImportError:
-        return False
-    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    return any(limit != resource.RLIM_INFINITY for limit in limits)
+        return math.inf, math.inf
+    found = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    whole, data = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in found)
+    return whole, data
 
 
 def _left_to_process() -> Iterator[float]:
     """Bytes until each limit of this process."""
     try:
-        import resource
-
         sizes = [float(part) * os.sysconf("SC_PAGE_SIZE") for part in (_PROCESS / "statm").read_text().split()]
-    except (ImportError, OSError, ValueError):
+    except (OSError, ValueError):
         return
     whole, resident, mapped, data = sizes[0], sizes[1], sizes[2], sizes[5]
     yield _stated.get() - (resident - mapped)
-    for kind, used in ((resource.RLIMIT_AS, whole), (resource.RLIMIT_DATA, data)):
-        limit = resource.getrlimit(kind)[0]
-        if limit != resource.RLIM_INFINITY:
-            yield limit - used
+    for limit, used in zip(_limits(), (whole, data), strict=True):
+        yield limit - used
 
 
 def require_bytes(wanted: float, what: str) -> None:

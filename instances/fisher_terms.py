@@ -147,20 +147,16 @@ def _drawn_classes(
     sums = torch.softmax(scores.double(), -1).cumsum(-1)
     drawn = torch.rand(sums.shape[:-1], generator=generator, dtype=torch.float64).to(sums.device)
     numbers = (sums < drawn.unsqueeze(-1)).sum(-1).clamp(max=sums.shape[-1] - 1)
-    yield _share(loss, view, numbers, None if temperature == 1 else _all(temperature, scores))
+    yield _share(loss, view, numbers, torch.full((len(scores),), temperature, dtype=torch.float64))
 
 
-def _all(temperature: float, scores: Tensor) -> Tensor:
-    return torch.full((len(scores),), temperature, dtype=torch.float64)
-
-
-def _share(loss: ClassLoss, view: ClassView, numbers: Tensor, factor: Tensor | None) -> Tensor:
+def _share(loss: ClassLoss, view: ClassView, numbers: Tensor, factor: Tensor) -> Tensor:
     """The sum of the losses of these classes over √weight, so that its square is a mean over the weight."""
     ignored = torch.full_like(numbers, int(loss.module.ignore_index))
     target = torch.where(view.counted, numbers, ignored)
     losses = loss.losses(dataclasses.replace(view, target=target))
     losses = losses.reshape(len(losses), -1).sum(1)
-    losses = losses if factor is None else losses * factor.to(losses)
+    losses = losses * factor.to(losses)
     counts = view.counted.reshape(len(losses), -1).sum(1).to(losses)
     counts = torch.ones_like(counts) if loss.total else counts
     return (losses / _root(loss, counts)).sum()

@@ -390,10 +390,8 @@ class Run:
         method = self.method
         if method.temperature is not None:
             return method.temperature
-        applies = method.source == "kfac" and method.targets != "loss" and fisher is not None
-        if not applies or self._judge.loss is None or not has_temperature(fisher, self._judge.loss):
-            return 1.0
-        return self._own_temperature
+        applies = method.source == "kfac" and method.targets != "loss"
+        return self._own_temperature if applies and has_temperature(fisher, self._judge.loss) else 1.0
 
     def budget_of(
         self, part: float, pruned: BoolArray, instance: Instance

@@ -48,7 +48,6 @@ def test_a_heuristic_that_fails_for_memory_keeps_its_first_selection(problem, mo
 
 _LIMITED = """
 import sys
-import threading
 from cbs_opt.bench.faults.processes import limit_memory
 from cbs_opt.cli import {command}
 limit_memory({more})
@@ -106,7 +105,7 @@ def test_an_error_in_a_thread_of_linear_algebra_is_one_sentence(monkeypatch):
         if len(calls) == 2:
             raise MemoryError
 
-    monkeypatch.setattr(memory, "_is_limited", lambda: True)
+    monkeypatch.setattr(memory, "_limits", lambda: (1e12, 1e12))
     monkeypatch.setattr(memory, "_holding", 0)
     monkeypatch.setattr("scipy.linalg.lapack.dpotrf", failing)
     before = threading.active_count()
