@@ -40,22 +40,18 @@ RunOne = Callable[[Instance, Context], Monitor]
 
 
 def can_split(instance: Instance) -> bool:
-    """Whether there are several blocks to take in turn."""
-    return instance.curvature.number_of_blocks > 1
+    """Whether there are several blocks to take in turn; not with cross groups, whose tiles lie across blocks."""
+    return instance.curvature.number_of_blocks > 1 and instance.budget.cross_groups is None
 
 
 def block_instance(instance: Instance, k: int, pruned: BoolArray) -> Instance:
     """Block k alone, with the numbers to prune that `pruned`, bool (b,), has in each of its groups."""
     part = instance.curvature.block_slice(k)
     curvature = instance.curvature.of_block(k) or HessianBlocks.from_blocks([instance.curvature.block(k)])
-    budget = Budget(int(pruned.sum()))
-    if instance.budget.groups is not None:
-        names, groups = np.unique(instance.budget.groups[part], return_inverse=True)
-        budget = Budget(budget.total, groups, np.bincount(groups[pruned], minlength=names.size))
     return Instance(
         instance.weights[part],
         curvature,
-        budget,
+        instance.budget.of_part(part, pruned),
         linear=None if instance.linear is None else instance.linear[part],
         fixed=None if instance.fixed is None else instance.fixed[part],
     )

@@ -1,4 +1,4 @@
-"""How many weights to prune: one number, or one number per group."""
+"""How many weights to prune: one number, one number per group, or also one per group of a second partition."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from cbs_opt.errors import InstanceError
 from cbs_opt.scalars import is_whole
+from cbs_opt.tiles import Tiles, check_fixed, cheapest_in_tiles, find_tiles
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 from cbs_opt.view import html, text
 
@@ -34,6 +35,11 @@ class Budget:
         Group of each weight, 0 … G-1: layers, rows, or the cells of an N:M pattern.
     group_budgets : int64 (G,), optional
         Weights to prune in each group; they sum to `total`.
+    cross_groups : int64 (n,), optional
+        Group of each weight in a second partition, 0 … G'-1, as for transposable N:M patterns. Both partitions
+        together form tiles: matrices of weights whose rows are groups and whose columns are cross groups.
+    cross_group_budgets : int64 (G',), optional
+        Weights to prune in each cross group; they sum to `total`, too.
 
     Raises
     ------
@@ -46,11 +52,16 @@ class Budget:
     3
     >>> Budget(2, groups=[0, 0, 1, 1], group_budgets=[1, 1]).number_of_groups
     2
+    >>> crossed = Budget(2, [0, 0, 1, 1], [1, 1], cross_groups=[0, 1, 0, 1], cross_group_budgets=[1, 1])
+    >>> crossed.cheapest(np.array([1.0, 2.0, 1.0, 9.0])).tolist()
+    [False, True, True, False]
     """
 
     total: int
     groups: IntArray | None = None
     group_budgets: IntArray | None = None
+    cross_groups: IntArray | None = None
+    cross_group_budgets: IntArray | None = None
 
     def __post_init__(self) -> None:
         if not is_whole(self.total):
@@ -58,31 +69,43 @@ class Budget:
         object.__setattr__(self, "total", int(self.total))
         if self.total < 0:
             raise InstanceError(f"`budget` must not be negative, got {self.total}")
-        if (self.groups is None) != (self.group_budgets is None):
-            missing = "groups" if self.groups is None else "group_budgets"
-            raise InstanceError(f"`groups` and `group_budgets` are required together: `{missing}` is missing")
-        if self.groups is None or self.group_budgets is None:
+        self._check_partition("groups", "group_budgets")
+        self._check_partition("cross_groups", "cross_group_budgets")
+        if self.cross_groups is None:
             return
-        groups = _whole_numbers("groups", self.groups)
-        group_budgets = _whole_numbers("group_budgets", self.group_budgets)
-        object.__setattr__(self, "groups", groups)
-        object.__setattr__(self, "group_budgets", group_budgets)
-        if groups.size and (groups.min() < 0 or groups.max() >= group_budgets.size):
+        if self.groups is None:
+            raise InstanceError("`cross_groups` is allowed only with `groups`, which it crosses")
+        if self.groups.shape != self.cross_groups.shape:
             raise InstanceError(
-                f"`groups` must be in [0, {group_budgets.size - 1}] for {group_budgets.size} entries of "
-                f"`group_budgets`, got {groups.min()} … {groups.max()}"
+                f"`cross_groups` must have shape ({self.groups.size},) as `groups`, got ({self.cross_groups.size},)"
             )
-        wrong = (group_budgets < 0) | (group_budgets > self.group_sizes(groups.size))
+        _ = self.tiles  # checks them
+
+    def _check_partition(self, name: str, name_of_budgets: str) -> None:
+        """Check and convert a partition and its budgets, which are the fields of these names."""
+        given, given_budgets = getattr(self, name), getattr(self, name_of_budgets)
+        if (given is None) != (given_budgets is None):
+            missing = name if given is None else name_of_budgets
+            raise InstanceError(f"`{name}` and `{name_of_budgets}` are required together: `{missing}` is missing")
+        if given is None:
+            return
+        groups, budgets = _whole_numbers(name, given), _whole_numbers(name_of_budgets, given_budgets)
+        object.__setattr__(self, name, groups)
+        object.__setattr__(self, name_of_budgets, budgets)
+        if groups.size and (groups.min() < 0 or groups.max() >= budgets.size):
+            raise InstanceError(
+                f"`{name}` must be in [0, {budgets.size - 1}] for {budgets.size} entries of "
+                f"`{name_of_budgets}`, got {groups.min()} … {groups.max()}"
+            )
+        sizes = np.bincount(groups, minlength=budgets.size)
+        wrong = (budgets < 0) | (budgets > sizes)
         if wrong.any():
             g = int(np.argmax(wrong))
             raise InstanceError(
-                f"`group_budgets[{g}]` must be in [0, {self.group_sizes(groups.size)[g]}], the size of the "
-                f"group, got {group_budgets[g]}"
+                f"`{name_of_budgets}[{g}]` must be in [0, {sizes[g]}], the size of the group, got {budgets[g]}"
             )
-        if int(group_budgets.sum()) != self.total:
-            raise InstanceError(
-                f"`group_budgets` must sum to `budget` = {self.total}, got {int(group_budgets.sum())}"
-            )
+        if int(budgets.sum()) != self.total:
+            raise InstanceError(f"`{name_of_budgets}` must sum to `budget` = {self.total}, got {int(budgets.sum())}")
 
     @property
     def number_of_groups(self) -> int:
@@ -102,13 +125,21 @@ class Budget:
             sizes = text.sizes(self.group_sizes(self.groups.size))
             prune = text.sizes(self.per_group)
             rows.append(("groups", f"{self.number_of_groups:,} of {sizes} weights, {prune} to prune in each"))
+        if self.cross_groups is not None and self.cross_group_budgets is not None:
+            sizes = text.sizes(np.bincount(self.cross_groups, minlength=self.cross_group_budgets.size))
+            prune = text.sizes(self.cross_group_budgets)
+            number = f"{self.cross_group_budgets.size:,}"
+            rows.append(("cross groups", f"{number} of {sizes} weights, {prune} to prune in each"))
         return rows
 
     def __repr__(self) -> str:
         if self.groups is None:
             return f"Budget({self.total})"
         weights = text.count(self.groups.size, "weight")
-        return f"<Budget: {self.total} of {weights} in {text.count(self.number_of_groups, 'group')}>"
+        crossed = ""
+        if self.cross_group_budgets is not None:
+            crossed = f" and {text.count(self.cross_group_budgets.size, 'cross group')}"
+        return f"<Budget: {self.total} of {weights} in {text.count(self.number_of_groups, 'group')}{crossed}>"
 
     def _repr_html_(self) -> str:
         return html.facts("Budget", self.facts(None if self.groups is None else self.groups.size))
@@ -120,6 +151,21 @@ class Budget:
     def group_sizes(self, n: int) -> IntArray:
         """int64 (G,): the number of weights in each group."""
         return np.bincount(self.group_of(n), minlength=self.number_of_groups).astype(np.int64)
+
+    @cached_property
+    def tiles(self) -> tuple[Tiles, ...]:
+        """The tiles that groups and cross groups form, by shape; none without cross groups. O(n) once."""
+        if self.groups is None or self.group_budgets is None:
+            return ()
+        if self.cross_groups is None or self.cross_group_budgets is None:
+            return ()
+        return find_tiles(self.groups, self.group_budgets, self.cross_groups, self.cross_group_budgets)
+
+    def partitions(self, n: int) -> Iterator[tuple[IntArray, IntArray]]:
+        """Yield the group of each weight, int64 (n,), and the budgets, of each partition: one, or two."""
+        yield self.group_of(n), self.per_group
+        if self.cross_groups is not None and self.cross_group_budgets is not None:
+            yield self.cross_groups, self.cross_group_budgets
 
     @cached_property
     def _order_by_group(self) -> IntArray:
@@ -162,10 +208,16 @@ class Budget:
         Raises
         ------
         InstanceError
-            When there are groups and they hold fewer weights.
+            When there are groups and they hold fewer weights, or there are cross groups.
         """
-        if self.groups is None or total == self.total:
-            return Budget(total, self.groups, self.group_budgets)
+        if total == self.total:
+            return self
+        if self.groups is None:
+            return Budget(total)
+        if self.cross_groups is not None:
+            raise InstanceError(
+                f"the groups and cross groups of the budget fix its total, {self.total}: it cannot become {total}"
+            )
         sizes, old = self.group_sizes(self.groups.size), self.per_group
         n = int(sizes.sum())
         if not 0 <= total <= n:
@@ -190,22 +242,48 @@ class Budget:
         if fixed is None:
             return
         fixed = np.asarray(fixed)
-        group = self.group_of(n)
-        must = np.bincount(group[fixed == 1], minlength=self.number_of_groups)
-        may = self.group_sizes(n) - np.bincount(group[fixed == -1], minlength=self.number_of_groups)
-        wrong = (must > self.per_group) | (may < self.per_group)
-        if wrong.any():
-            g = int(np.argmax(wrong))
-            where = "" if self.groups is None else f" in group {g}"
-            raise InstanceError(
-                f"`fixed` contradicts the budget: between {must[g]} and {may[g]} weights can be "
-                f"pruned{where}, the budget is {self.per_group[g]}"
-            )
+        for name, (group, budgets) in zip(("group", "cross group"), self.partitions(n), strict=False):
+            must = np.bincount(group[fixed == 1], minlength=budgets.size)
+            may = np.bincount(group[fixed != -1], minlength=budgets.size)
+            wrong = (must > budgets) | (may < budgets)
+            if wrong.any():
+                g = int(np.argmax(wrong))
+                where = "" if self.groups is None else f" in {name} {g}"
+                raise InstanceError(
+                    f"`fixed` contradicts the budget: between {must[g]} and {may[g]} weights can be "
+                    f"pruned{where}, the budget is {budgets[g]}"
+                )
+        check_fixed(self.tiles, fixed)
 
     def is_met_by(self, pruned: BoolArray) -> bool:
-        """Whether `pruned`, bool (n,), removes the right number of weights in every group."""
-        counts = np.bincount(self.group_of(pruned.size)[pruned], minlength=self.number_of_groups)
-        return bool(np.array_equal(counts, self.per_group))
+        """Whether `pruned`, bool (n,), removes the right number of weights in every group and cross group."""
+        return all(
+            np.array_equal(np.bincount(group[pruned], minlength=budgets.size), budgets)
+            for group, budgets in self.partitions(pruned.size)
+        )
+
+    def of_part(self, index: IntArray | slice, pruned: BoolArray) -> Budget:
+        """The budget of some of the weights, with the numbers that a selection prunes in each group.
+
+        Parameters
+        ----------
+        index : slice or int64 (k,)
+            The weights.
+        pruned : bool (k,)
+            Their part of a selection.
+
+        Raises
+        ------
+        InstanceError
+            Where the weights cut a tile of groups and cross groups.
+        """
+        if self.groups is None:
+            return Budget(int(pruned.sum()))
+        fields = []
+        for group, _ in self.partitions(self.groups.size):
+            names, own = np.unique(group[index], return_inverse=True)
+            fields += [own, np.bincount(own[pruned], minlength=names.size)]
+        return Budget(int(pruned.sum()), *fields)
 
     def cheapest(self, scores: FloatArray, fixed: ArrayLike | None = None) -> BoolArray:
         """Prune the lowest `scores` that the budget and `fixed` allow.
@@ -213,16 +291,18 @@ class Budget:
         Parameters
         ----------
         scores : float (n,)
-            The price of each weight; ties go to the lower index.
+            The price of each weight; ties go to the lower index, with cross groups to either.
         fixed : int8 (n,), optional
             1 must be pruned, −1 must be kept, 0 undecided.
 
         Returns
         -------
         bool (n,)
-            True where pruned. O(n log n) time; O(n) without groups.
+            True where pruned. O(n log n) time; O(n) without groups; with cross groups see `cheapest_in_tiles`.
         """
         n = scores.size
+        if self.cross_groups is not None:
+            return cheapest_in_tiles(self.tiles, scores, fixed)
         if self.groups is None:
             return self._cheapest_of_all(scores, fixed)
         rank = np.zeros(n) if fixed is None else -np.sign(np.asarray(fixed, dtype=np.float64))

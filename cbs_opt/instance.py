@@ -196,6 +196,7 @@ class Instance:
         extras = "".join(
             [
                 "" if self.budget.groups is None else f", {self.budget.number_of_groups} groups",
+                "" if (crossed := self.budget.cross_group_budgets) is None else f", {crossed.size} cross groups",
                 "" if self.linear is None else ", linear term",
                 "" if self.fixed is None else f", {int(np.count_nonzero(self.fixed))} fixed",
             ]

@@ -39,7 +39,8 @@ def extended(instance: Instance, pruned: BoolArray, objective: str = "selection"
     bool (n,)
         One product with H and O(n log n) time; joint: O(q³) for q kept weights, up to 2000 of them.
     """
-    if objective == "joint" and int((~pruned).sum()) <= _ELIMINATED:
+    crossed = instance.budget.cross_groups is not None
+    if objective == "joint" and not crossed and int((~pruned).sum()) <= _ELIMINATED:
         found = _eliminated(instance, pruned)
         if found is not None:
             return found

@@ -8,6 +8,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -34,6 +35,8 @@ class Capabilities:
         Of "selection" and "joint".
     groups, several_blocks, linear, fixed : bool
         Whether it supports instances with these.
+    cross_groups : bool
+        Whether it supports a second partition of the weights into groups, as of transposable N:M patterns.
     indefinite : bool
         Whether it supports the selection objective of an indefinite H. It is given a convex one with the same
         losses, see `convex_form`; False for rules that need H itself.
@@ -54,6 +57,7 @@ class Capabilities:
 
     objectives: frozenset[str] = frozenset({"selection"})
     groups: bool = True
+    cross_groups: bool = False
     several_blocks: bool = True
     linear: bool = True
     fixed: bool = True
@@ -182,6 +186,10 @@ class Solver(abc.ABC):
             raise SolverError(f"solver '{self.name}' cannot take the instance: {indefinite_sentence(instance)}")
         refused = [
             (instance.budget.groups is not None and not supports.groups, "a budget per group (`groups`)"),
+            (
+                instance.budget.cross_groups is not None and not supports.cross_groups,
+                "a second partition of the weights (`cross_groups`), as of transposable N:M patterns",
+            ),
             (instance.curvature.number_of_blocks > 1 and not supports.several_blocks, "several blocks"),
             (instance.linear is not None and not supports.linear, "a first-order term (`linear`)"),
             (instance.fixed is not None and not supports.fixed, "fixed weights (`fixed`)"),
@@ -193,7 +201,21 @@ class Solver(abc.ABC):
         ]
         for applies, what in refused:
             if applies:
-                raise SolverError(f"solver '{self.name}' cannot take {what}")
+                able = f": {able_sentence(context.objective)}" if "`cross_groups`" in what else ""
+                raise SolverError(f"solver '{self.name}' cannot take {what}{able}")
+
+
+def able_sentence(objective: str) -> str:
+    """Which solvers take cross groups for an objective."""
+    from cbs_opt.registry import get_solver, solver_names
+
+    able = []
+    for name in solver_names():
+        with suppress(SolverError):  # not installed
+            supports = get_solver(name).supports
+            if supports.cross_groups and objective in supports.objectives:
+                able.append(f"'{name}'")
+    return f"for the objective '{objective}' these solvers can: {', '.join(able)}"
 
 
 def indefinite_sentence(instance: Instance) -> str:

@@ -112,10 +112,9 @@ def _layer(
     factors = scales[place.part].reshape(place.layout.rows, -1)[:, 0]
     curvature = curvature_of(row_blocks(covariances, [damping], None, {place.name: factors}))
     errors = output_error_gradients(copy.model, dense, samples.inputs, layouts)[place.name].ravel()
-    groups = instance.budget.group_of(instance.n)[place.part]
-    _, groups = np.unique(groups, return_inverse=True)
-    counts = np.bincount(groups, weights=pruned[place.part]).astype(np.int64)
-    budget = Budget(int(counts.sum()), groups.astype(np.int64), counts) if counts.size > 1 else Budget(counts[0])
+    budget = instance.budget.of_part(place.part, pruned[place.part])
+    if budget.number_of_groups == 1:
+        budget = Budget(budget.total)
     fixed: NDArray[np.int8] | None = None if instance.fixed is None else instance.fixed[place.part]
     return Instance(
         instance.weights[place.part], curvature, budget, errors * scales[place.part], fixed, metadata={}

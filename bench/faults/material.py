@@ -147,7 +147,7 @@ def contents(instance: Instance) -> str:
     parts = [curvature.block(k) for k in range(curvature.number_of_blocks)]
     for part in (
         instance.weights, curvature.block_sizes, *parts, instance.linear, instance.fixed, np.array(budget.total),
-        budget.groups, budget.group_budgets,
+        budget.groups, budget.group_budgets, budget.cross_groups, budget.cross_group_budgets,
     ):  # fmt: skip
         digest.update(b"-" if part is None else np.ascontiguousarray(part).tobytes())
     digest.update(json.dumps(dict(instance.metadata), sort_keys=True).encode())

@@ -49,6 +49,11 @@ def describe_instance(instance: Instance) -> dict[str, Any]:
             "groups": instance.budget.number_of_groups,
             "group_budgets": _few(instance.budget.per_group.tolist()),
         }
+    if instance.budget.cross_group_budgets is not None:
+        content |= {
+            "cross_groups": instance.budget.cross_group_budgets.size,
+            "cross_group_budgets": _few(instance.budget.cross_group_budgets.tolist()),
+        }
     if tensors := tensor_table(instance):
         content["tensors"] = [describe_tensor(instance, tensor) for tensor in tensors]
     content |= {

@@ -33,9 +33,7 @@ Tensors = dict[str, "Tensor"]
 
 def magnitude_at(instance: Instance, pruned: BoolArray) -> BoolArray:
     """The smallest weights, as many as a selection prunes, of each group as many; bool (n,)."""
-    budget = instance.budget
-    counts = np.bincount(budget.group_of(instance.n)[pruned], minlength=budget.number_of_groups)
-    same = Budget(int(pruned.sum()), budget.groups, None if budget.groups is None else counts.astype(np.int64))
+    same = instance.budget.of_part(slice(None), pruned)
     fixed = instance.fixed
     if fixed is not None and not ((fixed == 0) | ((fixed == 1) == pruned)).all():
         fixed = None  # the selection does not keep to it either

@@ -181,6 +181,7 @@ def _list_solvers() -> None:
                 (supports.batched, "batched"),
                 (supports.on_card, "CPU, CUDA"),
                 (not supports.groups, "no groups"),
+                (supports.cross_groups, "cross groups"),
                 (not supports.several_blocks, "one block only"),
                 (not supports.linear, "no first-order term"),
                 (not supports.fixed, "no fixed weights"),

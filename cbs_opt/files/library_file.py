@@ -161,7 +161,8 @@ def best_known(instance: Instance, objective: str) -> BestKnown | None:
         logger.warning(f"best known values are not available: {error}")
         return None
     groups = 0 if instance.budget.groups is None else instance.budget.number_of_groups
-    if entry is None or groups != entry.groups:  # the same budget without the groups is another problem
+    crossed = instance.budget.cross_groups is not None
+    if entry is None or crossed or groups != entry.groups:  # the same budget with other groups is another problem
         return None
     return entry.best(objective, instance.budget.total)
 

@@ -27,6 +27,19 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "layers": {"kind": "hessian", "blocks": 2, "groups": "layers", "n": 10},
     "rows": {"kind": "gradients", "groups": "rows", "n": 10},
     "2:4": {"kind": "inverse_hessian", "groups": "2:4", "n": 12},
+    "tiles": {"kind": "hessian", "groups": "tiles", "n": 12},
+    "tiles, blocks": {"kind": "inverse_hessian", "groups": "tiles", "n": 16, "blocks": 2},
+    "tiles, linear": {"kind": "gradients", "groups": "tiles", "n": 12, "linear": True},
+    "fixed, tiles": {"kind": "hessian", "groups": "tiles", "n": 16, "fixed": True},
+    "tiles of shared rows": {"kind": "hessian", "shared": (0, 0, 0, 0), "groups": "tiles", "n": 16},
+    "tiles of shared rows, everything": {
+        "kind": "hessian",
+        "shared": (0, 0, 1, 1),
+        "n": 16,
+        "groups": "tiles",
+        "linear": True,
+        "fixed": True,
+    },
     "shared hessian": {"kind": "hessian", "shared": (0, 0, 0), "n": 9},
     "shared inverse hessians": {"kind": "inverse_hessian", "shared": (1, 0, 1, 0), "n": 12},
     "shared gradients": {"kind": "gradients", "shared": (0, 0), "n": 10, "m": 3},
@@ -125,13 +138,19 @@ class Problem:
         n, budget = self.instance.n, self.instance.budget
         groups = [0] * n if budget.groups is None else budget.groups.tolist()
         wanted = [budget.total] if budget.group_budgets is None else budget.group_budgets.tolist()
+        crossed = [0] * n if budget.cross_groups is None else budget.cross_groups.tolist()
+        wanted_across = [budget.total]
+        if budget.cross_group_budgets is not None:
+            wanted_across = budget.cross_group_budgets.tolist()
         fixed = [0] * n if self.instance.fixed is None else self.instance.fixed.tolist()
         for chosen in itertools.combinations(range(n), budget.total):
-            counts = [0] * len(wanted)
+            counts, counts_across = [0] * len(wanted), [0] * len(wanted_across)
             for i in chosen:
                 counts[groups[i]] += 1
+                counts_across[crossed[i]] += 1
             inside = set(chosen)
-            if counts == wanted and all(f == 0 or (f == 1) == (i in inside) for i, f in enumerate(fixed)):
+            met = counts == wanted and counts_across == wanted_across
+            if met and all(f == 0 or (f == 1) == (i in inside) for i, f in enumerate(fixed)):
                 pruned = np.zeros(n, dtype=bool)
                 pruned[list(chosen)] = True
                 yield pruned
@@ -174,8 +193,9 @@ def make_problem(
         Form of the curvature.
     budget : int, optional
         Weights to prune, half of them when not given.
-    groups : {None, "layers", "rows", "2:4"}
-        Budgets per group, half of each: three in order, n/2 interleaved, four in a row.
+    groups : {None, "layers", "rows", "2:4", "tiles"}
+        Budgets per group, half of each: three in order, n/2 interleaved, four in a row; or rows of four with cross
+        groups, in tiles of two by two.
     linear, fixed : bool
         With a first-order term; with the first weight pruned and the last kept.
     m : int, optional
@@ -287,6 +307,12 @@ def _budget(groups: str | None, n: int, total: int) -> Budget:
     if groups is None:
         return Budget(total)
     index = np.arange(n)
+    if groups == "tiles":
+        row, column = np.divmod(index, 4)
+        of, across = 2 * row + column // 2, 4 * (row // 2) + column
+        whole = (np.bincount(across) == 2)[across]  # nothing is pruned in the lower half of a tile that ends early
+        counts = [np.bincount(group[whole], minlength=int(group.max()) + 1) // 2 for group in (of, across)]
+        return Budget(int(counts[0].sum()), of, counts[0], across, counts[1])
     of = {"layers": index * 3 // n, "rows": index % max(n // 2, 1), "2:4": index // 4}[groups]
     sizes = np.bincount(of)
     return Budget(int((sizes // 2).sum()), of, sizes // 2)

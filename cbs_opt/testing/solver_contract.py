@@ -34,6 +34,7 @@ _ENDS: Mapping[str, Stop] = {
 }
 _NEEDS: Mapping[str, Callable[[Instance], bool]] = {
     "groups": lambda instance: instance.budget.groups is not None,
+    "cross_groups": lambda instance: instance.budget.cross_groups is not None,
     "several_blocks": lambda instance: instance.curvature.number_of_blocks > 1,
     "linear": lambda instance: instance.linear is not None,
     "fixed": lambda instance: instance.fixed is not None,

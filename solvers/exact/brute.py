@@ -26,7 +26,9 @@ class BruteForce(Solver):
     """Evaluate every selection that the budget, the groups and `fixed` allow; each is an iteration."""
 
     summary = f"enumeration of every selection, up to {MAX_WEIGHTS} weights"
-    supports = Capabilities(objectives=frozenset(OBJECTIVES), bound=True, not_worse_than_magnitude=True)
+    supports = Capabilities(
+        objectives=frozenset(OBJECTIVES), cross_groups=True, bound=True, not_worse_than_magnitude=True
+    )
 
     def check_supports(self, instance: Instance, context: Context) -> None:
         """Refuse instances that are too large for enumeration."""
@@ -57,16 +59,17 @@ class BruteForce(Solver):
 def _feasible_selections(instance: Instance) -> itertools.chain[BoolArray]:
     """Every feasible selection, in bool arrays (R, n) of bounded size."""
     n = instance.n
-    group, per_group = instance.budget.group_of(n), instance.budget.per_group
-    member = np.zeros((n, per_group.size), dtype=np.int64)
-    member[np.arange(n), group] = 1
+    partitions = list(instance.budget.partitions(n))
+    wanted = np.concatenate([budgets for _, budgets in partitions])
+    members = [(group[:, None] == np.arange(budgets.size)).astype(np.int64) for group, budgets in partitions]
+    member = np.concatenate(members, axis=1)
 
     def chunks() -> Iterator[BoolArray]:
         for start in range(0, 1 << n, _CHUNK):
             code = np.arange(start, min(start + _CHUNK, 1 << n), dtype=np.int64)
             code = code[np.bitwise_count(code) == instance.budget.total]
             selections = (code[:, None] >> np.arange(n)) & 1
-            fits = (selections @ member == per_group).all(axis=1)
+            fits = (selections @ member == wanted).all(axis=1)
             if instance.fixed is not None:
                 fits &= (selections[:, instance.fixed == 1] == 1).all(axis=1)
                 fits &= (selections[:, instance.fixed == -1] == 0).all(axis=1)

@@ -17,14 +17,14 @@ from cbs_opt.typing import FloatArray
 class SaliencySolver(Solver):
     """Prune the weights with the lowest scores, in every group according to its budget."""
 
-    supports = Capabilities(objectives=frozenset(OBJECTIVES))
+    supports = Capabilities(objectives=frozenset(OBJECTIVES), cross_groups=True)
 
     @abc.abstractmethod
     def scores(self, instance: Instance, context: Context) -> FloatArray:
         """The score of each weight, float64 (n,)."""
 
     def run(self, instance: Instance, context: Context) -> Status:
-        """Sort once: O(n log n) after the scores."""
+        """Sort once: O(n log n) after the scores; with cross groups a flow in every tile."""
         pruned = instance.budget.cheapest(self.scores(instance, context), instance.fixed)
         loss = selection_loss if context.objective == "selection" else joint_loss
         context.monitor.advance()
@@ -75,7 +75,7 @@ class OptimalBrainSurgeon(SaliencySolver):
     """
 
     summary = "smallest w² / 2[H⁻¹]_ii (Optimal Brain Surgeon, WoodFisher)"
-    supports = Capabilities(objectives=frozenset(OBJECTIVES), indefinite=False)
+    supports = Capabilities(objectives=frozenset(OBJECTIVES), cross_groups=True, indefinite=False)
 
     def scores(self, instance: Instance, context: Context) -> FloatArray:
         """(w_i − [H⁻¹g]_i)² / 2[H⁻¹]_ii, up to a constant; needs H to be invertible."""
