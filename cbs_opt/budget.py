@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from cbs_opt.errors import InstanceError
 from cbs_opt.scalars import is_whole
-from cbs_opt.tiles import Tiles, check_fixed, cheapest_in_tiles, find_tiles
+from cbs_opt.tiles import Tiles, cheapest_in_tiles, check_fixed, find_tiles
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 from cbs_opt.view import html, text
 
@@ -77,7 +77,8 @@ class Budget:
             raise InstanceError("`cross_groups` is allowed only with `groups`, which it crosses")
         if self.groups.shape != self.cross_groups.shape:
             raise InstanceError(
-                f"`cross_groups` must have shape ({self.groups.size},) as `groups`, got ({self.cross_groups.size},)"
+                f"`cross_groups` must have shape ({self.groups.size},), that of `groups`, got "
+                f"({self.cross_groups.size},)"
             )
         _ = self.tiles  # checks them
 
@@ -105,7 +106,9 @@ class Budget:
                 f"`{name_of_budgets}[{g}]` must be in [0, {sizes[g]}], the size of the group, got {budgets[g]}"
             )
         if int(budgets.sum()) != self.total:
-            raise InstanceError(f"`{name_of_budgets}` must sum to `budget` = {self.total}, got {int(budgets.sum())}")
+            raise InstanceError(
+                f"`{name_of_budgets}` must sum to `budget` = {self.total}, got {int(budgets.sum())}"
+            )
 
     @property
     def number_of_groups(self) -> int:

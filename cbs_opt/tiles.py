@@ -107,8 +107,9 @@ def _places(tile: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray]:
 
 def _refuse(weight: int, groups: IntArray, cross_groups: IntArray) -> None:
     raise InstanceError(
-        "`groups` and `cross_groups` must form tiles, in which each group has exactly one weight in common with each "
-        f"cross group; weight {weight}, of group {groups[weight]} and cross group {cross_groups[weight]}, is in none"
+        "`groups` and `cross_groups` must form tiles, in which each group has exactly one weight in common with "
+        f"each cross group; weight {weight}, of group {groups[weight]} and cross group {cross_groups[weight]}, is "
+        "in none"
     )
 
 
@@ -141,10 +142,14 @@ def check_fixed(tiles: Sequence[Tiles], fixed: ArrayLike) -> None:
         concerned = np.flatnonzero(locked.any(axis=(1, 2)))
         t = _without_selection(part, concerned, locked[concerned])
         if t >= 0:
-            raise InstanceError(
-                "`fixed` contradicts the budget: no selection meets the budgets of all groups and cross groups of the "
-                f"tile of group {part.groups[t, 0]}"
-            )
+            raise _contradiction(part, t)
+
+
+def _contradiction(part: Tiles, tile: int) -> InstanceError:
+    return InstanceError(
+        "`fixed` contradicts the budget: no selection meets the budgets of all groups and cross groups of the "
+        f"tile of group {part.groups[tile, 0]}"
+    )
 
 
 def _without_selection(part: Tiles, which: IntArray, locked: Int8Array) -> int:
@@ -187,19 +192,14 @@ def cheapest_in_tiles(tiles: Sequence[Tiles], scores: FloatArray, fixed: ArrayLi
     for part in tiles:
         chosen, found = _match(values[part.index], part.rows, part.columns, signs[part.index])
         if found >= 0:
-            raise InstanceError(
-                "`fixed` contradicts the budget: no selection meets the budgets of all groups and cross groups of the "
-                f"tile of group {part.groups[found, 0]}"
-            )
+            raise _contradiction(part, found)
         out[part.index] = chosen
     return out
 
 
-def _match(
-    costs: FloatArray, rows: IntArray, columns: IntArray, locked: Int8Array
-) -> tuple[BoolArray, int]:
+def _match(costs: FloatArray, rows: IntArray, columns: IntArray, locked: Int8Array) -> tuple[BoolArray, int]:
     """The cheapest entries, bool (T, a, b), and the first tile without any, or −1."""
-    from cbs_opt.tile_kernels import cheapest_entries
+    from cbs_opt.solvers.kernels.tiles import cheapest_entries
 
     chosen = np.empty(costs.shape, dtype=np.uint8)
     arrays = (np.ascontiguousarray(array) for array in (costs, rows, columns, locked))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbs_opt.budget import Budget
 from cbs_opt.cli import common
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.instance import Instance

@@ -17,7 +17,7 @@ FORBIDDEN = {
     "pruning": {"solvers", "bench"},
     "bench": set(),
 }
-REACH_ACROSS = ("cbs_opt/cli/", "cbs_opt/networks.py", "cbs_opt/registry.py")
+REACH_ACROSS = ("cbs_opt/cli/", "cbs_opt/networks.py", "cbs_opt/registry.py", "cbs_opt/tiles.py")
 """Where the core may import another room, inside functions."""
 HEAVY = {"torch", "scipy", "numba", "pyomo", "matplotlib", "highspy", "sklearn"}
 

@@ -1,27 +1,13 @@
-"""The kernel of `tiles`: the cheapest entries of small matrices with given sums of rows and columns."""
-
-# mypy: ignore-errors
+"""The cheapest entries of small matrices with given numbers in their rows and columns; for `Budget.cheapest`."""
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-from cbs_opt.cache import cache_folder
+from cbs_opt.solvers.kernels.compilation import entry
 
 
-def _compiled(function):
-    """A kernel that is compiled at its first call and stored in the cache folder."""
-    folder, before = cache_folder(), numba.config.CACHE_DIR
-    if folder is not None and not before:
-        numba.config.CACHE_DIR = str(folder)  # read where a kernel is declared
-    try:
-        return numba.njit(nogil=True, error_model="numpy", cache=bool(folder or before))(function)
-    finally:
-        numba.config.CACHE_DIR = before
-
-
-@_compiled
+@entry
 def cheapest_entries(costs, rows, columns, locked, chosen):
     """Choose entries of least total cost in every tile, with given numbers in its rows and columns.
 
