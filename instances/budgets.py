@@ -142,7 +142,7 @@ def keeping(
     Raises
     ------
     UsageError
-        For a number that is neither.
+        For a number that is neither, and where it leaves a transposable pattern no way.
     """
     if not is_finite(least) or least < 0 or (least > 1 and least != int(least)):
         raise UsageError(f"`keep_at_least` must be a whole number of weights, or a share below 1, got {least}")
@@ -156,6 +156,9 @@ def keeping(
         largest = free[np.argsort(-np.abs(weights[part][free]), kind="stable")[: max(wanted, 0)]]
         out[part][largest] = -1
         start += size
+    if budget.cross_groups is not None:
+        check_room(budget, out, f"`keep_at_least` {least:g}")
+        return budget, out
     group = budget.group_of(weights.size)
     may = budget.group_sizes(weights.size) - np.bincount(group[out == -1], minlength=budget.number_of_groups)
     old = budget.per_group
@@ -170,6 +173,19 @@ def keeping(
     if budget.groups is None:
         return Budget(int(new[0])), out
     return Budget(int(new.sum()), budget.groups, new), out
+
+
+def check_room(budget: Budget, fixed: NDArray[np.int8], what: str) -> None:
+    """Refuse fixed weights that leave a transposable pattern no way; other budgets are changed to fit.
+
+    Raises
+    ------
+    UsageError
+    """
+    try:
+        budget.check_fits(fixed.size, fixed)
+    except InstanceError as error:
+        raise UsageError(f"{what} leaves no transposable N:M pattern: {error}") from None
 
 
 def _count(share: float, size: int) -> int:

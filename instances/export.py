@@ -41,6 +41,8 @@ from cbs_opt.version import __version__
 
 logger = logging.getLogger("cbs_opt")
 
+_LATE = ("groups", "group_budgets", "cross_groups", "cross_group_budgets")  # members after the curvature
+
 Progress = Callable[[str, int, int], None]
 """Called with the current task, the amount done, and the total."""
 
@@ -337,7 +339,7 @@ class Export:
         arrays: dict[str, Content] = dict(instance_arrays(self._frame))
         for key in ("gradients", "damping", "metadata"):
             del arrays[key]
-        late: dict[str, Content] = {key: arrays.pop(key) for key in ("groups", "group_budgets") if key in arrays}
+        late: dict[str, Content] = {key: arrays.pop(key) for key in _LATE if key in arrays}
         with self._on_device():
             self._judge()
             if recipe.form == "gradients":
@@ -354,7 +356,8 @@ class Export:
                 count = sum(b * b for b in (self.sizes if rows is None else rows.sizes))
                 arrays[key] = Stream(recipe.entry, (count,), self._blocks(rows, path.parent))
                 if rows is not None and not rows.plain:
-                    arrays["version"] = np.array(SharedBlocks.format_version, dtype=np.int64)
+                    version = max(int(np.asarray(arrays["version"])), SharedBlocks.format_version)
+                    arrays["version"] = np.array(version, dtype=np.int64)
                     arrays["shared"] = rows.shared
                     if rows.scaled:
                         arrays["block_scale"] = rows.scale

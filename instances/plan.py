@@ -13,6 +13,7 @@ from torch import nn
 
 from cbs_opt.budget import Budget
 from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.instances.budgets import check_room
 from cbs_opt.instances.modes import unwrapped
 from cbs_opt.instances.plain import plain_model
 from cbs_opt.instances.prunable import Prunable, Selection, select
@@ -129,6 +130,9 @@ def make_plan(
 def with_zeros(budget: Budget, fixed: NDArray[np.int8] | None) -> Budget:
     """The budget, raised where more weights must stay zero than it would prune."""
     if fixed is None:
+        return budget
+    if budget.cross_groups is not None:
+        check_room(budget, fixed, "keeping the weights at zero that are zero already")
         return budget
     n = fixed.size
     groups: IntArray = np.zeros(n, np.int64) if budget.groups is None else np.asarray(budget.groups)

@@ -28,7 +28,7 @@ logger = logging.getLogger("cbs_opt")
 Source = Literal["fisher", "reconstruction", "kfac"]
 Fisher = Literal["empirical", "sampled", "exact"]
 Form = Literal["gradients", "hessian", "inverse-hessian"]
-Along = Literal["inputs", "outputs"]
+Along = Literal["inputs", "outputs", "both"]
 
 DAMPING = 1e-5
 KFAC_DAMPING = 0.01  # of the mean diagonal
@@ -82,8 +82,9 @@ class Recipe:
         Bytes that the export may use; half of what is free by default.
     keep_mask : bool
         Weights that are already zero stay zero, and count as pruned. This always holds for masks.
-    nm_along : {"inputs", "outputs"}
-        The M weights of an N:M pattern are consecutive inputs of one output, or outputs of one input.
+    nm_along : {"inputs", "outputs", "both"}
+        The M weights of an N:M pattern are consecutive inputs of one output, or outputs of one input, or the
+        pattern is transposable: N:M along both, in tiles of M inputs and M outputs.
 
     layers : mapping of str to float, optional
         Sparsities of layers by name or pattern, see `budgets.budget_of_layers`; `sparsity` is that of all others.
@@ -180,8 +181,8 @@ class Recipe:
                 raise UsageError(
                     "N:M sets how many weights are pruned: it goes without `sparsity` and `per_layer`"
                 )
-        one_of("nm_along", self.nm_along, ("inputs", "outputs"))
-        if self.nm_along == "outputs" and self.nm is None:
+        one_of("nm_along", self.nm_along, ("inputs", "outputs", "both"))
+        if self.nm_along != "inputs" and self.nm is None:
             raise UsageError("`nm_along` is for N:M patterns: give `nm` too")
         if self.dtype is not None:
             one_of("dtype", self.dtype, ("float32", "float64"))
@@ -234,7 +235,12 @@ class Recipe:
             return budget_of_layers(names, [int(np.prod(shape)) for shape in shapes], rules, default)
         if self.nm is not None:
             self._tell_shorter_groups(shapes, names)
-            return nm_budget(shapes, *self.nm, along=self.nm_along)
+            along = self.nm_along
+            return (
+                transposable_budget(shapes, *self.nm)
+                if along == "both"
+                else nm_budget(shapes, *self.nm, along=along)
+            )
         sparsity = SPARSITY if self.sparsity is None else self.sparsity
         numbers = [int(np.prod(shape)) for shape in shapes]
         if self.keep is not None:
@@ -250,15 +256,20 @@ class Recipe:
         """Warn of tensors whose rows are no multiple of M long: hardware for the pattern does not take them."""
         assert self.nm is not None
         keep, of = self.nm
-        axis = 1 if self.nm_along == "inputs" else 0
-        lengths = [(shape if len(shape) > 1 else (1, *shape))[axis] for shape in shapes]
-        uneven = [f"'{name}' ({length})" for name, length in zip(names, lengths, strict=False) if length % of]
-        if uneven:
-            more = f" and {len(uneven) - 4} more" if len(uneven) > 4 else ""
-            logger.warning(
-                f"{keep}:{of}: the numbers of {self.nm_along} of {', '.join(uneven[:4])}{more} are no multiples "
-                f"of {of}: the last group of each row is shorter, and loses fewer weights"
-            )
+        for axis, what in enumerate(("outputs", "inputs")):
+            if self.nm_along not in (what, "both"):
+                continue
+            lengths = [(shape if len(shape) > 1 else (1, *shape))[axis] for shape in shapes]
+            uneven = [f"'{name}' ({length})" for name, length in zip(names, lengths, strict=False) if length % of]
+            if uneven:
+                more = f" and {len(uneven) - 4} more" if len(uneven) > 4 else ""
+                end = "the last group of each row is shorter, and loses fewer weights"
+                if self.nm_along == "both":
+                    end = "the last tiles are smaller, and lose fewer weights"
+                logger.warning(
+                    f"{keep}:{of}: the numbers of {what} of {', '.join(uneven[:4])}{more} are no multiples "
+                    f"of {of}: {end}"
+                )
 
     def memory_bytes(self) -> int:
         """What the export may use."""
@@ -403,6 +414,41 @@ def nm_budget(shapes: Sequence[Shape], keep: int, of: int, *, along: Along = "in
         offset += per_line * len(lines)
     per_group: IntArray = np.concatenate(budgets).astype(np.int64)
     return Budget(int(per_group.sum()), np.concatenate(groups), per_group)
+
+
+def transposable_budget(shapes: Sequence[Shape], keep: int, of: int) -> Budget:
+    """Tiles of `of` outputs and `of` inputs in which every row and every column keeps `keep` weights.
+
+    A matrix with this pattern has it transposed, too, so that sparse hardware takes the products of both passes of
+    training [1]_. Inputs are counted as by `nm_budget`: the weights of a convolution at the same place of its
+    kernel form tiles. The groups are those along the inputs, the cross groups those along the outputs. A tile at
+    the end of a matrix, with a ≤ `of` outputs and b ≤ `of` inputs, loses as many weights as the rules of both sides
+    allow, min(a ⌊b (of − keep)/of⌋, b ⌊a (of − keep)/of⌋), in equal parts of its rows and of its columns as far as
+    they divide, the first ones one more.
+
+    References
+    ----------
+    .. [1] Hubara, Chmiel, Island, Banner, Naor, Soudry: Accelerated sparse neural training: a provable and
+       efficient method to find N:M transposable masks, NeurIPS 2021.
+    """
+    rows, columns = (nm_budget(shapes, keep, of, along=side).groups for side in ("inputs", "outputs"))
+    of_rows, of_columns = [], []
+    for shape in shapes:
+        outputs, inputs, *places = shape if len(shape) > 1 else (1, *shape)
+        heights, widths = (np.bincount(np.arange(length) // of) for length in (outputs, inputs))
+        a, b = heights[:, None], widths[None, :]
+        lost = np.minimum(a * (b * (of - keep) // of), b * (a * (of - keep) // of))
+        row, column = np.arange(outputs), np.arange(inputs)
+        whole, rest = lost // a, lost % a
+        per_row = whole[row // of] + (rest[row // of] > (row % of)[:, None])
+        whole, rest = (lost // b).T, (lost % b).T
+        per_column = whole[column // of] + (rest[column // of] > (column % of)[:, None])
+        number = int(np.prod(places))
+        of_rows.append(np.repeat(per_row[:, None], number, axis=1).ravel())
+        of_columns.append(np.repeat(per_column[:, None], number, axis=1).ravel())
+    row_budgets: IntArray = np.concatenate(of_rows).astype(np.int64)
+    column_budgets: IntArray = np.concatenate(of_columns).astype(np.int64)
+    return Budget(int(row_budgets.sum()), rows, row_budgets, columns, column_budgets)
 
 
 def available_memory() -> int:

@@ -217,6 +217,11 @@ class Method:
             raise UsageError(
                 f"`final_stages` are some of the stages, at most {self.stages}, got {self.final_stages}"
             )
+        if self.nm_along == "both" and self.stages > self.final_stages:
+            raise UsageError(
+                "`nm_along` both fixes how many weights each tile loses, so that no stage can prune fewer: `stages` "
+                f"and `final_stages` must be equal, got {self.stages} and {self.final_stages}"
+            )
         if self.split != "global" and (self.nm or self.layers or self.per_layer):
             raise UsageError("`split` divides one budget over the layers: it goes without `nm`, `layers` and "
                              "`per_layer`")  # fmt: skip

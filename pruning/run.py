@@ -20,7 +20,7 @@ from cbs_opt.budget import Budget
 from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files.atomic import check_writable
 from cbs_opt.instance import Instance
-from cbs_opt.instances.budgets import keeping
+from cbs_opt.instances.budgets import check_room, keeping
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.dense import dense_scores
 from cbs_opt.instances.export import Progress
@@ -437,6 +437,9 @@ class Run:
 def _raised(budget: Budget, fixed: NDArray[np.int8] | None) -> Budget:
     """The budget, raised where more weights must stay zero than it would prune."""
     if fixed is None:
+        return budget
+    if budget.cross_groups is not None:
+        check_room(budget, fixed, "keeping the weights at zero that an earlier stage pruned")
         return budget
     n = fixed.size
     least = np.bincount(budget.group_of(n)[fixed == 1], minlength=budget.number_of_groups)

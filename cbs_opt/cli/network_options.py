@@ -61,7 +61,10 @@ def add_budget_options(parser: Parser) -> None:
         metavar="N:M",
         help="keep N of every M consecutive inputs, instead of a sparsity",
     )
-    add("--nm-along", choices=("inputs", "outputs"), default="inputs", help="default: inputs, as for hardware")
+    add(
+        "--nm-along", choices=("inputs", "outputs", "both"), default="inputs",
+        help="inputs, as for hardware (default), outputs, or both: transposable, for training with such hardware",
+    )  # fmt: skip
     add(
         "--tensors",
         nargs="+",

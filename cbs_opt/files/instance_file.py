@@ -1,4 +1,4 @@
-"""Reading and writing instance files, `cbs-instance` versions 1 and 2; `docs/format.md` is the specification."""
+"""Reading and writing instance files, `cbs-instance` versions 1 to 3; `docs/format.md` is the specification."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from cbs_opt.instance import Instance
 from cbs_opt.typing import FloatArray
 
 FORMAT = "cbs-instance"
-VERSION = 2
-"""The newest version; what does not need it is written as version 1."""
+VERSION = 3
+"""The newest version; every instance is written in the oldest version that can hold it."""
 
 _MANY_WEIGHTS = 1 << 20  # from here on weights and groups are written in fewer bytes
 
 _REQUIRED = {"format", "version", "weights", "block_sizes", "budget", "metadata"}
-_OPTIONAL = {"groups", "group_sizes", "group_budgets", "linear", "fixed"}
+_OPTIONAL = {"groups", "group_sizes", "group_budgets", "cross_groups", "cross_group_budgets", "linear", "fixed"}
 _SHARING = {"shared", "block_scale"}
-_SECOND = {"shared", "block_scale", "group_sizes"}  # members of version 2
+_NEWER = {
+    "shared": 2, "block_scale": 2, "group_sizes": 2, "cross_groups": 3, "cross_group_budgets": 3,
+}  # fmt: skip
+"""Members that version 1 has not, and the version that they need."""
 
 
 def read_instance(path: Path | str) -> Instance:
@@ -133,9 +136,10 @@ def _kind(npz: NpzReader, kinds: dict[str, type[Curvature]]) -> type[Curvature]:
                 raise InstanceError(
                     f"{npz.path}: `{key}` is required with `{other.kind}` and not allowed otherwise; {problem}"
                 )
-    newer = sorted(_SECOND & npz.headers.keys())
-    if newer and npz.integer("version") < 2:
-        raise InstanceError(f"{npz.path}: `{newer[0]}` needs `version` 2, got 1")
+    version = npz.integer("version")
+    for key in sorted(_NEWER.keys() & npz.headers.keys()):
+        if version < _NEWER[key]:
+            raise InstanceError(f"{npz.path}: `{key}` needs `version` {_NEWER[key]}, got {version}")
     if {"groups", "group_sizes"} <= npz.headers.keys():
         raise InstanceError(f"{npz.path}: `groups` and `group_sizes` exclude each other")
     if "group_sizes" in npz.headers and "group_budgets" not in npz.headers:
@@ -157,13 +161,15 @@ def _check_shapes(npz: NpzReader, n: int) -> None:
         "groups": ("integer", (n,)),
         "group_sizes": ("integer", (None,)),
         "group_budgets": ("integer", (None,)),
+        "cross_groups": ("integer", (n,)),
+        "cross_group_budgets": ("integer", (None,)),
         "shared": ("integer", (blocks,)),
         "block_scale": ("float", (blocks,)),
     }
     for key, (type_, shape) in optional.items():
         if key in npz.headers:
             npz.expect(key, type_, shape)
-    for key in ("group_sizes", "group_budgets"):
+    for key in ("group_sizes", "group_budgets", "cross_group_budgets"):
         groups = npz.headers[key].shape[0] if key in npz.headers else 0
         if groups > n:
             raise InstanceError(f"{npz.path}: `{key}` must have at most {n} entries, one a weight, got {groups}")
@@ -172,8 +178,9 @@ def _check_shapes(npz: NpzReader, n: int) -> None:
 def _budget(total: int, arrays: dict[str, NDArray[Any]], n: int) -> Budget:
     """The budget; with `group_sizes` the groups are that many consecutive weights each."""
     counts, sizes = arrays.get("group_budgets"), arrays.get("group_sizes")
+    crossed = arrays.get("cross_groups"), arrays.get("cross_group_budgets")
     if sizes is None or counts is None:
-        return Budget(total, arrays.get("groups"), counts)
+        return Budget(total, arrays.get("groups"), counts, *crossed)
     if sizes.size == 0 or sizes.min() < 1 or sizes.max() > n:
         raise InstanceError(f"`group_sizes` must hold numbers between 1 and {n}")
     sizes = sizes.astype(np.int64)
@@ -184,18 +191,23 @@ def _budget(total: int, arrays: dict[str, NDArray[Any]], n: int) -> Budget:
     if counts.size not in (1, sizes.size):
         raise InstanceError(f"`group_budgets` must have 1 or {sizes.size} entries, got {counts.size}")
     groups = np.repeat(np.arange(sizes.size), sizes)
-    return Budget(total, groups, np.broadcast_to(counts, sizes.shape))
+    return Budget(total, groups, np.broadcast_to(counts, sizes.shape), *crossed)
 
 
 def _group_arrays(budget: Budget) -> dict[str, NDArray[Any]]:
-    """The members that state the groups: of many weights in consecutive runs only their sizes."""
+    """The members that state groups and cross groups: of many weights in consecutive runs only their sizes."""
     if budget.groups is None or budget.group_budgets is None:
         return {}
+    crossed: dict[str, NDArray[Any]] = {}
+    if budget.cross_groups is not None and budget.cross_group_budgets is not None:
+        many = budget.cross_groups.size >= _MANY_WEIGHTS and budget.cross_group_budgets.size <= 1 << 31
+        crossed["cross_groups"] = budget.cross_groups.astype(np.int32 if many else np.int64)
+        crossed["cross_group_budgets"] = budget.cross_group_budgets
     sizes, counts = budget.group_sizes(budget.groups.size), budget.group_budgets
     if budget.groups.size < _MANY_WEIGHTS or not budget.in_order or sizes.min() < 1:
-        return {"groups": budget.groups, "group_budgets": counts}
+        return {"groups": budget.groups, "group_budgets": counts} | crossed
     sizes, counts = (array[:1] if (array == array[0]).all() else array for array in (sizes, counts))
-    return {"group_sizes": sizes, "group_budgets": counts}
+    return {"group_sizes": sizes, "group_budgets": counts} | crossed
 
 
 def _block_sizes(npz: NpzReader, n: int) -> NDArray[np.int64]:
@@ -261,7 +273,7 @@ def instance_arrays(instance: Instance) -> dict[str, NDArray[Any]]:
     """The members of an instance file, in their order; raises `InstanceError` as `write_instance` does."""
     curvature = instance.curvature
     groups = _group_arrays(instance.budget)
-    version = max(curvature.format_version, 2 if "group_sizes" in groups else 1)
+    version = max(curvature.format_version, *(_NEWER.get(key, 1) for key in groups), 1)
     arrays: dict[str, NDArray[Any]] = {
         "format": np.array(FORMAT),
         "version": np.array(version, dtype=np.int64),
