@@ -235,12 +235,9 @@ class Recipe:
             return budget_of_layers(names, [int(np.prod(shape)) for shape in shapes], rules, default)
         if self.nm is not None:
             self._tell_shorter_groups(shapes, names)
-            along = self.nm_along
-            return (
-                transposable_budget(shapes, *self.nm)
-                if along == "both"
-                else nm_budget(shapes, *self.nm, along=along)
-            )
+            if self.nm_along == "both":
+                return transposable_budget(shapes, *self.nm)
+            return nm_budget(shapes, *self.nm, along=self.nm_along)
         sparsity = SPARSITY if self.sparsity is None else self.sparsity
         numbers = [int(np.prod(shape)) for shape in shapes]
         if self.keep is not None:
@@ -422,9 +419,9 @@ def transposable_budget(shapes: Sequence[Shape], keep: int, of: int) -> Budget:
     A matrix with this pattern has it transposed, too, so that sparse hardware takes the products of both passes of
     training [1]_. Inputs are counted as by `nm_budget`: the weights of a convolution at the same place of its
     kernel form tiles. The groups are those along the inputs, the cross groups those along the outputs. A tile at
-    the end of a matrix, with a ≤ `of` outputs and b ≤ `of` inputs, loses as many weights as the rules of both sides
-    allow, min(a ⌊b (of − keep)/of⌋, b ⌊a (of − keep)/of⌋), in equal parts of its rows and of its columns as far as
-    they divide, the first ones one more.
+    the end of a matrix, with a ≤ `of` outputs and b ≤ `of` inputs, loses as many weights as the rules of both
+    sides allow, min(a ⌊b (of − keep)/of⌋, b ⌊a (of − keep)/of⌋), in equal parts of its rows and of its columns as
+    far as they divide, the first ones one more.
 
     References
     ----------

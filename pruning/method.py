@@ -111,8 +111,8 @@ class Method:
     curvature, blocks : optional
         Form and blocks of H, see `Recipe`.
     solver, objective : str, optional
-        Of `cbs_opt.solve`; `joint` for the joint objective by default, but for stages with the Fisher matrix
-        `magnitude`, with an update.
+        Of `cbs_opt.solve`; `joint` for the joint objective by default, but for stages and transposable patterns
+        with the Fisher matrix `magnitude`, with an update.
     time_limit, max_iterations : optional
         Of each solve. Unless one of them is given: 10 to 30 seconds in one shot and 5 to 10 in a stage, by the
         number of weights.
@@ -219,8 +219,8 @@ class Method:
             )
         if self.nm_along == "both" and self.stages > self.final_stages:
             raise UsageError(
-                "`nm_along` both fixes how many weights each tile loses, so that no stage can prune fewer: `stages` "
-                f"and `final_stages` must be equal, got {self.stages} and {self.final_stages}"
+                "`nm_along` both fixes how many weights each tile loses, so that no stage can prune fewer: "
+                f"`stages` and `final_stages` must be equal, got {self.stages} and {self.final_stages}"
             )
         if self.split != "global" and (self.nm or self.layers or self.per_layer):
             raise UsageError("`split` divides one budget over the layers: it goes without `nm`, `layers` and "
@@ -283,7 +283,7 @@ class Method:
         if objective is not None:
             one_of("objective", objective, ("selection", "joint"))
         if solver is None and objective is None:
-            cheap = self.source == "fisher" and self.stages > 1
+            cheap = self.source == "fisher" and (self.stages > 1 or self.nm_along == "both")
             solver, objective = ("magnitude", "selection") if cheap else ("joint", "joint")
         elif solver is None:
             solver = "joint" if objective == "joint" else "search"
