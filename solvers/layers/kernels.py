@@ -66,7 +66,8 @@ def best_swap(U, p, q, late, f, left, g, right, y, it, cost, d, a, free, grouped
 
 
 @inner_fast
-def _catch_up(U, p, q, f, left, g, right):
+def catch_up(U, p, q, f, left, g, right):
+    """Subtract f leftᵀ + g rightᵀ, which U lacks after a move."""
     for r in range(p):
         row, fr, gr = U[r, :q], f[r], g[r]
         for s in range(q):
@@ -186,7 +187,7 @@ def remove(j, U, A, T, VA, VT, signs, sizes, x, t, d, a, pruned, kept, f, left, 
         right[s] = 0.0
         x[s] -= left[s] * shift
         t[s] -= vt[s] * vt[s]
-    _catch_up(U, p, q, f, left, g, right)
+    catch_up(U, p, q, f, left, g, right)
     for s in range(q):
         U[p, s] = -left[s] / tj
     A[p, p] = 1.0 / tj
@@ -233,7 +234,7 @@ def add(i, U, A, T, VA, VT, signs, sizes, x, t, d, a, pruned, kept, f, left, g, 
         d[r] -= g[r] * step
         a[r] = max(a[r] - va[r] * va[r], 1e-300)
         g[r] = 0.0
-    _catch_up(U, p, q, f, left, g, right)
+    catch_up(U, p, q, f, left, g, right)
     for r in range(p):
         U[r, q] = f[r]
     T[q, q] = 1.0 / ai
@@ -370,7 +371,7 @@ def search_row(
             release[pruned[r1]] = clock + wait
             loss = add(r1, U, A, T, VA, VT, signs, sizes, x, t, d, a, pruned, kept, f, left, g, right, loss)
     if late:
-        _catch_up(U, sizes[0], sizes[1], f, left, g, right)
+        catch_up(U, sizes[0], sizes[1], f, left, g, right)
     entry_of = sizes[0] - lowest
     if 0 <= entry_of < values.size and loss < values[entry_of] * (1.0 - 1e-10):
         values[entry_of] = loss

@@ -98,6 +98,28 @@ class BulkExchange:
         rows = np.flatnonzero(self.moves > 0)
         if rows.size == 0:
             return 0
+        X, old = self.X[rows], self.pruned[rows]
+        cost, gain, step = self.prices(rows)
+        out, back = self._pairs(cost, gain, self.moves[rows])
+        new = (old | out) & ~back
+        tried = out.any(axis=1)
+        start = np.where(new, np.float32(0), X) + np.where(back, 0.5 * step, np.float32(0))
+        moved = refit_rows(self.wide, new[tried], start[tried], iterations, rows[tried])
+        losses = self.wide.losses(moved, rows[tried])
+        better = losses < self.losses[rows[tried]] * (1 - 1e-6)
+        accepted = rows[tried][better]
+        self.X[accepted], self.losses[accepted] = moved[better], losses[better]
+        self.pruned[accepted] = new[tried][better]
+        self.moves[accepted] = np.minimum(MOST_MOVES, np.ceil(self.moves[accepted] * 1.3)).astype(np.int64)
+        self.moves[rows[tried][~better]] //= 2
+        self.moves[rows[~tried]] = 0
+        return int(accepted.size)
+
+    def prices(self, rows: IntArray) -> tuple[Single, Single, Single]:
+        """What each kept weight of some rows costs, what each pruned one gains, and its step; (len(rows), K) each.
+
+        Infinite for the others, and for fixed ones.
+        """
         checkpoint()
         X, old = self.X[rows], self.pruned[rows]
         residual = self.wide.B[rows] - self.wide.product(X)
@@ -109,20 +131,7 @@ class BulkExchange:
         if self.layer.locked is not None:
             cost[self.layer.locked[rows] != 0] = np.inf
             gain[self.layer.locked[rows] != 0] = -np.inf
-        out, back = self._pairs(cost, gain, self.moves[rows])
-        new = (old | out) & ~back
-        tried = out.any(axis=1)
-        start = np.where(new, np.float32(0), X) + np.where(back, 0.5 * residual / a, np.float32(0))
-        moved = refit_rows(self.wide, new[tried], start[tried], iterations, rows[tried])
-        losses = self.wide.losses(moved, rows[tried])
-        better = losses < self.losses[rows[tried]] * (1 - 1e-6)
-        accepted = rows[tried][better]
-        self.X[accepted], self.losses[accepted] = moved[better], losses[better]
-        self.pruned[accepted] = new[tried][better]
-        self.moves[accepted] = np.minimum(MOST_MOVES, np.ceil(self.moves[accepted] * 1.3)).astype(np.int64)
-        self.moves[rows[tried][~better]] //= 2
-        self.moves[rows[~tried]] = 0
-        return int(accepted.size)
+        return cost, gain, residual / a
 
     def _pairs(self, cost: Single, gain: Single, moves: IntArray) -> tuple[BoolArray, BoolArray]:
         out, back = np.zeros(cost.shape, dtype=bool), np.zeros(cost.shape, dtype=bool)

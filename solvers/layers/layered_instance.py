@@ -21,6 +21,7 @@ from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.layers.distributed import solve_distributed
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution
 from cbs_opt.solvers.layers.solve import TABLEAU_COLUMNS, solve_layers
+from cbs_opt.solvers.layers.tiled_budget import TiledBudget, tiled_budget
 from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
@@ -55,6 +56,10 @@ class LayeredInstance:
     def card_for(self, context: Context) -> Card | None:
         """The card on which the layers are searched, if any; the log says why not."""
         if not is_wanted(context.device, self.instance.n):
+            return None
+        if self.instance.budget.cross_groups is not None:
+            say = logger.warning if context.device == "cuda" else logger.info
+            say("layers with cross groups, as of transposable N:M patterns: on the CPU")
             return None
         rows, columns = (max(getattr(layer, name) for layer in self.layers) for name in ("rows", "columns"))
         many = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"
@@ -202,6 +207,11 @@ class LayeredInstance:
 
 def check_engine(context: Context, layered: LayeredInstance | None) -> None:
     """Refuse an engine where there are no layers to give to its workers; raises `SolverError`."""
+    if context.engine is not None and layered is not None and isinstance(layered.budget, TiledBudget):
+        raise SolverError(
+            "an engine divides layers with one partition of the weights into groups: this instance has cross groups, "
+            "as of a transposable N:M pattern; leave the engine out"
+        )
     if context.engine is not None and layered is None:
         raise SolverError(
             "an engine divides an instance by layers whose rows share a Hessian, with one budget, a budget for "
@@ -212,13 +222,18 @@ def check_engine(context: Context, layered: LayeredInstance | None) -> None:
 def layered_instance(instance: Instance, objective: str) -> LayeredInstance | None:
     """The layers of an instance whose blocks share stored Hessians, or None where it has no such form.
 
-    The budget must be one number, one for each row, or N:M along the rows; a first-order term is possible for the
-    joint objective only, where it moves the point from which the weights are measured. O(Σ K³) with such a term.
+    The budget must be one number, one for each row, or N:M along the rows, or, for the joint objective, have cross
+    groups that tie rows together; a first-order term is possible for the joint objective only, where it moves the
+    point from which the weights are measured. O(Σ K³) with such a term.
     """
+    crossed = instance.budget.cross_groups is not None
     shared = instance.curvature.shared_rows()
-    if shared is None or (instance.linear is not None and objective == "selection"):
+    if shared is None or (objective == "selection" and (instance.linear is not None or crossed)):
         return None
-    budget = _budget(instance.budget, [rows.index for rows in shared])
+    index = [rows.index for rows in shared]
+    budget = _budget(instance.budget, index)
+    if crossed:
+        budget = tiled_budget(instance.budget, budget, index)
     if budget is None:
         return None
     fixed, _, _ = decide(instance)

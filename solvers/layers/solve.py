@@ -19,6 +19,9 @@ from cbs_opt.solvers.layers.problem import Layer, LayerBudget, LayerSolution, la
 from cbs_opt.solvers.layers.refit import brief_refit, quick_refit, refit_layer, seconds_of_refit
 from cbs_opt.solvers.layers.selection import SelectionSearch
 from cbs_opt.solvers.layers.starts import admm, swept_weights
+from cbs_opt.solvers.layers.tiled_budget import Band, TiledBudget
+from cbs_opt.solvers.layers.tiled_search import TiledSearch, fits_tableaus
+from cbs_opt.solvers.layers.tiled_wide import TiledWideSearch
 from cbs_opt.solvers.layers.wide import WideSearch
 from cbs_opt.solvers.layers.wide_admm import column_norms
 from cbs_opt.threads import library_threads
@@ -125,7 +128,12 @@ def solve_layers(
     run.bound_share, run.max_rounds, run.card = bound_share, max_rounds, card
     run.used["device"] = "cpu" if card is None else card.name
     run.wide = wide or run.columns > TABLEAU_COLUMNS
+    if isinstance(budget, TiledBudget):
+        run.bands, run.card = budget.bands(layers), None
+        run.wide = run.wide or not fits_tableaus(run.bands, run.columns)
     if objective == "selection":
+        if isinstance(budget, TiledBudget):
+            raise InstanceError("layers with cross groups are solved for the joint objective only")
         run.selection(warm_start)
     else:
         run.joint(warm_start)
@@ -157,6 +165,7 @@ class _Run:
         self.compared = True
         self.columns = max(layer.columns for layer in layers)
         self.keep_back: Callable[[float], object] | None = None
+        self.bands: list[Band] = []
 
     def stop(self) -> bool:
         """Whether the time is over, or the caller says so."""
@@ -171,7 +180,8 @@ class _Run:
         if self.card is not None and self._joint_on(self.card, pending):
             return
         if self.wide:
-            wide = WideSearch(
+            kind = TiledWideSearch if isinstance(self.budget, TiledBudget) else WideSearch
+            wide = kind(
                 self.layers, self.budget, self.incumbent, self.stop, lambda: self.ends - self.clock(),
                 self.max_rounds, self.clock, self._keep_back,
             )  # fmt: skip
@@ -219,7 +229,13 @@ class _Run:
         return layer_losses(self.layers, zeroed)
 
     def _joint_small(self, pending: list[list[BoolArray]], pool: RowPool) -> None:
-        search = JointSearch(self.layers, self.budget, self.incumbent, pool, self.seed, self.clock)
+        search: JointSearch | TiledSearch
+        if isinstance(self.budget, TiledBudget):
+            search = TiledSearch(
+                self.layers, self.budget, self.bands, self.incumbent, pool, self.seed, self.clock
+            )  # fmt: skip
+        else:
+            search = JointSearch(self.layers, self.budget, self.incumbent, pool, self.seed, self.clock)
         try:
             eliminate = self._quick_starts(search, pool)
         except np.linalg.LinAlgError:
@@ -229,15 +245,15 @@ class _Run:
             self.incumbent.offer(search.objective_of(masks), masks)
         if pool.stopped():
             return
-        if eliminate:
+        if eliminate and isinstance(search, JointSearch):
             search.eliminate()
         search.start_from(self.incumbent.pruned)
         self._search_and_bound(search, pool)
 
-    def _quick_starts(self, search: JointSearch, pool: RowPool) -> bool:
+    def _quick_starts(self, search: JointSearch | TiledSearch, pool: RowPool) -> bool:
         """The first answers; whether elimination may find a better one."""
         thresholded = np.inf
-        if self.columns >= _ADMM_COLUMNS:
+        if self.columns >= _ADMM_COLUMNS or isinstance(search, TiledSearch):
             masks = admm(self.layers, self.budget, should_stop=pool.stopped)
             if masks is not None:
                 thresholded = self._offer_refitted(search, masks, None, pool)
@@ -258,7 +274,11 @@ class _Run:
         return self._offer_refitted(search, masks, weights, pool) < thresholded
 
     def _offer_refitted(
-        self, search: JointSearch, masks: list[BoolArray], starts: list[FloatArray] | None, pool: RowPool
+        self,
+        search: JointSearch | TiledSearch,
+        masks: list[BoolArray],
+        starts: list[FloatArray] | None,
+        pool: RowPool,
     ) -> float:
         """Offer masks with a quick refit; the loss found."""
         total = 0.0
@@ -271,7 +291,9 @@ class _Run:
         self.incumbent.offer(total, masks)
         return total
 
-    def _search_and_bound(self, search: JointSearch, pool: RowPool, fixed_weights: bool = False) -> None:
+    def _search_and_bound(
+        self, search: JointSearch | TiledSearch, pool: RowPool, fixed_weights: bool = False
+    ) -> None:
         """Search, bounds, and search again, by shares of the time limit."""
         limit = self.ends - self.started
         if self.bound_share <= 0 or not np.isfinite(limit):
@@ -312,7 +334,7 @@ class _Run:
             best = max(best, search.value)
         search.refine(lambda: self.clock() >= until)
 
-    def _rounds(self, search: JointSearch, pool: RowPool, until: float) -> None:
+    def _rounds(self, search: JointSearch | TiledSearch, pool: RowPool, until: float) -> None:
         if search.price == 0.0:
             search.estimate_price()
         before = self.incumbent.objective

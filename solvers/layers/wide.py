@@ -163,9 +163,10 @@ class WideSearch:
                 break
             hold *= MORE
         if self.rounds_left >= 1:
-            self._exchange(wide, best)
+            self.exchange(wide, best)
 
-    def _exchange(self, wide: list[WideLayer], start: Found) -> None:
+    def exchange(self, wide: list[WideLayer], start: Found) -> None:
+        """A refit and exchanges, until a round gains little."""
         masks, weights, _ = start
         self.incumbent.adopt(masks, weights)
         for w, mask, x in zip(wide, masks, weights, strict=True):
