@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cbs_opt.errors import CbsError, UsageError
+from cbs_opt.errors import CbsError, SolverError, UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.interrupt import interruptible
 from cbs_opt.losses import joint_loss
@@ -27,6 +27,7 @@ from cbs_opt.solvers.joint.lagrangian_bound import improve_bound
 from cbs_opt.solvers.joint.moves import KEPT_LIMIT, JointMoves
 from cbs_opt.solvers.joint.rank_deficient import check_well_posed, is_rank_deficient, search_singular
 from cbs_opt.solvers.joint.tableau import Tableau
+from cbs_opt.solvers.joint.tile_exchange import search_tiles
 from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.layers.layered_instance import LayeredInstance, check_engine, layered_instance
 from cbs_opt.solvers.problem.joint_problem import JointProblem
@@ -90,6 +91,7 @@ class JointSearch(Solver):
     summary = "swap search on the loss after the update: backward elimination, descent, tabu"
     supports = Capabilities(
         objectives=frozenset({"joint"}),
+        cross_groups=True,
         bound=True,
         device=True,
         engines=True,
@@ -104,6 +106,11 @@ class JointSearch(Solver):
         super().check_supports(instance, context)
         if is_rank_deficient(instance):
             check_well_posed(instance, self.name)
+            if instance.budget.cross_groups is not None:
+                raise SolverError(
+                    f"solver '{self.name}' cannot take cross groups with a singular Hessian: a positive damping "
+                    "is needed"
+                )
 
     def prepare(self, instance: Instance, context: Context) -> None:
         """Compile; find out whether the rows of layers share Hessians."""
@@ -113,8 +120,9 @@ class JointSearch(Solver):
         if self._singular:
             loading.request("joint")
             return
+        crossed = instance.budget.cross_groups is not None
         sizes, groups = instance.curvature.block_sizes.tolist(), int((instance.budget.per_group > 0).sum())
-        provable = prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop)
+        provable = not crossed and prove.is_provable(sizes, groups, self.parameters.proof, context.monitor.stop)
         limit = context.monitor.stop.time_limit
         # While kernels compile, the search over layers is the one that gets ahead without them.
         cold = limit is not None and loading.seconds_to_compile("joint", "joint_tree", "joint_tables") > limit
@@ -123,6 +131,8 @@ class JointSearch(Solver):
         check_engine(context, self._layered)
         if self._layered is not None:
             loading.request("layers_joint")
+            return
+        if crossed:
             return
         if context.device == "cuda":
             logger.warning("joint: the search runs on the CPU, as no blocks share a Hessian; the update on a card")
@@ -140,6 +150,8 @@ class JointSearch(Solver):
             return search_singular(instance, context, self._eliminated, self._search_copy)
         if self._layered is not None:
             return self._layered.run(context, self.parameters.bound_share if self.parameters.bound_steps else 0.0)
+        if instance.budget.cross_groups is not None:
+            return search_tiles(instance, context, self.parameters.bound_steps)
         pruned = context.warm_start
         if pruned is None and float((instance.curvature.block_sizes.astype(np.float64) ** 3).sum()) <= _AT_ONCE:
             score = instance.weights**2 / instance.curvature.inverse_diagonal()

@@ -209,8 +209,8 @@ def check_engine(context: Context, layered: LayeredInstance | None) -> None:
     """Refuse an engine where there are no layers to give to its workers; raises `SolverError`."""
     if context.engine is not None and layered is not None and isinstance(layered.budget, TiledBudget):
         raise SolverError(
-            "an engine divides layers with one partition of the weights into groups: this instance has cross groups, "
-            "as of a transposable N:M pattern; leave the engine out"
+            "an engine divides layers with one partition of the weights into groups: this instance has cross "
+            "groups, as of a transposable N:M pattern; leave the engine out"
         )
     if context.engine is not None and layered is None:
         raise SolverError(
