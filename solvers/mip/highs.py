@@ -65,8 +65,9 @@ class Highs(Solver):
 
     summary = "exact by HiGHS: MILP by tangents on a convexified objective, or by products"
     supports = Capabilities(
-        objectives=frozenset(OBJECTIVES), bound=True, warm_start=True, not_worse_than_magnitude=True
-    )
+        objectives=frozenset(OBJECTIVES), cross_groups=True, bound=True, warm_start=True,
+        not_worse_than_magnitude=True,
+    )  # fmt: skip
     parameters_type = HighsParameters
     parameters: HighsParameters
 
@@ -295,9 +296,11 @@ def quadratic_shell(problem: SelectionProblem) -> LinearModel:
     """The MIQP without its quadratic term."""
     from scipy.sparse import csr_array
 
-    rows = np.zeros((problem.budget.size, problem.n))
-    rows[problem.group, np.arange(problem.n)] = 1.0
-    sides = problem.budget.astype(np.float64)
+    sums = problem.sums()
+    rows = np.zeros((len(sums), problem.n))
+    for row, (members, _) in zip(rows, sums, strict=True):
+        row[members] = 1.0
+    sides = np.array([float(p) for _, p in sums])
     names = [f"y{i}" for i in problem.index.tolist()]
     ones = np.ones(problem.n)
     return LinearModel(problem.linear * UNITS, 0 * ones, ones, ones > 0, csr_array(rows), sides, sides, names)

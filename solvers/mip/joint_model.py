@@ -11,6 +11,7 @@ from cbs_opt.monitor import Monitor
 from cbs_opt.solver import Context
 from cbs_opt.solvers.joint.swap_search import JointSearch as JointHeuristic
 from cbs_opt.solvers.mip.selection_model import LinearModel, RowBuilder, add_budgets
+from cbs_opt.solvers.problem.decided import open_sums
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.trees.joint_diagonal import PerspectiveRelaxation, best_diagonal
 from cbs_opt.stop import Stop
@@ -162,9 +163,9 @@ class ScaledJoint:
         out: FloatArray = pruned[self.problem.index].astype(np.float64)
         return out
 
-    def members(self) -> list[IntArray]:
-        """Open weights of each group."""
-        return [np.flatnonzero(self.group == a) for a in range(self.budget.size)]
+    def sums(self) -> list[tuple[IntArray, int]]:
+        """The equations Σ y = p that y meets: their variables, and p; of groups and of cross groups."""
+        return open_sums(self.problem.instance, self.problem.index, self.problem.base)
 
     def names(self) -> list[str]:
         """Of the columns y."""
@@ -181,9 +182,8 @@ class ScaledJoint:
 
     def add_rows(self, rows: RowBuilder, shift: FloatArray) -> None:
         """Budgets, and lower (1 − y) ≤ x ≤ upper (1 − y), for columns y (n,) and x − shift (n,)."""
-        for members, p in zip(self.members(), self.budget.tolist(), strict=True):
-            if members.size:
-                rows.add(members, 1.0, p, p)
+        for members, p in self.sums():
+            rows.add(members, 1.0, p, p)
         for i in range(self.n):
             low, high, at = float(self.lower[i]), float(self.upper[i]), float(shift[i])
             rows.add([self.n + i, i], [1.0, high], -np.inf, high - at)
@@ -266,7 +266,7 @@ def pyomo_joint(problem: ScaledJoint, units: float = 1.0, perspective: bool = Tr
     out = pyo.ConcreteModel()
     out.v = pyo.Var(range(n), domain=pyo.Binary, bounds=lambda _, i: (int(low[i]), int(high[i])))
     out.x = pyo.Var(range(n), bounds=lambda _, i: (float(x_low[i] - center[i]), float(x_high[i] - center[i])))
-    add_budgets(out, problem.members(), problem.budget)
+    add_budgets(out, problem.sums())
     out.row = pyo.ConstraintList()
     for i in range(n):
         at = float(center[i])

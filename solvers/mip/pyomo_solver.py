@@ -90,8 +90,9 @@ class PyomoSolver(Solver):
 
     summary = "exact by any solver that Pyomo finds: MIQP, cones, or the MILPs of `highs`"
     supports = Capabilities(
-        objectives=frozenset(OBJECTIVES), bound=True, warm_start=True, not_worse_than_magnitude=True
-    )
+        objectives=frozenset(OBJECTIVES), cross_groups=True, bound=True, warm_start=True,
+        not_worse_than_magnitude=True,
+    )  # fmt: skip
     parameters_type = PyomoParameters
     parameters: PyomoParameters
 

@@ -103,7 +103,7 @@ def rlt_model(problem: SelectionProblem) -> LinearModel:
     columns = n + len(pairs)
     rows = RowBuilder(columns)
     members = problem.members()
-    for group, p in zip(members, problem.budget.tolist(), strict=True):
+    for group, p in problem.sums():
         rows.add(group, 1.0, p, p)
     closed = np.zeros((n, problem.budget.size), dtype=bool)
     for at, _ in problem.parts:
@@ -170,7 +170,7 @@ def pyomo_linear(model: LinearModel) -> Any:
 
 
 def pyomo_selection(problem: SelectionProblem, units: float = 1.0) -> Any:
-    """The selection problem as a Pyomo MIQP: binary `v[i]`, convex quadratic objective, one sum per group."""
+    """The selection problem as a Pyomo MIQP: binary `v[i]`, convex quadratic objective, a sum for each group."""
     import pyomo.environ as pyo
 
     out = pyo.ConcreteModel()
@@ -180,19 +180,18 @@ def pyomo_selection(problem: SelectionProblem, units: float = 1.0) -> Any:
         for a, i in enumerate(at.tolist()):
             terms.append(0.5 * float(Q[a, a]) * out.v[i] * out.v[i])
             terms += [float(Q[a, b]) * out.v[i] * out.v[int(at[b])] for b in range(a) if Q[a, b]]
-    add_budgets(out, problem.members(), problem.budget)
+    add_budgets(out, problem.sums())
     out.objective = pyo.Objective(expr=units * pyo.quicksum(terms))
     return out
 
 
-def add_budgets(model: Any, members: list[IntArray], budget: IntArray) -> None:
-    """Give a Pyomo model one sum of binary `v[i]` for each group."""
+def add_budgets(model: Any, sums: list[tuple[IntArray, int]]) -> None:
+    """Give a Pyomo model one sum of binary `v[i]` for each group and cross group."""
     import pyomo.environ as pyo
 
     model.budget = pyo.ConstraintList()
-    for group, p in zip(members, budget.tolist(), strict=True):
-        if group.size:
-            model.budget.add(pyo.quicksum(model.v[i] for i in group.tolist()) == p)
+    for group, p in sums:
+        model.budget.add(pyo.quicksum(model.v[i] for i in group.tolist()) == p)
 
 
 def _or_none(value: float) -> float | None:

@@ -263,7 +263,7 @@ class OuterModel:
         """The model with the tangents so far; without integrality if `relaxed`."""
         problem, separated, n, k = self.problem, self.separated, self.n, self.k
         rows = RowBuilder(n + 2 * k)
-        for members, p in zip(problem.members(), problem.budget.tolist(), strict=True):
+        for members, p in problem.sums():
             rows.add(members, 1.0, p, p)
         for j in range(k):
             index = np.flatnonzero(separated.rows[j])

@@ -15,6 +15,7 @@ from cbs_opt.files.atomic import atomic_write
 from cbs_opt.instance import Instance
 from cbs_opt.optional import missing
 from cbs_opt.selection import SelectionObjective
+from cbs_opt.solvers.problem.decided import open_sums
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.typing import FloatArray
 
@@ -152,6 +153,11 @@ def _write_form(
     The formats have no constraints: a reader must enforce `cardinality`, `group` and `fixed`, for example by a
     penalty.
     """
+    if instance.budget.cross_groups is not None:
+        raise UsageError(
+            f"{path}: its comments have no place for cross groups, as of transposable N:M patterns: export to "
+            ".qplib, .lp or .mps"
+        )
     problem = SelectionObjective(instance)
     lines = [*_description(instance), f"cardinality {instance.budget.total}"]
     if instance.budget.groups is not None:
@@ -185,9 +191,9 @@ def _quadratic(problem: SelectionObjective) -> Iterator[tuple[int, int, float]]:
 
 
 def _equations(instance: Instance) -> list[tuple[list[int], int]]:
-    """Members and right side of each equation Σ y = p: groups, then fixed weights."""
-    members = instance.budget.members(instance.n)
-    rows = [(m.tolist(), int(p)) for m, p in zip(members, instance.budget.per_group, strict=True) if m.size]
+    """Members and right side of each equation Σ y = p: groups, cross groups, then fixed weights."""
+    nothing = np.zeros(instance.n, dtype=bool)
+    rows = [(m.tolist(), p) for m, p in open_sums(instance, np.arange(instance.n), nothing)]
     if instance.fixed is not None:
         rows += [([i], int(instance.fixed[i] == 1)) for i in np.flatnonzero(instance.fixed).tolist()]
     return rows

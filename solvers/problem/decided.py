@@ -1,4 +1,4 @@
-"""Weights that `fixed` and the budgets of groups decide before any solver starts."""
+"""Weights that `fixed` and the budgets of groups decide before any solver starts; equations of the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cbs_opt.instance import Instance
-from cbs_opt.typing import BoolArray, Int8Array, IntArray
+from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 
 class Decided(NamedTuple):
@@ -43,3 +43,35 @@ def decide(instance: Instance) -> Decided:
     fixed[free & (left == open_count)[group]] = 1
     base = fixed == 1
     return Decided(fixed, base, budget.per_group - np.bincount(group[base], minlength=left.size))
+
+
+def open_sums(instance: Instance, index: IntArray, base: BoolArray) -> list[tuple[IntArray, int]]:
+    """The equations Σ y = p of groups, and cross groups if there are any, over the open weights.
+
+    Parameters
+    ----------
+    instance : Instance
+    index : int64 (r,)
+        The open weights.
+    base : bool (n,)
+        The weights that are pruned in every selection.
+
+    Returns
+    -------
+    list of (int64 (c,), int)
+        Places in `index`, and how many of them to prune; equations without open weights are left out.
+    """
+    out = []
+    for group, budgets in instance.budget.partitions(instance.n):
+        left = budgets - np.bincount(group[base], minlength=budgets.size)
+        of = group[index]
+        parts = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of, minlength=budgets.size))[:-1])
+        out += [(members, int(p)) for members, p in zip(parts, left, strict=True) if members.size]
+    return out
+
+
+def cheapest_open(instance: Instance, index: IntArray, base: BoolArray, values: FloatArray) -> FloatArray:
+    """The binary y of the open weights, float64 (r,), with the least sum of values that meets all budgets."""
+    scores, fixed = np.zeros(instance.n), np.where(base, 1, -1).astype(np.int8)
+    scores[index], fixed[index] = values, 0
+    return instance.budget.cheapest(scores, fixed)[index].astype(np.float64)

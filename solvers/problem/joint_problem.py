@@ -9,7 +9,7 @@ import numpy as np
 from cbs_opt.instance import Instance
 from cbs_opt.losses import joint_loss
 from cbs_opt.memory import require_bytes
-from cbs_opt.solvers.problem.decided import decide
+from cbs_opt.solvers.problem.decided import cheapest_open, decide
 from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
 
@@ -136,6 +136,9 @@ class JointProblem:
     def first(self) -> BoolArray:
         """The weights that OBS finds cheapest, bool (n,)."""
         pruned = self.base.copy()
+        if self.instance.budget.cross_groups is not None and self.n:
+            price = np.concatenate([b.w**2 / np.diag(b.A) for b in self.blocks])
+            return self.expand(cheapest_open(self.instance, self.index, self.base, price))
         for a in range(self.budget.size):
             at = np.flatnonzero(self.group == a)
             price = np.concatenate([b.w**2 / np.diag(b.A) for b in self.blocks])[at] if at.size else np.zeros(0)

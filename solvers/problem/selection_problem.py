@@ -12,6 +12,7 @@ from cbs_opt.instance import Instance
 from cbs_opt.selection import SelectionObjective
 from cbs_opt.solver import usable_threads
 from cbs_opt.solvers.problem.columns import DENSE_BYTES, DOUBLE_BYTES, Columns, DenseBlock, columns_of
+from cbs_opt.solvers.problem.decided import cheapest_open, open_sums
 from cbs_opt.solvers.problem.presolve import Component, presolve
 from cbs_opt.solvers.problem.threaded_factor import ThreadedFactor
 from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
@@ -38,7 +39,7 @@ class Storage:
 
 
 class SelectionProblem:
-    """min ½ yᵀQy + cᵀy over binary y with a given number of ones in each group.
+    """min ½ yᵀQy + cᵀy over binary y with a given number of ones in each group, and cross group.
 
     Its variables are the weights that are still open after presolve, component by component; a loss of the
     instance is offset + scale · (½ yᵀQy + cᵀy). Relaxation, search, branch and bound and the models for other
@@ -164,7 +165,10 @@ class SelectionProblem:
 
     def cheapest(self) -> FloatArray:
         """The binary y of least cost without couplings, float64 (r,)."""
-        return self.smallest(0.5 * self.columns.diagonal + self.linear)
+        value = 0.5 * self.columns.diagonal + self.linear
+        if self.instance.budget.cross_groups is not None:
+            return cheapest_open(self.instance, self.index, self.base, value)
+        return self.smallest(value)
 
     def first(self) -> BoolArray:
         """The selection of `cheapest`, bool (n,)."""
@@ -172,6 +176,8 @@ class SelectionProblem:
 
     def smallest(self, value: FloatArray) -> FloatArray:
         """Binary y with the smallest values of each group, as many as its budget; float64 (r,).
+
+        With cross groups it is that of a relaxation.
 
         Ties are broken by the index of the weight in the instance, not by the order of the components.
         """
@@ -209,8 +215,12 @@ class SelectionProblem:
         order = np.argsort(self.group, kind="stable")
         return np.split(order, np.cumsum(np.bincount(self.group, minlength=self.budget.size))[:-1])
 
+    def sums(self) -> list[tuple[IntArray, int]]:
+        """The equations Σ y = p that y meets: their variables, and p; of groups and of cross groups."""
+        return open_sums(self.instance, self.index, self.base)
+
     def minima(self, rows: FloatArray) -> FloatArray:
-        """Smallest value of each row of `rows`, (k, r), over all y that meet the budgets; float64 (k,)."""
+        """Smallest value of each row of `rows`, (k, r), over all y that meet the groups' budgets; float64 (k,)."""
         total = np.zeros(rows.shape[0])
         for members, p in zip(self.members(), self.budget.tolist(), strict=True):
             if p:
