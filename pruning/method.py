@@ -232,6 +232,11 @@ class Method:
                 f"the engine {self.engine} divides layers whose rows share a Hessian: `source` reconstruction or "
                 "kfac, got fisher"
             )
+        if self.engine != "serial" and self.nm_along == "both":
+            raise UsageError(
+                f"the engine {self.engine} divides layers with one partition into groups: `nm_along` inputs or "
+                "outputs, got both"
+            )
         make_engine(self.engine, self.workers)
         self._set_source()
         self._set_solver()

@@ -47,7 +47,37 @@ def dense(index, value):
 
 SIZED = {"version": np.array(2), "groups": REMOVE, "group_sizes": np.array([2, 2])}
 
+
+def crossed(groups=(0, 1, 0, 1), budgets=(1, 1), **changes):
+    groups = groups if groups is REMOVE else np.array(groups)
+    budgets = budgets if budgets is REMOVE else np.array(budgets)
+    return {"version": np.array(3), "cross_groups": groups, "cross_group_budgets": budgets} | changes
+
+
+BEYOND = "`cross_groups` must be in [0, 1]"
+
 BAD = {
+    "cross groups in version 2": (crossed(version=np.array(2)), "`cross_group_budgets` needs `version` 3, got 2"),
+    "cross groups alone": (crossed(budgets=REMOVE), "`cross_group_budgets` is missing"),
+    "cross group budgets alone": (crossed(REMOVE), "`cross_groups` is missing"),
+    "cross groups without groups": (
+        crossed(groups=(0, 1, 0, 1)) | {"groups": REMOVE, "group_budgets": REMOVE},
+        "`cross_groups` is allowed only with `groups`",
+    ),
+    "cross groups too few": (crossed((0, 1, 0)), "`cross_groups` must have shape (4,)"),
+    "cross groups fractional": (crossed((0.0, 1.0, 0.0, 1.0)), "`cross_groups` must be integer"),
+    "cross groups negative": (crossed((0, 1, 0, -1)), BEYOND),
+    "cross groups beyond": (crossed((0, 1, 0, 2)), BEYOND),
+    "cross groups huge": (crossed(np.array([0, 1, 0, 2**64 - 1], dtype=np.uint64)), BEYOND),
+    "cross groups that form no tile": (crossed((0, 1, 0, 0)), "must form tiles"),
+    "cross group budgets many": (crossed(budgets=(1, 1, 0, 0, 0)), "at most 4 entries"),
+    "cross group budgets matrix": (crossed(budgets=((1,), (1,))), "must have shape"),
+    "cross group budgets negative": (crossed(budgets=(3, -1)), "`cross_group_budgets[0]` must be in [0, 2]"),
+    "cross group budgets with another sum": (crossed(budgets=(1, 0)), "must sum to `budget` = 2, got 1"),
+    "cross groups that fixed weights exclude": (
+        crossed(fixed=np.array([1, 0, 1, 0], dtype=np.int8)),
+        "pruned in cross group 0, the budget is 1",
+    ),
     "group sizes in version 1": (SIZED | {"version": np.array(1)}, "`group_sizes` needs `version` 2"),
     "group sizes and groups": ({"version": np.array(2), "group_sizes": np.array([4])}, "exclude each other"),
     "group sizes alone": (SIZED | {"group_budgets": REMOVE}, "`group_sizes` is allowed only with `group_budgets`"),
@@ -60,7 +90,7 @@ BAD = {
     "format of a solution": ({"format": np.array("cbs-solution")}, "`format` must be 'cbs-instance'"),
     "format no text": ({"format": np.array(3)}, "`format` must be one text"),
     "version missing": ({"version": REMOVE}, "`version` is missing"),
-    "version newer": ({"version": np.array(3)}, "`version` is 3"),
+    "version newer": ({"version": np.array(4)}, "`version` is 4"),
     "version zero": ({"version": np.array(0)}, "`version` must be at least 1"),
     "version text": ({"version": np.array("1")}, "`version` must be integer"),
     "version vector": ({"version": np.array([1])}, "`version` must have shape"),

@@ -1,13 +1,14 @@
-"""Files of both format versions, written once: every release reads them to the same values."""
+"""Files of all format versions, written once: every release reads them to the same values."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cbs_opt import evaluate, read_instance, read_solution, solve, write_instance
+from cbs_opt import Budget, evaluate, read_instance, read_solution, solve, write_instance
 from cbs_opt.files import instance_file
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "v1"
@@ -137,3 +138,29 @@ def test_version_2_groups_by_their_sizes(monkeypatch, tmp_path):
     write_instance(tmp_path / "whole.npz", other)  # few weights are written as ever
     with np.load(tmp_path / "whole.npz") as file:
         assert file["groups"].tolist() == other.budget.groups.tolist() and "group_sizes" not in file
+
+
+def test_version_3_cross_groups(monkeypatch, tmp_path):
+    path = FOLDER.with_name("v3") / "tiles.npz"
+    instance = read_instance(path)
+    assert instance.sha256 == "c55317184a010e5999b73b89c0f49116f5fa3918bb8b1b29574f608a950c84ee"
+    budget = instance.budget
+    assert budget.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert budget.cross_groups.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert budget.group_budgets.tolist() == [1, 1, 1, 1, 0, 0]
+    assert budget.cross_group_budgets.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert np.flatnonzero(solve(instance, "brute", objective="joint").pruned).tolist() == [0, 2, 5, 7]
+    write_instance(tmp_path / "again.npz", instance)
+    assert (tmp_path / "again.npz").read_bytes() == path.read_bytes()
+    monkeypatch.setattr(instance_file, "_MANY_WEIGHTS", 12)  # many weights are written in fewer bytes
+    write_instance(tmp_path / "many.npz", instance)
+    with np.load(tmp_path / "many.npz") as file:
+        assert file["cross_groups"].dtype == np.int32 and file["group_sizes"].tolist() == [2]
+        assert int(file["version"]) == 3
+    again = read_instance(tmp_path / "many.npz").budget
+    assert again.cross_groups.tolist() == budget.cross_groups.tolist()
+    assert again.cross_groups.dtype == np.int64 and again.groups.tolist() == budget.groups.tolist()
+    plain = replace(instance, budget=Budget(4, budget.groups, budget.group_budgets))
+    write_instance(tmp_path / "plain.npz", plain)  # without cross groups as ever
+    with np.load(tmp_path / "plain.npz") as file:
+        assert int(file["version"]) == 2
