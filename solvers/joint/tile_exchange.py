@@ -186,6 +186,8 @@ def _search(instance: Instance, context: Context) -> None:
         kicks -= not monitor.stop.limits_work
         state.start_from(monitor.pruned)
         for _ in range(_KICK):
+            if monitor.should_stop():
+                break
             state.make(rng.choice(state.possible()))
             monitor.advance()
         _descend(state, monitor)

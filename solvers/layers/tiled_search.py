@@ -19,6 +19,7 @@ from cbs_opt.solvers.layers.tile_kernels import search_band
 from cbs_opt.solvers.layers.tiled_budget import Band, TiledBudget
 from cbs_opt.typing import BoolArray, FloatArray
 
+_CELLS_A_TURN = 12  # weights of a band for each exchange that four of them wait, at most
 _PAUSE = 0.4  # seconds between two reports
 _NEVER = 1 << 60  # the exchange from which on a fixed weight may move
 _MOST_BYTES = 1 << 30  # of the tableaus of a band
@@ -167,6 +168,7 @@ class TiledSearch:
             if layer.locked is not None:
                 state.release[place, : layer.columns][layer.locked[i] != 0] = _NEVER
         before = float(self.scale[band.rows] @ self.losses[band.rows])
+        tenure = min(tenure, max(1, int((band.cells >= 0).sum()) // _CELLS_A_TURN))  # so that some may always move
         search_band(
             state.U, state.A, state.T, state.VA, state.VT, state.signs, state.sizes, state.x, state.t, state.d,
             state.a, state.pruned, state.kept, state.work, state.mask, state.place, state.release, state.prices,
