@@ -44,6 +44,8 @@ def test_defaults(given, form, rule, dtype):
         ({"sparsity": 1.5}, "`sparsity` must be between 0 and 1, got 1.5"),
         ({"nm": (5, 4)}, "N:M must have 0 ≤ N ≤ M"),
         ({"nm": (2, 4), "sparsity": 0.5}, "goes without `sparsity`"),
+        ({"nm": (2, 4), "nm_along": "all"}, "`nm_along` must be one of inputs, outputs, both, got 'all'"),
+        ({"nm_along": "both"}, "`nm_along` is for N:M patterns: give `nm` too"),
         ({"nm": (2, 4), "per_layer": True}, "goes without `sparsity`"),
         ({"dtype": "float16"}, "`dtype` must be one of"),
         ({"source": "reconstruction", "curvature": "gradients"}, "has no gradients"),
@@ -90,6 +92,41 @@ def test_a_pattern_runs_along_the_inputs():
             assert np.count_nonzero(budget.groups == group) == 4
     assert budget.group_budgets.tolist() == [3, 1, 3, 1, 3, 3, 3, 3]  # of two that are left one goes
     assert budget.total == 20
+
+
+def test_a_transposable_pattern_has_it_along_both_sides():
+    budget = Recipe(nm=(1, 4), nm_along="both").budget([(4, 8), (8, 4, 1, 2)])
+    pruned = budget.cheapest(np.random.default_rng(0).random(32 + 64))
+    matrix, convolution = pruned[:32].reshape(4, 8), pruned[32:].reshape(8, 4, 1, 2)
+    assert (matrix.reshape(4, 2, 4).sum(2) == 3).all() and (matrix.sum(0) == 3).all()
+    assert (convolution.sum(1) == 3).all()  # at every place of the kernel
+    assert (convolution.reshape(2, 4, 4, 1, 2).sum(1) == 3).all()
+    assert [tiles.index.shape for tiles in budget.tiles] == [(6, 4, 4)]
+    assert budget.total == 3 * 96 // 4
+    assert nm_budget([(4, 8), (8, 4, 1, 2)], 1, 4).groups.tolist() == budget.groups.tolist()
+    other = nm_budget([(4, 8), (8, 4, 1, 2)], 1, 4, along="outputs")
+    assert other.groups.tolist() == budget.cross_groups.tolist()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(10, 8), (4, 7), (3, 3), (1, 8), (5, 1), (9, 11)])
+@pytest.mark.parametrize("nm", [(2, 4), (1, 4), (3, 4), (4, 4), (0, 4)])
+def test_ends_of_a_transposable_pattern(rows, columns, nm, caplog):
+    """The last tiles lose what the rules of both sides allow, shared evenly; there always is a selection."""
+    keep, of = nm
+    budget = Recipe(nm=nm, nm_along="both").budget([(rows, columns)], ["a"])
+    pruned = budget.cheapest(np.random.default_rng(rows).random(rows * columns)).reshape(rows, columns)
+    assert budget.is_met_by(pruned.ravel())
+    along = [nm_budget([(rows, columns)], keep, of, along=side) for side in ("inputs", "outputs")]
+    assert (budget.group_budgets <= along[0].group_budgets).all()
+    assert (budget.cross_group_budgets <= along[1].group_budgets).all()
+    for r in range(0, rows, of):
+        for c in range(0, columns, of):
+            tile = pruned[r : r + of, c : c + of]
+            a, b = tile.shape
+            assert tile.sum() == min(a * (b * (of - keep) // of), b * (a * (of - keep) // of))
+            assert np.ptp(tile.sum(0)) <= 1 and np.ptp(tile.sum(1)) <= 1
+    warnings = caplog.text.count("the last tiles are smaller, and lose fewer weights")
+    assert warnings == (rows % of > 0) + (columns % of > 0)
 
 
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path):

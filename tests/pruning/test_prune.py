@@ -66,6 +66,27 @@ METHODS = {
     "no update": {"update_scale": 0.0, "objective": "selection", "solver": "magnitude"},
     "stages, Gauss-Newton": {"stages": 2, "gauss_newton": 1, "relative_damping": 0.01},
     "2:4": {"nm": "2:4", "stages": 2},
+    "2:4 both ways": {"nm": "2:4", "nm_along": "both"},
+    "2:4 both ways, joint": {"nm": "2:4", "nm_along": "both", "solver": "joint", "max_iterations": 3},
+    "2:4 both ways, fisher": {
+        "nm": "2:4",
+        "nm_along": "both",
+        "source": "fisher",
+        "damping": 0.1,
+        "solver": None,
+        "keep_at_least": 2,
+    },
+    "2:4 both ways, layer after layer": {
+        "nm": "2:4",
+        "nm_along": "both",
+        "sequential": True,
+        "stages": 2,
+        "final_stages": 2,
+        "masks": "grow",
+        "solver": "joint",
+        "max_iterations": 2,
+        "relative_damping": 0.01,
+    },
     "per layer": {"per_layer": True, "sparsity": 0.5, "stages": 2, "schedule": "linear"},
 }
 
@@ -87,6 +108,10 @@ def test_methods(name, trained):
     assert total == np.ceil(wanted * 384)
     if name == "per layer":
         assert [layer.count for layer in pruned.layers] == [144, 48]
+    if "both ways" in name:
+        for mask in masks.values():
+            tiles = mask.reshape(mask.shape[0] // 4, 4, -1, 4)
+            assert (tiles.sum(1) == 2).all() and (tiles.sum(3) == 2).all()
     if name == "2:4":
         assert all((mask.reshape(-1, 4).sum(1) == 2).all() for mask in masks.values())
     if options.get("update_scale") == 0.0:
@@ -96,6 +121,31 @@ def test_methods(name, trained):
     assert pruned.after.loss == pytest.approx(pruned.stages[-1].loss)
     assert np.isfinite(pruned.after.loss)
     assert str(pruned.held_out) in pruned.summary()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stages": 3}, "`stages` and `final_stages` must be equal, got 3 and 1"),
+        ({"engine": "processes"}, "the engine processes divides layers with one partition into groups"),
+        ({"split": "auto"}, "goes without `nm`"),
+        ({"keep_at_least": 0.9}, "`keep_at_least` 0.9 leaves no transposable N:M pattern: `fixed` contradicts"),
+    ],
+)
+def test_what_a_transposable_pattern_excludes(options, message, trained):
+    with pytest.raises(UsageError, match=message):
+        cbs_opt.prune(trained, blobs(600), nm="2:4", nm_along="both", **(FAST | options))
+
+
+def test_zeros_that_fit_a_transposable_pattern_stay(trained):
+    options = {"nm": "2:4", "nm_along": "both", **FAST}
+    once = cbs_opt.prune(trained, blobs(600), **options)
+    again = cbs_opt.prune(once.model, blobs(600), keep_mask=True, **options)
+    assert all(torch.equal(mask, again.masks[name]) for name, mask in once.masks.items())
+    with torch.no_grad():
+        once.model[0].weight[0] = 0  # a whole row of zeros
+    with pytest.raises(UsageError, match="that are zero already leaves no transposable"):
+        cbs_opt.prune(once.model, blobs(600), keep_mask=True, **options)
 
 
 def test_a_model_of_the_loss_predicts_it(trained):

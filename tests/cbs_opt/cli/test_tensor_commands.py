@@ -14,6 +14,7 @@ from torch import nn  # noqa: E402
 
 from cbs_opt.cli import apply as apply_cli  # noqa: E402
 from cbs_opt.cli import export as export_cli  # noqa: E402
+from cbs_opt.cli import info as info_cli  # noqa: E402
 from cbs_opt.cli import solve as solve_cli  # noqa: E402
 
 NETS = """
@@ -142,6 +143,36 @@ def test_inputs_first_patterns_and_masks_alone(nets, capsys):
         assert ((weight.reshape(-1, 4, weight.shape[1]) == 0).sum(1) == 2).all()  # along the inputs, stored first
         assert torch.equal(masks[layer["name"]], weight != 0)
     assert "to prune: 0.weight, 2.weight" in capsys.readouterr().err
+
+
+def test_transposable_patterns(nets, capsys):
+    """Export, solve, check, apply: 2:4 along both sides, whatever is stored first."""
+    model, _ = nets.gpt_like()
+    torch.save(model.state_dict(), "in.pt")
+    options = ["--nm", "2:4", "--nm-along", "both", "--source", "reconstruction"]
+    report = run("gpt_like", "in.pt", *options, objective="joint")
+    after = torch.load("out")
+    for layer in report["layers"]:
+        zero = after[layer["name"]] == 0
+        tiles = zero.reshape(zero.shape[0] // 4, 4, zero.shape[1] // 4, 4)
+        assert (tiles.sum(1) == 2).all() and (tiles.sum(3) == 2).all()
+    assert solve_cli.main(["i.npz", "--check", "s.npz"]) == 0
+    assert info_cli.main(["i.npz", "--json", "-"]) == 0
+    out = capsys.readouterr().out
+    content = json.loads(out[out.index("{") :])
+    assert content["cross_groups"] == content["groups"] == content["weights"] // 4
+    assert content["metadata"]["nm_along"] == "both"
+    with np.load("s.npz") as file:
+        solution = dict(file)
+    rows = np.argsort(-solution["pruned"].astype(int), kind="stable")
+    solution["pruned"] = np.zeros_like(solution["pruned"])
+    solution["pruned"][rows[: content["budget"]]] = True
+    solution["pruned"][:4] = [False, True, True, False]  # the number is right, a pattern is not
+    del solution["weights"]
+    np.savez("wrong.npz", **solution)
+    assert solve_cli.main(["i.npz", "--check", "wrong.npz"]) == 3
+    assert solve_cli.main(["i.npz"]) == 4
+    assert "a second partition of the weights (`cross_groups`)" in capsys.readouterr().err
 
 
 def test_masks_and_old_zeros(nets, capsys):

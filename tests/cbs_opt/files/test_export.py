@@ -96,9 +96,12 @@ def qubo_by_hand(path):
     return U, constraints
 
 
-@pytest.mark.parametrize("kind", KINDS)
+CROSSED = {"kind": "hessian", "groups": "tiles", "n": 12}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "tiles"])
 def test_qplib(kind, problem, tmp_path):
-    given = problem(2, **KINDS[kind])
+    given = problem(2, **(KINDS | {"tiles": CROSSED})[kind])
     export_instance(tmp_path / "out.qplib", given.instance)
     Q, c, constant, rows, left, right = read_qplib(tmp_path / "out.qplib")
     points = binary_points(given.instance.n)
@@ -109,6 +112,13 @@ def test_qplib(kind, problem, tmp_path):
     assert values.min() == pytest.approx(given.optimum("selection"), rel=1e-9)
     for y, value in zip(points, values, strict=True):
         assert value == pytest.approx(given.selection_loss(y > 0.5), rel=1e-9, abs=1e-9 * given.scale())
+
+
+@pytest.mark.parametrize("ending", ["ubqp", "qubo"])
+def test_comments_have_no_place_for_cross_groups(ending, problem, tmp_path):
+    with pytest.raises(UsageError, match="its comments have no place for cross groups"):
+        export_instance(tmp_path / f"out.{ending}", problem(0, **CROSSED).instance)
+    assert not list(tmp_path.iterdir())
 
 
 def ubqp_by_hand(path):
@@ -222,9 +232,9 @@ def test_files_that_are_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["lp", "mps"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "tiles"])
 def test_linear_program(kind, ending, problem, tmp_path):
-    given = problem(2, **KINDS[kind])
+    given = problem(2, **(KINDS | {"tiles": CROSSED})[kind])
     path = tmp_path / f"out.{ending}"
     export_instance(path, given.instance)
     (line,) = [line for line in path.read_text().splitlines() if "loss = " in line]

@@ -24,6 +24,15 @@ KINDS = {
     "layers": {"kind": "hessian", "blocks": 2, "groups": "layers", "n": 10},
     "rows": {"kind": "gradients", "groups": "rows", "n": 10},
     "2:4": {"kind": "inverse_hessian", "groups": "2:4", "n": 10},
+    "tiles": {"kind": "hessian", "groups": "tiles", "n": 12},
+    "tiles, everything": {
+        "kind": "inverse_hessian",
+        "groups": "tiles",
+        "n": 16,
+        "blocks": 2,
+        "linear": True,
+        "fixed": True,
+    },
     "linear": {"kind": "gradients", "linear": True},
     "fixed": {"kind": "hessian", "fixed": True, "n": 9},
     "everything": {

@@ -15,6 +15,7 @@ KINDS = {
     "hessian": {"kind": "hessian"},
     "blocks": {"kind": "gradients", "blocks": 3, "n": 9},
     "groups": {"kind": "hessian", "blocks": 2, "groups": "layers", "n": 10},
+    "tiles": {"kind": "hessian", "groups": "tiles", "n": 12},
     "linear, fixed": {"kind": "inverse_hessian", "linear": True, "fixed": True},
 }
 
