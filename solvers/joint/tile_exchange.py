@@ -99,7 +99,7 @@ class TileExchange:
         out = self.pruned[self.exchanges]
         fits = (out[:, 0] == out[:, 3]) & (out[:, 1] == out[:, 2]) & (out[:, 0] != out[:, 1])
         four, first_pruned = self.exchanges[fits], out[fits, 0]
-        return np.where(first_pruned[:, None], four[:, [1, 2, 0, 3]], four[:, [0, 3, 1, 2]])
+        return np.asarray(np.where(first_pruned[:, None], four[:, [1, 2, 0, 3]], four[:, [0, 3, 1, 2]]))
 
     def prices(self, four: IntArray) -> FloatArray:
         """The change of the doubled loss by each exchange, float64 (e,); O(e)."""

@@ -116,7 +116,8 @@ class TiledSearch:
         """Nothing: there is no price, see `price`."""
 
     def _mask(self, pruned: list[BoolArray], r: int) -> BoolArray:
-        return pruned[self.layer_of[r]][self.row_of[r]]
+        mask: BoolArray = pruned[self.layer_of[r]][self.row_of[r]]
+        return mask
 
     def _loss(self, r: int, mask: BoolArray) -> float:
         """The exact doubled loss of a row, without its scale."""

@@ -11,7 +11,7 @@ from cbs_opt.solvers.layers.large import BulkExchange, refit_in_place, refit_row
 from cbs_opt.solvers.layers.tile_kernels import best_exchanges
 from cbs_opt.solvers.layers.tiled_budget import TiledBudget
 from cbs_opt.solvers.layers.wide import GAIN, Found, WideSearch
-from cbs_opt.solvers.layers.wide_admm import WideLayer
+from cbs_opt.solvers.layers.wide_admm import Single, WideLayer
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
 _SHARE, _MOST = 0.05, 1024  # of the tiles of a band that one round may change at first, and tiles of a band, later
@@ -93,13 +93,13 @@ class _Rounds:
             first += engine.layer.rows
         return self._accept(tried, before, after, found)
 
-    def _prices(self, engine: BulkExchange) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def _prices(self, engine: BulkExchange) -> tuple[Single, Single, Single]:
         """Costs, gains and steps of all weights of a layer, in units of the objective doubled; (rows K,) each."""
         cost, gain, step = engine.prices(np.arange(engine.layer.rows))
         scale = engine.layer.scale.astype(np.float32)[:, None]
         return (cost * scale).ravel(), (gain * scale).ravel(), step.ravel()
 
-    def _chosen(self, cost: FloatArray, gain: FloatArray) -> IntArray:
+    def _chosen(self, cost: Single, gain: Single) -> IntArray:
         """The weights that change sides, int64."""
         changes, weights = [], []
         for part in self.tiles:
@@ -119,7 +119,7 @@ class _Rounds:
         tried: BoolArray,
         before: list[FloatArray],
         after: list[FloatArray],
-        found: list[tuple[IntArray, BoolArray, FloatArray]],
+        found: list[tuple[IntArray, BoolArray, Single]],
     ) -> int:
         """Keep what was found in the bands whose loss fell; the number of these."""
         sums = np.zeros((2, self.moves.size))
