@@ -96,7 +96,7 @@ class Start:
             warm_up_products(instance.curvature.as_factor() is not None)
             self._selection = SelectionProblem(instance)
             check_open_weights(self._selection.n)
-            if heuristic and instance.budget.cross_groups is None:  # `search` does not take them
+            if heuristic:
                 self._heuristic = Search()
         if self._heuristic is not None:
             self._heuristic.prepare(instance, context)

@@ -22,6 +22,7 @@ from cbs_opt.solvers.selection.parameters import SearchParameters
 from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.solvers.selection.swaps import improve_by_all_swaps
 from cbs_opt.solvers.selection.sweep_search import SweepSearch, is_large, is_split
+from cbs_opt.solvers.selection.tile_exchange import search_tiles
 from cbs_opt.solvers.trees import prove
 
 logger = logging.getLogger("cbs_opt")
@@ -58,7 +59,9 @@ class Search(Solver):
     """
 
     summary = "relaxation, concave continuation on cores, tabu swaps; with a lower bound"
-    supports = Capabilities(bound=True, device=True, engines=True, warm_start=True, not_worse_than_magnitude=True)
+    supports = Capabilities(
+        cross_groups=True, bound=True, device=True, engines=True, warm_start=True, not_worse_than_magnitude=True
+    )
     parameters_type = SearchParameters
     parameters: SearchParameters
 
@@ -66,6 +69,9 @@ class Search(Solver):
         """Compile, presolve, build columns; or find out that the rows of layers share Hessians."""
         self._layered = self._layers(instance, context)
         check_engine(context, self._layered)
+        if instance.budget.cross_groups is not None:
+            loading.request("selection")
+            return
         if self._layered is not None:
             loading.request("layers_selection")
             return
@@ -90,6 +96,8 @@ class Search(Solver):
 
     def run(self, instance: Instance, context: Context) -> Status:
         """Search until told to stop, or until nothing improves any more."""
+        if instance.budget.cross_groups is not None:
+            return search_tiles(instance, context)
         if self._layered is not None:
             return self._layered.run(context, self.parameters.bound_share)
         monitor, problem = context.monitor, self._problem

@@ -176,7 +176,7 @@ def test_blocks_are_not_solved_alone():
     assert can_split(Instance(np.ones(4), blocks, 2))
 
 
-@pytest.mark.parametrize("solver", ["search", "ls", "cbs", "rmp", "relax", "exact", "backward"])
+@pytest.mark.parametrize("solver", ["ls", "cbs", "rmp", "relax", "exact", "backward"])
 def test_solvers_that_know_one_partition_name_those_that_know_two(solver):
     budget, _ = crossed([(2, 2)], [np.eye(2)])
     instance = Instance(np.ones(4), HessianBlocks.from_blocks([np.eye(4)]), budget)
