@@ -11,6 +11,9 @@ from numpy.typing import ArrayLike
 from cbs_opt.errors import InstanceError
 from cbs_opt.typing import BoolArray, FloatArray, Int8Array, IntArray
 
+_LARGE = 1e100
+_BEYOND = 1e6  # of the largest finite score, for those that are not finite
+
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
@@ -183,9 +186,12 @@ def cheapest_in_tiles(tiles: Sequence[Tiles], scores: FloatArray, fixed: ArrayLi
         Where `fixed` leaves no selection.
     """
     values = np.asarray(scores, dtype=np.float64)
-    if not (finite := np.isfinite(values)).all():
-        largest = float(np.abs(values[finite]).max(initial=0.0)) or 1.0
-        beyond = min(1e6 * largest, 1e300)
+    finite = np.isfinite(values)
+    largest = float(np.abs(values, where=finite, out=np.zeros(values.size)).max(initial=0.0))
+    if largest > _LARGE:  # sums of a few of them would overflow
+        values, largest = values / largest, 1.0
+    if not finite.all():
+        beyond = _BEYOND * (largest or 1.0)
         values = np.where(finite, values, np.where(values == -np.inf, -beyond, beyond))
     out = np.zeros(values.size, dtype=bool)
     signs = np.zeros(values.size, dtype=np.int8) if fixed is None else np.sign(fixed).astype(np.int8)

@@ -39,6 +39,7 @@ _FIRST_MOVES = 50
 _TENURES = (5, 8, 4, 10)
 _SWEEPS = 10  # of Frank-Wolfe between two steps of the blocks and prices
 _SHARED = 0.25  # of the time for bounds goes to one block-diagonal matrix for all rows
+_LARGEST_CELL = 12  # of a pattern for which bounds enumerate the masks of a cell; else they count by rows
 _PATIENCE = 6  # such steps without a much better bound
 _SETTLED = 2e-4  # relative gain of a round that ends a run without a limit of time
 _LEAST_ROUNDS = 2  # of such a run
@@ -316,9 +317,11 @@ class _Run:
             weights = [np.where(mask, 0.0, layer.weights) for layer, mask in pairs]
         else:
             weights = [refit_layer(layer, mask) for layer, mask in pairs]
-        search = BoundSearch(
-            self.layers, self.budget, self.incumbent, weights, pool, fixed=fixed_weights, price=price
-        )
+        budget = self.budget
+        if budget.pattern is not None and budget.pattern[1] > _LARGEST_CELL:
+            n, m = budget.pattern
+            budget = LayerBudget(per_row=tuple(np.full(la.rows, n * (la.columns // m)) for la in self.layers))
+        search = BoundSearch(self.layers, budget, self.incumbent, weights, pool, fixed=fixed_weights, price=price)
         try:
             if not search.prepare():
                 return

@@ -82,6 +82,7 @@ def test_scores_that_are_not_finite_are_taken_last():
     assert budget.cheapest(np.array([0.0, 1.0, 1.0, np.inf])).tolist() == [False, True, True, False]
     assert budget.cheapest(np.array([0.0, np.nan, 1.0, 5.0])).tolist() == [True, False, False, True]
     assert budget.cheapest(np.array([-np.inf, -9.0, -9.0, 5.0])).tolist() == [True, False, False, True]
+    assert budget.cheapest(np.array([1e308, -1e308, 1e308, 1e308])).tolist() == [False, True, True, False]
     assert budget.cheapest(np.array([3, 1, 1, 3], dtype=np.float32)).tolist() == [False, True, True, False]
 
 

@@ -20,6 +20,7 @@ from cbs_opt import (
 )
 from cbs_opt.instances.recipe import transposable_budget
 from cbs_opt.solvers.layers.layered_instance import layered_instance
+from cbs_opt.solvers.layers.problem import LayerBudget
 from cbs_opt.solvers.layers.refit import refit_row
 from cbs_opt.solvers.layers.solve import solve_layers
 from cbs_opt.solvers.layers.tile_kernels import best_exchanges, search_band
@@ -238,3 +239,14 @@ def test_groups_across_rows_take_another_way():
     turned = replace(instance, budget=across)
     assert layered_instance(turned, "joint") is None
     assert solve(turned, "joint").objective == pytest.approx(solve(instance, "brute", objective="joint").objective)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_large_cells_are_bounded_by_rows(both):
+    """2³² masks of a cell are not enumerated."""
+    instance = instance_of([(32, 32)], 16, 32)
+    layered = layered_instance(instance, "joint")
+    budget = layered.budget if both else LayerBudget(pattern=(16, 32))
+    found = solve_layers(layered.layers, budget, max_rounds=1, bound_share=0.5)
+    assert budget.satisfied(found.pruned)
+    assert found.bound is not None and 0 <= found.bound <= found.objective
