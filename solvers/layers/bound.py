@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cbs_opt.solvers.layers.bound_rows import RowRefinement
+from cbs_opt.solvers.layers.bound_rows import CLOSE, DEPTHS, RowRefinement
 from cbs_opt.solvers.layers.incumbent import Incumbent
 from cbs_opt.solvers.layers.parallel import RowPool
 from cbs_opt.solvers.layers.problem import Layer, LayerBudget, row_losses
 from cbs_opt.solvers.layers.relaxation import BLOCK, LayerRelaxation
 from cbs_opt.typing import FloatArray
 
+_SWEEPS, _LEAST_SWEEPS = 200, 10  # of a layer between two steps of B: of one row, and of many
 _MEMORY = 0.5  # weight of the previous Ω relative to the current one
 _BARRIER = 3e-3  # least μ
 _ROWS = 32  # visits between two bounds
@@ -135,6 +136,7 @@ class BoundSearch:
             self.prices = [2 * price / layer.scale for layer in layers]
         self.barrier = 0.3
         self.omega: list[FloatArray | None] = [None] * len(layers)
+        self._best: tuple[float, list[FloatArray], list[FloatArray]] | None = None  # bound, prices, blocks of B
         self._kept_rows: list[FloatArray] | None = None  # where the budget determines them
         if budget.per_row is not None:
             self._kept_rows = [
@@ -178,13 +180,15 @@ class BoundSearch:
         self.incumbent.offer_bound(max(value, 0.0))  # S is positive semidefinite: 0 is a bound
         return prices
 
-    def step(self, sweeps: int) -> bool:
+    def step(self) -> bool:
         """Sweeps at the present B and prices, the bound, then a step of both; False if stopped."""
-        for part, price in zip(self.parts, self.prices, strict=True):
-            part.sweep(price, sweeps, self.pool)
+        at = [price.copy() for price in self.prices]
+        self._sweep(self.prices)
         self._bound([part.tables() for part in self.parts])
         if self.pool.stopped():
             return False
+        if self._best is None or self.value > self._best[0]:
+            self._best = self.value, at, [part.blocks_of() for part in self.parts]
         self._step_prices()
         unit = max(2 * self.incumbent.objective / len(self.parts), 1e-300)
 
@@ -201,8 +205,29 @@ class BoundSearch:
         self.barrier = max(0.8 * self.barrier, _BARRIER)
         return True
 
+    def _sweep(self, prices: list[FloatArray]) -> None:
+        left = 2 * (self.incumbent.objective - max(self.value, 0.0))
+        for part, price in zip(self.parts, prices, strict=True):
+            # The mean of many rows needs few sweeps; a step of B costs as much as a hundred of one row.
+            sweeps = max(_SWEEPS // price.size, _LEAST_SWEEPS)
+            part.sweep(price, sweeps, CLOSE * left / len(self.parts), self.pool)
+
+    def _restore(self) -> None:
+        """Back to the B and prices of the best bound, if the last one is below it."""
+        if self._best is None or self.value >= self._best[0]:
+            return
+        self.value, self.prices, blocks = self._best
+        for part, best in zip(self.parts, blocks, strict=True):
+            part.set_blocks(best)
+            part.refactor()
+        self._sweep(self.prices)
+
     def refine(self, ended: Callable[[], bool]) -> None:
-        """Visits of the rows, those with the largest gaps first, until all have settled, or `ended` or a stop."""
+        """Visits of the rows, those with the largest gaps first, until all have settled, or `ended` or a stop.
+
+        They start from the B of the best bound so far.
+        """
+        self._restore()
         refinements = [
             RowRefinement(part, 2 * row_losses(layer, weights))
             for part, layer, weights in zip(self.parts, self.layers, self._displacements, strict=True)
@@ -213,8 +238,9 @@ class BoundSearch:
 
         def visit(i: int) -> None:
             k, r = chosen[i]
-            refinements[k].visit(r, float(prices[k][r]), self.pool.flag)
+            refinements[k].visit(r, float(prices[k][r]), kept[k][r], self.pool.flag)
 
+        depth = 0
         while not ended():
             gaps = [
                 each.gaps(price, number) for each, price, number in zip(refinements, prices, kept, strict=True)
@@ -222,7 +248,11 @@ class BoundSearch:
             order = sorted(every, key=lambda at: -gaps[at[0]][at[1]])
             waiting = [(k, r) for k, r in order if gaps[k][r] > 0]
             if not waiting:
-                return
+                if depth == DEPTHS:
+                    return
+                depth += 1
+                for each in refinements:
+                    each.deepen()
             for first in range(0, len(waiting), _ROWS):
                 chosen = waiting[first : first + _ROWS]
                 if not self.pool.map(visit, range(len(chosen))):

@@ -106,9 +106,29 @@ def _minimiser(B, first, m, subset, h, v, A, index):
 
 @entry_fast
 def sweep_rows(
-    R, B, starts, inverse_pivot, coefficient, allowed, bits, w, fixed, hw, y, u, M, kept, price, sweeps, stop
+    R,
+    B,
+    starts,
+    inverse_pivot,
+    coefficient,
+    allowed,
+    bits,
+    w,
+    scale,
+    fixed,
+    hw,
+    y,
+    u,
+    M,
+    kept,
+    price,
+    sweeps,
+    close,
+    stop,
 ):
-    """`sweeps` cycles over the blocks of some rows, in place on y, u, M and kept; returns the sum of the gaps.
+    """At most `sweeps` cycles over the blocks of some rows, in place on y, u, M and kept.
+
+    Returns the sum of the gaps of the last cycle, with the scales of the rows; at most `close` ends the cycles.
 
     Parameters
     ----------
@@ -120,6 +140,7 @@ def sweep_rows(
     bits : int64 (2^m,)
         Size of each set.
     w : float64 (rows, K)
+    scale : float64 (rows,)
     fixed : bool
         Whether kept weights stay at w (selection) or are updated (joint).
     hw : float64 (rows, K)
@@ -180,8 +201,8 @@ def sweep_rows(
                     for j in range(m):
                         gap += B[first + i, first + j] * M[r, first + i, j]
                         curve += di * R[first + i, first + j] * (v[j] - u[r, first + j])
-                total += gap
-                if gap <= small:
+                total += gap * scale[r]
+                if gap * scale[r] <= small:
                     rest[r, k] = _REST
                 if gap <= 0.0:
                     continue
@@ -199,6 +220,8 @@ def sweep_rows(
                     for j in range(m):
                         M[r, first + i, j] += tau * (v[i] * v[j] - M[r, first + i, j])
                 kept[r, k] += tau * (bits[chosen] - kept[r, k])
+        if total <= close:
+            break
     return total
 
 

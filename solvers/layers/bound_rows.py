@@ -13,11 +13,17 @@ from cbs_opt.solvers.layers.parallel import StopFlag
 from cbs_opt.solvers.layers.relaxation import LayerRelaxation
 from cbs_opt.typing import FloatArray
 
+CLOSE = 0.05
+"""Gaps of the mixtures at which sweeps end, relative to the distance from the bound to the incumbent."""
+
+DEPTHS = 4
+"""How often settled rows may go on with twice the sweeps."""
+
 _STEPS = 3  # of B in one visit
 _SWEEPS = 80  # of Frank-Wolfe between two steps of B
 _MEMORY = 0.5  # weight of the previous Ω relative to the current one
 _FIRST_BARRIER, _BARRIER, _DECAY = 0.03, 2e-3, 0.8
-_SETTLED = 2e-3  # relative gain of a visit below which a row rests
+_SETTLED, _IDLE = 2e-3, 3  # relative gain of a visit, and how many with less settle a row
 
 
 class RowRefinement:
@@ -43,7 +49,8 @@ class RowRefinement:
         self._blocks: list[FloatArray | None] = [None] * rows
         self._omega: list[FloatArray | None] = [None] * rows
         self._barrier = np.full(rows, _FIRST_BARRIER)
-        self._settled = np.zeros(rows, dtype=bool)
+        self._idle = np.zeros(rows, dtype=np.int64)  # visits without a gain
+        self._depth = 0
 
     @property
     def best(self) -> tuple[FloatArray, FloatArray, float]:
@@ -60,12 +67,17 @@ class RowRefinement:
         price : (rows,) doubled, without the scale; kept : (rows,) numbers of the incumbent.
         """
         out = np.zeros(self._losses.size)
-        for r in np.flatnonzero(~self._settled):
+        for r in np.flatnonzero(self._idle < _IDLE):
             value = self._value(self._constant[r], self._tables[r], price[r])
             out[r] = max(self._losses[r] + self._shared.scale[r] * (price[r] * kept[r] - value), 0.0)
         return out
 
-    def visit(self, r: int, price: float, flag: StopFlag) -> None:
+    def deepen(self) -> None:
+        """Let all rows go on with twice the sweeps and half the barrier."""
+        self._depth += 1
+        self._idle[:] = 0
+
+    def visit(self, r: int, price: float, kept: float, flag: StopFlag) -> None:
         """Steps of row r's B at a price, from where the last visit ended."""
         part = self._shared.of_row(r)
         if (blocks := self._blocks[r]) is not None:
@@ -75,8 +87,11 @@ class RowRefinement:
         value = first = self._value(self._constant[r], self._tables[r], price)
         loss = max(self._losses[r], 1e-12 * float(self._losses.sum()), 1e-300)
         unit = part.S.shape[0] / loss
+        finer = 0.5**self._depth
+        least = _BARRIER * finer
         for _ in range(_STEPS):
-            part.sweep_rows(slice(0, 1), prices, _SWEEPS, flag)
+            left = max(self._losses[r] + self._shared.scale[r] * (price * kept - value), 0.0)
+            part.sweep_rows(slice(0, 1), prices, _SWEEPS << self._depth, CLOSE * left * finer, flag)
             if flag[0]:
                 return
             constant, tables, rounding = part.tables_of_rows()
@@ -90,10 +105,9 @@ class RowRefinement:
             part.improve_blocks(omega, float(self._barrier[r]))
             part.refactor()
             self._omega[r] = omega
-            self._barrier[r] = max(_DECAY * self._barrier[r], _BARRIER)
+            self._barrier[r] = max(_DECAY * self._barrier[r], least)
         self._blocks[r] = part.blocks_of()
         for name in ("u", "M", "kept"):
             getattr(self._shared, name)[r] = getattr(part, name)[0]
-        self._settled[r] = (
-            self._barrier[r] <= 2 * _BARRIER and value - first < _SETTLED * loss / self._shared.scale[r]
-        )
+        gained = value - first >= _SETTLED * loss / self._shared.scale[r]
+        self._idle[r] = 0 if gained or self._barrier[r] > 2 * least else self._idle[r] + 1

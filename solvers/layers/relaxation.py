@@ -186,18 +186,22 @@ class LayerRelaxation:
         self.hw = self.w @ self.B
         self.y = (self.u - self.w) @ self.R
 
-    def sweep(self, price: FloatArray, sweeps: int, pool: RowPool) -> None:
-        """Frank-Wolfe cycles on all rows; price : (rows,) of a kept weight, doubled, without the row's scale."""
-        chunks = [slice(i, i + _CHUNK) for i in range(0, self.w.shape[0], _CHUNK)]
-        pool.map(lambda i: self.sweep_rows(chunks[i], price, sweeps, pool.flag), range(len(chunks)))
+    def sweep(self, price: FloatArray, sweeps: int, close: float, pool: RowPool) -> None:
+        """At most so many Frank-Wolfe cycles on all rows, until the sum of their gaps is at most `close`.
 
-    def sweep_rows(self, rows: slice, price: FloatArray, sweeps: int, flag: StopFlag) -> float:
+        price : (rows,) of a kept weight, doubled, without the row's scale; close : doubled, with the scales.
+        """
+        chunks = [slice(i, i + _CHUNK) for i in range(0, self.w.shape[0], _CHUNK)]
+        share = close / len(chunks)
+        pool.map(lambda i: self.sweep_rows(chunks[i], price, sweeps, share, pool.flag), range(len(chunks)))
+
+    def sweep_rows(self, rows: slice, price: FloatArray, sweeps: int, close: float, flag: StopFlag) -> float:
         """Cycles on some rows, in the calling thread; the sum of the gaps left in the last one."""
         return float(
             kernels.sweep_rows(
                 self.R, self.B, self.starts, self.inverse_pivot, self.coefficient, self.allowed, self.bits,
-                self.w[rows], self.fixed, self.hw[rows], self.y[rows], self.u[rows], self.M[rows],
-                self.kept[rows], price[rows], sweeps, flag,
+                self.w[rows], self.scale[rows], self.fixed, self.hw[rows], self.y[rows], self.u[rows],
+                self.M[rows], self.kept[rows], price[rows], sweeps, close, flag,
             )
         )  # fmt: skip
 

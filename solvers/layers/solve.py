@@ -37,7 +37,6 @@ _FIRST_EXCHANGES = 0.5  # of the time spent so far goes to exchanges in the answ
 _FEW = 0.15  # of the weights of a row: three iterations of a brief refit are then enough
 _FIRST_MOVES = 50
 _TENURES = (5, 8, 4, 10)
-_SWEEPS = 10  # of Frank-Wolfe between two steps of the blocks and prices
 _SHARED = 0.25  # of the time for bounds goes to one block-diagonal matrix for all rows
 _LARGEST_CELL = 12  # of a pattern for which bounds enumerate the masks of a cell; else they count by rows
 _PATIENCE = 6  # such steps without a much better bound
@@ -331,7 +330,7 @@ class _Run:
         began, best, idle = self.clock(), -np.inf, 0
         shared = began + _SHARED * (until - began)
         while self.clock() < shared and idle < _PATIENCE:  # one B for all rows first, then one for each
-            if not search.step(_SWEEPS):
+            if not search.step():
                 return
             idle = idle + 1 if search.value - best < 5e-3 * self.incumbent.objective else 0
             best = max(best, search.value)

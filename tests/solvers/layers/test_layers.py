@@ -118,7 +118,7 @@ def test_bounds_with_blocks_smaller_than_a_row(size, fixed):
             search = BoundSearch([layer], budget, incumbent, solution.weights, pool, size, fixed)
             assert search.prepare()
             for _ in range(8):
-                search.step(10)
+                search.step()
             shared = incumbent.bound
             search.refine(lambda: False)
         assert incumbent.bound <= best * (1 + 1e-9)
@@ -214,6 +214,28 @@ def test_large_path_keeps_the_contract(monkeypatch):
         assert solution.objective <= layer_losses([layer], [refit_layer(layer, magnitude[0])]) * (1 + 1e-6)
         exact = layer_losses([layer], [refit_layer(layer, solution.pruned[0])])
         assert solution.objective == pytest.approx(exact, rel=1e-6)
+
+
+def test_mixtures_of_a_single_row_keep_up_with_its_blocks():
+    """Where they lag behind B, bounds lie far below zero: with 10 sweeps a step this one is 0 after 8 steps."""
+    K = 128
+    rng = np.random.default_rng(1)
+    Q = np.linalg.qr(rng.standard_normal((K, K)))[0]
+    S = (Q * np.arange(1, K + 1.0) ** -1.5) @ Q.T + 3e-3 / K * np.eye(K)
+    layer = Layer(rng.standard_normal((1, K)), S)
+    budget = LayerBudget(total=102)
+    found = solve_layers([layer], budget, max_rounds=3, threads=1)
+    incumbent = Incumbent([layer])
+    incumbent.offer(found.objective, found.pruned)
+    with RowPool(1, lambda: False) as pool:
+        search = BoundSearch([layer], budget, incumbent, found.weights, pool)
+        assert search.prepare()
+        for _ in range(8):
+            assert search.step()
+        shared = incumbent.bound
+        visits = iter(range(8))
+        search.refine(lambda: next(visits, None) is None)
+    assert 0.7 * found.objective < shared < incumbent.bound <= found.objective
 
 
 @pytest.mark.parametrize(
