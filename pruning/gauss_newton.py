@@ -23,6 +23,7 @@ other outputs half the squared distance.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,10 +35,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from cbs_opt.curvature import Curvature
-from cbs_opt.errors import CbsError, UnboundedError
-from cbs_opt.instances.batches import arguments, call, device_of, moved, placed, reason, slices
+from cbs_opt.errors import CbsError, InstanceError, UnboundedError
+from cbs_opt.instances.batches import arguments, call, checked_call, device_of, moved, placed, reason, slices
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.fisher_terms import scores_and_places
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
@@ -65,6 +67,14 @@ DAMPING = 0.1
 
 PRECONDITIONER_SAMPLES = 300
 _ROW_DAMPING = 0.01  # of XXᵀ/m within K, of its mean diagonal
+
+OWN_STEPS = 4
+"""How many steps a run takes by itself, over all of its stages at least one each, where they are cheap enough."""
+
+OWN_OPERATIONS = 2e13
+"""Floating-point operations that these may take: some minutes of one core."""
+
+_PASSES = 6 * ITERATIONS  # forward passes that a step costs: a product is one in forward mode and one backward
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CHUNK_BYTES = 16 * CHUNK_BYTES  # by an estimate that is several times what a graph holds
@@ -115,6 +125,21 @@ class Distance:
             return TEMPERATURE * (drawn * counted[:, 0]).sum()
         signs = 2.0 * torch.randint(0, 2, z.shape, generator=generator) - 1.0
         return (z * signs.to(z)).sum()
+
+
+def operations(model: nn.Module, samples: SampleSource, count: int) -> float:
+    """Floating-point operations of a step on so many samples, from those of one forward pass.
+
+    Infinite for a network that cannot run while they are counted.
+    """
+    few = max(1, min(fewest(model), len(samples)))
+    counter = FlopCounterMode(display=False)
+    try:
+        with evaluation_mode(model), single_precision(model), torch.no_grad(), counter:
+            checked_call(model, placed(samples.batch(0, few), model))
+    except InstanceError:
+        return math.inf
+    return _PASSES * count / few * float(counter.get_total_flops())
 
 
 def preconditioner(copy: WorkingCopy, samples: SampleSource, distance: Distance, seed: int) -> Curvature:

@@ -104,10 +104,12 @@ class Method:
         Whether the kept weights are then fitted, layer after layer, to the outputs of the dense network, see
         `refits.refit`; batch norms may take their statistics on the way. "auto", the default for kfac and
         reconstruction, decides by the loss on the held-out samples; "no" is that for the Fisher matrix.
-    gauss_newton : int
-        After each stage, so many steps of all kept weights together towards the outputs of the dense network, see
-        `gauss_newton.steps`; each on `samples` new training samples, and only as far as it lowers the loss on the
-        held-out samples, without which there are none. For reconstruction and kfac.
+    gauss_newton : int, optional
+        After each stage, at most so many steps of all kept weights together towards the outputs of the dense
+        network, see `gauss_newton.steps`; each on `samples` new training samples, and only as far as it lowers the
+        loss on the held-out samples, without which there are none. For kfac and reconstruction, and for kfac by
+        default: four in one shot, four divided by the stages, at least one, in stages, and fewer or none where
+        they would take more than `gauss_newton.OWN_OPERATIONS`.
     curvature, blocks : optional
         Form and blocks of H, see `Recipe`.
     solver, objective : str, optional
@@ -162,7 +164,7 @@ class Method:
     first_order_scale: float | Sequence[float] | None = None
     update_scale: float | Sequence[float] | None = None
     refit: Refit | None = None
-    gauss_newton: int = 0
+    gauss_newton: int | None = None
     curvature: Form | None = None
     blocks: str | int | None = None
     solver: str | None = None
@@ -346,7 +348,7 @@ class Method:
     def chooses(self) -> bool:
         """Whether there is something that held-out samples choose."""
         several = max(len(self.dampings), len(self.scales), len(self.first_order_scales)) > 1
-        return several or self.gauss_newton > 0 or "auto" in (self.recalibrate_bn, self.split, self.refit)
+        return several or self.most_steps > 0 or "auto" in (self.recalibrate_bn, self.split, self.refit)
 
     def limited(self, n: int) -> Method:
         """The method for n weights: with its default of the time limit, unless a limit is given."""
@@ -354,6 +356,16 @@ class Method:
             return self
         least, most = TIME_LIMITS if self.stages == 1 else STAGE_TIME_LIMITS
         return replace(self, time_limit=min(least + n / WEIGHTS_A_SECOND, most))
+
+    @property
+    def most_steps(self) -> int:
+        """Of Gauss-Newton, after each stage."""
+        return self.gauss_newton or 0
+
+    @property
+    def takes_own_steps(self) -> bool:
+        """Whether the run decides how many Gauss-Newton steps there are."""
+        return self.gauss_newton is None and self.source == "kfac" and self.updates
 
     @property
     def updates(self) -> bool:
@@ -404,7 +416,7 @@ class Method:
         # States of earlier versions have no such options.
         later = {"keep": self.keep is None, "refit": self.refit == "no"}
         later["temperature"] = self.temperature is None and self.source != "kfac"
-        later["gauss_newton"] = self.gauss_newton == 0
+        later["gauss_newton"] = not self.gauss_newton
         later["first_order_scale"] = self.first_order_scale is None
         for name in (name for name, unused in later.items() if unused):
             del content[name]

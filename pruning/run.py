@@ -26,13 +26,14 @@ from cbs_opt.instances.dense import dense_scores
 from cbs_opt.instances.export import Progress
 from cbs_opt.instances.fisher_terms import FisherError, has_temperature
 from cbs_opt.instances.gradients import CHUNK_BYTES
-from cbs_opt.instances.losses import LossLike, declared
+from cbs_opt.instances.losses import LossLike, SampleLoss, declared
 from cbs_opt.instances.metrics import MetricLike
 from cbs_opt.instances.modes import outside_inference
 from cbs_opt.instances.plan import make_plan, with_zeros
 from cbs_opt.instances.recipe import Fisher
 from cbs_opt.instances.reconstruction import passes
 from cbs_opt.instances.scores import Judge, Score, torch_device
+from cbs_opt.pruning.gauss_newton import OWN_OPERATIONS, OWN_STEPS, operations
 from cbs_opt.pruning.method import TEMPERATURE, Method
 from cbs_opt.pruning.network import WorkingCopy, working_copy
 from cbs_opt.pruning.outcome import Pruned, Stage
@@ -47,6 +48,7 @@ from cbs_opt.typing import BoolArray
 logger = logging.getLogger("cbs_opt")
 
 _JUDGED = 1000  # samples by which the loss is found and checked
+_COUNTED = 8  # samples of which operations are counted, at most
 
 
 class Run:
@@ -159,7 +161,8 @@ class Run:
         self._own_temperature = TEMPERATURE
         self._facts: Mapping[str, Any] = {}
         self.dense = self.copy.state()
-        aims = method.targets == "dense" or method.refit != "no" or method.gauss_newton > 0
+        self.method = method = replace(method, gauss_newton=self._steps(method))
+        aims = method.targets == "dense" or method.refit != "no" or method.most_steps > 0
         self._dense = copy.deepcopy(self.copy.model) if aims else None
         self.before: Score | None = None
         self.score: Score | None = None
@@ -167,6 +170,24 @@ class Run:
         self.pruned: BoolArray = np.zeros(self.n, dtype=bool)
         self.first_model = first_model if method.stages == 1 else None
         self.interrupted = False
+
+    def _steps(self, method: Method) -> int:
+        """How many Gauss-Newton steps there are at most after each stage."""
+        if (
+            not method.takes_own_steps
+            or self._scorer.source is None
+            or not isinstance(self._scorer.loss, SampleLoss)
+        ):
+            return method.gauss_newton or 0
+        each = operations(self.copy.model, in_memory(self.pool.drawn(1, _COUNTED)), method.samples or 1)
+        affordable = int(OWN_OPERATIONS / (max(each, 1.0) * method.stages))
+        wanted = max(1, OWN_STEPS // method.stages)
+        if affordable < wanted:
+            logger.info(
+                f"{affordable} Gauss-Newton steps after each stage, as one takes about {each:.0e} operations: "
+                "`--gauss-newton N` takes at most N"
+            )
+        return min(wanted, affordable)
 
     def _judged(self, loss: LossLike | None, metric: MetricLike | None, output_key: str | None) -> Judge:
         """A judge that knows the loss: the dense network is scored once, on some of the samples."""
@@ -268,7 +289,7 @@ class Run:
     def samples_of(self, number: int, step: int = 0) -> SampleSource:
         """The samples of a stage, or those of its Gauss-Newton steps 1, 2, …."""
         method = self.method
-        return in_memory(self.pool.drawn((number - 1) * (1 + method.gauss_newton) + 1 + step, method.samples or 1))
+        return in_memory(self.pool.drawn((number - 1) * (1 + method.most_steps) + 1 + step, method.samples or 1))
 
     @outside_inference()
     def choice(self, number: int, part: float, samples: SampleSource, instance: Instance) -> Choice:

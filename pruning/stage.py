@@ -238,7 +238,7 @@ def best(
                 if scorer.source is None:
                     break  # nothing could tell one variant from another: the first is taken
         if found is not None and origin is not None and dense is not None and fresh is not None:
-            found = _together(copy, found, origin, dense, method, scorer, fresh, seed)
+            found = _together(copy, found, origin, dense, method, scorer, samples, fresh, seed)
     finally:
         copy.restore(before)
     if found is None and refusals:
@@ -317,23 +317,24 @@ def _together(
     dense: nn.Module,
     method: Method,
     scorer: Scorer,
+    samples: SampleSource,
     fresh: Callable[[int], SampleSource],
     seed: int,
 ) -> Choice:
     """The choice after Gauss-Newton steps, each as far as it lowers the loss on the held-out samples."""
+    start = found
     if scorer.source is None or not isinstance(scorer.loss, SampleLoss):
         return found
     distance = Distance(scorer.loss)
     copy.restore(found.state)
     K: Curvature | None = None
     try:
-        for number in range(1, method.gauss_newton + 1):
-            samples = fresh(number)
-            K = preconditioner(copy, samples, distance, seed) if K is None else K
+        for number in range(1, method.most_steps + 1):
+            drawn = fresh(number)
+            K = preconditioner(copy, drawn, distance, seed) if K is None else K
             weights, before = copy.weights, found
-            for move, scale in product(
-                steps(copy, dense, samples, found.pruned, distance, K, scorer.check), STEP_SCALES
-            ):
+            moves = steps(copy, dense, drawn, found.pruned, distance, K, scorer.check)
+            for move, scale in product(moves, STEP_SCALES):
                 copy.take(weights + scale * move)
                 score = scorer(copy)
                 if score is not None and math.isfinite(score.loss) and score.loss < found.loss:
@@ -345,6 +346,11 @@ def _together(
                 break
             copy.restore(found.state)
             logger.debug(f"after {number} Gauss-Newton steps: held-out loss {found.loss:.4f}")
+        if found is not start and copy.statistics and method.recalibrate_bn != "no":
+            reestimate(copy.model, samples)  # they were those of the network before the steps
+            again = replace(found, state=copy.state(), score=scorer(copy), recalibrated=True)
+            kept = start if method.recalibrate_bn == "yes" else found
+            found = again if again.loss < kept.loss else kept
     except Stopped:
         pass
     except CbsError as error:

@@ -127,10 +127,10 @@ def prune_parser() -> common.Parser:
     add(
         "--gauss-newton",
         type=whole_option(0),
-        default=0,
         metavar="N",
         help="after each stage, at most N steps of all kept weights together towards the outputs of the dense "
-        "network, each on new samples and only as far as it lowers the loss on those held out; default: 0",
+        "network, each on new samples and only as far as it lowers the loss on those held out; default: for kfac "
+        "4 over all stages, fewer where they would take long, else 0",
     )
     add("--no-update", action="store_true", help="kept weights stay as they are")
     add(

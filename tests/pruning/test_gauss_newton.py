@@ -216,6 +216,56 @@ def test_each_step_lowers_the_loss(trained):
     assert losses[2] < losses[1] < losses[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 4),
+        ({"stages": 2}, 2),
+        ({"stages": 5}, 1),
+        ({"gauss_newton": 0}, 0),
+        ({"held_out": 0}, 0),
+        ({"update_scale": 0.0, "refit": "no"}, 0),
+        ({"source": "reconstruction"}, 0),
+        ({"source": "fisher"}, 0),
+    ],
+)
+def test_steps_that_nobody_asked_for(trained, options, count):
+    pruned = cbs_opt.prune(trained, blobs(300), 0.8, **(FAST | options))
+    assert pruned.method.gauss_newton == count
+    assert pruned.to_dict()["method"].get("gauss_newton", 0) == count
+
+
+def test_no_steps_of_its_own_where_they_take_long(trained, monkeypatch, caplog):
+    one = gauss_newton.operations(trained, own_source(blobs(10), trained, "data"), 200)
+    assert one == 6 * gauss_newton.ITERATIONS * 200 * 2 * (12 * 24 + 24 * 24 + 24 * 4)
+    monkeypatch.setattr("cbs_opt.pruning.run.OWN_OPERATIONS", 1.5 * one)
+    with caplog.at_level("INFO", logger="cbs_opt"):
+        pruned = cbs_opt.prune(trained, blobs(300), 0.8, **FAST)
+    assert pruned.method.gauss_newton == 1 and "--gauss-newton N" in caplog.text
+    asked = cbs_opt.prune(trained, blobs(300), 0.8, gauss_newton=2, **FAST)
+    assert asked.method.gauss_newton == 2
+
+
+@pytest.mark.parametrize("choice", ("yes", "auto"))
+def test_statistics_are_those_of_the_network_after_the_steps(choice):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 4))
+    x, y = blobs(600)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    model.eval()
+    plain = cbs_opt.prune(model, (x, y), 0.85, gauss_newton=0, recalibrate_bn=choice, held_out=100, **FAST)
+    pruned = cbs_opt.prune(model, (x, y), 0.85, gauss_newton=2, recalibrate_bn=choice, held_out=100, **FAST)
+    assert pruned.stages[0].gauss_newton > 0 and pruned.after.loss < plain.after.loss
+    assert pruned.stages[0].recalibrated
+    unlike = cbs_opt.prune(model, (x, y), 0.85, gauss_newton=2, recalibrate_bn="no", held_out=100, **FAST)
+    assert not torch.equal(pruned.model[1].running_mean, plain.model[1].running_mean)
+    assert torch.equal(unlike.model[1].running_mean, model[1].running_mean)
+
+
 def test_a_transformer():
     """Fused attention has no forward mode; the step is made without it."""
     torch.manual_seed(0)

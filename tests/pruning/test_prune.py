@@ -38,7 +38,7 @@ def trained():
     return model.eval()
 
 
-FAST = {"solver": "magnitude", "threads": 1}
+FAST = {"solver": "magnitude", "threads": 1, "gauss_newton": 0}
 
 
 def loss_of(model, data):
