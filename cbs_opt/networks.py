@@ -171,7 +171,7 @@ def prune(
     from cbs_opt.instances.modes import unwrapped
     from cbs_opt.pruning.method import Method
     from cbs_opt.pruning.run import Run
-    from cbs_opt.pruning.search import sparsest
+    from cbs_opt.pruning.search import TRIALS, sparsest
 
     other = None
     number = held_out if held_out is None or isinstance(held_out, int) else None
@@ -194,6 +194,7 @@ def prune(
         held_out=other,
         device=device,
         state=state,
+        trials=1 if accuracy_drop is None else TRIALS,
         on_stage=on_stage,
         should_stop=should_stop or (lambda: False),
     )

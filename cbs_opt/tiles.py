@@ -171,7 +171,7 @@ def cheapest_in_tiles(tiles: Sequence[Tiles], scores: FloatArray, fixed: ArrayLi
     ----------
     tiles : sequence of Tiles
     scores : float (n,)
-        Infinite scores, and those that are no numbers, count as larger than all others.
+        +∞, and what is no number, counts as larger than all others, −∞ as smaller.
     fixed : int8 (n,), optional
 
     Returns

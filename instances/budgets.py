@@ -142,7 +142,7 @@ def keeping(
     Raises
     ------
     UsageError
-        For a number that is neither, and where it leaves a transposable pattern no way.
+        For a number that is neither, and where an N:M pattern leaves fewer weights.
     """
     if not is_finite(least) or least < 0 or (least > 1 and least != int(least)):
         raise UsageError(f"`keep_at_least` must be a whole number of weights, or a share below 1, got {least}")
@@ -150,15 +150,22 @@ def keeping(
     start = 0
     for size in sizes:
         part = slice(start, start + size)
+        start += size
         wanted = math.ceil(least * size - 1e-9 * size) if least < 1 else min(int(least), size)
+        if budget.groups is not None:
+            own = np.unique(budget.groups[part])
+            left = size - int(budget.per_group[own].sum())
+            if left >= wanted:
+                continue  # whatever is pruned
+            if own.size > 1:
+                raise UsageError(
+                    f"`keep_at_least` {least:g} asks for {wanted} weights of a layer of {size}, and the N:M "
+                    f"pattern leaves {left}: leave out one of them"
+                )
         free = np.flatnonzero(out[part] == 0)
         wanted -= int(np.count_nonzero(out[part] == -1))
         largest = free[np.argsort(-np.abs(weights[part][free]), kind="stable")[: max(wanted, 0)]]
         out[part][largest] = -1
-        start += size
-    if budget.cross_groups is not None:
-        check_room(budget, out, f"`keep_at_least` {least:g}")
-        return budget, out
     group = budget.group_of(weights.size)
     may = budget.group_sizes(weights.size) - np.bincount(group[out == -1], minlength=budget.number_of_groups)
     old = budget.per_group

@@ -23,7 +23,6 @@ other outputs half the squared distance.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -127,10 +126,10 @@ class Distance:
         return (z * signs.to(z)).sum()
 
 
-def operations(model: nn.Module, samples: SampleSource, count: int) -> float:
+def operations(model: nn.Module, samples: SampleSource, count: int) -> float | None:
     """Floating-point operations of a step on so many samples, from those of one forward pass.
 
-    Infinite for a network that cannot run while they are counted.
+    None where they cannot be counted: torch knows none of its operators, or it cannot run meanwhile.
     """
     few = max(1, min(fewest(model), len(samples)))
     counter = FlopCounterMode(display=False)
@@ -138,8 +137,8 @@ def operations(model: nn.Module, samples: SampleSource, count: int) -> float:
         with evaluation_mode(model), single_precision(model), torch.no_grad(), counter:
             checked_call(model, placed(samples.batch(0, few), model))
     except InstanceError:
-        return math.inf
-    return _PASSES * count / few * float(counter.get_total_flops())
+        return None
+    return _PASSES * count / few * float(counter.get_total_flops()) or None
 
 
 def preconditioner(copy: WorkingCopy, samples: SampleSource, distance: Distance, seed: int) -> Curvature:

@@ -358,6 +358,11 @@ class Method:
         return replace(self, time_limit=min(least + n / WEIGHTS_A_SECOND, most))
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether the labels of the training samples enter H or the first-order term."""
+        return self.recipe("exact" if self.fisher is None else None).needs_labels
+
+    @property
     def most_steps(self) -> int:
         """Of Gauss-Newton, after each stage."""
         return self.gauss_newton or 0

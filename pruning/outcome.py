@@ -13,7 +13,7 @@ from cbs_opt.files.atomic import write_csv
 from cbs_opt.instances.masks import LayerMask, kept_masks
 from cbs_opt.instances.scores import Score
 from cbs_opt.jsonable import finite
-from cbs_opt.view.text import short, table
+from cbs_opt.view.text import count, short, table
 
 if TYPE_CHECKING:
     from cbs_opt.pruning.method import Method
@@ -84,7 +84,7 @@ class Stage:
         chosen += [f"gradient × {self.first_order_scale:g}"] if self.first_order_scale != 1.0 else []
         chosen += [f"update × {self.update_scale:g}"] if self.update_scale != 1.0 else []
         chosen += ["refitted"] if self.refitted else []
-        chosen += [f"{self.gauss_newton} Gauss-Newton steps"] if self.gauss_newton else []
+        chosen += [count(self.gauss_newton, "Gauss-Newton step")] if self.gauss_newton else []
         chosen += [f"split {self.split}"] if self.split != "global" else []
         chosen += ["statistics re-estimated"] if self.recalibrated else []
         return f"{', '.join(parts)}; {', '.join(chosen)}; {self.seconds:.1f} s"

@@ -72,6 +72,8 @@ class Run:
         A file that is written after every stage; a run with the same arguments continues from it.
     first_model : Instance, optional
         The `first_model` of a run in one shot that differs in nothing but its budget: it is not made again.
+    trials : int
+        Choices that a stage may make, see `search.sparsest`: so many share its Gauss-Newton steps.
     progress : callable, optional
         See `cbs_opt.instances.export.Progress`.
     on_stage : callable, optional
@@ -121,6 +123,7 @@ class Run:
         device: str = "auto",
         state: Path | str | None = None,
         first_model: Instance | None = None,
+        trials: int = 1,
         progress: Progress | None = None,
         on_stage: Callable[[Stage], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
@@ -161,7 +164,7 @@ class Run:
         self._own_temperature = TEMPERATURE
         self._facts: Mapping[str, Any] = {}
         self.dense = self.copy.state()
-        self.method = method = replace(method, gauss_newton=self._steps(method))
+        self.method = method = replace(method, gauss_newton=self._steps(method, trials))
         aims = method.targets == "dense" or method.refit != "no" or method.most_steps > 0
         self._dense = copy.deepcopy(self.copy.model) if aims else None
         self.before: Score | None = None
@@ -171,17 +174,24 @@ class Run:
         self.first_model = first_model if method.stages == 1 else None
         self.interrupted = False
 
-    def _steps(self, method: Method) -> int:
-        """How many Gauss-Newton steps there are at most after each stage."""
-        if (
-            not method.takes_own_steps
-            or self._scorer.source is None
-            or not isinstance(self._scorer.loss, SampleLoss)
-        ):
-            return method.gauss_newton or 0
+    def _steps(self, method: Method, trials: int) -> int:
+        """How many Gauss-Newton steps there are at most after each stage, or each of its trials."""
+        judged = self._scorer.source is not None and isinstance(self._scorer.loss, SampleLoss)
+        if method.most_steps and not judged:
+            logger.warning(
+                "no Gauss-Newton steps: they are judged by the loss on labelled samples that are held out"
+            )
+        if not (method.takes_own_steps and judged):
+            return method.most_steps
         each = operations(self.copy.model, in_memory(self.pool.drawn(1, _COUNTED)), method.samples or 1)
-        affordable = int(OWN_OPERATIONS / (max(each, 1.0) * method.stages))
         wanted = max(1, OWN_STEPS // method.stages)
+        if each is None:
+            logger.info(
+                "no Gauss-Newton steps, as the operations of the network cannot be counted: `--gauss-newton N` "
+                "takes at most N"
+            )
+            return 0
+        affordable = int(OWN_OPERATIONS / (each * method.stages * trials))
         if affordable < wanted:
             logger.info(
                 f"{affordable} Gauss-Newton steps after each stage, as one takes about {each:.0e} operations: "
@@ -193,12 +203,12 @@ class Run:
         """A judge that knows the loss: the dense network is scored once, on some of the samples."""
         judge = Judge(loss, metric, output_key)
         drawn = self.pool.drawn(1, min(_JUDGED, self.method.samples or _JUDGED))
-        needed = self.method.recipe().needs_labels
+        needed = self.method.needs_labels
         if drawn.labels is None:
             if needed:
                 raise InstanceError(
                     "the data have no labels, which the gradients of the loss need: give (inputs, labels), or "
-                    "take one shot, or `--targets dense`, with reconstruction or kfac"
+                    "take kfac with `--fisher exact` or sampled and `--targets dense` or none, or reconstruction"
                 )
             judge.loss = judge.loss or declared("cross-entropy", output_key)
             return judge

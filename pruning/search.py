@@ -16,6 +16,9 @@ logger = logging.getLogger("cbs_opt")
 HALVINGS = 6
 """Sparsities tried between the last stage within the limit and the first beyond it."""
 
+TRIALS = HALVINGS + 1
+"""Choices that a stage makes, at most."""
+
 
 def sparsest(run: Run, max_drop: float) -> Pruned:
     """Prune as far as the loss of quality allows.
@@ -40,10 +43,14 @@ def sparsest(run: Run, max_drop: float) -> Pruned:
     Raises
     ------
     UsageError
-        For a negative `max_drop`, or without labelled samples that are held out.
+        For a negative `max_drop`, without labelled samples that are held out, or for an N:M pattern.
     """
     if max_drop < 0:
         raise UsageError(f"`accuracy_drop` must not be negative, got {max_drop:g}")
+    if run.method.nm is not None:
+        raise UsageError(
+            "`accuracy_drop` looks for a sparsity, and an N:M pattern has its own: leave out one of them"
+        )
     if not run.held_out:
         raise UsageError("`accuracy_drop` needs labelled samples that are held out: see `held_out`")
     try:
@@ -67,7 +74,7 @@ def _within(run: Run, number: int, low: float, high: float, max_drop: float) -> 
     instance = run.model_around(number, samples)
     taken: tuple[float, Choice] | None = None
     failed = high
-    for trial in range(HALVINGS + 1):
+    for trial in range(TRIALS):
         part = high if trial == 0 else 0.5 * (failed + (low if taken is None else taken[0]))
         choice = run.choice(number, part, samples, instance)
         price = cost(_scored(run.before), _scored(choice.score))

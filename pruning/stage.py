@@ -346,18 +346,33 @@ def _together(
                 break
             copy.restore(found.state)
             logger.debug(f"after {number} Gauss-Newton steps: held-out loss {found.loss:.4f}")
-        if found is not start and copy.statistics and method.recalibrate_bn != "no":
-            reestimate(copy.model, samples)  # they were those of the network before the steps
-            again = replace(found, state=copy.state(), score=scorer(copy), recalibrated=True)
-            kept = start if method.recalibrate_bn == "yes" else found
-            found = again if again.loss < kept.loss else kept
     except Stopped:
         pass
     except CbsError as error:
-        logger.info(f"no Gauss-Newton step after {found.gauss_newton}: {error}")
+        done = f"{found.gauss_newton} Gauss-Newton steps" if found.gauss_newton else "no Gauss-Newton step"
+        logger.info(f"{done}, and no more: {error}")
     except torch.OutOfMemoryError:
         logger.warning(f"no Gauss-Newton step after {found.gauss_newton}: the memory of the card is too short")
-    return found
+    if found is start or not copy.statistics or method.recalibrate_bn == "no":
+        return found
+    return _with_new_statistics(copy, start, found, method, scorer, samples)
+
+
+def _with_new_statistics(
+    copy: WorkingCopy, start: Choice, found: Choice, method: Method, scorer: Scorer, samples: SampleSource
+) -> Choice:
+    """The choice with statistics of its own, as those of `start` are of the network before the steps.
+
+    Where they do not help, "auto" leaves those of `start`; "yes" must have its own, and takes `start` itself.
+    """
+    otherwise = start if method.recalibrate_bn == "yes" else found
+    copy.restore(found.state)
+    reestimate(copy.model, samples)
+    try:
+        again = replace(found, state=copy.state(), score=scorer(copy), recalibrated=True)
+    except Stopped:
+        return otherwise
+    return again if again.loss < otherwise.loss else otherwise
 
 
 def _tried(choice: str | None, scorer: Scorer) -> tuple[bool, ...]:

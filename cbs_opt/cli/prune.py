@@ -130,7 +130,7 @@ def prune_parser() -> common.Parser:
         metavar="N",
         help="after each stage, at most N steps of all kept weights together towards the outputs of the dense "
         "network, each on new samples and only as far as it lowers the loss on those held out; default: for kfac "
-        "4 over all stages, fewer where they would take long, else 0",
+        "4 divided by the stages, at least 1, fewer where they would take long, else 0",
     )
     add("--no-update", action="store_true", help="kept weights stay as they are")
     add(
@@ -189,7 +189,7 @@ def _main(arguments: list[str]) -> int:
     from cbs_opt.instances.data import open_samples
     from cbs_opt.instances.networks import is_factory
     from cbs_opt.pruning.run import Run
-    from cbs_opt.pruning.search import sparsest
+    from cbs_opt.pruning.search import TRIALS, sparsest
 
     with common.Interrupts(_INTERRUPTED) as interrupts, WorkProgress(quiet=options.quiet) as progress:
         network = read_network(options)
@@ -206,6 +206,7 @@ def _main(arguments: list[str]) -> int:
             exclude=options.exclude,
             device=options.device,
             state=state,
+            trials=1 if options.accuracy_drop is None else TRIALS,
             progress=progress,
             should_stop=interrupts,
             **declared,

@@ -132,10 +132,10 @@ class JointSearch(Solver):
         if self._layered is not None:
             loading.request("layers_joint")
             return
-        if crossed:
-            return
         if context.device == "cuda":
             logger.warning("joint: the search runs on the CPU, as no blocks share a Hessian; the update on a card")
+        if crossed:
+            return
         loading.request("joint")
         if provable:
             # The search itself reports what is wrong with an instance, and keeps its incumbent.

@@ -6,16 +6,18 @@ Room: joint, for `swap_search`; layers whose rows share Hessians have a faster s
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import numpy as np
 
 from cbs_opt.instance import Instance
+from cbs_opt.interrupt import Interrupted, checkpoint, interruptible
 from cbs_opt.linalg import inverse_pd
 from cbs_opt.losses import joint_loss
 from cbs_opt.result import Status
 from cbs_opt.solver import Context
 from cbs_opt.solvers.joint.lagrangian_bound import improve_bound
-from cbs_opt.solvers.problem.tile_moves import TileMoves, is_searchable, search
+from cbs_opt.solvers.problem.tile_moves import TileMoves, is_searchable, search, seconds_for_bound
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 from cbs_opt.update import best_update
 
@@ -54,6 +56,7 @@ class JointTiles(TileMoves):
         """Factorise all blocks at a selection; O(Σ b³). Raises `LinAlgError` where H is singular."""
         self.pruned = pruned.copy()
         for k in range(self.sizes.size):
+            checkpoint()
             self._factorise(k)
 
     def _factorise(self, k: int) -> None:
@@ -98,7 +101,7 @@ class JointTiles(TileMoves):
 
 
 def search_tiles(instance: Instance, context: Context, bound_steps: int) -> Status:
-    """Magnitude, OBS and a warm start; descent from the best, and from perturbations of the incumbent; a bound.
+    """Magnitude, OBS and a warm start; descent from the best, a bound, and descents from perturbations.
 
     An iteration is an exchange.
 
@@ -124,15 +127,17 @@ def search_tiles(instance: Instance, context: Context, bound_steps: int) -> Stat
         report(budget.cheapest(instance.weights**2 / instance.curvature.inverse_diagonal(), instance.fixed))
     if monitor.should_stop():
         return Status.CONVERGED
-    if is_searchable(instance):
-        try:
-            search(JointTiles(instance), context)
-        except np.linalg.LinAlgError as error:
-            logger.warning(f"joint: {error}; the search ends here")
-    if not monitor.should_stop() and bound_steps:
+
+    def bound() -> None:
         assert monitor.pruned is not None and monitor.objective is not None
         displacement = best_update(instance, monitor.pruned) - instance.weights
-        improve_bound(
-            instance, displacement, monitor.objective, monitor, bound_steps, min(10.0, monitor.remaining)
-        )
+        seconds = seconds_for_bound(monitor)
+        improve_bound(instance, displacement, monitor.objective, monitor, bound_steps, seconds)
+
+    if is_searchable(instance):
+        try:
+            with suppress(Interrupted), interruptible(monitor.should_stop):
+                search(JointTiles(instance), context, bound)
+        except np.linalg.LinAlgError as error:
+            logger.warning(f"joint: {error}; the search ends here")
     return Status.OPTIMAL if monitor.closed else Status.CONVERGED

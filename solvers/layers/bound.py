@@ -213,8 +213,8 @@ class BoundSearch:
             part.sweep(price, sweeps, CLOSE * left / len(self.parts), self.pool)
 
     def _restore(self) -> None:
-        """Back to the B and prices of the best bound, if the last one is below it."""
-        if self._best is None or self.value >= self._best[0]:
+        """Back to the B and prices of the best bound: the present ones are a step further, without sweeps."""
+        if self._best is None:
             return
         self.value, self.prices, blocks = self._best
         for part, best in zip(self.parts, blocks, strict=True):
@@ -237,6 +237,8 @@ class BoundSearch:
         prices = self._bound([each.best for each in refinements])
 
         def visit(i: int) -> None:
+            if ended():
+                return
             k, r = chosen[i]
             refinements[k].visit(r, float(prices[k][r]), kept[k][r], self.pool.flag)
 

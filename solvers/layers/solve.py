@@ -130,7 +130,7 @@ def solve_layers(
     run.wide = wide or run.columns > TABLEAU_COLUMNS
     if isinstance(budget, TiledBudget):
         run.bands, run.card = budget.bands(layers), None
-        run.wide = run.wide or not fits_tableaus(run.bands, run.columns)
+        run.wide = run.wide or not fits_tableaus(run.bands, run.columns, threads)
     if objective == "selection":
         if isinstance(budget, TiledBudget):
             raise InstanceError("layers with cross groups are solved for the joint objective only")

@@ -22,16 +22,17 @@ from cbs_opt.typing import BoolArray, FloatArray
 _CELLS_A_TURN = 12  # weights of a band for each exchange that four of them wait, at most
 _PAUSE = 0.4  # seconds between two reports
 _NEVER = 1 << 60  # the exchange from which on a fixed weight may move
-_MOST_BYTES = 1 << 30  # of the tableaus of a band
+_MOST_BYTES = 1 << 30  # of the tableaus of the bands that the threads have at once
 
 FEW_ROWS = 64
 """Rows of a band up to which it is searched on the tableaus of its rows, if these fit into memory."""
 
 
-def fits_tableaus(bands: list[Band], columns: int) -> bool:
-    """Whether the tableaus of the rows of every band fit into memory together: 3 K² numbers a row."""
+def fits_tableaus(bands: list[Band], columns: int, threads: int) -> bool:
+    """Whether the tableaus of the rows of one band a thread fit into memory together: 3 K² numbers a row."""
     rows = max(band.rows.size for band in bands)
-    return rows <= FEW_ROWS and rows * 24 * (columns + 1) ** 2 <= _MOST_BYTES
+    at_once = min(threads, len(bands))
+    return rows <= FEW_ROWS and at_once * rows * 24 * (columns + 1) ** 2 <= _MOST_BYTES
 
 
 class BandState:

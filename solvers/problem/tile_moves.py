@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,10 +19,12 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 logger = logging.getLogger("cbs_opt")
 
 _MOST_ENTRIES = 1 << 26  # of the matrices of all blocks
+_LARGEST_BLOCK = 2048  # every exchange may factorise it anew
 _MOST_EXCHANGES = 1 << 22
 _MOST_TOGETHER = 4096  # exchanges that are tried in one pass
 _GAIN = 1e-9  # smallest improvement that counts, relative to the loss
-_KICKS = 10  # perturbations of the incumbent in a run without a limit
+_KICKS = 30  # perturbations of the incumbent in a run without a limit
+_BOUND_SHARE, _BOUND_SECONDS = 0.3, 10.0  # of what remains after the first descent, for a bound
 _KICK = 3  # random exchanges of each
 
 
@@ -87,7 +90,8 @@ def is_searchable(instance: Instance) -> bool:
     entries = float((instance.curvature.block_sizes.astype(np.float64) ** 2).sum())
     shapes = [part.index.shape for part in instance.budget.tiles]
     exchanges = float(sum(T * a * (a - 1) // 2 * b * (b - 1) // 2 for T, a, b in shapes))
-    if entries <= _MOST_ENTRIES and exchanges <= _MOST_EXCHANGES:
+    largest = int(instance.curvature.block_sizes.max())
+    if entries <= _MOST_ENTRIES and exchanges <= _MOST_EXCHANGES and largest <= _LARGEST_BLOCK:
         return True
     logger.warning(
         "the instance is too large for exchanges with cross groups: the best of several scores is the answer"
@@ -95,17 +99,19 @@ def is_searchable(instance: Instance) -> bool:
     return False
 
 
-def search(moves: TileMoves, context: Context) -> None:
-    """Descent from the incumbent, then from perturbations of it; an iteration is an exchange.
+def search(moves: TileMoves, context: Context, bound: Callable[[], object]) -> None:
+    """Descent from the incumbent, `bound`, then descents from perturbations of the incumbent.
 
-    Exchanges in different blocks do not interact, and are made together.
+    An iteration is an exchange. Exchanges in different blocks do not interact, and are made together.
     """
     monitor, rng = context.monitor, context.rng()
     assert monitor.pruned is not None
     moves.start_from(monitor.pruned)
     _descend(moves, monitor)
+    if not monitor.should_stop():
+        bound()
     kicks = _KICKS
-    while kicks and not monitor.should_stop() and moves.possible().size:
+    while kicks and not monitor.closed and not monitor.should_stop() and moves.possible().size:
         kicks -= not monitor.stop.limits_work
         moves.start_from(monitor.pruned)
         for _ in range(_KICK):
@@ -114,6 +120,11 @@ def search(moves: TileMoves, context: Context) -> None:
             moves.make(rng.choice(moves.possible()))
             monitor.advance()
         _descend(moves, monitor)
+
+
+def seconds_for_bound(monitor: Monitor) -> float:
+    """How long a bound may take after the first descent."""
+    return min(_BOUND_SECONDS, _BOUND_SHARE * monitor.remaining)
 
 
 def _descend(moves: TileMoves, monitor: Monitor) -> None:

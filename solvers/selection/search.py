@@ -70,6 +70,8 @@ class Search(Solver):
         self._layered = self._layers(instance, context)
         check_engine(context, self._layered)
         if instance.budget.cross_groups is not None:
+            if context.device == "cuda":
+                logger.warning("search: on the CPU, as cross groups have no search on a card")
             loading.request("selection")
             return
         if self._layered is not None:

@@ -14,7 +14,7 @@ from cbs_opt.selection import SelectionObjective
 from cbs_opt.solver import Context
 from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
-from cbs_opt.solvers.problem.tile_moves import TileMoves, is_searchable, search
+from cbs_opt.solvers.problem.tile_moves import TileMoves, is_searchable, search, seconds_for_bound
 from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
@@ -59,7 +59,7 @@ class SelectionTiles(TileMoves):
 
 
 def search_tiles(instance: Instance, context: Context) -> Status:
-    """Magnitude, ½ w² H_ii, a warm start; descent from the best, and from perturbations of the incumbent; a bound.
+    """Magnitude, ½ w² H_ii, a warm start; descent from the best, a bound, and descents from perturbations.
 
     The bound is that of the convex relaxation without cross groups. An iteration is an exchange.
     """
@@ -77,11 +77,18 @@ def search_tiles(instance: Instance, context: Context) -> Status:
         return Status.CONVERGED
     objective = SelectionObjective(instance)
     report(budget.cheapest(0.5 * objective.diagonal + objective.c, instance.fixed))
-    if is_searchable(instance):
-        search(SelectionTiles(instance), context)
-        if not monitor.should_stop() and loading.wait("selection", should_stop=monitor.should_stop):
-            problem = SelectionProblem(instance, context.threads)
-            relaxed = Relaxation(problem)
-            relaxed.solve(size=256, tolerance=1e-7, rounds=_ROUNDS, should_stop=monitor.should_stop)
+
+    def bound() -> None:
+        until = monitor.elapsed + seconds_for_bound(monitor)
+
+        def ended() -> bool:
+            return monitor.should_stop() or monitor.elapsed > until
+
+        if loading.wait("selection", should_stop=ended):
+            relaxed = Relaxation(SelectionProblem(instance, context.threads))
+            relaxed.solve(size=256, tolerance=1e-7, rounds=_ROUNDS, should_stop=ended)
             monitor.report_bound(relaxed.bound())
+
+    if is_searchable(instance):
+        search(SelectionTiles(instance), context, bound)
     return Status.OPTIMAL if monitor.closed else Status.CONVERGED

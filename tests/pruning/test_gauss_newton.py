@@ -18,6 +18,7 @@ from cbs_opt.instances.plan import make_plan  # noqa: E402
 from cbs_opt.pruning import gauss_newton  # noqa: E402
 from cbs_opt.pruning.gauss_newton import Distance, preconditioner, steps  # noqa: E402
 from cbs_opt.pruning.network import working_copy  # noqa: E402
+from cbs_opt.pruning.statistics import reestimate  # noqa: E402
 
 T = gauss_newton.TEMPERATURE
 
@@ -247,7 +248,7 @@ def test_no_steps_of_its_own_where_they_take_long(trained, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("choice", ("yes", "auto"))
-def test_statistics_are_those_of_the_network_after_the_steps(choice):
+def test_statistics_are_those_of_the_network_after_the_steps(choice, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 4))
     x, y = blobs(600)
@@ -258,11 +259,22 @@ def test_statistics_are_those_of_the_network_after_the_steps(choice):
         optimizer.step()
     model.eval()
     plain = cbs_opt.prune(model, (x, y), 0.85, gauss_newton=0, recalibrate_bn=choice, held_out=100, **FAST)
-    pruned = cbs_opt.prune(model, (x, y), 0.85, gauss_newton=2, recalibrate_bn=choice, held_out=100, **FAST)
+    restored = []
+
+    def noted(network, samples):
+        restored.append(network[0].weight.detach().clone())
+        reestimate(network, samples)
+
+    with monkeypatch.context() as patched:  # the first call comes before the steps
+        patched.setattr("cbs_opt.pruning.stage.reestimate", noted)
+        pruned = cbs_opt.prune(model, (x, y), 0.85, gauss_newton=15, recalibrate_bn=choice, held_out=100, **FAST)
+    restored = restored[-1:]
     assert pruned.stages[0].gauss_newton > 0 and pruned.after.loss < plain.after.loss
     assert pruned.stages[0].recalibrated
+    assert len(restored) == 1 and torch.equal(restored[0], pruned.model[0].weight), "not those of a rejected step"
     unlike = cbs_opt.prune(model, (x, y), 0.85, gauss_newton=2, recalibrate_bn="no", held_out=100, **FAST)
-    assert not torch.equal(pruned.model[1].running_mean, plain.model[1].running_mean)
+    if choice == "yes":
+        assert not torch.equal(pruned.model[1].running_mean, plain.model[1].running_mean)
     assert torch.equal(unlike.model[1].running_mean, model[1].running_mean)
 
 

@@ -129,12 +129,32 @@ def test_methods(name, trained):
         ({"stages": 3}, "`stages` and `final_stages` must be equal, got 3 and 1"),
         ({"engine": "processes"}, "the engine processes divides layers with one partition into groups"),
         ({"split": "auto"}, "goes without `nm`"),
-        ({"keep_at_least": 0.9}, "`keep_at_least` 0.9 leaves no transposable N:M pattern: `fixed` contradicts"),
+        (
+            {"keep_at_least": 0.9},
+            "`keep_at_least` 0.9 asks for .* and the N:M pattern leaves",
+        ),
     ],
 )
 def test_what_a_transposable_pattern_excludes(options, message, trained):
     with pytest.raises(UsageError, match=message):
         cbs_opt.prune(trained, blobs(600), nm="2:4", nm_along="both", **(FAST | options))
+
+
+@pytest.mark.parametrize("along", ("inputs", "outputs", "both"))
+def test_a_pattern_that_keeps_enough_is_kept(along, trained):
+    pruned = cbs_opt.prune(trained, blobs(600), nm="2:4", nm_along=along, keep_at_least=0.3, **FAST)
+    for mask in pruned.masks.values():
+        kept = {"inputs": mask.reshape(-1, 4).sum(1), "outputs": mask.T.reshape(-1, 4).sum(1)}
+        assert all((kept[side] == 2).all() for side in kept if along in (side, "both"))
+
+
+@pytest.mark.parametrize("options", ({}, {"stages": 2}))
+def test_labels_are_not_needed_by_default(options, trained):
+    x, _ = blobs(300)
+    pruned = cbs_opt.prune(trained, x, 0.6, **(FAST | options))
+    assert pruned.sparsity == pytest.approx(0.6, abs=0.01) and pruned.held_out == 0
+    with pytest.raises(InstanceError, match="no labels"):
+        cbs_opt.prune(trained, x, 0.6, targets="loss", **FAST)
 
 
 def test_zeros_that_fit_a_transposable_pattern_stay(trained):
@@ -319,6 +339,8 @@ def test_the_largest_sparsity_from_python(trained):
     assert pruned.before.value - pruned.after.value <= 0.02 + 1e-9
     with pytest.raises(UsageError, match="`accuracy_drop` must be a finite number ≥ 0"):
         cbs_opt.prune(trained, blobs(600), 0.99, accuracy_drop=-1)
+    with pytest.raises(UsageError, match="an N:M pattern has its own"):
+        cbs_opt.prune(trained, blobs(600), nm="2:4", accuracy_drop=1, **FAST)
 
 
 def test_a_stop_leaves_the_network_of_the_last_stage(trained):
@@ -387,7 +409,7 @@ def test_data_without_labels(trained):
     pruned = cbs_opt.prune(trained, x, 0.5, source="reconstruction", **FAST)
     assert pruned.before is None and pruned.after is None and pruned.sparsity == 0.5
     with pytest.raises(InstanceError, match="no labels"):
-        cbs_opt.prune(trained, x, 0.5, stages=2, **FAST)
+        cbs_opt.prune(trained, x, 0.5, source="fisher", **FAST)
 
 
 def test_small_networks_wait_less():

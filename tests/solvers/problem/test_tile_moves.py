@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -68,6 +70,15 @@ def test_iterations_are_exchanges(objective):
     for limit in (0, 1, 2):
         result = solve(problem.instance, KINDS[objective][0], objective=objective, stop=Stop(max_iterations=limit))
         assert result.iterations == limit and problem.instance.admits(result.pruned)
+
+
+@pytest.mark.parametrize("objective", KINDS)
+def test_a_limit_leaves_room_for_a_bound(objective):
+    """The search would go on up to the limit; the bound comes before."""
+    problem = make_problem(0, **CASES["tiles, blocks"])
+    instance = replace(problem.instance, linear=None)
+    result = solve(instance, KINDS[objective][0], objective=objective, stop=Stop(max_iterations=300), threads=1)
+    assert result.bound is not None and 0 < result.bound <= result.objective
 
 
 def test_exchanges_in_several_blocks_are_made_together():
