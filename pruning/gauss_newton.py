@@ -34,7 +34,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from cbs_opt.curvature import Curvature
 from cbs_opt.errors import CbsError, InstanceError, UnboundedError
@@ -131,6 +130,8 @@ def operations(model: nn.Module, samples: SampleSource, count: int) -> float | N
 
     None where they cannot be counted: torch knows none of its operators, or it cannot run meanwhile.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which then reads TRITON_INTERPRET
+
     few = max(1, min(fewest(model), len(samples)))
     counter = FlopCounterMode(display=False)
     try:
