@@ -61,6 +61,10 @@ class SolverError(CbsError):
     exit_code = 4
 
 
+class CrossGroupsError(SolverError):
+    """A solver cannot take a second partition of the weights; `registry.check_supports` adds which ones can."""
+
+
 class MemoryShortageError(SolverError):
     """What a solver would hold at once is more than the memory that there is."""
 

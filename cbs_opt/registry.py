@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
-from cbs_opt.errors import SolverError
+from cbs_opt.errors import CrossGroupsError, SolverError
+from cbs_opt.instance import Instance
 from cbs_opt.optional import missing
-from cbs_opt.solver import Solver
+from cbs_opt.solver import Context, Solver
 
 GROUP = "cbs_opt.solvers"
 """Entry-point group through which third parties add solvers: ``name = "module:SolverClass"``."""
@@ -77,3 +79,23 @@ def get_solver(name: str) -> type[Solver]:
             raise SolverError(f"solver '{name}': {foreign[name].value} is not a subclass of cbs_opt.Solver")
         return register(name)(solver)
     raise SolverError(f"there is no solver '{name}'; known: {', '.join(solver_names())}")
+
+
+def check_supports(solver: Solver, instance: Instance, context: Context) -> None:
+    """`Solver.check_supports`, whose refusal of cross groups goes on with the solvers that take them.
+
+    Raises
+    ------
+    SolverError
+    """
+    try:
+        solver.check_supports(instance, context)
+    except CrossGroupsError as error:
+        able = []
+        for name in solver_names():
+            with suppress(SolverError):  # not installed
+                supports = get_solver(name).supports
+                if supports.cross_groups and context.objective in supports.objectives:
+                    able.append(f"'{name}'")
+        which = f"for the objective '{context.objective}' these solvers can: {', '.join(able)}"
+        raise SolverError(f"{error}: {which}") from error

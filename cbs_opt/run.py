@@ -24,6 +24,7 @@ from cbs_opt.interrupt import Interrupted, checkpoint, interruptible
 from cbs_opt.losses import Losses, evaluate, selection_loss
 from cbs_opt.memory import hold_products
 from cbs_opt.monitor import OPTIMAL_GAP, Monitor
+from cbs_opt.registry import check_supports
 from cbs_opt.result import Status
 from cbs_opt.solver import Context, Solver
 from cbs_opt.threads import thread_limit
@@ -106,7 +107,7 @@ def run_solver(
     SolverError
         When the solver cannot take the instance. Errors of the run itself are not raised: see `Run.error`.
     """
-    solver.check_supports(instance, context)
+    check_supports(solver, instance, context)
     monitor = context.monitor
     if monitor.stop.gap is not None and not solver.supports.bound:
         logger.warning(f"solver '{solver.name}' proves no bound: the gap of {monitor.stop.gap:g} cannot stop it")

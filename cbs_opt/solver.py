@@ -8,14 +8,13 @@ import os
 import types
 import typing
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
 from cbs_opt.engines import Engine
-from cbs_opt.errors import SolverError, UsageError
+from cbs_opt.errors import CrossGroupsError, SolverError, UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.monitor import Monitor
 from cbs_opt.result import Status
@@ -23,6 +22,9 @@ from cbs_opt.scalars import MOST_WHOLE
 from cbs_opt.typing import BoolArray
 
 OBJECTIVES = ("selection", "joint")
+
+
+_CROSSED = "a second partition of the weights (`cross_groups`), as of transposable N:M patterns"
 
 
 @dataclass(frozen=True)
@@ -186,10 +188,7 @@ class Solver(abc.ABC):
             raise SolverError(f"solver '{self.name}' cannot take the instance: {indefinite_sentence(instance)}")
         refused = [
             (instance.budget.groups is not None and not supports.groups, "a budget per group (`groups`)"),
-            (
-                instance.budget.cross_groups is not None and not supports.cross_groups,
-                "a second partition of the weights (`cross_groups`), as of transposable N:M patterns",
-            ),
+            (instance.budget.cross_groups is not None and not supports.cross_groups, _CROSSED),
             (instance.curvature.number_of_blocks > 1 and not supports.several_blocks, "several blocks"),
             (instance.linear is not None and not supports.linear, "a first-order term (`linear`)"),
             (instance.fixed is not None and not supports.fixed, "fixed weights (`fixed`)"),
@@ -201,21 +200,8 @@ class Solver(abc.ABC):
         ]
         for applies, what in refused:
             if applies:
-                able = f": {able_sentence(context.objective)}" if "`cross_groups`" in what else ""
-                raise SolverError(f"solver '{self.name}' cannot take {what}{able}")
-
-
-def able_sentence(objective: str) -> str:
-    """Which solvers take cross groups for an objective."""
-    from cbs_opt.registry import get_solver, solver_names
-
-    able = []
-    for name in solver_names():
-        with suppress(SolverError):  # not installed
-            supports = get_solver(name).supports
-            if supports.cross_groups and objective in supports.objectives:
-                able.append(f"'{name}'")
-    return f"for the objective '{objective}' these solvers can: {', '.join(able)}"
+                kind = CrossGroupsError if what is _CROSSED else SolverError
+                raise kind(f"solver '{self.name}' cannot take {what}")
 
 
 def indefinite_sentence(instance: Instance) -> str:

@@ -31,7 +31,7 @@ from cbs_opt.files import read_instance
 from cbs_opt.instance import Instance
 from cbs_opt.losses import Losses, evaluate
 from cbs_opt.monitor import Monitor
-from cbs_opt.registry import get_solver
+from cbs_opt.registry import check_supports, get_solver
 from cbs_opt.result import Status
 from cbs_opt.run import run_solver
 from cbs_opt.solve import environment
@@ -269,7 +269,7 @@ def _solver_row(task: Task, instance: Instance, should_stop: Callable[[], bool] 
     context = Context(task.objective, task.seed, monitor, threads=task.threads)
     logging.getLogger("pyomo").setLevel(logging.ERROR)  # it warns of every solver that a limit stops
     try:
-        solver.check_supports(instance, context)
+        check_supports(solver, instance, context)
     except SolverError as error:
         raise _UnsupportedError(str(error)) from error
     run, failure = run_solver(solver, instance, context, finish_compilation), None

@@ -17,7 +17,13 @@ from cbs_opt.losses import joint_loss
 from cbs_opt.result import Status
 from cbs_opt.solver import Context
 from cbs_opt.solvers.joint.lagrangian_bound import improve_bound
-from cbs_opt.solvers.problem.tile_moves import TileMoves, is_searchable, search, seconds_for_bound
+from cbs_opt.solvers.problem.tile_moves import (
+    TileMoves,
+    is_searchable,
+    report_starts,
+    search,
+    seconds_for_bound,
+)
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 from cbs_opt.update import best_update
 
@@ -113,19 +119,12 @@ def search_tiles(instance: Instance, context: Context, bound_steps: int) -> Stat
     bound_steps : int
         Of the ascent to a lower bound.
     """
-    monitor, budget = context.monitor, instance.budget
+    monitor = context.monitor
 
-    def report(pruned: BoolArray) -> None:
-        monitor.report(joint_loss(instance, pruned), pruned)
+    def score() -> FloatArray:
+        return np.asarray(instance.weights**2 / instance.curvature.inverse_diagonal())
 
-    report(budget.cheapest(np.abs(instance.weights), instance.fixed))
-    if context.warm_start is not None:
-        report(context.warm_start)
-    if instance.linear is None:
-        monitor.report_bound(0.0)
-    if not monitor.should_stop():
-        report(budget.cheapest(instance.weights**2 / instance.curvature.inverse_diagonal(), instance.fixed))
-    if monitor.should_stop():
+    if not report_starts(instance, context, joint_loss, score):
         return Status.CONVERGED
 
     def bound() -> None:

@@ -20,7 +20,6 @@ from cbs_opt.typing import BoolArray, FloatArray, IntArray
 logger = logging.getLogger("cbs_opt")
 
 _WIDTH = 4  # counts on either side of the present one that a row explores
-_PAUSE = 0.4  # seconds between two allocations of the budget
 _PROBES = 12  # rows whose whole path is followed to learn the price of a weight
 _MARGIN = 3.0  # how much dearer than that price a path is followed
 
@@ -256,17 +255,7 @@ class JointSearch:
             self._visit(r, steps, tenure, round_number)
 
         rows = np.random.default_rng((self.seed, round_number)).permutation(self.n_rows).tolist()
-        at, size = 0, 2 * self.pool.threads
-        while at < len(rows):
-            began = self.clock()
-            done = self.pool.map(visit, rows[at : at + size])
-            at += size
-            self.allocate()
-            if not done or self.clock() > until:
-                return False
-            spent = self.clock() - began
-            size = int(np.clip(size * _PAUSE / max(spent, 1e-3), 2 * self.pool.threads, 8 * size))
-        return True
+        return self.pool.in_batches(visit, rows, self.allocate, self.clock, until)
 
     def _visit(self, r: int, steps: int, tenure: int, round_number: int) -> None:
         k, i = int(self.layer_of[r]), int(self.row_of[r])

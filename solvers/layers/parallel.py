@@ -13,6 +13,7 @@ import numpy as np
 from cbs_opt.threads import library_threads
 
 _POLL = 0.02  # seconds between two checks whether to stop
+_BATCH = 0.4  # seconds
 
 StopFlag = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
@@ -51,6 +52,30 @@ class RowPool:
         if not self.flag[0] and self._should_stop():
             self.flag[0] = 1
         return bool(self.flag[0])
+
+    def in_batches(
+        self,
+        task: Callable[[int], Any],
+        order: Sequence[int],
+        after: Callable[[], object],
+        clock: Callable[[], float],
+        until: float,
+    ) -> bool:
+        """`map` on some at a time, about `_BATCH` seconds each by the clock, and `after` each time.
+
+        Returns whether all were done before a stop, and before `until`.
+        """
+        at, size = 0, 2 * self.threads
+        while at < len(order):
+            began = clock()
+            done = self.map(task, order[at : at + size])
+            at += size
+            after()
+            if not done or clock() > until:
+                return False
+            spent = clock() - began
+            size = int(np.clip(size * _BATCH / max(spent, 1e-3), 2 * self.threads, 8 * size))
+        return True
 
     def map(self, task: Callable[[int], Any], rows: Sequence[int]) -> bool:
         """Call `task` on every row; returns whether all were done before the stop."""

@@ -20,7 +20,6 @@ from cbs_opt.solvers.layers.tiled_budget import Band, TiledBudget
 from cbs_opt.typing import BoolArray, FloatArray
 
 _CELLS_A_TURN = 12  # weights of a band for each exchange that four of them wait, at most
-_PAUSE = 0.4  # seconds between two reports
 _NEVER = 1 << 60  # the exchange from which on a fixed weight may move
 _MOST_BYTES = 1 << 30  # of the tableaus of the bands that the threads have at once
 
@@ -138,17 +137,10 @@ class TiledSearch:
             self._visit(band, steps, tenure, round_number)
 
         order = np.random.default_rng((self.seed, round_number)).permutation(len(self.bands)).tolist()
-        at, size = 0, 2 * self.pool.threads
-        while at < len(order):
-            began = self.clock()
-            done = self.pool.map(visit, order[at : at + size])
-            at += size
-            self.incumbent.offer(0.5 * float(self.scale @ self.losses), self.masks)
-            if not done or self.clock() > until:
-                return False
-            spent = self.clock() - began
-            size = int(np.clip(size * _PAUSE / max(spent, 1e-3), 2 * self.pool.threads, 8 * size))
-        return True
+        return self.pool.in_batches(visit, order, self._offer, self.clock, until)
+
+    def _offer(self) -> None:
+        self.incumbent.offer(0.5 * float(self.scale @ self.losses), self.masks)
 
     def _visit(self, number: int, steps: int, tenure: int, round_number: int) -> None:
         band = self.bands[number]

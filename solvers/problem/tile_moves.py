@@ -99,6 +99,28 @@ def is_searchable(instance: Instance) -> bool:
     return False
 
 
+def report_starts(
+    instance: Instance,
+    context: Context,
+    loss: Callable[[Instance, BoolArray], float],
+    score: Callable[[], FloatArray],
+) -> bool:
+    """Report magnitude, a warm start, and the cheapest selection by a score, float64 (n,); False if stopped."""
+    monitor, budget = context.monitor, instance.budget
+
+    def report(pruned: BoolArray) -> None:
+        monitor.report(loss(instance, pruned), pruned)
+
+    report(budget.cheapest(np.abs(instance.weights), instance.fixed))
+    if context.warm_start is not None:
+        report(context.warm_start)
+    if instance.linear is None and instance.curvature.is_convex:
+        monitor.report_bound(0.0)
+    if not monitor.should_stop():
+        report(budget.cheapest(score(), instance.fixed))
+    return not monitor.should_stop()
+
+
 def search(moves: TileMoves, context: Context, bound: Callable[[], object]) -> None:
     """Descent from the incumbent, `bound`, then descents from perturbations of the incumbent.
 

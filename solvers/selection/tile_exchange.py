@@ -14,7 +14,13 @@ from cbs_opt.selection import SelectionObjective
 from cbs_opt.solver import Context
 from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
-from cbs_opt.solvers.problem.tile_moves import TileMoves, is_searchable, search, seconds_for_bound
+from cbs_opt.solvers.problem.tile_moves import (
+    TileMoves,
+    is_searchable,
+    report_starts,
+    search,
+    seconds_for_bound,
+)
 from cbs_opt.solvers.selection.relaxation import Relaxation
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 
@@ -63,20 +69,14 @@ def search_tiles(instance: Instance, context: Context) -> Status:
 
     The bound is that of the convex relaxation without cross groups. An iteration is an exchange.
     """
-    monitor, budget = context.monitor, instance.budget
+    monitor = context.monitor
 
-    def report(pruned: BoolArray) -> None:
-        monitor.report(selection_loss(instance, pruned), pruned)
+    def score() -> FloatArray:
+        objective = SelectionObjective(instance)
+        return np.asarray(0.5 * objective.diagonal + objective.c)
 
-    report(budget.cheapest(np.abs(instance.weights), instance.fixed))
-    if context.warm_start is not None:
-        report(context.warm_start)
-    if instance.linear is None and instance.curvature.is_convex:
-        monitor.report_bound(0.0)
-    if monitor.should_stop():
+    if not report_starts(instance, context, selection_loss, score):
         return Status.CONVERGED
-    objective = SelectionObjective(instance)
-    report(budget.cheapest(0.5 * objective.diagonal + objective.c, instance.fixed))
 
     def bound() -> None:
         until = monitor.elapsed + seconds_for_bound(monitor)
