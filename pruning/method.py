@@ -142,6 +142,9 @@ class Method:
         Bytes that the export may use.
     keep : int, optional
         Weights that stay in the end, instead of `sparsity`.
+    mirror : bool
+        Whether the mirror image, left to right, of each training image is a sample of its own: for few images that
+        mean the same either way. Those held out are not mirrored.
 
     Raises
     ------
@@ -188,6 +191,7 @@ class Method:
     memory: int | None = None
     keep: int | None = None
     temperature: float | None = None
+    mirror: bool = False
     own_batch: bool = field(init=False)
     dampings: tuple[float, ...] = field(init=False)
     scales: tuple[float, ...] = field(init=False)
@@ -419,7 +423,7 @@ class Method:
         for name in ("own_batch", *grids, "memory", "threads", "engine", "workers"):
             del content[name]
         # States of earlier versions have no such options.
-        later = {"keep": self.keep is None, "refit": self.refit == "no"}
+        later = {"keep": self.keep is None, "refit": self.refit == "no", "mirror": not self.mirror}
         later["temperature"] = self.temperature is None and self.source != "kfac"
         later["gauss_newton"] = not self.gauss_newton
         later["first_order_scale"] = self.first_order_scale is None

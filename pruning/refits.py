@@ -7,11 +7,16 @@ the error ½‖WX − W₀X₀‖²/m of `cbs_opt.instances.output_errors`, mini
 from __future__ import annotations
 
 import logging
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,14 +31,18 @@ from cbs_opt.instances.output_errors import LayerOutputs
 from cbs_opt.instances.products import Product, Products
 from cbs_opt.instances.tensors import Layout, Place
 from cbs_opt.pruning.network import WorkingCopy, norms_of
-from cbs_opt.typing import BoolArray, FloatArray
+from cbs_opt.typing import BoolArray, FloatArray, IntArray
 from cbs_opt.update import best_update
 
 logger = logging.getLogger("cbs_opt")
 
 MEMORY = 4 << 30
-"""Bytes for targets and patches: as many of the samples are used as fit. No share of the free memory, on which the
-result must not depend."""
+"""Bytes for targets and patches. Where all places of all samples do not fit, products with many places keep some
+of them, drawn at random; then samples are left out. No share of the free memory, on which the result must not
+depend."""
+
+LEAST_PLACES = 32
+"""That a product keeps of each sample, on average, at least."""
 
 _PIECE_BYTES = 1 << 26  # of inputs whose products are summed in single precision
 
@@ -82,10 +91,12 @@ def refit(
             stack.enter_context(single_precision(network))
         few = fewest(copy.model)
         count = len(samples) if not samples.borders else min(samples.borders[1:-1] or [len(samples)])
-        one = placed(samples.batch(0, few), copy.model)
-        x = placed(samples.batch(0, max(few, min(count, MEMORY // _bytes(dense, one, layouts)))), copy.model)
-        targets = _targets(dense, x, layouts, check)
-        fit = _Fit(copy, targets, pruned, len(x), damping, relative, check)
+        needs = _needs(dense, placed(samples.batch(0, few), copy.model), layouts)
+        m, most = needs.room_for(count, few)
+        x = placed(samples.batch(0, m), copy.model)
+        places = _Places(len(x), most)
+        targets = _targets(dense, x, layouts, places, check)
+        fit = _Fit(copy, targets, pruned, len(x), places, damping, relative, check)
         if statistics:
             stack.enter_context(_statistics_of_a_batch(copy.model))
         with fit:
@@ -95,26 +106,96 @@ def refit(
         logger.debug(f"not fitted to the outputs of the dense network: {', '.join(left)}")
 
 
-def _bytes(dense: nn.Module, one: Any, layouts: Mapping[str, Layout]) -> int:
-    """Memory for a sample: the targets of all layers, and the patches of the largest with three copies."""
-    outputs, patches = 0, [1]
+@dataclass(frozen=True)
+class _Needs:
+    """What the products of a sample take.
+
+    Attributes
+    ----------
+    rows, places : int64 (p,)
+        Outputs of each product, and at how many places.
+    patches : int
+        Bytes of the largest inputs of a product, with three copies.
+    """
+
+    rows: IntArray
+    places: IntArray
+    patches: int
+
+    def _bytes(self, m: int, most: int) -> int:
+        """Memory for m samples, when no product keeps more than `most` places of each."""
+        return m * (4 * int(self.rows @ np.minimum(self.places, most)) + self.patches)
+
+    def room_for(self, count: int, least: int) -> tuple[int, int]:
+        """How many samples, at least `least`, and places of each product and sample fit into `MEMORY`."""
+        everywhere = int(self.places.max(initial=1))
+        if self._bytes(count, LEAST_PLACES) > MEMORY:
+            return max(least, min(count, MEMORY // self._bytes(1, LEAST_PLACES))), LEAST_PLACES
+        fits = bisect_right(range(everywhere + 1), MEMORY, key=lambda most: self._bytes(count, most))
+        return count, max(fits - 1, LEAST_PLACES)
+
+
+def _needs(dense: nn.Module, one: Any, layouts: Mapping[str, Layout]) -> _Needs:
+    """Measured on a few samples."""
+    rows, places, patches = [], [], [1]
 
     def measure(product: Product) -> None:
-        nonlocal outputs
         if product.inputs is not None:
             X = product.inputs()
-            outputs += (product.last - product.first) * X.shape[1] * X.element_size()
-            patches.append(X.nbytes)
+            rows.append(product.last - product.first)
+            places.append(-(-X.shape[1] // len(one)))
+            patches.append(-(-X.nbytes // len(one)))
 
     with _Products(dense, layouts, measure):
         call(dense, one)
-    return -(-(outputs + 4 * max(patches)) // len(one))
+    return _Needs(np.array(rows, np.int64), np.array(places, np.int64), 4 * max(patches))
 
 
-def _targets(dense: nn.Module, x: Any, layouts: Mapping[str, Layout], check: Callable[[], None]) -> LayerOutputs:
+class _Places:
+    """Those of each product that are kept.
+
+    Parameters
+    ----------
+    samples : int
+    most : int
+        Places of each sample, on average.
+    """
+
+    def __init__(self, samples: int, most: int) -> None:
+        self._kept = samples * most
+        self._all: dict[tuple[str, int], int] = {}
+
+    def of_dense(self, product: Product) -> Product:
+        """The product of the dense network, with inputs at places drawn from all that it has."""
+        if product.inputs is None:
+            return product
+        X = product.inputs()
+        self._all[product.name, product.first] = X.shape[1]
+        X = self._drawn(product, X)
+        return replace(product, inputs=lambda: X)
+
+    def same(self, product: Product) -> Tensor | None:
+        """The inputs at the places of the dense network; None where the network has others."""
+        assert product.inputs is not None
+        X = product.inputs()
+        return self._drawn(product, X) if self._all.get((product.name, product.first)) == X.shape[1] else None
+
+    def _drawn(self, product: Product, X: Tensor) -> Tensor:
+        """Some columns of the inputs, scaled so that sums over them estimate those over all."""
+        count = X.shape[1]
+        if count <= self._kept:
+            return X
+        seed = crc32(f"{product.name} {product.first}".encode())
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return X[:, order[: self._kept].sort().values.to(X.device)] * math.sqrt(count / self._kept)
+
+
+def _targets(
+    dense: nn.Module, x: Any, layouts: Mapping[str, Layout], places: _Places, check: Callable[[], None]
+) -> LayerOutputs:
     """The outputs of the dense network; none for weights that it uses more than once."""
     targets = LayerOutputs(dense, layouts)
-    with _Products(dense, layouts, targets.note, check):
+    with _Products(dense, layouts, lambda product: targets.note(places.of_dense(product)), check):
         call(dense, x)
     for name in targets.left:
         if any(later[0] < earlier[1] for earlier, later in pairwise(sorted(targets.rows(name)))):
@@ -160,15 +241,16 @@ class _Fit(_Products):
         targets: LayerOutputs,
         pruned: BoolArray,
         m: int,
+        places: _Places,
         damping: float,
         relative: bool,
         check: Callable[[], None],
     ) -> None:
         self._parameters = dict(copy.model.named_parameters(remove_duplicate=False))
-        self._places = {place.name: place for place in copy.places}
+        self._tensors = {place.name: place for place in copy.places}
         layouts = {place.name: place.layout for place in copy.places}
         super().__init__(copy.model, layouts, self._fit, check)
-        self._targets, self._pruned, self._m = targets, pruned, m
+        self._targets, self._pruned, self._m, self._places = targets, pruned, m, places
         self._damping, self._relative = damping, relative
         self._changed = False
         self.done: set[str] = set()
@@ -186,12 +268,12 @@ class _Fit(_Products):
     def _fit(self, product: Product) -> None:
         if product.inputs is None or not self._targets.rows(product.name):
             return
-        X = product.inputs()
-        target = self._targets.take(product, X)
-        if target is None:
+        X = self._places.same(product)
+        target = None if X is None else self._targets.take(product, X)
+        if X is None or target is None:
             self._targets.clear(product.name)  # the network chooses other inputs than the dense one
             return
-        place, held = self._places[product.name], self._parameters[product.name]
+        place, held = self._tensors[product.name], self._parameters[product.name]
         W = _as_rows(held, place.layout)
         part = slice(product.first, product.last)
         new = self._fitted(W[part].double(), X, target, _rows_pruned(place, self._pruned)[part])

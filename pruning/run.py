@@ -133,7 +133,8 @@ class Run:
         self._state_path = state
         self._device = torch_device(device)
         self._progress, self._on_stage, self._should_stop = progress, on_stage, should_stop
-        self.pool, own = divided(source, 0 if held_out is not None else method.held_out, method.seed)
+        number = 0 if held_out is not None else method.held_out
+        self.pool, own = divided(source, number, method.seed, method.mirror)
         self._held_out = held_out if held_out is not None else own
         self.method = method = method.for_pool(len(self.pool))
         labelled = self._held_out is not None and self._held_out.labels is not None
@@ -344,7 +345,7 @@ class Run:
             self.before,
             self.score,
             self.method,
-            min(used, len(self.pool)),
+            min(used, self.pool.indices.size),
             self.held_out,
             self.interrupted or self._should_stop(),
             changed,

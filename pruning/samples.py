@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cbs_opt.errors import UsageError
 from cbs_opt.instances.data import SampleSource
-from cbs_opt.typing import IntArray
+from cbs_opt.typing import BoolArray, IntArray
 
 logger = logging.getLogger("cbs_opt")
 
@@ -17,6 +20,47 @@ HELD_OUT = 5000
 """Samples held out at most, if no number is given; a tenth of the data where they are fewer."""
 
 _READ_BYTES = 1 << 30  # samples of a stage that are read into memory at once
+
+
+class Mirrored(SampleSource):
+    """Images of which some are mirrored, left to right.
+
+    Parameters
+    ----------
+    source : SampleSource
+        Images (m, channels, height, width) with one label each, or without labels.
+    which : bool (m,)
+        The mirrored ones.
+
+    Raises
+    ------
+    UsageError
+        For other samples.
+    """
+
+    def __init__(self, source: SampleSource, which: BoolArray) -> None:
+        self.name, self.labels = source.name, source.labels
+        self._source, self._which = source, which
+        first = source.batch(0, 1)
+        images = isinstance(first, Tensor) and first.dim() == 4 and not source.borders
+        if not images or not (self.labels is None or (isinstance(self.labels, Tensor) and self.labels.dim() == 1)):
+            raise UsageError(
+                f"{source.name}: `--mirror` is for images (channels, height, width) of one size, with one label "
+                "each"
+            )
+
+    def __len__(self) -> int:
+        return self._which.size
+
+    def batch(self, start: int, stop: int) -> Any:
+        """The images of some samples."""
+        x = self._source.batch(start, stop)
+        which = torch.from_numpy(self._which[start:stop]).reshape(-1, 1, 1, 1).to(x.device)
+        return torch.where(which, x.flip(-1), x)
+
+    def subset(self, indices: IntArray) -> SampleSource:
+        """Some of the samples, see `SampleSource.subset`."""
+        return Mirrored(self._source.subset(indices), self._which[indices])
 
 
 @dataclass(frozen=True)
@@ -29,14 +73,26 @@ class Pool:
     indices : int64 (k,)
         Which of its samples.
     seed : int
+    mirror : bool
+        Whether the mirror image of each is a sample of its own.
     """
 
     source: SampleSource
     indices: IntArray
     seed: int
+    mirror: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mirror:
+            self._subset(np.arange(1))
 
     def __len__(self) -> int:
-        return self.indices.size
+        return self.indices.size * (2 if self.mirror else 1)
+
+    def _subset(self, chosen: IntArray) -> SampleSource:
+        """The samples of some numbers below the length."""
+        source = self.source.subset(self.indices[chosen % self.indices.size])
+        return Mirrored(source, chosen >= self.indices.size) if self.mirror else source
 
     def drawn(self, stage: int, count: int) -> SampleSource:
         """The samples of a stage, 1, 2, …: they depend on the stage and the seed only.
@@ -44,7 +100,7 @@ class Pool:
         Stages take consecutive parts of a random order of the pool; a new order follows where one ends. A stage
         that wants more than there are gets all.
         """
-        size = self.indices.size
+        size = len(self)
         count = min(count, size)
         first, end = (stage - 1) * count, stage * count
         orders = {
@@ -57,10 +113,12 @@ class Pool:
                 for turn, order in sorted(orders.items())
             ]
         )
-        return self.source.subset(self.indices[chosen])
+        return self._subset(chosen)
 
 
-def divided(source: SampleSource, held_out: int | None, seed: int) -> tuple[Pool, SampleSource | None]:
+def divided(
+    source: SampleSource, held_out: int | None, seed: int, mirror: bool = False
+) -> tuple[Pool, SampleSource | None]:
     """Hold some samples out, drawn at random, and keep the others for the stages.
 
     Parameters
@@ -69,11 +127,13 @@ def divided(source: SampleSource, held_out: int | None, seed: int) -> tuple[Pool
     held_out : int, optional
         How many: a tenth of all, at most `HELD_OUT`, by default; none where there are no labels.
     seed : int
+    mirror : bool
+        Of the `Pool`.
 
     Raises
     ------
     UsageError
-        When none would be left.
+        When none would be left, or they cannot be mirrored.
     """
     count = len(source)
     number = min(HELD_OUT, count // 10) if held_out is None else held_out
@@ -86,7 +146,7 @@ def divided(source: SampleSource, held_out: int | None, seed: int) -> tuple[Pool
         )
     order = np.random.default_rng([seed, 0]).permutation(count).astype(np.int64)
     held, rest = np.sort(order[:number]), np.sort(order[number:])
-    return Pool(source, rest, seed), source.subset(held) if number else None
+    return Pool(source, rest, seed, mirror), source.subset(held) if number else None
 
 
 def in_memory(source: SampleSource) -> SampleSource:

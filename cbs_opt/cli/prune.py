@@ -82,6 +82,7 @@ def prune_parser() -> common.Parser:
         "`--targets loss` or without class scores",
     )
     add("--samples", type=whole_option(1), metavar="M", help="training samples of each stage, drawn anew for each")
+    add("--mirror", action="store_true", help="the mirror image of each training image is a sample of its own")
     add("--batch", type=whole_option(1), metavar="B", help="fisher: samples of a mini-batch")
     add(
         "--targets",
@@ -277,6 +278,7 @@ def _method(options: argparse.Namespace) -> Method:
         fisher=options.fisher,
         temperature=options.temperature,
         samples=options.samples,
+        mirror=options.mirror,
         batch=options.batch,
         targets=options.targets,
         sequential=options.sequential,

@@ -371,6 +371,37 @@ def test_stages_take_fresh_samples():
     assert len(pool.drawn(1, 500)) == 90
 
 
+def test_mirror_images_are_samples_of_their_own():
+    from cbs_opt.instances.data import own_source
+    from cbs_opt.pruning.samples import divided
+
+    x = torch.rand(50, 1, 2, 3)
+    source = own_source((x, torch.arange(50)), nn.Conv2d(1, 1, 1), "data")
+    pool, held = divided(source, 10, 3, mirror=True)
+    assert len(pool) == 80 and len(held) == 10
+    drawn = [pool.drawn(stage, 40).loaded() for stage in (1, 2)]
+    images = torch.cat([part.inputs for part in drawn])
+    numbers = torch.cat([part.labels for part in drawn])
+    assert sorted(numbers.tolist()) == sorted(2 * [k for k in range(50) if k not in held.labels])
+    mirrored = torch.tensor([torch.equal(image, x[k].flip(-1)) for image, k in zip(images, numbers, strict=True)])
+    assert mirrored.sum() == 40 and len(numbers[mirrored].unique()) == 40
+    assert torch.equal(images[~mirrored], x[numbers[~mirrored]])
+    assert torch.equal(held.batch(0, 10), x[held.labels])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (torch.rand(40, 3), torch.zeros(40, dtype=torch.int64)),
+        (torch.rand(40, 1, 4, 4), torch.zeros(40, 4, 4, dtype=torch.int64)),
+    ],
+)
+def test_what_is_no_image_with_a_label_is_not_mirrored(data):
+    model = nn.Linear(3, 2) if data[0].dim() == 2 else nn.Conv2d(1, 2, 1)
+    with pytest.raises(UsageError, match="`--mirror` is for images"):
+        cbs_opt.prune(model, data, 0.5, mirror=True)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

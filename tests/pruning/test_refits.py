@@ -141,6 +141,40 @@ def test_as_many_samples_as_memory_allows(monkeypatch):
     torch.testing.assert_close(found.model[0].weight.double(), expected, atol=1e-4, rtol=1e-4)
 
 
+def wide(x):
+    """A convolution at 100 places a sample, half of each of its weights, the images, and what all places take."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 1, bias=False), nn.Flatten()).eval()
+    found, pruned, source = pruned_copy(model, x, 0.3)
+    found.take(0.5 * found.weights)
+    return model, found, pruned, source, len(x) * 4 * 100 * (6 + 4 * 2)
+
+
+@torch.no_grad()
+def test_products_with_many_places_keep_some_of_them_of_all_samples(monkeypatch):
+    x = torch.randn(M, 2, 10, 10)
+    x[: M // 2, 0] = 0  # the two channels are seen in different samples
+    x[M // 2 :, 1] = 0
+    model, found, pruned, source, memory = wide(x)
+    monkeypatch.setattr(refits, "MEMORY", 3 * memory // 4)
+    refit(found, model, source, pruned, 1e-4, relative=True, statistics=False)
+    kept = masks_of(found, pruned)["0.weight"]
+    torch.testing.assert_close(found.model[0].weight, model[0].weight * kept, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_sums_over_some_places_have_the_size_of_those_over_all(monkeypatch):
+    x = torch.tensor([1.0, 2.0]).reshape(1, 2, 1, 1).expand(M, 2, 10, 10)
+    fitted = []
+    for share in (1.0, 0.75):
+        model, found, pruned, source, memory = wide(x)
+        monkeypatch.setattr(refits, "MEMORY", int(share * memory))
+        refit(found, model, source, pruned, 50.0, relative=False, statistics=False)
+        fitted.append(found.model[0].weight.clone())
+    assert (fitted[0] != model[0].weight).any() and not torch.equal(fitted[0], 0.5 * model[0].weight)
+    torch.testing.assert_close(fitted[1], fitted[0], atol=1e-3, rtol=1e-3)
+
+
 def test_a_stop_on_the_way(monkeypatch):
     """It ends between two layers; of a run it leaves the selection with the update, not fitted."""
     torch.manual_seed(0)
