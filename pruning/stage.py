@@ -237,6 +237,8 @@ def best(
                         origin = problem, instance
                 if scorer.source is None:
                     break  # nothing could tell one variant from another: the first is taken
+        if found is not None and origin is not None and scorer.source is not None:
+            found = _no_worse_than_magnitude(copy, before, found, origin, method, scorer, samples)
         if found is not None and origin is not None and dense is not None and fresh is not None:
             found = _together(copy, found, origin, dense, method, scorer, samples, fresh, seed)
     finally:
@@ -308,6 +310,32 @@ def _applied(
                 problem.first_order_scale,
                 refitted,
             )
+
+
+def _no_worse_than_magnitude(
+    copy: WorkingCopy,
+    before: State,
+    found: Choice,
+    origin: tuple[Problem, Instance],
+    method: Method,
+    scorer: Scorer,
+    samples: SampleSource,
+) -> Choice:
+    """The choice, or the smallest weights pruned without an update, should that lose less on the held-out samples.
+
+    As where a handful of samples misleads the quadratic model.
+    """
+    problem, instance = origin
+    result = solve(instance, "magnitude")
+    plain = replace(method, refit="no")
+    try:
+        for choice in _applied(copy, before, problem, instance, result, plain, scorer, samples, None):
+            if choice.loss < found.loss:
+                logger.info(f"magnitude alone has a lower held-out loss, {choice.loss:.4f}: it is taken")
+                found = choice
+    except Stopped:
+        pass
+    return found
 
 
 def _together(

@@ -354,6 +354,18 @@ def test_a_stop_leaves_the_network_of_the_last_stage(trained):
     assert "interrupted after stage 2 of 4" in pruned.summary()
 
 
+def test_magnitude_is_taken_where_it_has_the_lower_loss(trained, caplog):
+    with caplog.at_level("INFO", logger="cbs_opt"):
+        pruned = cbs_opt.prune(trained, blobs(600), 0.8, solver="random", gauss_newton=0, refit="no", threads=1)
+    weights = torch.cat([trained.state_dict()[layer.name].abs().ravel() for layer in pruned.layers])
+    gone = torch.cat([torch.from_numpy(layer.pruned).ravel() for layer in pruned.layers])
+    assert weights[gone].max() <= weights[~gone].min()
+    for layer in pruned.layers:
+        kept = torch.from_numpy(~layer.pruned)
+        assert torch.equal(pruned.model.state_dict()[layer.name][kept], trained.state_dict()[layer.name][kept])
+    assert "magnitude alone has a lower held-out loss" in caplog.text
+
+
 def test_stages_take_fresh_samples():
     from cbs_opt.instances.data import own_source
     from cbs_opt.pruning.samples import divided
