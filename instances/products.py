@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from itertools import product
 from string import ascii_letters
 from typing import Any
@@ -310,8 +310,9 @@ class Products(TorchFunctionMode):
         pads = padding if isinstance(padding, str) else _each(padding, dims)
         self._grouped(
             weight,
-            lambda: convolution_patches(
-                a, weight.shape[2:], _each(stride, dims), pads, _each(dilation, dims), groups
+            a,
+            lambda own: convolution_patches(
+                own, weight.shape[2:], _each(stride, dims), pads, _each(dilation, dims), 1
             ),
             groups,
         )
@@ -333,14 +334,22 @@ class Products(TorchFunctionMode):
         steps, pads, more, spaces = (_each(value, dims) for value in (stride, padding, output_padding, dilation))
         self._grouped(
             weight,
-            lambda: transposed_patches(a, weight.shape[2:], steps, pads, more, spaces, groups),
+            a,
+            lambda own: transposed_patches(own, weight.shape[2:], steps, pads, more, spaces, 1),
             groups,
             inputs_first=True,
         )
 
     def _grouped(
-        self, weight: Tensor, patches: Callable[[], Tensor], groups: int, *, inputs_first: bool = False
+        self,
+        weight: Tensor,
+        a: Tensor,
+        patches: Callable[[Tensor], Tensor],
+        groups: int,
+        *,
+        inputs_first: bool = False,
     ) -> None:
+        """Report a product for each group of channels of a, whose patches are made when they are asked for."""
         name = self._name(weight)
         if name is None:
             raise NotFollowed("another argument of a convolution depends on it")
@@ -349,11 +358,11 @@ class Products(TorchFunctionMode):
             raise NotFollowed("it is convolved in another order than its layer stores it")
         if inputs_first and layout.groups != groups:
             raise NotFollowed(f"it is convolved in {groups} groups, its layer says {layout.groups}")
-        rows, dims = layout.rows // groups, weight.dim() - 2
+        rows, channels, dims = layout.rows // groups, a.shape[1] // groups, weight.dim() - 2
 
-        @cache
-        def inputs() -> Tensor:
-            return patches().permute(1, 2, 0, 3).flatten(2)
+        def inputs(g: int) -> Tensor:
+            own = patches(a[:, g * channels : (g + 1) * channels])
+            return own.squeeze(1).transpose(0, 1).flatten(1)
 
         def outputs(result: Tensor) -> Tensor:
             return result.unsqueeze(0).movedim(-dims - 1, 0).flatten(1)
@@ -366,7 +375,7 @@ class Products(TorchFunctionMode):
                     part.start,
                     part.stop,
                     lambda result, part=part: outputs(result)[part],  # type: ignore[misc]
-                    lambda g=g: inputs()[g],  # type: ignore[misc]
+                    partial(inputs, g),
                 )
             )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from cbs_opt.update import best_update
 
 logger = logging.getLogger("cbs_opt")
 
-MEMORY = 4 << 30
+MEMORY = 5 << 30
 """Bytes for targets and patches. Where all places of all samples do not fit, products with many places keep some
 of them, drawn at random; then samples are left out. No share of the free memory, on which the result must not
 depend."""
@@ -114,17 +115,17 @@ class _Needs:
     ----------
     rows, places : int64 (p,)
         Outputs of each product, and at how many places.
-    patches : int
-        Bytes of the largest inputs of a product, with three copies.
+    passing : int
+        Bytes of the outputs of a layer before and after what follows it, and of a product's inputs with copies.
     """
 
     rows: IntArray
     places: IntArray
-    patches: int
+    passing: int
 
     def _bytes(self, m: int, most: int) -> int:
         """Memory for m samples, when no product keeps more than `most` places of each."""
-        return m * (4 * int(self.rows @ np.minimum(self.places, most)) + self.patches)
+        return m * (4 * int(self.rows @ np.minimum(self.places, most)) + self.passing)
 
     def room_for(self, count: int, least: int) -> tuple[int, int]:
         """How many samples, at least `least`, and places of each product and sample fit into `MEMORY`."""
@@ -137,18 +138,21 @@ class _Needs:
 
 def _needs(dense: nn.Module, one: Any, layouts: Mapping[str, Layout]) -> _Needs:
     """Measured on a few samples."""
-    rows, places, patches = [], [], [1]
+    rows, places, inputs = [], [], [0]
+    outputs: Counter[str] = Counter()
 
     def measure(product: Product) -> None:
         if product.inputs is not None:
             X = product.inputs()
             rows.append(product.last - product.first)
             places.append(-(-X.shape[1] // len(one)))
-            patches.append(-(-X.nbytes // len(one)))
+            inputs.append(X.nbytes)
+            outputs[product.name] += rows[-1] * X.shape[1] * X.element_size()
 
     with _Products(dense, layouts, measure):
         call(dense, one)
-    return _Needs(np.array(rows, np.int64), np.array(places, np.int64), 4 * max(patches))
+    passing = 2 * max(outputs.values(), default=0) + 3 * max(inputs)
+    return _Needs(np.array(rows, np.int64), np.array(places, np.int64), max(1, -(-passing // len(one))))
 
 
 class _Places:

@@ -135,7 +135,7 @@ def test_as_many_samples_as_memory_allows(monkeypatch):
     model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 3)).eval()
     x = torch.randn(M, 8)
     found, pruned, source = pruned_copy(model, x)
-    monkeypatch.setattr(refits, "MEMORY", 40 * 4 * (6 + 3 + 4 * 8))  # of 40 samples
+    monkeypatch.setattr(refits, "MEMORY", 40 * 4 * (6 + 3 + 2 * 6 + 3 * 8))  # of 40 samples
     refit(found, model, source, pruned, 0.0, relative=False, statistics=False)
     expected = least_squares(x[:40], x[:40] @ model[0].weight.T, masks_of(found, pruned)["0.weight"])
     torch.testing.assert_close(found.model[0].weight.double(), expected, atol=1e-4, rtol=1e-4)
@@ -147,7 +147,7 @@ def wide(x):
     model = nn.Sequential(nn.Conv2d(2, 6, 1, bias=False), nn.Flatten()).eval()
     found, pruned, source = pruned_copy(model, x, 0.3)
     found.take(0.5 * found.weights)
-    return model, found, pruned, source, len(x) * 4 * 100 * (6 + 4 * 2)
+    return model, found, pruned, source, len(x) * 4 * 100 * (6 + 2 * 6 + 3 * 2)
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def test_products_with_many_places_keep_some_of_them_of_all_samples(monkeypatch)
     x[: M // 2, 0] = 0  # the two channels are seen in different samples
     x[M // 2 :, 1] = 0
     model, found, pruned, source, memory = wide(x)
-    monkeypatch.setattr(refits, "MEMORY", 3 * memory // 4)
+    monkeypatch.setattr(refits, "MEMORY", 7 * memory // 8)
     refit(found, model, source, pruned, 1e-4, relative=True, statistics=False)
     kept = masks_of(found, pruned)["0.weight"]
     torch.testing.assert_close(found.model[0].weight, model[0].weight * kept, atol=1e-3, rtol=1e-3)
@@ -166,7 +166,7 @@ def test_products_with_many_places_keep_some_of_them_of_all_samples(monkeypatch)
 def test_sums_over_some_places_have_the_size_of_those_over_all(monkeypatch):
     x = torch.tensor([1.0, 2.0]).reshape(1, 2, 1, 1).expand(M, 2, 10, 10)
     fitted = []
-    for share in (1.0, 0.75):
+    for share in (1.0, 0.875):
         model, found, pruned, source, memory = wide(x)
         monkeypatch.setattr(refits, "MEMORY", int(share * memory))
         refit(found, model, source, pruned, 50.0, relative=False, statistics=False)
