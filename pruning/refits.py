@@ -42,6 +42,10 @@ MEMORY = 5 << 30
 of them, drawn at random; then samples are left out. No share of the free memory, on which the result must not
 depend."""
 
+DAMPING = 10.0
+"""That of a fit, as a multiple of that of H: fitted to hundreds of samples, layer after layer, weights go further
+from their values than the selection supposes. With thousands it makes no difference."""
+
 LEAST_PLACES = 32
 """That a product keeps of each sample, on average, at least."""
 

@@ -26,7 +26,7 @@ from cbs_opt.pruning.gauss_newton import Distance, preconditioner, steps
 from cbs_opt.pruning.method import Method
 from cbs_opt.pruning.network import State, WorkingCopy
 from cbs_opt.pruning.problem import Problem, of_layers, scaled_update, undamped_loss
-from cbs_opt.pruning.refits import refit
+from cbs_opt.pruning.refits import DAMPING, refit
 from cbs_opt.pruning.statistics import reestimate
 from cbs_opt.pruning.targets import one_by_one
 from cbs_opt.result import Result
@@ -294,7 +294,7 @@ def _applied(
             if refitted:
                 assert dense is not None
                 how = {"relative": method.relative, "statistics": recalibrated}
-                refit(copy, dense, samples, result.pruned, problem.damping, check=scorer.check, **how)
+                refit(copy, dense, samples, result.pruned, DAMPING * problem.damping, check=scorer.check, **how)
             elif recalibrated:
                 reestimate(copy.model, samples)
             yield Choice(
