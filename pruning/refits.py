@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -120,7 +119,8 @@ class _Needs:
     rows, places : int64 (p,)
         Outputs of each product, and at how many places.
     passing : int
-        Bytes of the outputs of a layer before and after what follows it, and of a product's inputs with copies.
+        Bytes of what is alive meanwhile: two tensors, as large as any that a call returns, and three times the
+        inputs of a product.
     """
 
     rows: IntArray
@@ -143,7 +143,6 @@ class _Needs:
 def _needs(dense: nn.Module, one: Any, layouts: Mapping[str, Layout]) -> _Needs:
     """Measured on a few samples."""
     rows, places, inputs = [], [], [0]
-    outputs: Counter[str] = Counter()
 
     def measure(product: Product) -> None:
         if product.inputs is not None:
@@ -151,11 +150,10 @@ def _needs(dense: nn.Module, one: Any, layouts: Mapping[str, Layout]) -> _Needs:
             rows.append(product.last - product.first)
             places.append(-(-X.shape[1] // len(one)))
             inputs.append(X.nbytes)
-            outputs[product.name] += rows[-1] * X.shape[1] * X.element_size()
 
-    with _Products(dense, layouts, measure):
+    with _Sizes(dense, layouts, measure) as sizes:
         call(dense, one)
-    passing = 2 * max(outputs.values(), default=0) + 3 * max(inputs)
+    passing = 2 * sizes.largest + 3 * max(inputs)
     return _Needs(np.array(rows, np.int64), np.array(places, np.int64), max(1, -(-passing // len(one))))
 
 
@@ -232,6 +230,27 @@ class _Products(Products):
         """Run a call; here, as what is raised by a report counts as a reason not to follow a weight."""
         self._check()
         return super().__torch_function__(func, types, args, kwargs)
+
+
+class _Sizes(_Products):
+    """Note how large the tensors are that calls return.
+
+    Attributes
+    ----------
+    largest : int
+        Bytes of the largest.
+    """
+
+    largest = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a call."""
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.nbytes)
+        return result
 
 
 class _Fit(_Products):

@@ -175,6 +175,27 @@ def test_sums_over_some_places_have_the_size_of_those_over_all(monkeypatch):
     torch.testing.assert_close(fitted[1], fitted[0], atol=1e-3, rtol=1e-3)
 
 
+class Attending(nn.Module):
+    """A layer whose outputs all meet each other: the largest tensor is of no weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(torch.softmax(h @ h.transpose(1, 2), -1) @ h)
+
+
+@torch.no_grad()
+def test_memory_of_what_lies_between_layers_counts():
+    model = Attending().eval()
+    found, _, _ = pruned_copy(model, torch.randn(3, 50, 4))
+    layouts = {place.name: place.layout for place in found.places}
+    needs = refits._needs(model, torch.randn(3, 50, 4), layouts)
+    assert needs.passing == 4 * (2 * 50 * 50 + 3 * 50 * 4)
+
+
 def test_a_stop_on_the_way(monkeypatch):
     """It ends between two layers; of a run it leaves the selection with the update, not fitted."""
     torch.manual_seed(0)
