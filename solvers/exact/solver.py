@@ -1,7 +1,8 @@
-"""The solver `exact`: a first incumbent from a heuristic, branch and bound, and optionally a certificate."""
+"""The solver `exact`: branch and bound, with incumbents from a heuristic, and optionally a certificate."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.exact.kept_sets import PAIRS_PER_SECOND, KeptSets
+from cbs_opt.solvers.exact.turns import PausedSearch, Turns
 from cbs_opt.solvers.joint.breeding import LARGEST
 from cbs_opt.solvers.joint.rank_deficient import check_well_posed, is_rank_deficient
 from cbs_opt.solvers.joint.swap_search import QUICK, JointSearch
@@ -25,17 +27,13 @@ from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.search import Search
-from cbs_opt.solvers.trees.prove import MAX_WEIGHTS, Prover, Report, check_size, prove_for, prove_shortly
+from cbs_opt.solvers.trees.prove import MAX_WEIGHTS, Prover, check_size
 from cbs_opt.stop import Stop
 
 logger = logging.getLogger("cbs_opt")
 
 _MOVES = 10  # of `joint` for a cycle of `search`
 _SMALL, _LONGEST = 500, 10  # weights below which a heuristic takes more iterations, and how many times more
-_SHARE = 0.1  # of the time limit, for the heuristic
-_BEFORE_SEARCH = 0.02  # of the time limit, for a tree before a longer search
-_SEARCH = 0.08  # of the time limit, for that search where the gap is at least a half
-
 
 MOST_SECONDS = 600.0
 """Estimated time up to which the kept sets of a singular problem are counted without a time limit."""
@@ -63,8 +61,9 @@ class ExactParameters(Parameters):
 class Exact(Solver):
     """Branch and bound with proof, for both objectives, over one problem or many components under one budget.
 
-    A run of `search` or `joint` finds the first incumbent, before any branching for larger problems, after a few
-    nodes for smaller ones; then `trees.prove.Prover` branches. An iteration is a node.
+    `search` or `joint` finds the first incumbent, before any branching for larger problems, after a few nodes for
+    smaller ones; then `trees.prove.Prover` branches, and with a time limit the search goes on between nodes; see
+    `turns`. An iteration is a node.
     """
 
     summary = "branch and bound: proven optima, valid bounds when stopped, blocks joined exactly"
@@ -116,21 +115,15 @@ class Exact(Solver):
         if prover.problem.n and monitor.should_stop():
             return Status.CONVERGED
         context.extras |= {"nodes": 0, "open": 1}
-        if self.parameters.effort and prover.problem.n:
-            if prover.problem.n < self.parameters.heuristic:
-                prove_shortly(prover, context)
-            if not (monitor.closed or monitor.should_stop()):
-                self._heuristic(instance, context)
-            limit = monitor.stop.time_limit
-            if limit is not None and not (monitor.closed or monitor.should_stop()):
-                # What is proven soon needs no better selection; where the gap stays large one is looked for.
-                prove_for(prover, context, _BEFORE_SEARCH * limit)
-                if not (monitor.closed or monitor.should_stop()):
-                    gap = 1.0 if monitor.gap is None else min(1.0, 2.0 * monitor.gap)
-                    self._heuristic(instance, context, gap * _SEARCH * limit)
+        if not (self.parameters.effort and prover.problem.n):
+            return prover.run(context)
+        with contextlib.closing(PausedSearch(self._heuristic(), instance, context, prover.problem)) as search:
+            turns = Turns(search, context, self._steps(context))
+            if prover.problem.n >= self.parameters.heuristic:
+                turns.take()
             if monitor.closed or monitor.should_stop():
                 return Status.OPTIMAL if monitor.closed else Status.CONVERGED
-        return prover.run(context)
+            return prover.run(context, turns=turns)
 
     def _count(self, instance: Instance, context: Context) -> Status:
         """Search, then count all kept sets of a singular problem, if that takes no longer than what remains."""
@@ -166,34 +159,17 @@ class Exact(Solver):
             monitor.report_bound(min(max(least, 0.0), monitor.objective))
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
-    def _heuristic(self, instance: Instance, context: Context, seconds: float | None = None) -> None:
-        """A first incumbent from a heuristic of the package, or with `seconds` a better one.
+    def _heuristic(self) -> Solver:
+        """The heuristic of the package for the objective, without a proof of its own."""
+        if isinstance(self._prover.problem, JointProblem):
+            return JointSearch({"bound_steps": 0, "proof": 0})
+        return Search({"proof": 0})
 
-        It ends after a number of iterations without improvement, larger for small problems, whose iterations are
-        short, and ten times as large with `seconds`; without, at the latest after a tenth of the time limit.
-        """
-        joint, outer, n = context.objective == "joint", context.monitor, self._prover.problem.n
+    def _steps(self, context: Context) -> int:
+        """Iterations of the heuristic without improvement that end its first turn, more where they are short."""
+        joint, n = context.objective == "joint", self._prover.problem.n
         steps = int(self.parameters.effort * (_MOVES if joint else 1) * np.clip(_SMALL / n, 1, _LONGEST))
-        if joint and n <= LARGEST:
-            steps *= QUICK
-        longest = np.inf if outer.stop.time_limit is None else _SHARE * outer.stop.time_limit
-        until = outer.elapsed + (longest if seconds is None else seconds)
-        stop = Stop(
-            no_improvement=steps if seconds is None else 10 * steps,
-            max_iterations=10 * steps if seconds is None else 10**9,
-            should_stop=lambda: outer.should_stop() or outer.elapsed > until,
-        )
-        start = context.warm_start if seconds is None else outer.pruned
-        seed = context.seed if seconds is None else context.seed + 1
-        inner = Context(context.objective, seed, Monitor(stop), start, threads=1)
-        solver: Solver = JointSearch({"bound_steps": 0, "proof": 0}) if joint else Search({"proof": 0})
-        solver.prepare(instance, inner)
-        solver.run(instance, inner)
-        report = Report(self._prover.problem, context.monitor)
-        if inner.monitor.pruned is not None:
-            report.selection(inner.monitor.pruned)
-        if inner.monitor.bound is not None:
-            report.bound(inner.monitor.bound)
+        return steps * QUICK if joint and n <= LARGEST else steps
 
     def _certify(self, path: Path, instance: Instance, context: Context) -> None:
         """Write the certificate; if this fails, the solution is kept."""

@@ -168,6 +168,9 @@ class JointBreeding:
             return max(min(left), 0)
 
         while spend(0):
+            if monitor.pruned is not None and monitor.objective is not None and 2 * monitor.objective < best:
+                best = 2 * monitor.objective  # from elsewhere, such as a proof
+                self._elites.offer(monitor.pruned[self.problem.index], best)
             found, value = self.problem.improve(self._next(), self.tenure, self.rng, spend)
             if value < best:
                 best, idle = value, 0

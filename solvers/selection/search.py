@@ -164,6 +164,7 @@ class _Run:
 
     def _report(self) -> None:
         self.monitor.report(self.point.loss(), self.problem.expand(self.point.y))
+        self._reported = self.monitor.pruned
 
     def _offer(self, other: Incumbent) -> None:
         """Take another point as the incumbent if it is better."""
@@ -176,11 +177,17 @@ class _Run:
         now, rounding = self.monitor.objective, 1e-15 * self.problem.scale
         return before is None or (now is not None and now < before - GAIN * abs(before) - rounding)
 
+    def _take_over(self) -> None:
+        """Take over a better selection that something else has reported, such as a proof."""
+        pruned = self.monitor.pruned
+        if pruned is not None and pruned is not self._reported:
+            self._reported = pruned
+            self._offer(Incumbent(self.problem, self.problem.restrict(pruned)))
+
     def resume(self, until: float) -> None:
         """Take over a better incumbent, and go on until the clock shows `until`; polish only, if that is never."""
-        monitor, problem = self.monitor, self.problem
-        if monitor.pruned is not None:
-            self._offer(Incumbent(problem, problem.restrict(monitor.pruned)))
+        monitor = self.monitor
+        self._take_over()
         if not np.isfinite(until):
             self._polish()
         elif self._relaxed is not None:
@@ -214,6 +221,7 @@ class _Run:
         start = Incumbent(problem, problem.smallest(-relaxed.x))
         idle = 0
         while not (monitor.should_stop() or monitor.closed or enough()):
+            self._take_over()
             fresh = self._epoch % 2 == 0
             before, cycles = monitor.objective, monitor.iterations
             # Sweeps have hardened a large problem as a whole: a rounding of the relaxation is far behind that.

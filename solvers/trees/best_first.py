@@ -6,7 +6,8 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -165,7 +166,7 @@ class BestFirst:
         self._tick = itertools.count()
         self._heap: list[tuple[float, int, Subproblem]] = []
         self._busy: dict[int, float] = {}
-        self._stopping = False
+        self._stopping = self._resting = False
         self._threads = 1
         self.nodes = self.shifts = 0
         self._patience = Patience()
@@ -208,6 +209,21 @@ class BestFirst:
         with self._lock:
             return not self._busy and not self._heap
 
+    def offer(self, selection: Int8Array, value: float) -> None:
+        """Take a selection from elsewhere, int8 (n,), as the incumbent if it is better."""
+        with self._lock:
+            if value < self._shared[0]:
+                self._shared[0], self.selection = value, selection.copy()
+
+    @contextmanager
+    def one_worker_rests(self) -> Iterator[None]:
+        """Leave the core of one of several workers to others inside of this block."""
+        self._resting = True
+        try:
+            yield
+        finally:
+            self._resting = False
+
     def run(self, progress: Callable[[], bool], threads: int = 1, slice_nodes: int = 200) -> None:
         """Work until everything is done or `progress`, asked after every slice, says to stop."""
         self._threads, self._stopping, self._slice = threads, False, slice_nodes
@@ -216,14 +232,18 @@ class BestFirst:
             return
         errors: list[BaseException] = []
 
-        def work() -> None:
+        def work(may_rest: bool) -> None:
             try:
-                self._work(lambda: self._stopping)
+                while not (self._stopping or self.finished()):
+                    if may_rest and self._resting:
+                        time.sleep(0.002)
+                    else:
+                        self._work(lambda: self._stopping or (may_rest and self._resting))
             except BaseException as error:
                 errors.append(error)
                 self._stopping = True
 
-        pool = [threading.Thread(target=work) for _ in range(threads)]
+        pool = [threading.Thread(target=work, args=(k == 0,)) for k in range(threads)]
         try:
             for thread in pool:
                 thread.start()

@@ -253,6 +253,11 @@ class JointTree:
         out[self.order] = 1 - self.queue.selection
         return out
 
+    def offer(self, y: Int8Array) -> None:
+        """Take a selection, int8 (n,), 1 = pruned, as the incumbent if it is better."""
+        kept = (1 - y[self.order]).astype(np.int8)
+        self.queue.offer(kept, condition(self.problem.A, self.problem.w, kept)[3])
+
     def value(self) -> float:
         """Its value, by `evaluate`."""
         inner = self.queue.value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
@@ -44,9 +45,6 @@ LEAST_NODES = 20_000
 NODES_PER_ITERATION = 100
 """Nodes after which a proof without any limit gives up: at least, and for each iteration of the search."""
 
-SHORT = 2000
-"""Nodes of a tree that is tried before a heuristic."""
-
 _TABLE_SPEED = 1e5  # squared component sizes, summed, of which a second of branch and bound proves most
 _TABLE_WORK = 1e6  # the same, as much as is taken on without a time limit
 _FIRST_SHARE = 0.1  # of a time limit, for the proof that tells what it promises
@@ -57,6 +55,27 @@ _STEP = 0.02  # share of the gap that a better bound must close to be reported
 
 Provable = SelectionProblem | JointProblem
 """What can be proven."""
+
+
+class Turns(Protocol):
+    """When something else has a turn between nodes, such as a search for better incumbents."""
+
+    def due(self) -> bool:
+        """Whether it is time for a turn."""
+
+    def take(self) -> None:
+        """Work; what is found is reported to the monitor of the run."""
+
+
+class NoTurns:
+    """Never."""
+
+    def due(self) -> bool:
+        """Whether it is time for a turn."""
+        return False
+
+    def take(self) -> None:
+        """Nothing."""
 
 
 def is_provable(sizes: Sequence[int], groups: int, largest: int, stop: Stop) -> bool:
@@ -169,10 +188,16 @@ class Prover:
         if context.warm_start is not None:
             report.selection(context.warm_start)
 
-    def run(self, context: Context, out_of_time: Callable[[], bool] | None = None) -> Status:
+    def run(
+        self,
+        context: Context,
+        out_of_time: Callable[[], bool] | None = None,
+        turns: Turns | None = None,
+    ) -> Status:
         """Prove the incumbent of the context's monitor until the gap is closed or a rule stops.
 
-        `out_of_time`, by default that of the monitor, also ends the work on a node; see `stop_flag`.
+        `out_of_time`, by default that of the monitor, also ends the work on a node; see `stop_flag`. `turns` are
+        those of a search between nodes.
         """
         problem, monitor = self.problem, context.monitor
         if problem.n == 0:
@@ -186,6 +211,7 @@ class Prover:
         if not loading.wait(*self.kernels, should_stop=monitor.should_stop):
             return Status.CONVERGED
         solve = self._one_tree if self.one_tree else self._tables
+        turns = turns or NoTurns()
         tolerance = TOLERANCE
         for _ in range(_ATTEMPTS):
             # Where an offset cancels most of the loss, a tree is closed to a smaller share of its own value.
@@ -193,13 +219,13 @@ class Prover:
             inner = max(abs(monitor.objective - problem.offset), 1e-300)
             tolerance = max(_FINEST, min(tolerance, TOLERANCE * abs(monitor.objective) / inner))
             with stop_flag(out_of_time or monitor.out_of_time) as stop:
-                solve(context, Report(problem, monitor), tolerance, stop)
+                solve(context, Report(problem, monitor), tolerance, stop, turns)
             if monitor.should_stop() or monitor.closed:
                 break
             tolerance *= 0.1
         return Status.OPTIMAL if monitor.closed else Status.CONVERGED
 
-    def _one_tree(self, context: Context, report: Report, tolerance: float, stop: Int8Array) -> None:
+    def _one_tree(self, context: Context, report: Report, tolerance: float, stop: Int8Array, turns: Turns) -> None:
         """One tree over all open weights."""
         problem, monitor, extras = self.problem, context.monitor, context.extras
         assert monitor.pruned is not None
@@ -215,6 +241,11 @@ class Prover:
                 report.selection(problem.expand(tree.selection()))
             report.bound(problem.from_units(tree.bound()), last=queue.finished())
             extras.update({"nodes": queue.nodes, "open": queue.open, "diagonals": queue.shifts})
+            if turns.due():
+                with queue.one_worker_rests():
+                    turns.take()
+                assert monitor.pruned is not None
+                tree.offer(monitor.pruned[problem.index].astype(np.int8))
             return monitor.should_stop()
 
         size = _limited(int(np.clip(_SLICE_WORK / problem.n**2, 1, 200)), monitor.stop)
@@ -255,7 +286,7 @@ class Prover:
         context.extras["counted"] = number_of_sets(problem.n, int(problem.keep[0]))
         return True
 
-    def _tables(self, context: Context, report: Report, tolerance: float, stop: Int8Array) -> None:
+    def _tables(self, context: Context, report: Report, tolerance: float, stop: Int8Array, turns: Turns) -> None:
         """A table for every component under one budget."""
         problem, monitor, extras = self.problem, context.monitor, context.extras
         self.search = search = self._new_tables(tolerance, context.workers, stop)
@@ -269,6 +300,8 @@ class Prover:
             if np.isfinite(search.bound):
                 report.bound(problem.from_units(search.bound), last=True)
             extras.update({"nodes": search.nodes, "open": search.open, "rounds": search.rounds})
+            if turns.due():
+                turns.take()
             return monitor.should_stop()
 
         search.run(progress, monitor.should_stop)
@@ -284,16 +317,18 @@ class Report:
 
     def __init__(self, problem: Provable, monitor: Monitor) -> None:
         self.problem, self.monitor = problem, monitor
-        self._rounding = 0.0 if monitor.pruned is None else problem.rounding(monitor.pruned)
+        self._incumbent: BoolArray | None = None
+        self._rounding = 0.0
 
     def selection(self, pruned: BoolArray) -> None:
         """Offer a selection, bool (n,)."""
-        if self.monitor.report(self.problem.loss(pruned), pruned):
-            self._rounding = self.problem.rounding(pruned)
+        self.monitor.report(self.problem.loss(pruned), pruned)
 
     def bound(self, bound: float, last: bool = True) -> None:
         """Offer a bound, unless it is hardly better than the last one and not to be the `last`."""
         monitor = self.monitor
+        if monitor.pruned is not None and monitor.pruned is not self._incumbent:
+            self._incumbent, self._rounding = monitor.pruned, self.problem.rounding(monitor.pruned)
         bound -= self._rounding
         if self.problem.nonnegative:
             bound = max(bound, 0.0)
@@ -404,16 +439,6 @@ def _prove(prover: Prover, context: Context, seconds: float | None = None, nodes
     inner.callback = pass_on
     prover.run(replace(context, monitor=inner), lambda: outer.out_of_time() or outer.elapsed > until)
     count()
-
-
-def prove_shortly(prover: Prover, context: Context) -> None:
-    """A tree of a few nodes, before the work of a heuristic, which it may save."""
-    _prove(prover, context, nodes=SHORT)
-
-
-def prove_for(prover: Prover, context: Context, seconds: float) -> None:
-    """A tree for so many seconds."""
-    _prove(prover, context, seconds=seconds)
 
 
 def _limited(size: int, stop: Stop) -> int:

@@ -222,6 +222,11 @@ class SelectionTree:
         out[self.problem.order] = self.queue.selection
         return out
 
+    def offer(self, y: Int8Array) -> None:
+        """Take a selection, int8 (n,), as the incumbent if it is better."""
+        y = np.ascontiguousarray(y[self.problem.order])
+        self.queue.offer(y, self.problem.value(y))
+
     def value(self) -> float:
         """Its value."""
         return self.scale * self.problem.value(self.queue.selection)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cbs_opt import Budget, HessianBlocks, Instance, Monitor, Status, Stop, joint_loss, selection_loss, solve
 from cbs_opt.solver import Context
+from cbs_opt.solvers.exact import turns
 from cbs_opt.solvers.joint.swap_search import JointSearch
 from cbs_opt.solvers.kernels import loading
 from cbs_opt.solvers.trees import prove
@@ -113,9 +114,9 @@ def correlated(n, seed=0):
 @pytest.mark.parametrize(("objective", "loss"), [("selection", selection_loss), ("joint", joint_loss)])
 def test_exact_starts_from_a_heuristic_at_every_size(objective, loss, monkeypatch):
     """Where a tree of a few nodes does not end it."""
-    monkeypatch.setattr(prove, "SHORT", 1)
+    monkeypatch.setattr(turns, "SHORT", 1)
     instance = correlated(40)
-    stop = Stop(max_iterations=2)
+    stop = Stop(max_iterations=50)
     with_heuristic = solve(instance, "exact", objective=objective, stop=stop)
     solver = "search" if objective == "selection" else "joint"
     good = solve(instance, solver, parameters={"proof": 0}, stop=Stop(max_iterations=300))
