@@ -115,7 +115,7 @@ class Context:
     batch_size : int or None
         Candidates per batch; None lets the solver choose.
     threads : int or None
-        Threads that the run may use; None for all cores that the process may use, but one for a tree.
+        Threads that the run may use; None for all cores that the process may use, but see `tree_workers`.
     update : bool
         Whether the updated weights are wanted, whatever the objective.
     engine : Engine or None
@@ -142,8 +142,14 @@ class Context:
 
     @property
     def tree_workers(self) -> int:
-        """Threads of one branch-and-bound tree: one by default, because the order of nodes depends on timing."""
-        return self.threads or 1
+        """Threads of one branch-and-bound tree, whose order of nodes depends on timing if there are several.
+
+        By default all cores, where the result depends on timing in any case: with a time limit, and without one
+        on iterations. Else one.
+        """
+        stop = self.monitor.stop
+        timed = stop.time_limit is not None and not stop.limits_iterations
+        return self.workers if timed or self.threads is not None else 1
 
     def rng(self) -> np.random.Generator:
         """A fresh NumPy generator from the seed."""

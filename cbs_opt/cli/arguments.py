@@ -67,7 +67,13 @@ def solve_parser() -> Parser:
     add("--gap", type=number_option(0), metavar="G", help="stop at this relative gap")
     add("--seed", type=whole_option(0), default=0, metavar="N", help="default: 0")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--threads", type=whole_option(1, MOST_THREADS), metavar="N", help="threads; default: all cores")
+    add(
+        "--threads",
+        type=whole_option(1, MOST_THREADS),
+        metavar="N",
+        help="threads; default: all cores, but one for a tree of branch and bound that has no time limit, so that "
+        "it can be repeated",
+    )
     add("--batch-size", type=whole_option(1), metavar="R", help="candidates per batch")
     add(
         "--memory",

@@ -431,7 +431,11 @@ def _prove(prover: Prover, context: Context, seconds: float | None = None, nodes
         if inner.bound is not None:
             outer.report_bound(inner.bound)
 
-    inner = Monitor(Stop(max_iterations=nodes, should_stop=lambda: outer.should_stop() or outer.elapsed > until))
+    limit = None
+    if outer.stop.time_limit is not None:
+        limit = max(outer.remaining if seconds is None else min(seconds, outer.remaining), 0.0)
+    stop = Stop(limit, nodes, should_stop=lambda: outer.should_stop() or outer.elapsed > until)
+    inner = Monitor(stop, clock=lambda: outer.elapsed)
     if outer.objective is not None and outer.pruned is not None:
         inner.report(outer.objective, outer.pruned)
     if outer.bound is not None:

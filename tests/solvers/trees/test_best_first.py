@@ -1,0 +1,92 @@
+"""The queue of subproblems: workers that rest, and how many there are."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+
+from cbs_opt import Monitor, Stop
+from cbs_opt.solver import Context
+from cbs_opt.solvers.trees.best_first import BestFirst, Subproblem
+
+
+class Endless:
+    """A worker that never gets done."""
+
+    size = 1
+    best = np.array([np.inf])
+    selection = np.zeros(1, np.int8)
+
+    def load(self, subproblem):
+        """Take it."""
+        self.left = [subproblem]
+
+    def run(self, nodes):
+        """There is always something left."""
+        time.sleep(0.001)
+        return True
+
+    def take_nodes(self):
+        """One at a time."""
+        return 1
+
+    def crowded(self):
+        """Never."""
+        return False
+
+    def bound(self):
+        """Of what it holds."""
+        return 0.0
+
+    def export(self):
+        """What it holds."""
+        left, self.left = self.left, []
+        return left
+
+    def shift_cost(self, thorough):
+        """Nothing else has a turn."""
+        return 1e9
+
+
+def test_one_of_two_workers_rests_and_goes_on():
+    fixings = np.full(1, -1, np.int8)
+    queue = BestFirst(lambda *_: Endless(), Subproblem(0.0, fixings, None, None), fixings, 1.0, 1e-6, 0.0)
+    queue._push(Subproblem(0.0, fixings, None, None))
+
+    rested = []
+
+    def until(at_work):
+        """Wait for so many workers at work; nothing of what they hold is lost meanwhile."""
+        for _ in range(10_000):
+            if len(queue._busy) == at_work:
+                break
+            time.sleep(0.001)
+        assert len(queue._busy) == at_work and queue.open == 2 and queue.bound() == 0.0
+
+    def progress():
+        if rested:  # asked once more, after the end
+            return True
+        until(2)
+        with queue.one_worker_rests():
+            until(1)
+        until(2)
+        rested.append(True)
+        return True
+
+    queue.run(progress, threads=2)
+    assert rested and queue.open == 2 and not queue._busy and not queue.finished()
+
+
+@pytest.mark.parametrize(
+    ("stop", "threads", "workers"),
+    [
+        (Stop(), None, 1),
+        (Stop(max_iterations=5, time_limit=5.0), None, 1),
+        (Stop(time_limit=5.0), None, len(os.sched_getaffinity(0))),
+        (Stop(time_limit=5.0), 3, 3),
+        (Stop(max_iterations=5), 3, 3),
+    ],
+)
+def test_a_tree_takes_all_cores_where_only_time_is_limited(stop, threads, workers):
+    assert Context(monitor=Monitor(stop), threads=threads).tree_workers == workers
