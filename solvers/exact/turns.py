@@ -23,7 +23,7 @@ _LONGEST = 10  # iterations of the first turn, over those without improvement th
 _BEFORE_SECOND = 0.02  # of the time limit, for the tree before the second turn
 _SECOND = 0.1  # of the time limit, for the second turn where nothing is proven
 _SHARE = 0.25  # of the time, for further turns where nothing is proven
-_LEAST_SHARE = 0.0625  # the same after turns that found nothing
+_LEAST_SHARE = 0.125  # the same after a turn that found nothing
 _LARGEST_SHARE = 0.5
 _SHORTEST = 0.005  # of the time limit, for a turn
 _NEVER = 2**62
@@ -137,8 +137,8 @@ class Turns:
     """When the search has a turn, and how long.
 
     The first turn ends after a number of iterations without improvement. With a time limit others follow. Their
-    share of the time is a quarter of the root of the gap, halved after each turn that finds nothing, down to a
-    quarter of that, and restored by one that does. Of several threads one rests meanwhile.
+    share of the time is a quarter of the root of the gap, half of that after a turn that found nothing. Of several
+    workers of a tree one rests meanwhile.
 
     Parameters
     ----------
@@ -182,7 +182,7 @@ class Turns:
             until = began + self._credit
             search.turn(lambda: outer.elapsed > until)
             found = outer.objective != before
-            self._share = _SHARE if found else max(0.5 * self._share, _LEAST_SHARE)
+            self._share = _SHARE if found else _LEAST_SHARE
             self._credit -= outer.elapsed - began
         else:
             limit = outer.stop.time_limit

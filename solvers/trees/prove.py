@@ -232,6 +232,7 @@ class Prover:
         tree = tree_of(problem, monitor.pruned, tolerance, monitor.should_stop, stop)
         queue = tree.queue
         seen = [0, np.inf]
+        to_count = self._is_countable(context)  # nothing better than what is found then will be missed
 
         def progress() -> bool:
             monitor.advance(queue.nodes - int(seen[0]))
@@ -241,7 +242,7 @@ class Prover:
                 report.selection(problem.expand(tree.selection()))
             report.bound(problem.from_units(tree.bound()), last=queue.finished())
             extras.update({"nodes": queue.nodes, "open": queue.open, "diagonals": queue.shifts})
-            if turns.due():
+            if not to_count and turns.due():
                 with queue.one_worker_rests():
                     turns.take()
                 assert monitor.pruned is not None
@@ -249,12 +250,13 @@ class Prover:
             return monitor.should_stop()
 
         size = _limited(int(np.clip(_SLICE_WORK / problem.n**2, 1, 200)), monitor.stop)
-        if self._is_countable(context):
+        if to_count:
             first = nodes_before(problem.n, int(problem.budget.sum()))
             queue.run(lambda: progress() or queue.nodes >= first, context.tree_workers, size)
             wanted = not queue.finished() and not monitor.should_stop() and self._is_countable(context)
             if wanted and self._count(context, report, tolerance):
                 return
+            to_count = False
         queue.run(progress, context.tree_workers, size)
         progress()
         report.bound(problem.from_units(tree.bound()), last=True)

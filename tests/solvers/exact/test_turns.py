@@ -24,7 +24,7 @@ from cbs_opt.compilation import finish_compilation
 from cbs_opt.run import run_solver
 from cbs_opt.solver import Context, Solver
 from cbs_opt.solvers.exact.solver import Exact
-from cbs_opt.solvers.exact.turns import PausedSearch
+from cbs_opt.solvers.exact.turns import PausedSearch, Turns
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.parameters import SearchParameters
 from cbs_opt.solvers.selection.search import _Run
@@ -179,3 +179,11 @@ def test_search_breeds_on_what_a_proof_has_found():
     assert any(
         np.array_equal(run.problem.expand(point.astype(float)), best) for point in run.breeding.elites.points
     )
+
+
+def test_no_turns_before_all_selections_are_counted(monkeypatch):
+    monkeypatch.setattr("cbs_opt.solvers.exact.turns.SHORT", 0)
+    monkeypatch.setattr(Turns, "take", lambda self: pytest.fail("a turn"))
+    instance = correlated(60, 5, noise=0.03)
+    result = solve(instance, "exact", objective="joint", threads=1, stop=Stop(time_limit=1000.0))
+    assert result.status is Status.OPTIMAL and result.extras["counted"]
