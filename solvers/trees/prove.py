@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
 
@@ -31,6 +32,7 @@ from cbs_opt.solvers.trees.joint_worker import JointTree, prepare_joint
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE, SelectionTree, prepare_selection
 from cbs_opt.solvers.trees.tables import JointTable, SelectionTable, SeparableTable, Table
 from cbs_opt.stop import Stop
+from cbs_opt.threads import library_threads
 from cbs_opt.typing import BoolArray, Int8Array
 
 logger = logging.getLogger("cbs_opt")
@@ -76,6 +78,11 @@ class NoTurns:
 
     def take(self) -> None:
         """Nothing."""
+
+
+def one_core_each(workers: int) -> AbstractContextManager[object]:
+    """Leave BLAS one thread where there are several workers: its threads in one would wait for the others' cores."""
+    return library_threads(1, blas_only=True) if workers > 1 else nullcontext()
 
 
 def is_provable(sizes: Sequence[int], groups: int, largest: int, stop: Stop) -> bool:
@@ -211,14 +218,14 @@ class Prover:
         if not loading.wait(*self.kernels, should_stop=monitor.should_stop):
             return Status.CONVERGED
         solve = self._one_tree if self.one_tree else self._tables
-        turns = turns or NoTurns()
-        tolerance = TOLERANCE
+        turns, tolerance = turns or NoTurns(), TOLERANCE
+        workers = context.tree_workers if self.one_tree else context.workers
         for _ in range(_ATTEMPTS):
             # Where an offset cancels most of the loss, a tree is closed to a smaller share of its own value.
             assert monitor.objective is not None
             inner = max(abs(monitor.objective - problem.offset), 1e-300)
             tolerance = max(_FINEST, min(tolerance, TOLERANCE * abs(monitor.objective) / inner))
-            with stop_flag(out_of_time or monitor.out_of_time) as stop:
+            with one_core_each(workers), stop_flag(out_of_time or monitor.out_of_time) as stop:
                 solve(context, Report(problem, monitor), tolerance, stop, turns)
             if monitor.should_stop() or monitor.closed:
                 break

@@ -5,10 +5,14 @@ import time
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
-from cbs_opt import Monitor, Stop
+from cbs_opt import Budget, HessianBlocks, Instance, Monitor, Stop
 from cbs_opt.solver import Context
+from cbs_opt.solvers.problem.selection_problem import SelectionProblem
+from cbs_opt.solvers.trees import prove
 from cbs_opt.solvers.trees.best_first import BestFirst, Subproblem
+from cbs_opt.threads import thread_limit
 
 
 class Endless:
@@ -90,3 +94,26 @@ def test_one_of_two_workers_rests_and_goes_on():
 )
 def test_a_tree_takes_all_cores_where_only_time_is_limited(stop, threads, workers):
     assert Context(monitor=Monitor(stop), threads=threads).tree_workers == workers
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_workers_of_a_tree_do_not_share_cores_with_threads_of_their_own(threads):
+    """Two workers with two threads of BLAS each had a tenth of the nodes of one, on two cores that were busy."""
+    rng = np.random.default_rng(0)
+    G = rng.standard_normal((200, 8)) @ rng.standard_normal((8, 50)) + 0.03 * rng.standard_normal((200, 50))
+    instance = Instance(rng.standard_normal(50), HessianBlocks.from_blocks([G.T @ G / 200]), Budget(25))
+    context = Context(monitor=Monitor(Stop(max_iterations=400)), threads=threads)
+    prover, seen = prove.Prover(SelectionProblem(instance)), set()
+
+    class Spy(prove.NoTurns):
+        """Looks at BLAS between nodes."""
+
+        def due(self):
+            """Never."""
+            seen.update(found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas")
+            return False
+
+    with thread_limit(2):
+        prover.start(context)
+        prover.run(context, turns=Spy())
+    assert seen == ({1} if threads == 2 else {2})
