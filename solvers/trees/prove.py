@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from cbs_opt.solvers.kernels.stop_flag import NEVER, stop_flag
 from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.solvers.problem.joint_problem import JointProblem
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
+from cbs_opt.solvers.trees.beside import NoTurns, Turns, one_core_each
 from cbs_opt.solvers.trees.block_search import BlockSearch
 from cbs_opt.solvers.trees.enumeration import (
     MOST_SETS,
@@ -32,7 +31,6 @@ from cbs_opt.solvers.trees.joint_worker import JointTree, prepare_joint
 from cbs_opt.solvers.trees.selection_worker import TOLERANCE, SelectionTree, prepare_selection
 from cbs_opt.solvers.trees.tables import JointTable, SelectionTable, SeparableTable, Table
 from cbs_opt.stop import Stop
-from cbs_opt.threads import library_threads
 from cbs_opt.typing import BoolArray, Int8Array
 
 logger = logging.getLogger("cbs_opt")
@@ -57,32 +55,6 @@ _STEP = 0.02  # share of the gap that a better bound must close to be reported
 
 Provable = SelectionProblem | JointProblem
 """What can be proven."""
-
-
-class Turns(Protocol):
-    """When something else has a turn between nodes, such as a search for better incumbents."""
-
-    def due(self) -> bool:
-        """Whether it is time for a turn."""
-
-    def take(self) -> None:
-        """Work; what is found is reported to the monitor of the run."""
-
-
-class NoTurns:
-    """Never."""
-
-    def due(self) -> bool:
-        """Whether it is time for a turn."""
-        return False
-
-    def take(self) -> None:
-        """Nothing."""
-
-
-def one_core_each(workers: int) -> AbstractContextManager[object]:
-    """Leave BLAS one thread where there are several workers: its threads in one would wait for the others' cores."""
-    return library_threads(1, blas_only=True) if workers > 1 else nullcontext()
 
 
 def is_provable(sizes: Sequence[int], groups: int, largest: int, stop: Stop) -> bool:

@@ -11,6 +11,7 @@ from cbs_opt import Budget, HessianBlocks, Instance, Monitor, Stop
 from cbs_opt.solver import Context
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.trees import prove
+from cbs_opt.solvers.trees.beside import NoTurns
 from cbs_opt.solvers.trees.best_first import BestFirst, Subproblem
 from cbs_opt.threads import thread_limit
 
@@ -105,7 +106,7 @@ def test_workers_of_a_tree_do_not_share_cores_with_threads_of_their_own(threads)
     context = Context(monitor=Monitor(Stop(max_iterations=400)), threads=threads)
     prover, seen = prove.Prover(SelectionProblem(instance)), set()
 
-    class Spy(prove.NoTurns):
+    class Spy(NoTurns):
         """Looks at BLAS between nodes."""
 
         def due(self):
