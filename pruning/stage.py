@@ -237,10 +237,10 @@ def best(
                         origin = problem, instance
                 if scorer.source is None:
                     break  # nothing could tell one variant from another: the first is taken
-        if found is not None and origin is not None and scorer.source is not None:
-            found = _no_worse_than_magnitude(copy, before, found, origin, method, scorer, samples)
         if found is not None and origin is not None and dense is not None and fresh is not None:
             found = _together(copy, found, origin, dense, method, scorer, samples, fresh, seed)
+        if found is not None and origin is not None and scorer.source is not None:
+            found = _no_worse_than_magnitude(copy, before, found, origin, method, scorer, samples)
     finally:
         copy.restore(before)
     if found is None and refusals:
