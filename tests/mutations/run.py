@@ -23,7 +23,7 @@ from pathlib import Path
 from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("cbs_opt", "solvers", "instances", "bench", "tests", "pyproject.toml")
+COPIED = ("cbs_opt", "solvers", "instances", "pruning", "bench", "tests", "pyproject.toml")
 TIMEOUT = 300  # seconds for the tests of one patch
 PASSED, FAILED = 0, 1  # exit codes of pytest
 

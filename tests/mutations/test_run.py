@@ -79,3 +79,4 @@ def test_the_tables_are_read():
     assert len(found) > 100
     assert all(patch.tests and patch.old != patch.new for patch in found)
     assert {patch.extra for patch in found} == {False, True}
+    assert {patch.path.split("/")[0] for patch in found} <= set(module.COPIED)
