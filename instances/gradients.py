@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from cbs_opt.errors import InstanceError
 from cbs_opt.instances.batches import (
     Bundle,
     Samples,
-    arguments,
     by_memory,
     call,
     leaves_of,
@@ -34,6 +33,7 @@ from cbs_opt.instances.batches import (
 from cbs_opt.instances.layers import columns, layer_gradients, layer_of, tapped
 from cbs_opt.instances.losses import LossLike, SampleLoss, declared
 from cbs_opt.instances.modes import evaluation_mode, fewest, outside_inference, single_precision
+from cbs_opt.instances.substitution import call_with
 
 logger = logging.getLogger("cbs_opt")
 
@@ -100,8 +100,7 @@ def per_sample_gradients(
         x, y = _split(inputs[chunk]), _split(targets[chunk])
 
         def loss_of_one(weights: dict[str, Tensor], xs: tuple[Tensor, ...], ys: tuple[Tensor, ...]) -> Tensor:
-            args, kwargs = arguments(x.joined(xs))  # noqa: B023
-            outputs = functional_call(model, {**others, **weights}, args, kwargs)
+            outputs = call_with(model, {**others, **weights}, x.joined(xs))  # noqa: B023
             return criterion.per_sample(outputs, y.joined(ys)).sum()  # noqa: B023
 
         by_name = vmap(grad(loss_of_one), in_dims=(None, 0, 0))(chosen, x.rows, y.rows)
@@ -386,8 +385,7 @@ def _mean_route(model: nn.Module, names: Sequence[str], loss: SampleLoss) -> Rou
 
     def route(x: Any, y: Any) -> Tensor:
         with torch.enable_grad():
-            args, kwargs = arguments(x)
-            value = loss.per_sample(functional_call(model, weights, args, kwargs), y).mean()
+            value = loss.per_sample(call_with(model, weights, x), y).mean()
             if not value.requires_grad:
                 return torch.zeros(
                     1, sum(w.numel() for w in weights.values()), dtype=value.dtype, device=value.device

@@ -32,12 +32,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cbs_opt.curvature import Curvature
 from cbs_opt.errors import CbsError, InstanceError, UnboundedError
-from cbs_opt.instances.batches import arguments, call, checked_call, device_of, moved, placed, reason, slices
+from cbs_opt.instances.batches import call, checked_call, device_of, moved, placed, reason, slices
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.fisher_terms import scores_and_places
 from cbs_opt.instances.gradients import CHUNK_BYTES, chunk_size
@@ -48,6 +48,7 @@ from cbs_opt.instances.output_gradients import row_gradients
 from cbs_opt.instances.outputs import output_tensor
 from cbs_opt.instances.reconstruction import input_covariances
 from cbs_opt.instances.row_blocks import row_blocks
+from cbs_opt.instances.substitution import call_with
 from cbs_opt.pruning.network import WorkingCopy, norms_of
 from cbs_opt.pruning.targets import curvature_of
 from cbs_opt.typing import BoolArray, FloatArray
@@ -263,8 +264,7 @@ class _Model:
 
     def _scores(self, k: int, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         x, y = self._chunks[k]
-        args, kwargs = arguments(x)
-        return self._distance.scores(functional_call(self._copy.model, weights, args, kwargs), y)
+        return self._distance.scores(call_with(self._copy.model, weights, x), y)
 
     def _graph(self, k: int) -> tuple[Tensor, Tensor]:
         """Scores of a chunk that can be differentiated, and what counts; of the first chunks they are kept."""

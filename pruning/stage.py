@@ -18,6 +18,7 @@ from cbs_opt.curvature import Curvature
 from cbs_opt.engines import Engine, make_engine
 from cbs_opt.errors import CbsError, SolverError
 from cbs_opt.instance import Instance
+from cbs_opt.instances.batches import reason
 from cbs_opt.instances.data import SampleSource
 from cbs_opt.instances.losses import SampleLoss
 from cbs_opt.instances.scores import Score, evaluate
@@ -381,6 +382,8 @@ def _together(
         logger.info(f"{done}, and no more: {error}")
     except torch.OutOfMemoryError:
         logger.warning(f"no Gauss-Newton step after {found.gauss_newton}: the memory of the card is too short")
+    except Exception as error:  # whatever a user's network does in forward mode: the choice is kept
+        logger.warning(f"no Gauss-Newton step after {found.gauss_newton}: {reason(error)}")
     if found is start or not copy.statistics or method.recalibrate_bn == "no":
         return found
     return _with_new_statistics(copy, start, found, method, scorer, samples)
@@ -395,10 +398,13 @@ def _with_new_statistics(
     """
     otherwise = start if method.recalibrate_bn == "yes" else found
     copy.restore(found.state)
-    reestimate(copy.model, samples)
     try:
+        reestimate(copy.model, samples)
         again = replace(found, state=copy.state(), score=scorer(copy), recalibrated=True)
     except Stopped:
+        return otherwise
+    except Exception as error:  # as above
+        logger.warning(f"statistics of batch norms are not re-estimated: {reason(error)}")
         return otherwise
     return again if again.loss < otherwise.loss else otherwise
 

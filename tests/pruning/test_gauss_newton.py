@@ -345,3 +345,39 @@ def test_an_unfit_network_is_told(trained):
     K = preconditioner(found, source, distance, 0)
     with pytest.raises(CbsError, match="forward mode"):
         steps(found, dense, source, pruned, distance, K)
+
+
+@pytest.mark.parametrize("names", ["twice in a sequence", "a list of one layer"])
+def test_a_module_with_two_names(names):
+    """It has its own tensors afterwards, and takes steps."""
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 12)
+    body = [layer, nn.ReLU(), layer, nn.ReLU()]
+    if names == "a list of one layer":
+        body = [nn.Sequential(nn.ModuleList([layer] * 3)[0], nn.ReLU()) for _ in range(3)]
+    model = nn.Sequential(*body, nn.Linear(12, 4))
+    x, y = blobs(600)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    pruned = cbs_opt.prune(model.eval(), (x, y), 0.6, gauss_newton=2, **FAST)
+    assert pruned.stages[0].gauss_newton > 0
+    assert all(type(tensor) is nn.Parameter for tensor in pruned.model.parameters())
+
+
+def test_no_error_of_a_step_loses_the_network(trained, monkeypatch, caplog):
+    """It comes in the second step."""
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("no such operator")
+        return steps(*args, **kwargs)
+
+    monkeypatch.setattr("cbs_opt.pruning.stage.steps", failing)
+    pruned = cbs_opt.prune(trained, blobs(900), 0.85, gauss_newton=3, **FAST)
+    assert pruned.stages[0].gauss_newton == 1
+    assert "no such operator" in caplog.text
