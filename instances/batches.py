@@ -163,6 +163,19 @@ class Pieces:
         return self.parts[number][start - first : stop - first]
 
 
+def joined(parts: Sequence[Any]) -> Any:
+    """Samples of one layout and shape, tensors or bundles, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Bundle):
+        leaves = [
+            torch.cat([part.leaves[k] for part in parts]) if varies else parts[0].leaves[k]
+            for k, varies in enumerate(parts[0].varying)
+        ]
+        return parts[0].like(leaves, sum(len(part) for part in parts))
+    return torch.cat(list(parts))
+
+
 def slices(samples: Samples, size: int, start: int = 0, stop: int | None = None) -> Iterator[slice]:
     """Cut the samples into slices of at most `size`, none with inputs of two shapes."""
     stop = len(samples) if stop is None else stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,8 @@ class Made:
 def parts_of(made: Any, spec: str) -> Made:
     """Divide `model`, `(model, data)`, `(model, train, test, loss, metric)` or a dictionary with these names.
 
+    The test data may be left out before a loss: (model, data, loss[, metric]).
+
     (model, inputs, labels) is taken as such where both are tensors or arrays of the same length.
 
     Raises
@@ -69,8 +72,8 @@ def parts_of(made: Any, spec: str) -> Made:
     listed = list(made) if isinstance(made, tuple | list) else [made]
     if not 1 <= len(listed) <= 5 or not isinstance(listed[0], nn.Module):
         raise UsageError(
-            f"{spec}: must return a model, (model, data) or (model, training data, test data[, loss[, "
-            "metric]]), got "
+            f"{spec}: must return a model, (model, data), (model, data, loss[, metric]) or (model, training data, "
+            "test data[, loss[, metric]]), got "
             f"{_kind(made)}"
         )
     if (
@@ -79,7 +82,23 @@ def parts_of(made: Any, spec: str) -> Made:
         and len(listed[1]) == len(listed[2])
     ):
         return Made(listed[0], (listed[1], listed[2]))
+    if len(listed) in (3, 4) and _is_loss(listed[2]):
+        return Made(listed[0], listed[1], None, *listed[2:])
     return Made(*listed)
+
+
+def _is_loss(part: Any) -> bool:
+    """Whether the third part is a loss where test data might stand: these are no name, and no function of two."""
+    if isinstance(part, str | nn.Module):
+        return True
+    if not callable(part) or hasattr(part, "__getitem__") or hasattr(part, "__iter__"):
+        return False
+    try:
+        parameters = inspect.signature(part).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters) == 2
 
 
 def _kind(made: Any) -> str:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cbs_opt.errors import InstanceError, UsageError
-from cbs_opt.instances.batches import Bundle, map_leaves, reason
+from cbs_opt.instances.batches import Bundle, joined, map_leaves, reason
 from cbs_opt.instances.classes import ClassView, class_view
 from cbs_opt.instances.losses import ClassLoss, SampleLoss, ValueLoss
-from cbs_opt.instances.outputs import output_tensor
+from cbs_opt.instances.outputs import SeveralOutputsError, output_tensor
 
 MetricLike: TypeAlias = "Metric | Callable[..., Any] | str"
 
@@ -201,7 +201,10 @@ class Perplexity(Metric):
 
 
 class FunctionMetric(Metric):
-    """A user's function of the outputs and targets of all samples; higher is better."""
+    """A user's function of the outputs and targets of all samples; higher is better.
+
+    It gets the tensor that `output_tensor` finds, or all outputs where several could be meant.
+    """
 
     def __init__(self, function: Callable[..., Any], name: str, output_key: str | None = None) -> None:
         self.function, self.name, self._key = function, name, output_key
@@ -211,28 +214,45 @@ class FunctionMetric(Metric):
         """Reset."""
         self._outputs: list[Any] = []
         self._targets: list[Any] = []
+        self._whole = False
 
     def update(self, outputs: Any, targets: Any) -> None:
         """Keep a batch, on the CPU."""
-        self._outputs.append(output_tensor(outputs, self._key).detach().cpu())
-        targets = targets.tree if isinstance(targets, Bundle) else targets
-        self._targets.append(map_leaves(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, targets))
+        try:
+            outputs = output_tensor(outputs, self._key)
+        except SeveralOutputsError:
+            outputs = Bundle(outputs, len(targets))
+            self._whole = True
+        if self._whole and isinstance(targets, Bundle):  # as the outputs: one dictionary or tuple of all samples
+            self._targets.append(targets.changed(_on_cpu))
+        else:
+            targets = targets.tree if isinstance(targets, Bundle) else targets
+            self._targets.append(map_leaves(_on_cpu, targets))
+        self._outputs.append(outputs.changed(_on_cpu) if isinstance(outputs, Bundle) else outputs.detach().cpu())
 
     def value(self, loss: float) -> float:
         """The value of the function on all samples."""
         try:
-            outputs = torch.cat(self._outputs)
-            targets = (
-                torch.cat(self._targets)
-                if all(isinstance(part, Tensor) for part in self._targets)
-                else self._targets
-            )
+            outputs, targets = _joined(self._outputs), _joined(self._targets)
             return float(self.function(outputs, targets))
         except Exception as error:  # whatever a user's metric does
             raise InstanceError(
                 f"the metric {self.name} does not take the outputs and targets of all samples, or returns no "
                 f"number: {reason(error)}"
             ) from error
+
+
+def _on_cpu(leaf: Any) -> Any:
+    return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The batches of outputs or targets as one, those of other kinds as a list."""
+    if all(isinstance(part, Tensor) for part in parts):
+        return torch.cat(parts)
+    if all(isinstance(part, Bundle) for part in parts):
+        return joined(parts).tree
+    return parts
 
 
 def declared_metric(metric: MetricLike | None, loss: SampleLoss) -> Metric | None:

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cbs_opt.errors import InstanceError
+from cbs_opt.instances.batches import leaves_of
 
 _NAMES = (
     "logits",
@@ -22,6 +24,10 @@ _NAMES = (
     "scores",
     "start_logits",
 )
+
+
+class SeveralOutputsError(InstanceError):
+    """A network has several outputs, and nothing tells which of them is meant."""
 
 
 def output_tensor(outputs: Any, key: str | None = None) -> Tensor:
@@ -38,7 +44,7 @@ def output_tensor(outputs: Any, key: str | None = None) -> Tensor:
     Raises
     ------
     InstanceError
-        When there is no such part, or several could be meant.
+        When there is no such part; `SeveralOutputsError` when several could be meant.
     """
     if isinstance(outputs, Tensor) and key is None:
         return outputs
@@ -54,10 +60,23 @@ def output_tensor(outputs: Any, key: str | None = None) -> Tensor:
     tensors = {name: part for name, part in named.items() if isinstance(part, Tensor) and part.dim() > 0}
     if len(tensors) == 1 or (tensors and isinstance(outputs, tuple | list)):
         return next(iter(tensors.values()))
-    raise InstanceError(
+    raise SeveralOutputsError(
         f"the network's output, {_listed(named)}, does not determine the tensor of the loss: name it with "
-        "`--output-key` (from Python `output_key`), such as 'logits'"
+        "`--output-key` (from Python `output_key`), such as 'logits', or declare a loss of all outputs, a "
+        "function of (outputs, targets), with `--loss module:function` (from Python `loss=`)"
     )
+
+
+def output_values(outputs: Any, key: str | None = None) -> Tensor:
+    """The tensor of `output_tensor`; where several could be meant all of them, floating-point (m, k)."""
+    try:
+        return output_tensor(outputs, key)
+    except SeveralOutputsError:
+        tensors = [part for part in leaves_of(outputs) if isinstance(part, Tensor) and part.dim() > 0]
+        values = [part for part in tensors if part.is_floating_point() and len(part) == len(tensors[0])]
+        if not values:
+            raise
+        return torch.cat([part.float().reshape(len(part), -1) for part in values], dim=1)
 
 
 def _named(outputs: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 | (inputs, labels), arrays or tensors | as they are; inputs may be a tuple or a dictionary of tensors |
 | (inputs, labels), lists of numbers | as tensors |
 | a list of samples (input, label) | collated; the label is a number, or a dictionary or tuple with one |
+| (inputs, {"y": …, "z": …}), (inputs, (y, z)) | several labels of each sample, for a loss of your own |
 | {"x": …, "labels": …} | labels by one of the usual names, everything else that `forward` takes by keyword |
 | inputs alone | without labels: for `--source reconstruction`, or kfac with `--fisher exact` or `sampled` |
 | an iterable of such batches, a DataLoader | one after the other, `UNSIZED` samples where it has no length |
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import CbsError, InstanceError
-from cbs_opt.instances.batches import Bundle, Pieces, Samples, leaves_of, map_leaves, reason
+from cbs_opt.instances.batches import Bundle, Pieces, Samples, joined, leaves_of, map_leaves, reason
 from cbs_opt.instances.modes import differentiable, outside_inference
 from cbs_opt.instances.own_loss import LABELS, Item, with_labels
 
@@ -54,12 +55,22 @@ class Owned:
     targets: Samples | None
 
 
-def is_pair(data: Any) -> bool:
-    """Whether `data` is (inputs, labels) rather than a loader or a list of batches."""
+def is_pair(data: Any, inputs: int = 1) -> bool:
+    """Whether `data` is (inputs, labels) rather than a loader or a list of batches.
+
+    `inputs` is how many the network needs: ((a, b), (c, d)) are two inputs and two labels for a network that needs
+    two, and two batches for one that needs one.
+    """
     if not isinstance(data, tuple | list) or len(data) != 2 or _is_collate(data):
         return False
-    several = isinstance(data, tuple) and isinstance(data[1], Mapping) and all(map(_is_array, data[1].values()))
-    return _is_array(data[1]) or several
+    if _is_array(data[1]):
+        return True
+    if not isinstance(data, tuple) or not _are_arrays(data[1]):
+        return False
+    if isinstance(data[1], Mapping) or _is_array(data[0]) or isinstance(data[0], Mapping):
+        return True
+    lengths = {len(part) for part in (*data[0], *data[1])} if _are_arrays(data[0]) else set()
+    return inputs == len(data[0]) and len(lengths) == 1
 
 
 @outside_inference()
@@ -88,9 +99,9 @@ def own_samples(data: Any, model: nn.Module, name: str, limit: int | None, seed:
         data = tuple(map(_tensor_of_numbers, data))
     fitting = _Fitting(model, name)
     indices: torch.Tensor | None = None
-    batches, count = _drawable(data, limit, seed)
+    batches, count = _drawable(data, limit, seed, fitting.needed)
     if batches is None:
-        batches, sized = _batches(data, model, name, limit)
+        batches, sized = _batches(data, model, name, limit, fitting.needed)
         most = limit if seed is None or not sized else None
         if not sized and limit is None:
             most = UNSIZED
@@ -111,7 +122,7 @@ def own_samples(data: Any, model: nn.Module, name: str, limit: int | None, seed:
 # Batches ----------------------------------------------------------------------------------------------------
 
 
-def _drawable(data: Any, limit: int | None, seed: int | None) -> tuple[Iterable[Any] | None, int]:
+def _drawable(data: Any, limit: int | None, seed: int | None, inputs: int) -> tuple[Iterable[Any] | None, int]:
     """Batches of the samples drawn, where the data set can be asked for single ones."""
     from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
@@ -120,7 +131,7 @@ def _drawable(data: Any, limit: int | None, seed: int | None) -> tuple[Iterable[
         data, collate = data
         if isinstance(data, list | tuple):
             data = _Listed(data)
-    elif isinstance(data, list | tuple) and data and not is_pair(data) and _is_sample(data[0]):
+    elif isinstance(data, list | tuple) and data and not is_pair(data, inputs) and _is_sample(data[0]):
         data = _Listed(data)
     elif isinstance(data, DataLoader) and isinstance(data.batch_size, int) and seed is not None:
         collate, size, data = data.collate_fn, data.batch_size, data.dataset
@@ -176,11 +187,11 @@ class _Listed(torch.utils.data.Dataset[Any]):
         return self._items[index]
 
 
-def _batches(data: Any, model: nn.Module, name: str, limit: int | None) -> tuple[Iterable[Any], bool]:
+def _batches(data: Any, model: nn.Module, name: str, limit: int | None, inputs: int) -> tuple[Iterable[Any], bool]:
     """An iterable of batches, and whether it has an end that is known."""
     from torch.utils.data import DataLoader, IterableDataset
 
-    if is_pair(data) or _is_array(data) or isinstance(data, Mapping):
+    if is_pair(data, inputs) or _is_array(data) or isinstance(data, Mapping):
         return [data], True
     if isinstance(data, tuple) and len(data) > 1 and all(_is_array(part) for part in data):
         return [data], True
@@ -288,7 +299,7 @@ class _Fitting:
         except (TypeError, ValueError):
             parameters = []
         positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        self._needed = sum(p.default is p.empty for p in positional)
+        self.needed = sum(p.default is p.empty for p in positional)
         self._most = 99 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
         self._names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self._required = [p.name for p in positional if p.default is p.empty]
@@ -319,9 +330,9 @@ class _Fitting:
         target = None if label is None else batch[label]
         if not taken or any(key not in taken for key in self._required):
             arrays = {key: part for key, part in rest.items() if _is_array(part)}
-            if len(arrays) == 1 and self._needed <= 1:
+            if len(arrays) == 1 and self.needed <= 1:
                 return (next(iter(arrays.values())),), {}, target
-            if not taken and self._needed == 1 and arrays:
+            if not taken and self.needed == 1 and arrays:
                 return (arrays,), {}, target
             missing = [key for key in self._required if key not in taken]
             raise InstanceError(
@@ -348,12 +359,12 @@ class _Fitting:
             args = tuple(first) if len(first) <= self._most else (tuple(first),)
             self._leave_out([f"part {k + 1}" for k in range(2, len(parts))])
             return self._item(args, {}, parts[1])
-        if len(parts) == self._needed:  # as many as the network needs: there are no labels among them
+        if len(parts) == self.needed:  # as many as the network needs: there are no labels among them
             return self._item(tuple(parts), {}, None)
-        several = max(1, self._needed)
+        several = max(1, self.needed)
         if len(parts) <= several:
             raise InstanceError(
-                f"{self._name}: a batch has {len(parts)} parts, and the network's forward needs {self._needed}"
+                f"{self._name}: a batch has {len(parts)} parts, and the network's forward needs {self.needed}"
             )
         self._leave_out([f"part {k + 1}" for k in range(several + 1, len(parts))])
         return self._item(tuple(parts[:several]), {}, parts[several])
@@ -363,7 +374,8 @@ class _Fitting:
         if names and text not in self._told:
             self._told.add(text)
             logger.warning(
-                f"{self._name}: of each batch {text} is left out: the network's forward does not take it"
+                f"{self._name}: of each batch {text} is left out: the network's forward does not take it; "
+                "several labels of a sample are a tuple or a dictionary of arrays, (inputs, (y, z))"
             )
 
     def _item(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Item:
@@ -420,15 +432,19 @@ def _put_together(items: list[Item], indices: Tensor | None, name: str) -> Owned
     """One tensor or bundle where the shapes of all batches agree, else one piece for each shape."""
     labelled = [y is not None for _, y, _ in items]
     if any(labelled) and not all(labelled):
-        raise InstanceError(f"{name}: some batches have labels, some have none")
+        raise InstanceError(
+            f"{name}: are taken for {len(items)} batches, {sum(labelled)} of them with labels and the others "
+            "without: give (inputs, labels), a tuple, or batches that all have labels or have none; several "
+            "labels of a sample are a tuple or a dictionary of arrays, (inputs, (y, z))"
+        )
     groups: dict[Any, list[int]] = {}
     for number, (x, y, _) in enumerate(items):
         groups.setdefault((_signature(x), _signature(y)), []).append(number)
     starts = np.cumsum([0, *(item[2] for item in items)])
     pieces: list[tuple[Any, Any]] = []
     for numbers in groups.values():
-        x = _joined([items[k][0] for k in numbers])
-        y = _joined([items[k][1] for k in numbers]) if labelled[0] else None
+        x = joined([items[k][0] for k in numbers])
+        y = joined([items[k][1] for k in numbers]) if labelled[0] else None
         if indices is not None:
             mine = np.concatenate([np.arange(starts[k], starts[k + 1]) for k in numbers])
             place = {int(sample): row for row, sample in enumerate(mine)}
@@ -463,24 +479,20 @@ def _signature(samples: Any) -> Any:
     return tuple(samples.shape[1:]), samples.dtype
 
 
-def _joined(parts: list[Any]) -> Any:
-    if len(parts) == 1:
-        return parts[0]
-    if isinstance(parts[0], Bundle):
-        leaves = [
-            torch.cat([part.leaves[k] for part in parts]) if varies else parts[0].leaves[k]
-            for k, varies in enumerate(parts[0].varying)
-        ]
-        return parts[0].like(leaves, sum(len(part) for part in parts))
-    return torch.cat(parts)
-
-
 def _choose(name: str, count: int, limit: int | None, seed: int | None) -> Tensor | None:
     if limit is not None and limit > count:
         logger.warning(f"{name}: holds {count} samples, fewer than {limit}: all are used")
     if seed is None:
         return None if limit is None or limit >= count else torch.arange(limit)
     return torch.from_numpy(np.random.default_rng(seed).permutation(count)[:limit].astype(np.int64))
+
+
+def _are_arrays(parts: Any) -> bool:
+    """Whether `parts` are several arrays, each with an axis of samples."""
+    if not isinstance(parts, Mapping | tuple | list) or not parts:
+        return False
+    listed = parts.values() if isinstance(parts, Mapping) else parts
+    return all(_is_array(part) and part.ndim > 0 for part in listed)
 
 
 def _is_array(part: Any) -> bool:

@@ -45,7 +45,7 @@ from cbs_opt.instances.kfac import factored
 from cbs_opt.instances.losses import ClassLoss, SampleLoss
 from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.output_gradients import row_gradients
-from cbs_opt.instances.outputs import output_tensor
+from cbs_opt.instances.outputs import output_values
 from cbs_opt.instances.reconstruction import input_covariances
 from cbs_opt.instances.row_blocks import row_blocks
 from cbs_opt.instances.substitution import call_with
@@ -84,6 +84,8 @@ _KEPT = 16  # graphs of chunks that are kept from one product to the next
 class Distance:
     """How far the scores of a network are from those of the dense one.
 
+    The scores are the outputs that the loss is about: all of them, where several could be meant.
+
     Attributes
     ----------
     loss : SampleLoss
@@ -97,7 +99,7 @@ class Distance:
         if isinstance(self.loss, ClassLoss):
             view = scores_and_places(self.loss, outputs, targets)
             return view.scores.float(), view.counted.unsqueeze(1).float()
-        z = output_tensor(outputs, self.loss.output_key).float()
+        z = output_values(outputs, self.loss.output_key).float()
         return z, torch.ones_like(z)
 
     def residual(self, z: Tensor, dense: Tensor) -> Tensor:

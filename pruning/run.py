@@ -215,9 +215,15 @@ class Run:
             return judge
         try:
             dense_scores(self.copy.model, drawn.inputs, drawn.labels, judge, chunk_bytes=CHUNK_BYTES)
-        except (InstanceError, UsageError):
-            if needed or loss is not None or self._held_out is not None:
+        except (InstanceError, UsageError) as error:
+            optional = self.method.source == "reconstruction" and judge.loss is None
+            if needed or loss is not None or (self._held_out is not None and not optional):
                 raise
+            if self._held_out is not None:
+                logger.warning(
+                    f"the held-out samples are not scored, and of several options the first is taken: {error}"
+                )
+                self._held_out = None
             judge.loss = declared("cross-entropy", output_key)
         return judge
 
@@ -415,6 +421,11 @@ class Run:
                 if method.fisher is not None or fisher not in weaker:
                     raise
                 fisher = self._fisher = weaker[str(fisher)]
+                if fisher == "empirical" and samples.labels is None:
+                    raise InstanceError(
+                        f"the data have no labels, and none can be drawn, as {error}: give (inputs, labels), or "
+                        "take `--source reconstruction` (from Python `source=`), which needs none"
+                    ) from error
                 logger.info(f"kfac takes `--fisher {fisher}`: {error}")
 
     def _temperature(self, fisher: Fisher | None) -> float:

@@ -21,7 +21,7 @@ from cbs_opt.cli.network_options import (
 )
 from cbs_opt.cli.report import write_json
 from cbs_opt.cli.work_progress import WorkProgress
-from cbs_opt.errors import UsageError
+from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.version import __version__
 
 if TYPE_CHECKING:
@@ -345,11 +345,15 @@ def _tested(
     from cbs_opt.instances.data import open_samples
     from cbs_opt.instances.scores import evaluate, torch_device
 
-    source = open_samples(options.test_data, network, "test")
-    scores = [
-        evaluate(model, source, device=torch_device(options.device), should_stop=interrupts, **declared)
-        for model in (network.model, pruned.model)
-    ]
+    try:
+        source = open_samples(options.test_data, network, "test")
+        scores = [
+            evaluate(model, source, device=torch_device(options.device), should_stop=interrupts, **declared)
+            for model in (network.model, pruned.model)
+        ]
+    except (InstanceError, UsageError) as error:  # the network is written, and its report is still to come
+        logger.warning(f"the test data are not scored: {error}")
+        return None
     return None if scores[0] is None or scores[1] is None else (scores[0], scores[1])
 
 

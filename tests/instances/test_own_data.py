@@ -170,7 +170,7 @@ def test_sequences_of_several_lengths():
         ([], MLP, "at least one"),
         (7, MLP, "must be .inputs, labels., a dictionary, a loader"),
         ([(X, ["a"] * 60)], MLP, "no tensor"),
-        ([(X, Y), (X,)], MLP, "some batches have labels, some have none"),
+        ([(X, Y), (X,)], MLP, "2 batches, 1 of them with labels"),
         ([{"q": X, "labels": Y}], Scaled(), "forward needs x, scale: rename"),
         ([object()], MLP, "a batch must be .inputs, labels., a dictionary of tensors"),
     ],
