@@ -136,7 +136,9 @@ class Exact(Solver):
         search.run(instance, inner)
         if inner.monitor.pruned is not None:
             monitor.report(joint_loss(instance, inner.monitor.pruned), inner.monitor.pruned)
-        monitor.report_bound(0.0)
+        monitor.report_bound(0.0 if inner.monitor.bound is None else inner.monitor.bound)
+        if monitor.closed:
+            return Status.OPTIMAL
         sets = KeptSets(instance)
         seconds = sets.work / PAIRS_PER_SECOND
         allowed = MOST_SECONDS if monitor.stop.time_limit is None else 2.0 * monitor.remaining

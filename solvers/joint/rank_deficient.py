@@ -9,6 +9,8 @@ they find is evaluated on the instance, and no bound of the copy is used.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from weakref import WeakKeyDictionary
@@ -25,11 +27,14 @@ from cbs_opt.monitor import Monitor
 from cbs_opt.result import Status
 from cbs_opt.solver import Context
 from cbs_opt.solvers.joint.forward import select_forward
+from cbs_opt.solvers.problem.decided import decide
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray
 
 _DAMPING = 1e-9  # of the copy, relative to the diagonal
 _RANK = 1e-11  # eigenvalues of the scaled Hessian below this do not count, relative to the largest
+_FEW, _LEAST_WORK = 2000, 1e8  # selections and operations up to which each is evaluated, in less than a second
+_CLEAR = 1e-6  # least eigenvalue of scaled systems that rounding leaves clear
 _LARGEST = 2000  # weights of a dense block up to which a factorisation finds out
 
 
@@ -63,15 +68,15 @@ def _is_singular(curvature: Curvature) -> bool:
 
 
 def check_well_posed(instance: Instance, solver: str) -> None:
-    """Refuse a singular problem that keeps so many weights that nothing is lost.
+    """Refuse a singular problem that keeps so many weights that nothing is lost, unless H is zero.
 
     Raises
     ------
     SolverError
-        When at least as many weights are kept as the rank of H, or there is a first-order term.
+        When at least as many weights are kept as the rank of H, which is not 0, or there is a first-order term.
     """
     rank, kept = _rank(instance), instance.n - instance.budget.total
-    if kept < rank and instance.linear is None:
+    if (kept < rank or rank == 0) and instance.linear is None:
         return
     curvature = instance.curvature
     remedy = "a positive damping is needed"
@@ -83,11 +88,49 @@ def check_well_posed(instance: Instance, solver: str) -> None:
         if instance.linear is not None
         else f"it has rank {rank}, and {kept} weights are kept: with fewer than {rank} the problem is well posed"
     )
-    if rank == 0:
-        raise SolverError(f"solver '{solver}' cannot take the instance: its Hessian is zero, and nothing is lost")
     raise SolverError(
         f"solver '{solver}' cannot take the instance: the Hessian is singular; {reason}; or {remedy}"
     )
+
+
+def _exhausted(instance: Instance, monitor: Monitor, report: Callable[[BoolArray], None]) -> bool:
+    """Whether all selections are so few that each is evaluated here; the bound follows where rounding allows."""
+    sizes = instance.curvature.block_sizes.astype(np.float64)
+    if instance.budget.cross_groups is not None:
+        return False
+    fixed, base, left = decide(instance)
+    group = instance.budget.group_of(instance.n)
+    open_ = [np.flatnonzero((fixed == 0) & (group == a)) for a in range(left.size)]
+    count = math.prod(math.comb(at.size, int(b)) for at, b in zip(open_, left, strict=True))
+    if count > _FEW or (count > 1 and count * float((sizes**3).sum()) > _LEAST_WORK):
+        return False
+    choices = (itertools.combinations(at.tolist(), int(b)) for at, b in zip(open_, left, strict=True))
+    least = 1.0
+    for chosen in itertools.product(*choices):
+        if monitor.should_stop():
+            return False
+        pruned = base.copy()
+        pruned[[weight for part in chosen for weight in part]] = True
+        report(pruned)
+        least = min(least, _least_eigenvalue(instance, ~pruned)) if count > 1 else least
+    assert monitor.objective is not None
+    if least >= _CLEAR:
+        whole = joint_loss(instance, np.ones(instance.n, dtype=bool)) if count > 1 else 0.0
+        monitor.report_bound(monitor.objective - 1e-14 * whole / least)
+    return True
+
+
+def _least_eigenvalue(instance: Instance, kept: BoolArray) -> float:
+    """Of the Hessian of the kept weights, scaled to a unit diagonal."""
+    curvature, least = instance.curvature, 1.0
+    for k in range(curvature.number_of_blocks):
+        own = np.flatnonzero(kept[curvature.block_slice(k)])
+        if not own.size:
+            continue
+        H = curvature.block(k)[np.ix_(own, own)]
+        scale = 1.0 / np.sqrt(np.where(H.diagonal() > 0, H.diagonal(), 1.0))
+        least = min(least, float(np.linalg.eigvalsh(H * scale[:, None] * scale)[0]))
+    return least
 
 
 def _rank(instance: Instance) -> int:
@@ -157,6 +200,8 @@ def search_singular(
     if context.warm_start is not None:
         report(context.warm_start)
     monitor.report_bound(0.0)  # there is no first-order term
+    if monitor.closed or _exhausted(instance, monitor, report):
+        return Status.OPTIMAL if monitor.closed else Status.CONVERGED
     if not monitor.should_stop():
         report(select_forward(instance, monitor.should_stop))
     copy = damped_copy(instance)

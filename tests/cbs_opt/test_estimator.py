@@ -86,3 +86,10 @@ def test_path_and_cross_validation(data):
         BestSubsetRegressorCV(ks=[]).fit(X, y)
     with pytest.raises(ValueError, match="`ks` must be a sequence of sizes"):
         BestSubsetRegressorCV(ks=3).fit(X, y)
+
+
+def test_constant_columns():
+    """Nothing is lost whichever is kept."""
+    y = np.arange(80.0) % 7
+    fitted = BestSubsetRegressor(k=1).fit(np.ones((80, 3)), y)
+    np.testing.assert_allclose(fitted.predict(np.ones((2, 3))), y.mean())

@@ -278,3 +278,32 @@ def test_no_damping_is_named_that_is_zero():
     """The mean diagonal, a thousandth of which is no positive number any more."""
     G = np.full((2, 3), 1e-161)
     assert GradientFactor(G, 0.0).damping_advice() == "its gradients are too small for float64: rescale them"
+
+
+def few_selections(kind):
+    rng = np.random.default_rng(5)
+    A = rng.standard_normal((6, 10))
+    ten = Instance(rng.standard_normal(10), HessianBlocks.from_blocks([A.T @ A]), 8)
+    if kind == "zero":
+        return Instance(ten.weights, HessianBlocks.from_blocks([np.zeros((10, 10))]), 4)
+    if kind == "one selection":
+        return Instance(np.ones(3), HessianBlocks.from_blocks([np.outer([1, 2, 0.5], [1, 2, 0.5])]), 3)
+    if kind == "groups and fixed":
+        fixed = np.array([1, -1, 0, 0, 0, 0, 0, 0, 0, 0], dtype=np.int8)
+        return Instance(ten.weights, ten.curvature, Budget(7, np.arange(10) % 2, [4, 3]), fixed=fixed)
+    return ten
+
+
+@pytest.mark.parametrize("solver", ["joint", "backward"])
+@pytest.mark.parametrize("limit", [None, 1e4])
+@pytest.mark.parametrize("kind", ["zero", "one selection", "few kept", "groups and fixed"])
+def test_few_selections_with_a_singular_hessian_are_proven(kind, limit, solver):
+    """With a limit of hours too: a run that took it would not end."""
+    instance = few_selections(kind)
+    found = solve(instance, solver, objective="joint", stop=None if limit is None else Stop(time_limit=limit))
+    reference = solve(instance, "brute", objective="joint")
+    assert found.status == "optimal"
+    assert found.objective == pytest.approx(reference.objective, rel=1e-9, abs=1e-12)
+    assert found.bound == pytest.approx(found.objective, rel=1e-9, abs=1e-12)
+    if kind == "zero":
+        np.testing.assert_array_equal(found.pruned, solve(instance, "magnitude").pruned)
