@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,25 @@ def check_onnx() -> None:
     """Raise `UsageError` unless the package that torch needs to write ONNX is installed."""
     if importlib.util.find_spec("onnx") is None:
         raise UsageError('ONNX files need the package onnx: pip install "cbs-opt[onnx]"')
+
+
+@contextmanager
+def _no_stdout() -> Iterator[None]:
+    """Nothing is written to standard output, by C++ neither: torch prints the graph that it cannot write."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed
+        kept = None
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing):  # noqa: PTH123  # no path of a user
+        if kept is not None:
+            os.dup2(nothing.fileno(), 1)
+        try:
+            yield
+        finally:
+            if kept is not None:
+                os.dup2(kept, 1)
+                os.close(kept)
 
 
 def write_onnx(path: Path | str, model: nn.Module, inputs: Any) -> None:
@@ -51,15 +74,16 @@ def write_onnx(path: Path | str, model: nn.Module, inputs: Any) -> None:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # its fused layers have no operators in ONNX
         try:
-            torch.onnx.export(
-                model,
-                args,
-                buffer,  # type: ignore[arg-type]
-                kwargs=kwargs or None,
-                input_names=names,
-                dynamic_axes={name: {0: "samples"} for name in names},
-                dynamo=False,
-            )
+            with _no_stdout():
+                torch.onnx.export(
+                    model,
+                    args,
+                    buffer,  # type: ignore[arg-type]
+                    kwargs=kwargs or None,
+                    input_names=names,
+                    dynamic_axes={name: {0: "samples"} for name in names},
+                    dynamo=False,
+                )
         except Exception as error:  # operators that ONNX lacks, control flow that a trace does not follow
             raise OutputError(f"{path}: torch cannot write this network as ONNX: {reason(error)}") from error
         finally:

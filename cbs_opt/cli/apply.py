@@ -26,7 +26,7 @@ from cbs_opt.cli.scoring import (
     score_lines,
     trial_line,
 )
-from cbs_opt.errors import InstanceError, UsageError
+from cbs_opt.errors import InstanceError, OutputError, UsageError
 from cbs_opt.files import read_instance, read_solution
 from cbs_opt.files.library_file import resolve
 from cbs_opt.files.paths import real_path
@@ -185,13 +185,7 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
 
         draw_masks(options.picture, layers, network or "")
         logger.info(f"{options.picture}: drawn")
-    if options.onnx is not None:
-        from cbs_opt.instances.onnx_file import write_onnx
-
-        assert scores.model is not None and scores.source is not None
-        scoring.take(changed)
-        write_onnx(options.onnx, scores.model.model, scores.source.batch(0, 2))
-        logger.info(f"{options.onnx}: written")
+    refused = _onnx_error(options, scoring, changed) if options.onnx is not None else None
     content = {
         "schema": SCHEMA,
         "instance": {"path": str(options.instance), "sha256": instance.sha256, "n": instance.n},
@@ -235,7 +229,24 @@ def _apply(options: argparse.Namespace, interrupts: common.Interrupts) -> int:
         write_json("-", content)
     elif not options.quiet:
         common.say(_text(content) + "\n")
+    if refused is not None:  # the checkpoint is written all the same, and reported
+        raise refused
     return common.EXIT_OK
+
+
+def _onnx_error(options: argparse.Namespace, scoring: Scoring, changed: dict[str, Tensor]) -> OutputError | None:
+    """Write the ONNX file; returns the error where torch cannot write the network."""
+    from cbs_opt.instances.onnx_file import write_onnx
+
+    model, source = scoring.result.model, scoring.result.source
+    assert model is not None and source is not None
+    try:
+        scoring.take(changed)
+        write_onnx(options.onnx, model.model, source.batch(0, 2))
+    except OutputError as error:
+        return error
+    logger.info(f"{options.onnx}: written")
+    return None
 
 
 def _scaled(path: Path, solution: Solution, instance: Instance, options: argparse.Namespace) -> Solution:

@@ -33,7 +33,15 @@ def path_of(options: argparse.Namespace) -> tuple[str, list[float]]:
 
 
 def solution_paths(path: Path, values: list[float]) -> list[Path]:
-    """The files of the solutions: the sparsity, or the number kept, goes before the suffix."""
+    """The files of the solutions: the sparsity, or the number kept, goes before the suffix.
+
+    Raises
+    ------
+    OutputError
+        For a path without a name, such as `.`.
+    """
+    if not path.name:
+        raise OutputError(f"{path}: cannot be written: it is a directory")
     return [path.with_name(f"{path.stem}-{value:g}{path.suffix}") for value in values]
 
 

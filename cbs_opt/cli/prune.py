@@ -183,7 +183,8 @@ def _main(arguments: list[str]) -> int:
     common.start_logging(options.quiet, options.verbose)
     state = options.state
     if state is None and options.stages > 1:
-        state = options.output.with_name(f"{options.output.name}.state")
+        # `.` has no name, and is refused as the output.
+        state = options.output.with_name(f"{options.output.name}.state") if options.output.name else None
     _check_outputs(options, state)
     method = _method(options)
 

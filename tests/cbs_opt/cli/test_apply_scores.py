@@ -39,6 +39,14 @@ def undeclared(): return regression()[:3]
 def weighted():
     data = {"x": X, "scale": torch.ones(60, 1), "labels": Y.int()}
     return Named(), data, data, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 4.0, 1.0, 0.5])), "top-2"
+class Bessel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+    def forward(self, x):
+        h = self.net(x)
+        return h + 0.1 * torch.special.bessel_j0(h)
+def bessel(): return Bessel(), (X, Y), (X, Y)
 def half(): return mlp().bfloat16(), (X.bfloat16(), Y), (X.bfloat16(), Y)
 def unlabelled(): return mlp(), lambda model: [model(X[k : k + 20]) for k in (0, 20, 40)]
 """
@@ -187,3 +195,26 @@ def test_the_result_as_onnx(pruned, folder):
     found = ReferenceEvaluator(onnx.load(folder / "out.onnx")).run(None, {"input": x})[0]
     with torch.no_grad():
         np.testing.assert_allclose(found, model(nets.X[:7]).numpy(), atol=1e-5)
+
+
+def test_a_network_that_torch_cannot_write_as_onnx(pruned, folder, capfd):
+    """Everything else is written and reported; nothing of torch's is on stdout."""
+    pytest.importorskip("onnx")
+    pruned("bessel", source="reconstruction")
+    files = [
+        "i.npz",
+        "s.npz",
+        "--checkpoint",
+        "in.pt",
+        "-o",
+        "other.pt",
+        "--network",
+        "./nets_for_scores.py:bessel",
+    ]
+    capfd.readouterr()
+    code = apply_main([*files, "--onnx", "other.onnx"])
+    out, err = capfd.readouterr()
+    assert code == 3 and (folder / "other.pt").exists() and not (folder / "other.onnx").exists()
+    assert out.startswith("layer ") and "written   other.pt" in out and "graph" not in out
+    last = err.strip().splitlines()[-1]
+    assert "other.onnx: torch cannot write this network as ONNX" in last

@@ -164,3 +164,10 @@ def test_a_killed_command_continues_and_an_interrupted_one_leaves_its_stage(chec
     done = log.count("held-out loss")
     assert f"interrupted after stage {done} of 6" in text
     assert 0 < zeros(stopped) < 3204
+
+
+@pytest.mark.parametrize("output", [".", ""])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_folder_as_output(checkpoint, output, stages, capsys):
+    code = main(arguments(checkpoint, output, *FISHER, "--stages", stages))
+    assert code == 3 and "cannot be written: it is a directory" in capsys.readouterr().err

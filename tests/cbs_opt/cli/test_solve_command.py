@@ -583,3 +583,9 @@ def test_config_that_cannot_be_read(refused, instance_file, tmp_path):
 def test_gap_without_a_bound_warns(instance_file, capsys):
     assert main([str(instance_file), "--solver", "rmp", "--gap", "0.1", "-q"]) == 0
     assert "warning: solver 'rmp' proves no bound" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", [".", ""])
+def test_a_folder_as_the_solutions_of_a_path(output, instance_file, capsys):
+    code = main([str(instance_file), "--sparsity", ".5", ".6", "--solution", output, "-q"])
+    assert code == 3 and "cannot be written: it is a directory" in capsys.readouterr().err
