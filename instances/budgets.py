@@ -118,6 +118,8 @@ def keeping(
     sizes: Sequence[int],
     least: float,
     fixed: NDArray[np.int8] | None,
+    *,
+    log: bool = True,
 ) -> tuple[Budget, NDArray[np.int8]]:
     """Keep at least a number of weights of every tensor: its largest ones are fixed.
 
@@ -131,6 +133,8 @@ def keeping(
         A whole number of weights, or below 1 a share of each tensor.
     fixed : int8 (n,), optional
         Weights that are already fixed.
+    log : bool
+        Whether the log says that the budget is lowered.
 
     Returns
     -------
@@ -172,10 +176,11 @@ def keeping(
     new = np.minimum(old, may)
     if (new == old).all():
         return budget, out
-    logger.warning(
+    logger.log(
+        logging.WARNING if log else logging.DEBUG,
         f"every layer keeps {least:g}{' of its weights' if least < 1 else ' weights'}: {int(new.sum())} are "
         "pruned in "
-        f"place of {int(old.sum())}"
+        f"place of {int(old.sum())}",
     )
     if budget.groups is None:
         return Budget(int(new[0])), out

@@ -192,6 +192,9 @@ class Export:
     recipe : Recipe
     should_stop : callable, optional
         Called between chunks of the gradients; True ends with those collected so far, at least one.
+    dense : bool
+        Whether nothing of the network was pruned in an earlier stage: then the log names layers that have no
+        gradient.
     judge : Judge, optional
         One that has scored such samples in an earlier export of the network: it is not scored again, and what is
         pruned is not logged again. `loss` and `metric` are those of the judge. Tensors that these samples do not
@@ -232,6 +235,7 @@ class Export:
         progress: Progress | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         judge: Judge | None = None,
+        dense: bool = True,
     ) -> None:
         one_of("device", device, ("auto", "cpu", "cuda"))
         self.device = torch_device(device)
@@ -259,7 +263,7 @@ class Export:
                 "so that single samples have no gradient: use batch means, such as `--batch 50` (from Python "
                 "`batch=50`)"
             )
-        self._known = judge is not None
+        self._known, self._dense = judge is not None, dense
         plan = make_plan(
             model,
             names,
@@ -280,10 +284,12 @@ class Export:
         self.stored = len(self.sizes)
         self.zeros = int(plan.zeros.sum())
         self.fixed = plan.fixed(recipe.keep_mask)
-        self.budget = with_zeros(recipe.budget(self.shapes, self.names), self.fixed)
+        log = not self._known
+        self.budget = with_zeros(recipe.budget(self.shapes, self.names, log=log), self.fixed, log=log)
         if recipe.keep_at_least is not None:
             sizes = [place.layout.size for place in plan.places]
-            self.budget, self.fixed = keeping(self.budget, self.weights, sizes, recipe.keep_at_least, self.fixed)
+            least = recipe.keep_at_least
+            self.budget, self.fixed = keeping(self.budget, self.weights, sizes, least, self.fixed, log=log)
         if not self._known:
             self._tell_zeros()
         self._extra = dict(metadata or {})
@@ -482,6 +488,7 @@ class Export:
             {place.name: place.layout for place in self.places},
             self.recipe,
             self._loss() if self.recipe.source == "kfac" else None,
+            dense=self._dense,
             chunk_bytes=self._chunk_bytes,
             progress=lambda what, done: self._progress(what, done, self.samples),
         )

@@ -34,7 +34,7 @@ _SMALLEST = 1e-12  # factor of a row relative to the largest of all rows
 
 
 def factored(
-    layers: Sequence[LayerCovariance], gradients: Mapping[str, RowGradients]
+    layers: Sequence[LayerCovariance], gradients: Mapping[str, RowGradients], *, dense: bool = True
 ) -> tuple[list[LayerCovariance], dict[str, FloatArray]]:
     """The factor of every row, and what is left of its Hessian.
 
@@ -43,6 +43,9 @@ def factored(
     layers : sequence of LayerCovariance
     gradients : mapping of str to RowGradients
         By the names of the layers.
+    dense : bool
+        Whether nothing of the network is pruned yet: then the log names layers that have no gradient, as others
+        may have lost theirs with the layers behind them.
 
     Returns
     -------
@@ -55,8 +58,9 @@ def factored(
     """
     largest = max((float(g.squares.max(initial=0.0)) for g in gradients.values()), default=0.0)
     if largest == 0.0:
-        logger.warning(
-            "ALL GRADIENTS ARE ZERO: all rows count the same; check the loss, or take `--fisher sampled` or exact"
+        logger.log(
+            logging.WARNING if dense else logging.DEBUG,
+            "ALL GRADIENTS ARE ZERO: all rows count the same; check the loss, or take `--fisher sampled` or exact",
         )
         largest = 1.0
         gradients = {name: replace(g, squares=np.ones_like(g.squares)) for name, g in gradients.items()}
@@ -71,15 +75,17 @@ def factored(
                 squares[part] = shrunken(g.squares[part], g.variances[part])
         without = int((squares == 0).sum())
         if without == squares.size:
-            logger.warning(
+            logger.log(
+                logging.WARNING if dense else logging.DEBUG,
                 f"{layer.name}: the loss has no gradient by its outputs, as behind `detach`, a choice such as "
                 "argmax or weights that are zero: its weights are pruned first; --exclude (from Python "
-                "`exclude=`) keeps them"
+                "`exclude=`) keeps them",
             )
         elif without:
-            logger.info(
+            logger.log(
+                logging.INFO if dense else logging.DEBUG,
                 f"{layer.name}: the loss does not depend on the outputs of {without} of {squares.size} rows: "
-                f"their curvature is set to {_SMALLEST:g} of the largest"
+                f"their curvature is set to {_SMALLEST:g} of the largest",
             )
         factors[layer.name] = factor = np.maximum(squares, _SMALLEST * largest)
         shifts = g.shifts / factor

@@ -78,7 +78,7 @@ def make_plan(
     names, exclude : sequence of str, optional
         Names and patterns, see `prunable.matches`. The order of exact names is kept.
     source : {"fisher", "reconstruction", "kfac"}
-        For the latter two, tensors whose reconstruction error cannot be computed are omitted.
+        For the latter two, tensors whose curvature cannot be computed are omitted.
     run : callable
         Runs a network on a sample, and on more of them while it is iterated; see `reconstruction.followed`.
     log : bool
@@ -103,7 +103,8 @@ def make_plan(
         raise UsageError(_nothing(default))
     by_rows = source != "fisher"
     if by_rows or not set(chosen.tensors) <= set(default.tensors):
-        chosen = _followed(plain.model, chosen, run, required=by_rows, whole=whole)
+        what = {"kfac": "curvature by kfac", "reconstruction": "reconstruction error"}.get(source)
+        chosen = _followed(plain.model, chosen, run, what, whole=whole, log=log)
     parameters = dict(plain.model.named_parameters())
     if log:
         partly = any(parameter.requires_grad for parameter in parameters.values())
@@ -127,8 +128,8 @@ def make_plan(
     return Plan(plain.model, laid, np.concatenate(weights), np.concatenate(masked))
 
 
-def with_zeros(budget: Budget, fixed: NDArray[np.int8] | None) -> Budget:
-    """The budget, raised where more weights must stay zero than it would prune."""
+def with_zeros(budget: Budget, fixed: NDArray[np.int8] | None, *, log: bool = True) -> Budget:
+    """The budget, raised where more weights must stay zero than it would prune; with `log`, the log says so."""
     if fixed is None:
         return budget
     if budget.cross_groups is not None:
@@ -141,9 +142,10 @@ def with_zeros(budget: Budget, fixed: NDArray[np.int8] | None) -> Budget:
     if (new == old).all():
         return budget
     where = "" if budget.groups is None else f" in {np.count_nonzero(new > old)} of {old.size} groups"
-    logger.warning(
+    logger.log(
+        logging.WARNING if log else logging.DEBUG,
         f"more weights are kept at zero than the budget prunes{where}: {int(new.sum())} of {n} weights "
-        f"({new.sum() / n:.1%}) are pruned in place of {int(old.sum())} ({old.sum() / n:.1%})"
+        f"({new.sum() / n:.1%}) are pruned in place of {int(old.sum())} ({old.sum() / n:.1%})",
     )
     if budget.groups is None:
         return Budget(int(new[0]))
@@ -167,11 +169,15 @@ def _followed(
     model: nn.Module,
     selection: Selection,
     run: Callable[[nn.Module], Iterable[object]],
+    what: str | None,
     *,
-    required: bool,
     whole: bool,
+    log: bool,
 ) -> Selection:
-    """Trace samples to see how tensors are multiplied; omit those that cannot be traced, if required."""
+    """Trace samples to see how tensors are multiplied; omit those that cannot be traced and thus have no `what`.
+
+    None needs no trace, and nothing is omitted.
+    """
     layouts = {tensor.name: tensor.layout for tensor in selection.tensors}
     _, reasons = followed(model, run, layouts)
     for turn in (0, 1):  # other orders in which a tensor may be stored
@@ -186,17 +192,18 @@ def _followed(
             del reasons[name]
     tensors = tuple(Prunable(t.name, t.aliases, layouts[t.name]) for t in selection.tensors)
     selection = replace(selection, tensors=tensors)
-    if not required:
+    if what is None:
         return selection
     if whole:
         reasons = {name: reason for name, reason in reasons.items() if reason != UNUSED}
-    left = selection.without({name: f"no reconstruction error: {reason}" for name, reason in reasons.items()})
+    left = selection.without({name: f"no {what}: {reason}" for name, reason in reasons.items()})
     for name, reason in reasons.items():
-        logger.warning(f"{name} is left out, its reconstruction error cannot be computed: {reason}")
+        level = logging.WARNING if log else logging.DEBUG
+        logger.log(level, f"{name} is left out, its {what} cannot be computed: {reason}")
     if not left.tensors:
         first = selection.tensors[0].name
         raise UsageError(
-            f"no tensor has a reconstruction error that can be computed ('{first}': {reasons[first]}): "
+            f"no tensor has a {what} that can be computed ('{first}': {reasons[first]}): "
             "`--source fisher` needs none"
         )
     return left

@@ -227,14 +227,18 @@ class Recipe:
             return cut(block_sizes(shapes, "row"), self.block_rule)
         return block_sizes(shapes, self.block_rule)
 
-    def budget(self, shapes: Sequence[Shape], names: Sequence[str] = ()) -> Budget:
-        """How many weights to prune: over all of them, of each tensor, of those that `layers` names, or N:M."""
+    def budget(self, shapes: Sequence[Shape], names: Sequence[str] = (), *, log: bool = True) -> Budget:
+        """How many weights to prune: over all of them, of each tensor, of those that `layers` names, or N:M.
+
+        With `log`, tensors that no N:M pattern fits exactly are named in the log.
+        """
         if self.layers:
             default = SPARSITY if self.sparsity is None else self.sparsity
             rules = {**(dict.fromkeys(names, default) if self.per_layer else {}), **self.layers}
             return budget_of_layers(names, [int(np.prod(shape)) for shape in shapes], rules, default)
         if self.nm is not None:
-            self._tell_shorter_groups(shapes, names)
+            if log:
+                self._tell_shorter_groups(shapes, names)
             if self.nm_along == "both":
                 return transposable_budget(shapes, *self.nm)
             return nm_budget(shapes, *self.nm, along=self.nm_along)

@@ -26,6 +26,7 @@ def row_hessians(
     recipe: Recipe,
     loss: SampleLoss | None,
     *,
+    dense: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[str, int], None] = lambda what, done: None,
 ) -> tuple[RowBlocks, float | list[float]]:
@@ -42,6 +43,8 @@ def row_hessians(
         With a source whose `by_rows` is true.
     loss : SampleLoss or None
         For kfac.
+    dense : bool
+        Whether nothing of the network is pruned yet, see `factored`.
     chunk_bytes : int
     progress : callable, optional
         Gets what is being done, and the number of samples done.
@@ -68,7 +71,7 @@ def row_hessians(
     )
     scales = None
     if gradients is not None:
-        layers, scales = factored(layers, gradients)
+        layers, scales = factored(layers, gradients, dense=dense)
     damping = DAMPING if recipe.damping is None else recipe.damping
     dampings = [damping] * len(layers)
     if recipe.relative_damping is not None:

@@ -170,7 +170,7 @@ def preconditioner(copy: WorkingCopy, samples: SampleSource, distance: Distance,
         yield distance.drawn(*distance.scores(outputs, targets), generator)
 
     gradients = row_gradients(copy.model, few.inputs, few.labels, layouts, terms)
-    layers, scales = factored(input_covariances(copy.model, few.inputs, layouts), gradients)
+    layers, scales = factored(input_covariances(copy.model, few.inputs, layouts), gradients, dense=False)
     return curvature_of(row_blocks(layers, [_ROW_DAMPING * layer.mean_diagonal for layer in layers], None, scales))
 
 

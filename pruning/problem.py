@@ -58,10 +58,14 @@ def exported(
     judge: Judge,
     *,
     device: str,
+    dense: bool = True,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Instance:
-    """The quadratic model around the weights that the network has, with the damping of the recipe."""
+    """The quadratic model around the weights that the network has, with the damping of the recipe.
+
+    `dense` says whether nothing of it is pruned yet.
+    """
     job = Export(
         model,
         source.inputs,
@@ -72,6 +76,7 @@ def exported(
         progress=progress,
         should_stop=should_stop,
         judge=judge,
+        dense=dense,
     )
     return job.instance()
 

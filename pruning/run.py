@@ -408,6 +408,7 @@ class Run:
                     self.names,
                     recipe,
                     self._judge,
+                    dense=number == 1,
                     device=self._device.type,
                     progress=self._checked_progress,
                 )
@@ -447,7 +448,7 @@ class Run:
             fixed[pruned] = 1
         budget = part_of(self.budget, part)
         if method.keep_at_least is not None:
-            budget, fixed = keeping(budget, instance.weights, self._sizes, method.keep_at_least, fixed)
+            budget, fixed = keeping(budget, instance.weights, self._sizes, method.keep_at_least, fixed, log=False)
         return _raised(budget, fixed), fixed
 
     def _record(self, number: int, choice: Choice, before: Score | None, seconds: float) -> Stage:
