@@ -14,7 +14,7 @@ from cbs_opt.files.text_instance import read_instance
 from cbs_opt.instance import Instance
 from cbs_opt.losses import check_mask
 from cbs_opt.registry import get_solver
-from cbs_opt.scalars import is_integer
+from cbs_opt.scalars import checked_seed, is_integer
 from cbs_opt.solver import OBJECTIVES, Solver
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray
@@ -63,6 +63,11 @@ def check_arguments(**given: Any) -> None:
     UsageError
         One sentence that names the argument, what is expected and what was given.
     """
+    seed = given["seed"]
+    if isinstance(seed, int | np.integer) and seed < 0:
+        raise UsageError(f"`seed` must not be negative, got {seed}")
+    if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+        checked_seed(seed)
     for name, value in given.items():
         fits, expected = _KINDS[name]
         if value is None and name not in _REQUIRED:
@@ -73,8 +78,6 @@ def check_arguments(**given: Any) -> None:
             raise UsageError(f"`{name}` must be at least {_LEAST[name]}, got {value}")
         if name == "threads" and value > MOST_THREADS:
             raise UsageError(f"`threads` must be at most {MOST_THREADS}, got {value}")
-    if given["seed"] < 0:
-        raise UsageError(f"`seed` must not be negative, got {given['seed']}")
 
 
 def as_instance(instance: object) -> Instance:

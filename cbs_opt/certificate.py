@@ -46,15 +46,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from cbs_opt.arguments import as_instance
 from cbs_opt.certificate_bounds import JointPart, Part, SelectionPart, States
 from cbs_opt.certificate_tables import join, small_table
 from cbs_opt.certificate_tree import Streams, TreeCheck, floor_of, root_table
 from cbs_opt.convex_form import convex_form
-from cbs_opt.errors import SolutionError
-from cbs_opt.files.certificate_file import Certificate
+from cbs_opt.errors import SolutionError, UsageError
+from cbs_opt.files.certificate_file import Certificate, read_certificate
 from cbs_opt.instance import Instance
 from cbs_opt.losses import joint_loss, selection_loss
 from cbs_opt.monitor import OPTIMAL_GAP
@@ -97,15 +99,17 @@ class Verified:
 
 
 def verify(
-    instance: Instance, certificate: Certificate, progress: Callable[[int], None] = lambda nodes: None
+    instance: Instance | Path | str,
+    certificate: Certificate | Path | str,
+    progress: Callable[[int], None] = lambda nodes: None,
 ) -> Verified:
     """Check a certificate against its instance.
 
     Parameters
     ----------
-    instance : Instance
-        With the budget and the damping of the run.
-    certificate : Certificate
+    instance : Instance, Path or str
+        With the budget and the damping of the run; a path is that of an instance file.
+    certificate : Certificate, Path or str
     progress : callable, optional
         Called from time to time with the number of nodes checked.
 
@@ -113,11 +117,21 @@ def verify(
     ------
     SolutionError
         One sentence, if anything does not agree.
+    UsageError
+        For arguments of other types.
 
     Notes
     -----
     O(nodes · m²) for pieces of m weights, and O(m³) per diagonal.
     """
+    instance = as_instance(instance)
+    if isinstance(certificate, str | Path):
+        certificate = read_certificate(certificate)
+    if not isinstance(certificate, Certificate):
+        raise UsageError(
+            f"`certificate` must be a Certificate or the path of its file, got {type(certificate).__name__}; "
+            "`cbs_opt.verify` checks a solution"
+        )
     objective = check_incumbent(instance, certificate)
     if certificate.objective_kind == "joint" and not instance.curvature.is_convex:
         raise SolutionError(indefinite_sentence(instance))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cbs_opt.errors import UsageError
 from cbs_opt.instance import Instance
 from cbs_opt.result import Result
-from cbs_opt.scalars import is_finite
+from cbs_opt.scalars import checked_seed, is_finite
 from cbs_opt.solution import Solution
 
 if TYPE_CHECKING:
@@ -79,10 +79,13 @@ def export(
     from cbs_opt.instances.export import export as export_samples
     from cbs_opt.instances.modes import unwrapped
     from cbs_opt.instances.own_data import own_samples
-    from cbs_opt.instances.recipe import check_options
+    from cbs_opt.instances.recipe import check_memory, check_options
 
     check_options("export", options, [*signature(export_samples).parameters][3:])
+    check_memory(options.get("memory"))
     data = inputs if labels is None else (inputs, _array(labels))
+    if seed is not None:
+        checked_seed(seed)
     owned = own_samples(data, unwrapped(model), "the data", samples, seed)
     return export_samples(
         model,
@@ -145,7 +148,7 @@ def prune(
         True ends the run with the network of the last stage.
     **options
         `stages`, `schedule`, `source`, `samples`, `batch`, `damping`, `update_scale`, `recalibrate_bn`, `split`
-        and all others of `cbs_opt.pruning.method.Method`.
+        and all others of `cbs_opt.pruning.method.Method`. `memory` is in bytes.
 
     Returns
     -------
@@ -169,10 +172,12 @@ def prune(
     from cbs_opt.instances.budgets import share_of
     from cbs_opt.instances.data import own_source
     from cbs_opt.instances.modes import unwrapped
+    from cbs_opt.instances.recipe import check_memory
     from cbs_opt.pruning.method import Method
     from cbs_opt.pruning.run import Run
     from cbs_opt.pruning.search import TRIALS, sparsest
 
+    check_memory(options.get("memory"))
     other = None
     number = held_out if held_out is None or isinstance(held_out, int) else None
     inner = unwrapped(model)

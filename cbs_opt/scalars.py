@@ -6,8 +6,20 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+from cbs_opt.errors import UsageError
+
 MOST_WHOLE = 2**63 - 1
 """The largest whole number of int64."""
+
+
+def checked_seed(value: Any) -> int:
+    """A seed; raises `UsageError` for anything but a whole number from 0 to 2**63 - 1."""
+    whole = not isinstance(value, bool) and isinstance(value, Integral)
+    if whole and int(value) > MOST_WHOLE:
+        raise UsageError(f"`seed` must be a whole number of at most {MOST_WHOLE}, got {value}")
+    if not whole or value < 0:
+        raise UsageError(f"`seed` must be a whole number of at least 0, got {value!r:.60}")
+    return int(value)
 
 
 def is_finite(value: Any) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 
 from cbs_opt.arguments import as_instance
 from cbs_opt.errors import UsageError
+from cbs_opt.files.certificate_file import Certificate
 from cbs_opt.files.solution_file import read_solution
 from cbs_opt.instance import Instance
 from cbs_opt.losses import check_mask, evaluate, predicted_loss
@@ -155,6 +156,8 @@ def _as_solution(instance: Instance, solution: object) -> Solution:
         return solution
     if isinstance(solution, np.ndarray):
         return Solution(check_mask(instance, solution))
+    if isinstance(solution, Certificate):
+        raise UsageError("`solution` is a Certificate: `cbs_opt.verify_certificate` checks what it proves")
     raise UsageError(
         "`solution` must be a Solution, a Result, a selection of bool (n,) or the path of a solution file, got "
         f"{type(solution).__name__}"

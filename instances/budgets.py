@@ -28,7 +28,8 @@ def share_of(value: object, what: str) -> float:
     except ValueError:
         number = math.nan
     if isinstance(value, bool) or not 0 <= number <= 1:
-        raise UsageError(f"{what} must be a fraction between 0 and 1, such as 0.5 or 50%, got '{text[:40]}'")
+        found = f"'{text[:40]}'" if isinstance(value, str | int | float) else type(value).__name__
+        raise UsageError(f"{what} must be a fraction between 0 and 1, such as 0.5 or 50%, got {found}")
     return number
 
 

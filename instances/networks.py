@@ -139,14 +139,25 @@ def load_network(spec: str, mean: Sequence[float] | None = None, std: Sequence[f
     """
     if is_factory(spec):
         return _from_factory(spec, mean, std)
+    return _made(spec, mean, std)
+
+
+def _entry_of(spec: str) -> _Entry:
+    """What is known of a network of the package; raises `UsageError` for another name."""
     entry = _NETWORKS.get(spec)
     if entry is None and (match := _WIDTH.fullmatch(spec)) and 0.05 <= float(match[1]) <= 4:
         width = float(match[1])
         entry = _Entry(lambda: MobileNetV1(width), _NETWORKS["mobilenetv1"].preparation, 1000)
     if entry is None:
         raise UsageError(
-            f"'{spec}' is not a known network: {', '.join(_NETWORKS)}; for your own, give module:factory"
+            f"'{spec}' is not a known network: {', '.join(_NETWORKS)}; your own is named module:factory, such as "
+            f"{spec if spec.isidentifier() else 'nets'}:make or ./nets.py:make"
         )
+    return entry
+
+
+def _made(spec: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Network:
+    entry = _entry_of(spec)
     model = entry.make().eval()
     prunable = tuple(name for name in select(model).names if entry.prunes(name))
     preparation = entry.preparation.normalised(mean, std)
@@ -183,6 +194,8 @@ def trained_network(
     """
     from cbs_opt.instances.checkpoints import load_checkpoint
 
+    if not is_factory(spec):
+        _entry_of(spec)  # a wrong name is reported first
     for name, value in (("checkpoint", checkpoint), ("data", data)):
         if value is None and not is_factory(spec):
             raise UsageError(f"`--{name}` is needed for '{spec}'")

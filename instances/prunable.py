@@ -93,6 +93,11 @@ class Selection:
             For a pattern that no tensor of the network matches, a tensor that cannot be pruned, or where nothing
             is left to prune.
         """
+        for what, given in (("names", names), ("exclude", exclude)):
+            if isinstance(given, str):
+                raise UsageError(
+                    f"`{what}` must be a sequence of names or patterns, such as ['{given}'], got a text"
+                )
         patterns, excluded = (None if names is None else list(names)), list(exclude or ())
         self._check_known(patterns or (), excluded)
         chosen = set(self.tensors)

@@ -30,6 +30,8 @@ Fisher = Literal["empirical", "sampled", "exact"]
 Form = Literal["gradients", "hessian", "inverse-hessian"]
 Along = Literal["inputs", "outputs", "both"]
 
+LEAST_MEMORY = 1_000_000
+"""Bytes: less is rather a number of gigabytes."""
 DAMPING = 1e-5
 KFAC_DAMPING = 0.01  # of the mean diagonal
 SPARSITY = 0.9
@@ -450,6 +452,20 @@ def transposable_budget(shapes: Sequence[Shape], keep: int, of: int) -> Budget:
     row_budgets: IntArray = np.concatenate(of_rows).astype(np.int64)
     column_budgets: IntArray = np.concatenate(of_columns).astype(np.int64)
     return Budget(int(row_budgets.sum()), rows, row_budgets, columns, column_budgets)
+
+
+def check_memory(memory: Any) -> None:
+    """Refuse a number of bytes that nothing fits into: gigabytes perhaps, as on the command line.
+
+    Raises
+    ------
+    UsageError
+    """
+    if memory is not None and (not is_finite(memory) or memory < LEAST_MEMORY):
+        raise UsageError(
+            f"`memory` must be a number of bytes, at least {LEAST_MEMORY}, got {memory!r:.60}: 8 GB are "
+            "8_000_000_000"
+        )
 
 
 def available_memory() -> int:

@@ -80,6 +80,10 @@ _CHUNK_BYTES = 16 * CHUNK_BYTES  # by an estimate that is several times what a g
 _KEPT = 16  # graphs of chunks that are kept from one product to the next
 
 
+Progress = Callable[[int, int], None]
+"""Called with the number of passes done, and of all."""
+
+
 @dataclass(frozen=True)
 class Distance:
     """How far the scores of a network are from those of the dense one.
@@ -181,7 +185,7 @@ def steps(
     pruned: BoolArray,
     distance: Distance,
     K: Curvature,
-    check: Callable[[], None] = lambda: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[FloatArray]:
     """Directions in which the kept weights should move: those after half of the iterations, and after all.
 
@@ -196,8 +200,8 @@ def steps(
     distance : Distance
     K : Curvature
         See `preconditioner`; it may be of weights nearby.
-    check : callable, optional
-        Called between passes; raises to stop.
+    progress : callable, optional
+        Called between passes with the number of those done and of all; raises to stop.
 
     Returns
     -------
@@ -219,7 +223,7 @@ def steps(
             stack.enter_context(single_precision(network))
             stack.enter_context(_norms_as_factors(network))
         stack.enter_context(_plain_attention())
-        model = _Model(copy, dense, samples, pruned, distance, check)
+        model = _Model(copy, dense, samples, pruned, distance, progress)
         return _conjugate_gradients(model, K, pruned)
 
 
@@ -233,9 +237,10 @@ class _Model:
         samples: SampleSource,
         pruned: BoolArray,
         distance: Distance,
-        check: Callable[[], None],
+        progress: Progress,
     ) -> None:
-        self._copy, self._pruned, self._distance, self._check = copy, pruned, distance, check
+        self._copy, self._pruned, self._distance, self._progress = copy, pruned, distance, progress
+        self._done, self._passes = 0, 0
         self._names = [place.name for place in copy.places]
         held = dict(copy.model.named_parameters(remove_duplicate=False))
         self._live = {name: held[name].detach().clone().requires_grad_() for name in self._names}
@@ -246,8 +251,11 @@ class _Model:
         self._targets: list[Tensor] = []
         count = 0.0
         self._layout = torch.preserve_format
-        for part in slices(inputs, size):
-            check()
+        parts = list(slices(inputs, size))
+        # One for the targets, one for the gradient, and one for each product; the first graphs are kept for them.
+        self._passes = len(parts) * (2 + ITERATIONS) + max(0, len(parts) - _KEPT) * ITERATIONS
+        for part in parts:
+            self._check()
             x = placed(inputs[part], copy.model)
             y = None if labels is None else moved(labels[part], device_of(copy.model))
             if not self._chunks:
@@ -260,6 +268,10 @@ class _Model:
             count += float(counted.sum())
         self._share = 1.0 / max(count, 1.0)
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _check(self) -> None:
+        self._progress(min(self._done, self._passes), self._passes)
+        self._done += 1
 
     def _laid_out(self, x: Any) -> Any:
         return x if self._layout is torch.preserve_format else x.contiguous(memory_format=self._layout)

@@ -19,7 +19,7 @@ from cbs_opt.instances.recipe import (
     one_of,
 )
 from cbs_opt.pruning.schedule import SCHEDULES
-from cbs_opt.scalars import is_finite, is_integer
+from cbs_opt.scalars import checked_seed, is_finite, is_integer
 
 Schedule = Literal["cubic", "exponential", "linear"]
 Masks = Literal["grow", "return"]
@@ -43,10 +43,14 @@ STAGE_TIME_LIMITS = (5.0, 10.0)
 WEIGHTS_A_SECOND = 1000
 
 
-_IN_PYTHON = {"no_update": "update_scale=0", "update": "update_scale"}  # names that one might try
+_IN_PYTHON = {  # names that one might try
+    "no_update": "update_scale=0",
+    "update": "update_scale",
+    "tensors": "names",
+    "test_data": "held_out",
+}
 _LEAST = (
     ("stages", 1), ("final_stages", 1), ("samples", 1), ("batch", 1), ("held_out", 0), ("gauss_newton", 0),
-    ("seed", 0),
 )  # fmt: skip
 
 
@@ -213,6 +217,7 @@ class Method:
             self._set(refit="no" if self.source == "fisher" else "auto")
         one_of("refit", self.refit, ("auto", "yes", "no"))
         one_of("split", self.split, ("global", "layer", "normalised", "auto"))
+        self._set(seed=checked_seed(self.seed))
         for name, least in _LEAST:
             value = getattr(self, name)
             if value is not None and (not is_integer(value) or value < least):
@@ -312,8 +317,6 @@ class Method:
         if self.update_scale is None:
             scales = STEPS if self.targets == "loss" and self.source == "fisher" else (1.0,)
             self._set(update_scale=scales)
-        if not scales:
-            raise UsageError("`update_scale` must have at least one number")
         if len(dampings) > 1 and self.curvature == "inverse-hessian":
             raise UsageError("several dampings need `curvature` hessian or gradients, got inverse-hessian")
         first_order = _grid("first_order_scale", self.first_order_scale)
@@ -321,8 +324,6 @@ class Method:
             raise UsageError(f"`first_order_scale` is for `targets` loss, got {self.targets}")
         if self.first_order_scale is None:
             first_order = KFAC_STEPS if self.targets == "loss" and self.source == "kfac" else (1.0,)
-        if not first_order:
-            raise UsageError("`first_order_scale` must have at least one number")
         if self.refit == "yes" and not any(scales):
             raise UsageError("`refit` changes the kept weights: it goes without `update_scale` 0")
         if self.gauss_newton and not any(scales):
@@ -439,6 +440,8 @@ def _grid(name: str, value: float | Sequence[float] | None) -> tuple[float, ...]
     if value is None:
         return ()
     numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not numbers:
+        raise UsageError(f"`{name}` must have at least one number, got none; leave it out for the default")
     for number in numbers:
         if not is_finite(number) or number < 0:
             raise UsageError(f"`{name}` must be finite numbers ≥ 0, got {number!r}")

@@ -324,6 +324,7 @@ class Run:
             should_stop=self._should_stop,
             dense=self._dense,
             fresh=lambda step: self.samples_of(number, step),
+            progress=self._progress or (lambda what, done, total: None),
         )
         if found is None or (self._should_stop() and self.method.stages > 1):
             raise Stopped

@@ -172,6 +172,7 @@ def best(
     should_stop: Callable[[], bool] = lambda: False,
     dense: nn.Module | None = None,
     fresh: Callable[[int], SampleSource] | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Choice | None:
     """Solve the variants and return the network with the least loss on the held-out samples.
 
@@ -195,6 +196,8 @@ def best(
         Gauss-Newton steps.
     fresh : callable, optional
         The samples of the Gauss-Newton steps 1, 2, ….
+    progress : callable, optional
+        Gets what is done in these steps, how much of it, and the total.
 
     Returns
     -------
@@ -239,7 +242,7 @@ def best(
                 if scorer.source is None:
                     break  # nothing could tell one variant from another: the first is taken
         if found is not None and origin is not None and dense is not None and fresh is not None:
-            found = _together(copy, found, origin, dense, method, scorer, samples, fresh, seed)
+            found = _together(copy, found, origin, dense, method, scorer, samples, fresh, seed, progress)
         if found is not None and origin is not None and scorer.source is not None:
             found = _no_worse_than_magnitude(copy, before, found, origin, method, scorer, samples)
     finally:
@@ -349,6 +352,7 @@ def _together(
     samples: SampleSource,
     fresh: Callable[[int], SampleSource],
     seed: int,
+    progress: Callable[[str, int, int], None],
 ) -> Choice:
     """The choice after Gauss-Newton steps, each as far as it lowers the loss on the held-out samples."""
     start = found
@@ -362,7 +366,12 @@ def _together(
             drawn = fresh(number)
             K = preconditioner(copy, drawn, distance, seed) if K is None else K
             weights, before = copy.weights, found
-            moves = steps(copy, dense, drawn, found.pruned, distance, K, scorer.check)
+
+            def tell(done: int, total: int, number: int = number) -> None:
+                scorer.check()
+                progress(f"Gauss-Newton step {number} of at most {method.most_steps}", done, total)
+
+            moves = steps(copy, dense, drawn, found.pruned, distance, K, tell)
             for move, scale in product(moves, STEP_SCALES):
                 copy.take(weights + scale * move)
                 score = scorer(copy)
@@ -374,7 +383,7 @@ def _together(
             if found is before:
                 break
             copy.restore(found.state)
-            logger.debug(f"after {number} Gauss-Newton steps: held-out loss {found.loss:.4f}")
+            logger.info(f"Gauss-Newton step {number}: held-out loss {before.loss:.4f} → {found.loss:.4f}")
     except Stopped:
         pass
     except CbsError as error:

@@ -186,6 +186,7 @@ def _main(arguments: list[str]) -> int:
         # `.` has no name, and is refused as the output.
         state = options.output.with_name(f"{options.output.name}.state") if options.output.name else None
     _check_outputs(options, state)
+    _tell_other_state(options, state)
     method = _method(options)
 
     from cbs_opt.instances.data import open_samples
@@ -236,6 +237,17 @@ def _main(arguments: list[str]) -> int:
     if options.json != "-" and not options.quiet:
         common.say(_text(options, pruned, tested))
     return common.EXIT_OK
+
+
+def _tell_other_state(options: argparse.Namespace, state: Path | None) -> None:
+    """Warn of the state of an earlier run in stages that a run in one shot does not read."""
+    if state is None and options.output.name:
+        other = options.output.with_name(f"{options.output.name}.state")
+        if other.exists():
+            logger.warning(
+                f"{other}: the state of a run in stages, which one shot neither continues nor removes: give its "
+                "`--stages` to continue, or remove the file"
+            )
 
 
 def _reason(options: argparse.Namespace, pruned: Pruned) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cbs_opt.errors import SolutionError
+from cbs_opt.errors import SolutionError, UsageError
 from cbs_opt.files.npz import NpzReader, json_text, write_npz
 from cbs_opt.files.paths import as_path
 from cbs_opt.typing import BoolArray, FloatArray, IntArray, RealArray
@@ -181,7 +181,14 @@ def write_certificate(path: Path | str, certificate: Certificate) -> None:
     ------
     OutputError
         When the file cannot be written; nothing is left behind then.
+    UsageError
+        For something else than a certificate.
     """
+    if not isinstance(certificate, Certificate):
+        raise UsageError(
+            f"`certificate` must be a Certificate, got {type(certificate).__name__}: "
+            "write_certificate(path, certificate)"
+        )
     claim = {
         "objective_kind": certificate.objective_kind,
         "budget": certificate.budget,

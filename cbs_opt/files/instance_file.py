@@ -13,7 +13,7 @@ from cbs_opt.budget import Budget
 from cbs_opt.curvature import Curvature, SharedBlocks, curvature_kinds
 from cbs_opt.curvature.outline import CurvatureOutline
 from cbs_opt.curvature.shared_blocks import stored_sizes
-from cbs_opt.errors import InstanceError
+from cbs_opt.errors import InstanceError, UsageError
 from cbs_opt.files.npz import NpzReader, json_text, write_npz
 from cbs_opt.files.paths import as_path
 from cbs_opt.instance import Instance
@@ -265,7 +265,13 @@ def write_instance(path: Path | str, instance: Instance) -> None:
         When the file cannot be written; nothing is left behind then.
     InstanceError
         When `metadata` cannot be represented as JSON.
+    UsageError
+        For something else than an instance.
     """
+    if not isinstance(instance, Instance):
+        raise UsageError(
+            f"`instance` must be an Instance, got {type(instance).__name__}: write_instance(path, instance)"
+        )
     write_npz(path, instance_arrays(instance))
 
 

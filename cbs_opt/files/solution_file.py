@@ -79,7 +79,10 @@ def write_solution(path: Path | str, solution: Solution | HasSolution) -> None:
     if not isinstance(solution, Solution) and hasattr(solution, "to_solution"):
         solution = solution.to_solution()
     if not isinstance(solution, Solution):
-        raise UsageError(f"`solution` must be a Result or a Solution, got {type(solution).__name__}")
+        raise UsageError(
+            f"`solution` must be a Result or a Solution, got {type(solution).__name__}: "
+            "write_solution(path, solution)"
+        )
     arrays: dict[str, NDArray[Any]] = {
         "format": np.array(FORMAT),
         "version": np.array(VERSION, dtype=np.int64),

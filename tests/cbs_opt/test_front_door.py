@@ -57,6 +57,10 @@ def result(instance):
         ({"seed": True}, "`seed` must be a whole number"),
         ({"seed": None}, "`seed` must be a whole number"),
         ({"seed": -1}, "`seed` must not be negative, got -1"),
+        (
+            {"seed": 2**70},
+            "`seed` must be a whole number of at most 9223372036854775807, got 1180591620717411303424",
+        ),
         ({"objective": 3}, "`objective` must be 'selection' or 'joint', got 3 (int)"),
         ({"objective": "loss"}, "`objective` must be 'selection' or 'joint', got 'loss' (str)"),
         ({"parameters": 3}, "`parameters` must be a mapping"),
@@ -337,3 +341,18 @@ def test_solution_of_another_instance(result, tmp_path):
     with pytest.raises(InstanceError, match="`pruned` must be bool"):
         verify("library:mlp-output-20", result)
     assert isinstance(result, Result)
+
+
+def test_certificates_and_arguments_in_the_wrong_place(instance, result, tmp_path):
+    path = tmp_path / "proof.npz"
+    solve(instance, "exact", parameters={"certificate": str(path)})
+    for given in (path, str(path), cbs_opt.read_certificate(path)):
+        assert cbs_opt.verify_certificate(instance, given).optimal
+    with pytest.raises(UsageError, match=r"`cbs_opt\.verify_certificate` checks what it proves"):
+        verify(instance, cbs_opt.read_certificate(path))
+    with pytest.raises(UsageError, match="must be a Certificate or the path of its file, got Result"):
+        cbs_opt.verify_certificate(instance, result)
+    with pytest.raises(UsageError, match=r"must be an Instance, got str: write_instance\(path, instance\)"):
+        cbs_opt.write_instance(instance, "x.npz")
+    with pytest.raises(UsageError, match=r"got str: write_solution\(path, solution\)"):
+        write_solution(result, "x.npz")

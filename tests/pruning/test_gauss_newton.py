@@ -118,7 +118,7 @@ def test_gradient_and_products(case, chunk, monkeypatch):
     found, dense, source, pruned, distance = prepared(model, x, y, loss)
     names = [place.name for place in found.places]
     for target in (dense, copy.deepcopy(found.model)):
-        made = gauss_newton._Model(found, target, source, pruned, distance, lambda: None)
+        made = gauss_newton._Model(found, target, source, pruned, distance, lambda done, total: None)
         held = {name: p.detach().clone() for name, p in found.model.named_parameters()}
 
         def value(flat, held=held, target=target):

@@ -7,6 +7,9 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import cbs_opt  # noqa: E402
+from cbs_opt.instances.data import own_source  # noqa: E402
+from cbs_opt.pruning.method import Method  # noqa: E402
+from cbs_opt.pruning.run import Run  # noqa: E402
 
 FAST = {"solver": "magnitude", "threads": 1}
 
@@ -73,3 +76,20 @@ def test_what_is_left_out_is_named_by_its_source(source, what, caplog):
     cbs_opt.prune(Unused(), data, 0.5, source=source, **FAST)
     (line,) = (line for line in warnings(caplog) if "is left out" in line)
     assert line.startswith("dead.weight") and f"its {what} cannot be computed" in line
+
+
+def test_gauss_newton_steps_show_their_progress(caplog):
+    model, data = trained()
+    seen = []
+    run = Run(
+        model,
+        own_source(data, model, "the data"),
+        Method(sparsity=0.8, gauss_newton=2, **FAST),
+        progress=lambda what, done, total: seen.append((what, done, total)),
+    )
+    with caplog.at_level("INFO", logger="cbs_opt"):
+        run()
+    steps = [row for row in seen if row[0] == "Gauss-Newton step 1 of at most 2"]
+    assert len(steps) > 3 and all(0 <= done <= total for _, done, total in steps)
+    assert steps == sorted(steps) and any("Gauss-Newton step 2 of" in what for what, _, _ in seen)
+    assert "Gauss-Newton step 1: held-out loss" in caplog.text

@@ -433,6 +433,11 @@ def test_what_is_no_image_with_a_label_is_not_mirrored(data):
         ({"damping": 1, "relative_damping": 1}, "exclude each other"),
         ({"damping": (0.1, -1)}, "must be finite numbers ≥ 0, got -1"),
         ({"update_scale": ()}, "at least one number"),
+        ({"damping": []}, "`damping` must have at least one number"),
+        ({"relative_damping": ()}, "`relative_damping` must have at least one number"),
+        ({"seed": 2**70}, "`seed` must be a whole number of at most 9223372036854775807"),
+        ({"test_data": torch.zeros(3)}, "`prune` has no option `test_data`: did you mean `held_out`?"),
+        ({"tensors": ["0.weight"]}, "did you mean `names`?"),
         ({"first_order_scale": 0.1}, "is for `targets` loss, got none"),
         ({"first_order_scale": (), "targets": "loss"}, "at least one number"),
         ({"refit": "perhaps"}, "`refit` must be one of"),
@@ -445,6 +450,29 @@ def test_options_that_make_no_sense(options, words):
     with pytest.raises(UsageError) as refusal:
         Method.of(options)
     assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("memory", [8, -1, "8 GB", float("nan")])
+def test_memory_is_in_bytes(trained, memory):
+    data = torch.rand(20, 64), torch.zeros(20, dtype=torch.int64)
+    words = "`memory` must be a number of bytes, at least 1000000, got"
+    with pytest.raises(UsageError, match=words):
+        cbs_opt.prune(trained, data, 0.5, memory=memory)
+    with pytest.raises(UsageError, match=words):
+        cbs_opt.export(trained, *data, memory=memory)
+
+
+def test_names_in_a_text(trained):
+    data = torch.rand(20, 64), torch.zeros(20, dtype=torch.int64)
+    for option in ("names", "exclude"):
+        with pytest.raises(UsageError, match=rf"`{option}` must be a sequence .*\['0.weight'\], got a text"):
+            cbs_opt.prune(trained, data, 0.5, **{option: "0.weight"})
+
+
+def test_data_in_place_of_a_sparsity(trained):
+    data = torch.rand(20, 64), torch.zeros(20, dtype=torch.int64)
+    with pytest.raises(UsageError, match=r"such as 0\.5 or 50%, got tuple"):
+        cbs_opt.prune(trained, data, data)
 
 
 def test_data_without_labels(trained):

@@ -171,3 +171,18 @@ def test_a_killed_command_continues_and_an_interrupted_one_leaves_its_stage(chec
 def test_a_folder_as_output(checkpoint, output, stages, capsys):
     code = main(arguments(checkpoint, output, *FISHER, "--stages", stages))
     assert code == 3 and "cannot be written: it is a directory" in capsys.readouterr().err
+
+
+def test_one_shot_names_the_state_of_a_run_in_stages(checkpoint, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    (tmp_path / "out.safetensors.state").write_bytes(b"of another run")
+    assert main(arguments(checkpoint, out, *FISHER)) == 0
+    assert "out.safetensors.state: the state of a run in stages" in capsys.readouterr().err
+    assert (tmp_path / "out.safetensors.state").read_bytes() == b"of another run"
+
+
+@pytest.mark.parametrize(("name", "example"), [("nets", "nets:make"), ("nets.py", "./nets.py:make")])
+def test_a_module_without_a_factory(name, example, tmp_path, capsys):
+    code = main([name, "--checkpoint", "x.pt", "-o", str(tmp_path / "out.pt")])
+    error = capsys.readouterr().err
+    assert code == 2 and f"'{name}' is not a known network" in error and example in error
