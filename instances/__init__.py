@@ -5,6 +5,7 @@ nothing more; its modules load torch, and `cbs_opt.instances.digits` scikit-lear
 
 - `export`: from a trained network and samples to an instance; its options are a `recipe`;
 - `gradients`: the gradient of every sample or mini-batch, by layers (`layers`) or by `torch.func`;
+- `substitution`: a network run with other tensors in place of its own, as these gradients need it;
 - `fisher`, `curvature`: the empirical Fisher matrix of these gradients, in the form that an instance needs;
 - `reconstruction`: the layer-wise reconstruction error, another source of H;
 - `kfac`, with `output_gradients`, `autograd_functions` and `fisher_terms`: that of each row times the mean squared
