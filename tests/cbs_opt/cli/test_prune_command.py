@@ -68,7 +68,7 @@ def test_stages_with_every_output(checkpoint, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert content["test"]["after"]["value"] > 0.8
     assert f"accuracy {content['test']['before']['value']:.4g} → {content['test']['after']['value']:.4g}" in text
-    assert log.count("held-out loss") == 3
+    assert log.count("pruned, held-out loss") == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "p.png", "r.json", "t.csv"]
 
 
@@ -161,7 +161,7 @@ def test_a_killed_command_continues_and_an_interrupted_one_leaves_its_stage(chec
     stopped = tmp_path / "stopped.safetensors"
     code, text, log = run_until(checkpoint, stopped, "stage 2:", signal.SIGINT, stages)
     assert code == 0, log
-    done = log.count("held-out loss")
+    done = log.count("pruned, held-out loss")
     assert f"interrupted after stage {done} of 6" in text
     assert 0 < zeros(stopped) < 3204
 
