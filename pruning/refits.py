@@ -36,7 +36,7 @@ from cbs_opt.update import best_update
 
 logger = logging.getLogger("cbs_opt")
 
-MEMORY = 5 << 30
+MEMORY = 4 << 30
 """Bytes for targets and patches. Where all places of all samples do not fit, products with many places keep some
 of them, drawn at random; then samples are left out. No share of the free memory, on which the result must not
 depend."""
@@ -119,7 +119,7 @@ class _Needs:
     rows, places : int64 (p,)
         Outputs of each product, and at how many places.
     passing : int
-        Bytes of what is alive meanwhile: two tensors, as large as any that a call returns, and three times the
+        Bytes of what is alive meanwhile: three tensors, as large as any that a call returns, and three times the
         inputs of a product.
     """
 
@@ -153,7 +153,7 @@ def _needs(dense: nn.Module, one: Any, layouts: Mapping[str, Layout]) -> _Needs:
 
     with _Sizes(dense, layouts, measure) as sizes:
         call(dense, one)
-    passing = 2 * sizes.largest + 3 * max(inputs)
+    passing = 3 * sizes.largest + 3 * max(inputs)
     return _Needs(np.array(rows, np.int64), np.array(places, np.int64), max(1, -(-passing // len(one))))
 
 
@@ -289,6 +289,7 @@ class _Fit(_Products):
         result = super().__torch_function__(func, types, args, kwargs)
         if self._changed:
             self._changed = False
+            del result
             return func(*args, **(kwargs or {}))
         return result
 

@@ -135,7 +135,7 @@ def test_as_many_samples_as_memory_allows(monkeypatch):
     model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 3)).eval()
     x = torch.randn(M, 8)
     found, pruned, source = pruned_copy(model, x)
-    monkeypatch.setattr(refits, "MEMORY", 40 * 4 * (6 + 3 + 2 * 6 + 3 * 8))  # of 40 samples
+    monkeypatch.setattr(refits, "MEMORY", 40 * 4 * (6 + 3 + 3 * 6 + 3 * 8))  # of 40 samples
     refit(found, model, source, pruned, 0.0, relative=False, statistics=False)
     expected = least_squares(x[:40], x[:40] @ model[0].weight.T, masks_of(found, pruned)["0.weight"])
     torch.testing.assert_close(found.model[0].weight.double(), expected, atol=1e-4, rtol=1e-4)
@@ -147,7 +147,7 @@ def wide(x):
     model = nn.Sequential(nn.Conv2d(2, 6, 1, bias=False), nn.Flatten()).eval()
     found, pruned, source = pruned_copy(model, x, 0.3)
     found.take(0.5 * found.weights)
-    return model, found, pruned, source, len(x) * 4 * 100 * (6 + 2 * 6 + 3 * 2)
+    return model, found, pruned, source, len(x) * 4 * 100 * (6 + 3 * 6 + 3 * 2)
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def test_memory_of_what_lies_between_layers_counts():
     found, _, _ = pruned_copy(model, torch.randn(3, 50, 4))
     layouts = {place.name: place.layout for place in found.places}
     needs = refits._needs(model, torch.randn(3, 50, 4), layouts)
-    assert needs.passing == 4 * (2 * 50 * 50 + 3 * 50 * 4)
+    assert needs.passing == 4 * (3 * 50 * 50 + 3 * 50 * 4)
 
 
 def test_a_stop_on_the_way(monkeypatch):
