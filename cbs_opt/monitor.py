@@ -21,7 +21,8 @@ OPTIMAL_GAP = 1e-6
 """Relative gap up to which a selection counts as optimal."""
 
 Callback = Callable[["Monitor"], None]
-"""Called after each new incumbent or bound, from the solver's thread; progress printers are callbacks."""
+"""Called after each new incumbent or bound, one call at a time, from a thread of the solver; progress printers are
+callbacks."""
 
 
 class Monitor:

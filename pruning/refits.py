@@ -30,6 +30,7 @@ from cbs_opt.instances.modes import evaluation_mode, fewest, single_precision
 from cbs_opt.instances.output_errors import LayerOutputs
 from cbs_opt.instances.products import Product, Products
 from cbs_opt.instances.tensors import Layout, Place
+from cbs_opt.instances.views import memory_of
 from cbs_opt.pruning.network import WorkingCopy, norms_of
 from cbs_opt.typing import BoolArray, FloatArray, IntArray
 from cbs_opt.update import best_update
@@ -233,7 +234,7 @@ class _Products(Products):
 
 
 class _Sizes(_Products):
-    """Note how large the tensors are that calls return.
+    """Note how large the tensors are that calls return, apart from views of parameters and buffers.
 
     Attributes
     ----------
@@ -243,12 +244,16 @@ class _Sizes(_Products):
 
     largest = 0
 
+    def __init__(self, model: nn.Module, layouts: Mapping[str, Layout], report: Callable[[Product], None]) -> None:
+        super().__init__(model, layouts, report)
+        self._memory = {memory_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run a call."""
         result = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and memory_of(result) not in self._memory:
             self.largest = max(self.largest, result.nbytes)
         return result
 

@@ -471,7 +471,7 @@ class Run:
             choice.update_scale,
             choice.split,
             choice.recalibrated,
-            str(choice.result.status),
+            choice.status,
             seconds,
             choice.first_order_scale,
             choice.refitted,

@@ -30,7 +30,7 @@ from cbs_opt.pruning.problem import Problem, of_layers, scaled_update, undamped_
 from cbs_opt.pruning.refits import DAMPING, refit
 from cbs_opt.pruning.statistics import reestimate
 from cbs_opt.pruning.targets import one_by_one
-from cbs_opt.result import Result
+from cbs_opt.result import Result, Status
 from cbs_opt.solve import solve
 from cbs_opt.stop import Stop
 from cbs_opt.typing import BoolArray, FloatArray
@@ -104,7 +104,7 @@ class Choice:
         What was chosen.
     gauss_newton : int
         Steps that were taken then.
-    result : Result
+    status : str
         Of the solver.
     """
 
@@ -116,7 +116,7 @@ class Choice:
     update_scale: float
     split: str
     recalibrated: bool
-    result: Result
+    status: str
     first_order_scale: float = 1.0
     refitted: bool = False
     gauss_newton: int = 0
@@ -127,6 +127,24 @@ class Choice:
         if self.score is None:
             return 0.0
         return self.score.loss if math.isfinite(self.score.loss) else math.inf
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What is pruned.
+
+    Attributes
+    ----------
+    pruned : bool (n,)
+    weights : float64 (n,) or None
+        After the update, where there is one.
+    status : str
+        Of the solver.
+    """
+
+    pruned: BoolArray
+    weights: FloatArray | None = None
+    status: str = str(Status.CONVERGED)
 
 
 def budgeted(problem: Problem, budget: Budget, fixed: NDArray[np.int8] | None) -> Instance:
@@ -227,8 +245,9 @@ def best(
                         copy, dense, instance, result, samples, method, seed, should_stop, where, engine
                     )
                     copy.restore(before)
+                selected = Selected(result.pruned, result.weights, str(result.status))
                 try:
-                    applied = _applied(copy, before, problem, instance, result, method, scorer, samples, dense)
+                    applied = _applied(copy, before, problem, instance, selected, method, scorer, samples, dense)
                     for choice in applied:
                         if found is None or choice.loss < found.loss:
                             found, origin = choice, (problem, instance)
@@ -236,7 +255,7 @@ def best(
                     if found is None:
                         unscored, plain = replace(scorer, source=None), replace(method, refit="no")
                         (found,) = _applied(
-                            copy, before, problem, instance, result, plain, unscored, samples, dense
+                            copy, before, problem, instance, selected, plain, unscored, samples, dense
                         )
                         origin = problem, instance
                 if scorer.source is None:
@@ -278,19 +297,19 @@ def _applied(
     before: State,
     problem: Problem,
     instance: Instance,
-    result: Result,
+    selected: Selected,
     method: Method,
     scorer: Scorer,
     samples: SampleSource,
     dense: nn.Module | None,
 ) -> Iterable[Choice]:
     """The network with every scale of the update, refitted and not, with and without re-estimated statistics."""
-    scales = method.scales if result.weights is not None else (0.0,)
+    scales = method.scales if selected.weights is not None else (0.0,)
     if scorer.source is None:
         scales = scales[:1]
     for scale in scales:
-        weights = instance.weights if result.weights is None else result.weights
-        new = scaled_update(instance, result.pruned, weights, scale)
+        weights = instance.weights if selected.weights is None else selected.weights
+        new = scaled_update(instance, selected.pruned, weights, scale)
         statistics = _tried(method.recalibrate_bn if copy.statistics else "no", scorer)
         for refitted, recalibrated in product(_tried(method.refit if scale else "no", scorer), statistics):
             copy.restore(before)
@@ -298,19 +317,19 @@ def _applied(
             if refitted:
                 assert dense is not None
                 how = {"relative": method.relative, "statistics": recalibrated}
-                refit(copy, dense, samples, result.pruned, DAMPING * problem.damping, check=scorer.check, **how)
+                refit(copy, dense, samples, selected.pruned, DAMPING * problem.damping, check=scorer.check, **how)
             elif recalibrated:
                 reestimate(copy.model, samples)
             yield Choice(
                 copy.state(),
-                result.pruned,
+                selected.pruned,
                 scorer(copy),
                 _predicted(problem, instance, copy.weights if refitted else new, method),
                 problem.damping,
                 scale,
                 problem.split,
                 recalibrated,
-                result,
+                selected.status,
                 problem.first_order_scale,
                 refitted,
             )
@@ -330,10 +349,10 @@ def _no_worse_than_magnitude(
     As where a handful of samples misleads the quadratic model.
     """
     problem, instance = origin
-    result = solve(instance, "magnitude")
+    pruned = instance.budget.cheapest(np.abs(instance.weights), instance.fixed)
     plain = replace(method, refit="no")
     try:
-        for choice in _applied(copy, before, problem, instance, result, plain, scorer, samples, None):
+        for choice in _applied(copy, before, problem, instance, Selected(pruned), plain, scorer, samples, None):
             if choice.loss < found.loss:
                 logger.info(f"magnitude alone has a lower held-out loss, {choice.loss:.4f}: it is taken")
                 found = choice

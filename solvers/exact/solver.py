@@ -19,7 +19,7 @@ from cbs_opt.registry import register
 from cbs_opt.result import Status
 from cbs_opt.solver import OBJECTIVES, Capabilities, Context, Parameters, Solver, option
 from cbs_opt.solvers.exact.kept_sets import PAIRS_PER_SECOND, KeptSets
-from cbs_opt.solvers.exact.turns import PausedSearch, Turns
+from cbs_opt.solvers.exact.turns import PausedSearch, SearchTurns
 from cbs_opt.solvers.joint.breeding import LARGEST
 from cbs_opt.solvers.joint.rank_deficient import check_well_posed, is_rank_deficient
 from cbs_opt.solvers.joint.swap_search import QUICK, JointSearch
@@ -118,7 +118,7 @@ class Exact(Solver):
         if not (self.parameters.effort and prover.problem.n):
             return prover.run(context)
         with contextlib.closing(PausedSearch(self._heuristic(), instance, context, prover.problem)) as search:
-            turns = Turns(search, context, self._steps(context))
+            turns = SearchTurns(search, context, self._steps(context))
             if prover.problem.n >= self.parameters.heuristic:
                 turns.take()
             if monitor.closed or monitor.should_stop():

@@ -32,8 +32,10 @@ _NEVER = 2**62
 class PausedSearch:
     """A heuristic in a thread of its own, which works only while it has a turn.
 
-    Its selections and bounds are reported to the run as they are found; at the start of a turn it is told the
-    incumbent of the run. The thread that gives a turn waits for its end, so that the two never work at once.
+    A turn ends where the heuristic asks its monitor whether to stop, never at a `checkpoint` of linear algebra,
+    where it may hold a lock that others need. Its selections and bounds are reported to the run as they are found;
+    at the start of a turn it is told the incumbent of the run. The thread that gives a turn waits for its end, so
+    that the two never work at once.
 
     Parameters
     ----------
@@ -100,7 +102,7 @@ class PausedSearch:
     def _work(self) -> None:
         try:
             self._take_over()
-            with interruptible(self._ask):
+            with interruptible(self._must_end):
                 self._solver.prepare(self._instance, self._context)
                 self._solver.run(self._instance, self._context)
         except Interrupted:
@@ -110,6 +112,9 @@ class PausedSearch:
         finally:
             self.finished = True
             self._end.release()
+
+    def _must_end(self) -> bool:
+        return self._closed or self._outer.should_stop()
 
     def _ask(self) -> bool:
         """Whether the heuristic must end; a turn that is over lasts until the next one in here."""
@@ -133,12 +138,12 @@ class PausedSearch:
             self._report.bound(monitor.bound)
 
 
-class Turns:
+class SearchTurns:
     """When the search has a turn, and how long.
 
     The first turn ends after a number of iterations without improvement. With a time limit others follow. Their
-    share of the time is a quarter of the root of the gap, half of that after a turn that found nothing. Of several
-    workers of a tree one rests meanwhile.
+    share of the time is a quarter of the root of the gap, half of that after a turn that found nothing; times the
+    number of workers where the others of them go on meanwhile.
 
     Parameters
     ----------
@@ -150,12 +155,11 @@ class Turns:
 
     def __init__(self, search: PausedSearch, context: Context, steps: int) -> None:
         self._search, self._outer, self._steps = search, context.monitor, steps
-        self._threads = context.tree_workers
         self._begun, self._share = False, _SHARE
         self._last, self._credit = 0.0, -np.inf
 
-    def due(self) -> bool:
-        """Whether it is time for a turn."""
+    def due(self, workers: int) -> bool:
+        """Whether it is time for a turn, where one of so many workers would rest."""
         outer = self._outer
         if self._search.finished or outer.closed or outer.should_stop():
             return False
@@ -170,17 +174,17 @@ class Turns:
                 return False
             self._credit = _SECOND * promise * limit
         else:
-            self._credit += min(self._share * self._threads * promise, _LARGEST_SHARE) * (now - self._last)
+            self._credit += min(self._share * workers * promise, _LARGEST_SHARE) * (now - self._last)
         self._last = now
         return self._credit >= _SHORTEST * limit
 
-    def take(self) -> None:
-        """A turn."""
+    def take(self, over: Callable[[], bool] = lambda: False) -> None:
+        """A turn, which also ends when `over` holds."""
         search, outer = self._search, self._outer
         began, before = outer.elapsed, outer.objective
         if self._begun:
             until = began + self._credit
-            search.turn(lambda: outer.elapsed > until)
+            search.turn(lambda: outer.elapsed > until or over())
             found = outer.objective != before
             self._share = _SHARE if found else _LEAST_SHARE
             self._credit -= outer.elapsed - began
@@ -192,6 +196,7 @@ class Turns:
                     search.idle >= self._steps
                     or search.iterations >= _LONGEST * self._steps
                     or outer.elapsed > until
+                    or over()
                 )
             )
             self._begun = True

@@ -24,6 +24,7 @@ from cbs_opt.solvers.selection.swaps import improve_by_all_swaps
 from cbs_opt.solvers.selection.sweep_search import SweepSearch, is_large, is_split
 from cbs_opt.solvers.selection.tile_exchange import search_tiles
 from cbs_opt.solvers.trees import prove
+from cbs_opt.typing import BoolArray
 
 logger = logging.getLogger("cbs_opt")
 
@@ -147,6 +148,7 @@ class _Run:
         cheapest = problem.cheapest()
         self.point = Incumbent(problem, cheapest)
         self.polished: Incumbent | None = None
+        self._reported: BoolArray | None = None
         self._relaxed: Relaxation | None = None
         self._tight: Relaxation | None = None
         self._settled = self._tightened = False
@@ -163,8 +165,8 @@ class _Run:
             self.patience = 150
 
     def _report(self) -> None:
-        self.monitor.report(self.point.loss(), self.problem.expand(self.point.y))
-        self._reported = self.monitor.pruned
+        if self.monitor.report(self.point.loss(), self.problem.expand(self.point.y)):
+            self._reported = self.monitor.pruned
 
     def _offer(self, other: Incumbent) -> None:
         """Take another point as the incumbent if it is better."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -11,21 +12,21 @@ from cbs_opt.threads import library_threads
 class Turns(Protocol):
     """When something else has a turn between nodes, such as a search for better incumbents."""
 
-    def due(self) -> bool:
-        """Whether it is time for a turn."""
+    def due(self, workers: int) -> bool:
+        """Whether it is time for a turn, where one of so many workers would rest."""
 
-    def take(self) -> None:
-        """Work; what is found is reported to the monitor of the run."""
+    def take(self, over: Callable[[], bool] = ...) -> None:
+        """Work until `over` holds at the latest; what is found is reported to the monitor of the run."""
 
 
 class NoTurns:
     """Never."""
 
-    def due(self) -> bool:
+    def due(self, workers: int) -> bool:
         """Whether it is time for a turn."""
         return False
 
-    def take(self) -> None:
+    def take(self, over: Callable[[], bool] = lambda: False) -> None:
         """Nothing."""
 
 

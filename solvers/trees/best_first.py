@@ -209,6 +209,11 @@ class BestFirst:
         with self._lock:
             return not self._busy and not self._heap
 
+    def incumbent(self) -> tuple[float, Int8Array]:
+        """Its value and selection."""
+        with self._lock:
+            return float(self._shared[0]), self.selection
+
     def offer(self, selection: Int8Array, value: float) -> None:
         """Take a selection from elsewhere, int8 (n,), as the incumbent if it is better."""
         with self._lock:

@@ -249,8 +249,11 @@ class JointTree:
 
     def selection(self) -> Int8Array:
         """The incumbent, int8 (n,): 1 = pruned."""
+        return self._in_order(self.queue.selection)
+
+    def _in_order(self, kept: Int8Array) -> Int8Array:
         out = np.empty(self.problem.n, np.int8)
-        out[self.order] = 1 - self.queue.selection
+        out[self.order] = 1 - kept
         return out
 
     def offer(self, y: Int8Array) -> None:
@@ -260,9 +263,9 @@ class JointTree:
 
     def value(self) -> float:
         """Its value, by `evaluate`."""
-        inner = self.queue.value
+        inner, kept = self.queue.incumbent()
         if self._known is None or self._known[0] != inner:
-            value = self.evaluate(self.selection() > 0)
+            value = self.evaluate(self._in_order(kept) > 0)
             self._doubt = max(self._doubt, abs(value - self.scale * inner))
             self._known = (inner, value)
         return self._known[1]

@@ -10,6 +10,7 @@ import numpy as np
 
 from cbs_opt.errors import SolverError
 from cbs_opt.instance import Instance
+from cbs_opt.memory import available_bytes
 from cbs_opt.monitor import Monitor
 from cbs_opt.result import Status
 from cbs_opt.solver import Context
@@ -47,6 +48,8 @@ NODES_PER_ITERATION = 100
 
 _TABLE_SPEED = 1e5  # squared component sizes, summed, of which a second of branch and bound proves most
 _TABLE_WORK = 1e6  # the same, as much as is taken on without a time limit
+_JOINT_BYTES, _SELECTION_BYTES = 256, 132  # that a worker of a tree reserves, over the square of its weights
+_TELLING = 0.1  # seconds between reports while something else has a turn
 _FIRST_SHARE = 0.1  # of a time limit, for the proof that tells what it promises
 _FINEST = 1e-12  # tolerance of a tree
 _ATTEMPTS = 3
@@ -191,7 +194,7 @@ class Prover:
             return Status.CONVERGED
         solve = self._one_tree if self.one_tree else self._tables
         turns, tolerance = turns or NoTurns(), TOLERANCE
-        workers = context.tree_workers if self.one_tree else context.workers
+        workers = self._workers(context)
         for _ in range(_ATTEMPTS):
             # Where an offset cancels most of the loss, a tree is closed to a smaller share of its own value.
             assert monitor.objective is not None
@@ -210,10 +213,11 @@ class Prover:
         assert monitor.pruned is not None
         tree = tree_of(problem, monitor.pruned, tolerance, monitor.should_stop, stop)
         queue = tree.queue
-        seen = [0, np.inf]
+        seen = [0, np.inf, 0.0]
+        workers = self._workers(context)
         to_count = self._is_countable(context)  # nothing better than what is found then will be missed
 
-        def progress() -> bool:
+        def tell() -> None:
             monitor.advance(queue.nodes - int(seen[0]))
             seen[0] = queue.nodes
             if queue.value < seen[1]:
@@ -221,9 +225,19 @@ class Prover:
                 report.selection(problem.expand(tree.selection()))
             report.bound(problem.from_units(tree.bound()), last=queue.finished())
             extras.update({"nodes": queue.nodes, "open": queue.open, "diagonals": queue.shifts})
-            if not to_count and turns.due():
+            seen[2] = monitor.elapsed
+
+        def over() -> bool:
+            """Whether a turn ends as the other workers have done all; what they find meanwhile is told."""
+            if monitor.elapsed > seen[2] + _TELLING:
+                tell()
+            return queue.finished()
+
+        def progress() -> bool:
+            tell()
+            if not to_count and turns.due(workers):
                 with queue.one_worker_rests():
-                    turns.take()
+                    turns.take(over)
                 assert monitor.pruned is not None
                 tree.offer(monitor.pruned[problem.index].astype(np.int8))
             return monitor.should_stop()
@@ -231,14 +245,23 @@ class Prover:
         size = _limited(int(np.clip(_SLICE_WORK / problem.n**2, 1, 200)), monitor.stop)
         if to_count:
             first = nodes_before(problem.n, int(problem.budget.sum()))
-            queue.run(lambda: progress() or queue.nodes >= first, context.tree_workers, size)
+            queue.run(lambda: progress() or queue.nodes >= first, workers, size)
             wanted = not queue.finished() and not monitor.should_stop() and self._is_countable(context)
             if wanted and self._count(context, report, tolerance):
                 return
             to_count = False
-        queue.run(progress, context.tree_workers, size)
+        queue.run(progress, workers, size)
         progress()
         report.bound(problem.from_units(tree.bound()), last=True)
+
+    def _workers(self, context: Context) -> int:
+        """Threads: of one tree by default no more than half of the free memory has room for."""
+        if not self.one_tree:
+            return context.workers
+        if context.threads is not None:
+            return context.tree_workers
+        each = (_JOINT_BYTES if isinstance(self.problem, JointProblem) else _SELECTION_BYTES) * self.problem.n**2
+        return max(1, int(min(context.tree_workers, available_bytes() / 2 / max(each, 1))))
 
     def _is_countable(self, context: Context) -> bool:
         """Whether all selections can be looked at in the time that is left: few weights are kept, or pruned."""
@@ -281,7 +304,7 @@ class Prover:
             if np.isfinite(search.bound):
                 report.bound(problem.from_units(search.bound), last=True)
             extras.update({"nodes": search.nodes, "open": search.open, "rounds": search.rounds})
-            if turns.due():
+            if turns.due(1):  # all workers wait for it
                 turns.take()
             return monitor.should_stop()
 
@@ -422,7 +445,9 @@ def _prove(prover: Prover, context: Context, seconds: float | None = None, nodes
     if outer.bound is not None:
         inner.report_bound(outer.bound)
     inner.callback = pass_on
-    prover.run(replace(context, monitor=inner), lambda: outer.out_of_time() or outer.elapsed > until)
+    threads = 1 if prover.one_tree and context.tree_workers == 1 else context.threads  # as the outer rules say
+    inside = replace(context, monitor=inner, threads=threads)
+    prover.run(inside, lambda: outer.out_of_time() or outer.elapsed > until)
     count()
 
 

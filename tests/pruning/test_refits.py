@@ -196,6 +196,25 @@ def test_memory_of_what_lies_between_layers_counts():
     assert needs.passing == 4 * (3 * 50 * 50 + 3 * 50 * 4)
 
 
+class Multiplying(nn.Module):
+    """A large weight that is used by its transpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 500))
+
+    def forward(self, x):
+        return x @ self.weight.t()
+
+
+@torch.no_grad()
+def test_a_view_of_a_weight_is_no_memory_of_a_sample():
+    model = Multiplying().eval()
+    found, _, _ = pruned_copy(model, torch.randn(3, 500))
+    layouts = {place.name: place.layout for place in found.places}
+    assert refits._needs(model, torch.randn(1, 500), layouts).passing == 4 * (3 * 8 + 3 * 500)
+
+
 def test_a_stop_on_the_way(monkeypatch):
     """It ends between two layers; of a run it leaves the selection with the update, not fitted."""
     torch.manual_seed(0)

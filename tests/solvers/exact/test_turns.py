@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 
@@ -21,14 +22,17 @@ from cbs_opt import (
     solve,
 )
 from cbs_opt.compilation import finish_compilation
+from cbs_opt.interrupt import checkpoint
 from cbs_opt.run import run_solver
 from cbs_opt.solver import Context, Solver
 from cbs_opt.solvers.exact.solver import Exact
-from cbs_opt.solvers.exact.turns import PausedSearch, Turns
+from cbs_opt.solvers.exact.turns import PausedSearch, SearchTurns
 from cbs_opt.solvers.problem.selection_problem import SelectionProblem
 from cbs_opt.solvers.selection.parameters import SearchParameters
 from cbs_opt.solvers.selection.search import _Run
+from cbs_opt.solvers.trees import prove
 from cbs_opt.solvers.trees.joint_worker import prepare_joint
+from cbs_opt.solvers.trees.prove import Prover
 from cbs_opt.solvers.trees.selection_worker import prepare_selection
 
 
@@ -165,6 +169,70 @@ def test_a_tree_takes_better_selections_only(joint):
     assert one.queue.finished() and np.array_equal(one.selection(), best)
 
 
+class Locked(Late):
+    """Computes with a lock that others need."""
+
+    def __init__(self):
+        super().__init__(None, None, 0)
+        self.lock = threading.Lock()
+
+    def run(self, instance, context):
+        """Until told to stop."""
+        while not context.monitor.should_stop():
+            with self.lock:
+                checkpoint()
+        return Status.CONVERGED
+
+
+def test_no_turn_ends_within_a_computation():
+    solver = Locked()
+    _, search = paused(solver, correlated(12, 6))
+    with contextlib.closing(search):
+        for _ in range(3):
+            search.turn(lambda: True)
+            assert not solver.lock.locked()
+
+
+def test_a_turn_ends_with_the_proof(monkeypatch):
+    """One of two workers closes the tree during a turn that has no other end."""
+    monkeypatch.setattr("cbs_opt.solvers.exact.turns.SHORT", 0)
+    monkeypatch.setattr("cbs_opt.solvers.exact.turns._FIRST", 1.0)
+    monkeypatch.setattr(Exact, "_heuristic", lambda self: Late(None, None, 0))
+    monkeypatch.setattr(Exact, "_steps", lambda self, context: 10**9)
+    result = solve(correlated(44, 22), "exact", threads=2, stop=Stop(time_limit=600.0))
+    assert result.status is Status.OPTIMAL and result.solve_seconds < 300
+
+
+def test_an_incumbent_that_came_first_is_taken_over():
+    instance = correlated(60, 30)
+    best = solve(instance, "search", parameters={"proof": 0}, stop=Stop(max_iterations=300)).pruned
+    monitor = Monitor(Stop(max_iterations=1))
+    monitor.report(selection_loss(instance, best), best)
+    run = _Run(SelectionProblem(instance), SearchParameters(), Context("selection", 0, monitor))
+    assert not np.array_equal(run.problem.expand(run.point.y), best)
+    run._take_over()
+    assert np.array_equal(run.problem.expand(run.point.y), best)
+
+
+@pytest.mark.parametrize(
+    ("stop", "threads", "free", "workers"),
+    [
+        (Stop(time_limit=5.0), None, 1e12, 8),
+        (Stop(time_limit=5.0, max_iterations=3000), None, 1e12, 1),
+        (Stop(time_limit=5.0), None, 2 * 132 * 60**2 * 3.5, 3),
+        (Stop(time_limit=5.0), 6, 0.0, 6),
+    ],
+)
+def test_how_many_workers_a_tree_has_within_a_search(stop, threads, free, workers, monkeypatch):
+    monkeypatch.setattr("cbs_opt.solver.usable_threads", lambda given=None: given or 8)
+    monkeypatch.setattr(prove, "available_bytes", lambda: free)
+    found = []
+    monkeypatch.setattr(Prover, "run", lambda self, context, *_: found.append(self._workers(context)))
+    prover = Prover(SelectionProblem(correlated(60, 30)))
+    prove._prove(prover, Context("selection", 0, Monitor(stop), threads=threads), seconds=3.0)
+    assert found == [workers]
+
+
 def test_search_breeds_on_what_a_proof_has_found():
     instance = correlated(60, 30)
     best = solve(instance, "search", parameters={"proof": 0}, stop=Stop(max_iterations=300)).pruned
@@ -183,7 +251,7 @@ def test_search_breeds_on_what_a_proof_has_found():
 
 def test_no_turns_before_all_selections_are_counted(monkeypatch):
     monkeypatch.setattr("cbs_opt.solvers.exact.turns.SHORT", 0)
-    monkeypatch.setattr(Turns, "take", lambda self: pytest.fail("a turn"))
+    monkeypatch.setattr(SearchTurns, "take", lambda self, over: pytest.fail("a turn"))
     instance = correlated(60, 5, noise=0.03)
     result = solve(instance, "exact", objective="joint", threads=1, stop=Stop(time_limit=1000.0))
     assert result.status is Status.OPTIMAL and result.extras["counted"]

@@ -109,7 +109,7 @@ def test_workers_of_a_tree_do_not_share_cores_with_threads_of_their_own(threads)
     class Spy(NoTurns):
         """Looks at BLAS between nodes."""
 
-        def due(self):
+        def due(self, workers):
             """Never."""
             seen.update(found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas")
             return False
