@@ -127,6 +127,7 @@ def test_exact_starts_from_a_heuristic_at_every_size(objective, loss, monkeypatc
 @pytest.mark.parametrize("solver", ["joint", "search"])
 @pytest.mark.parametrize("limit", [None, 20.0])
 def test_groups_over_several_blocks_are_proven_in_one_tree(solver, limit):
+    loading.wait(f"{'joint' if solver == 'joint' else 'selection'}_tree")  # the limit is that of the proof
     rng = np.random.default_rng(4)
     factors = [rng.standard_normal((6, size)) for size in (5, 2, 2, 2)]
     blocks = [A.T @ A + 0.1 * np.eye(A.shape[1]) for A in factors]
