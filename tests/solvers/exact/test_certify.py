@@ -30,7 +30,7 @@ from cbs_opt.files.certificate_file import (
     write_certificate,
 )
 from cbs_opt.solvers.exact.certify import Certifier
-from cbs_opt.solvers.exact.turns import Turns
+from cbs_opt.solvers.exact.turns import SearchTurns
 from cbs_opt.solvers.trees import best_first, recorder, tables
 
 STREAMS = (
@@ -101,7 +101,7 @@ def test_small_problems(cases, family, objective, tmp_path, monkeypatch):
 def test_blocks_without_tables_yet_are_no_dense_tree(cases, objective, interrupted, tmp_path, monkeypatch):
     """Stopped, or closed, after the heuristic: what is certified are the components, not one tree over all."""
     instance, asked = several(cases), []
-    take = Turns.take
+    take = SearchTurns.take
 
     def stops(self):
         take(self)
@@ -109,7 +109,7 @@ def test_blocks_without_tables_yet_are_no_dense_tree(cases, objective, interrupt
         if not interrupted:
             self._outer.report_bound(self._outer.objective)
 
-    monkeypatch.setattr(Turns, "take", stops)
+    monkeypatch.setattr(SearchTurns, "take", stops)
     monkeypatch.setattr(Certifier, "_dense", lambda self: pytest.fail("a tree over all blocks"))
     stop = Stop(should_stop=lambda: interrupted and bool(asked))
     path, best = tmp_path / "c.npz", solve(instance, "exact", objective=objective)
