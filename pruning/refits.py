@@ -37,7 +37,7 @@ from cbs_opt.update import best_update
 
 logger = logging.getLogger("cbs_opt")
 
-MEMORY = 4 << 30
+MEMORY = 3 << 30
 """Bytes for targets and patches. Where all places of all samples do not fit, products with many places keep some
 of them, drawn at random; then samples are left out. No share of the free memory, on which the result must not
 depend."""
