@@ -39,8 +39,8 @@ logger = logging.getLogger("cbs_opt")
 
 MEMORY = 3 << 30
 """Bytes for targets and patches. Where all places of all samples do not fit, products with many places keep some
-of them, drawn at random; then samples are left out. No share of the free memory, on which the result must not
-depend."""
+of them, drawn at random, in an eighth of this at least; then samples are left out. No share of the free memory, on
+which the result must not depend."""
 
 DAMPING = 10.0
 """That of a fit, as a multiple of that of H: fitted to hundreds of samples, layer after layer, weights go further
@@ -134,11 +134,11 @@ class _Needs:
 
     def room_for(self, count: int, least: int) -> tuple[int, int]:
         """How many samples, at least `least`, and places of each product and sample fit into `MEMORY`."""
+        m = min(count, 7 * MEMORY // 8 // self.passing, MEMORY // self._bytes(1, LEAST_PLACES))
+        m = max(m, least)
         everywhere = int(self.places.max(initial=1))
-        if self._bytes(count, LEAST_PLACES) > MEMORY:
-            return max(least, min(count, MEMORY // self._bytes(1, LEAST_PLACES))), LEAST_PLACES
-        fits = bisect_right(range(everywhere + 1), MEMORY, key=lambda most: self._bytes(count, most))
-        return count, max(fits - 1, LEAST_PLACES)
+        fits = bisect_right(range(everywhere + 1), MEMORY, key=lambda places: self._bytes(m, places))
+        return m, max(fits - 1, LEAST_PLACES)
 
 
 def _needs(dense: nn.Module, one: Any, layouts: Mapping[str, Layout]) -> _Needs:
