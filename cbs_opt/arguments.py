@@ -64,9 +64,9 @@ def check_arguments(**given: Any) -> None:
         One sentence that names the argument, what is expected and what was given.
     """
     seed = given["seed"]
-    if isinstance(seed, int | np.integer) and seed < 0:
-        raise UsageError(f"`seed` must not be negative, got {seed}")
     if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+        if seed < 0:
+            raise UsageError(f"`seed` must not be negative, got {seed}")
         checked_seed(seed)
     for name, value in given.items():
         fits, expected = _KINDS[name]

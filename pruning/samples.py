@@ -31,23 +31,11 @@ class Mirrored(SampleSource):
         Images (m, channels, height, width) with one label each, or without labels.
     which : bool (m,)
         The mirrored ones.
-
-    Raises
-    ------
-    UsageError
-        For other samples.
     """
 
     def __init__(self, source: SampleSource, which: BoolArray) -> None:
         self.name, self.labels = source.name, source.labels
         self._source, self._which = source, which
-        first = source.batch(0, 1)
-        images = isinstance(first, Tensor) and first.dim() == 4 and not source.borders
-        if not images or not (self.labels is None or (isinstance(self.labels, Tensor) and self.labels.dim() == 1)):
-            raise UsageError(
-                f"{source.name}: `--mirror` is for images (channels, height, width) of one size, with one label "
-                "each"
-            )
 
     def __len__(self) -> int:
         return self._which.size
@@ -63,6 +51,16 @@ class Mirrored(SampleSource):
         return Mirrored(self._source.subset(indices), self._which[indices])
 
 
+def _check_images(source: SampleSource) -> None:
+    """Refuse what cannot be mirrored."""
+    first, labels = source.batch(0, 1), source.labels
+    images = isinstance(first, Tensor) and first.dim() == 4 and not source.borders
+    if not images or not (labels is None or (isinstance(labels, Tensor) and labels.dim() == 1)):
+        raise UsageError(
+            f"{source.name}: `--mirror` is for images (channels, height, width) of one size, with one label each"
+        )
+
+
 @dataclass(frozen=True)
 class Pool:
     """Training samples without those held out, drawn without replacement until all have been used.
@@ -75,6 +73,11 @@ class Pool:
     seed : int
     mirror : bool
         Whether the mirror image of each is a sample of its own.
+
+    Raises
+    ------
+    UsageError
+        For samples that cannot be mirrored.
     """
 
     source: SampleSource
@@ -84,7 +87,7 @@ class Pool:
 
     def __post_init__(self) -> None:
         if self.mirror:
-            self._subset(np.arange(1))
+            _check_images(self.source)
 
     def __len__(self) -> int:
         return self.indices.size * (2 if self.mirror else 1)

@@ -183,8 +183,7 @@ def _main(arguments: list[str]) -> int:
     common.start_logging(options.quiet, options.verbose)
     state = options.state
     if state is None and options.stages > 1:
-        # `.` has no name, and is refused as the output.
-        state = options.output.with_name(f"{options.output.name}.state") if options.output.name else None
+        state = _own_state(options.output)
     _check_outputs(options, state)
     _tell_other_state(options, state)
     method = _method(options)
@@ -239,15 +238,19 @@ def _main(arguments: list[str]) -> int:
     return common.EXIT_OK
 
 
+def _own_state(output: Path) -> Path | None:
+    """Where stages are stored unless a file is given; None for `.`, which is refused as the output."""
+    return output.with_name(f"{output.name}.state") if output.name else None
+
+
 def _tell_other_state(options: argparse.Namespace, state: Path | None) -> None:
     """Warn of the state of an earlier run in stages that a run in one shot does not read."""
-    if state is None and options.output.name:
-        other = options.output.with_name(f"{options.output.name}.state")
-        if other.exists():
-            logger.warning(
-                f"{other}: the state of a run in stages, which one shot neither continues nor removes: give its "
-                "`--stages` to continue, or remove the file"
-            )
+    other = _own_state(options.output) if state is None else None
+    if other is not None and other.exists():
+        logger.warning(
+            f"{other}: the state of a run in stages, which one shot neither continues nor removes: give its "
+            "`--stages` to continue, or remove the file"
+        )
 
 
 def _reason(options: argparse.Namespace, pruned: Pruned) -> str:

@@ -191,16 +191,11 @@ def blobs(count, seed=0):
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(train):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4))
     x, y = blobs(600)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model.eval()
+    return train(model, x, y)
 
 
 def test_each_step_lowers_the_loss(trained):
@@ -248,16 +243,11 @@ def test_no_steps_of_its_own_where_they_take_long(trained, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("choice", ("yes", "auto"))
-def test_statistics_are_those_of_the_network_after_the_steps(choice, monkeypatch):
+def test_statistics_are_those_of_the_network_after_the_steps(choice, train, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 4))
     x, y = blobs(600)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    model.eval()
+    train(model, x, y)
     plain = cbs_opt.prune(model, (x, y), 0.85, gauss_newton=0, recalibrate_bn=choice, held_out=100, **FAST)
     restored = []
 
@@ -348,7 +338,7 @@ def test_an_unfit_network_is_told(trained):
 
 
 @pytest.mark.parametrize("names", ["twice in a sequence", "a list of one layer"])
-def test_a_module_with_two_names(names):
+def test_a_module_with_two_names(names, train):
     """It has its own tensors afterwards, and takes steps."""
     torch.manual_seed(0)
     layer = nn.Linear(12, 12)
@@ -357,12 +347,8 @@ def test_a_module_with_two_names(names):
         body = [nn.Sequential(nn.ModuleList([layer] * 3)[0], nn.ReLU()) for _ in range(3)]
     model = nn.Sequential(*body, nn.Linear(12, 4))
     x, y = blobs(600)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(60):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    pruned = cbs_opt.prune(model.eval(), (x, y), 0.6, gauss_newton=2, **FAST)
+    train(model, x, y, rate=0.01)
+    pruned = cbs_opt.prune(model, (x, y), 0.6, gauss_newton=2, **FAST)
     assert pruned.stages[0].gauss_newton > 0
     assert all(type(tensor) is nn.Parameter for tensor in pruned.model.parameters())
 

@@ -26,16 +26,11 @@ def blobs(count, seed=0):
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(train):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 4))
     x, y = blobs(600)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model.eval()
+    return train(model, x, y)
 
 
 FAST = {"solver": "magnitude", "threads": 1, "gauss_newton": 0}

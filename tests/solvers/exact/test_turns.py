@@ -77,11 +77,16 @@ def paused(solver, instance):
     return outer, PausedSearch(solver, instance, Context("selection", 0, outer), problem)
 
 
-def test_a_search_stands_still_between_its_turns_and_goes_on():
+def late_search(when):
+    """An instance, its optimum, a solver that finds it in iteration `when`, a run, and the search in it."""
     instance = correlated(20, 10)
     best = solve(instance, "exact").pruned
-    late = Late(best, selection_loss, 7)
-    outer, search = paused(late, instance)
+    late = Late(best, selection_loss, when)
+    return instance, best, late, *paused(late, instance)
+
+
+def test_a_search_stands_still_between_its_turns_and_goes_on():
+    instance, best, late, outer, search = late_search(7)
     first = outer.objective
     for total in (3, 6):
         search.turn(lambda total=total: search.iterations >= total)
@@ -96,10 +101,7 @@ def test_a_search_stands_still_between_its_turns_and_goes_on():
 
 
 def test_a_search_is_told_the_incumbent_at_each_turn():
-    instance = correlated(20, 10)
-    best = solve(instance, "exact").pruned
-    late = Late(best, selection_loss, 0)
-    outer, search = paused(late, instance)
+    instance, best, late, outer, search = late_search(0)
     first = outer.objective
     search.turn(lambda: search.iterations >= 2)
     outer.report(selection_loss(instance, best), best)
